@@ -1,0 +1,1 @@
+"""Personal models by mask gossip: decentralized, communication-efficient learning on Flower (MCE-PL)."""

@@ -1,0 +1,85 @@
+"""The errors of flower_mcepl, one class per remedy.
+
+::
+
+    FlowerMceplError
+    ├── ConfigError             a setting is out of range, unknown or contradictory: change the setting
+    ├── UnsupportedLayerError   the module cannot be masked as it is: change the module
+    ├── DataError               an agent's data are empty or malformed: change its data
+    ├── TopologyError           the graph is impossible: change the graph
+    ├── RosterError             the connected nodes do not fit the graph: change what is started
+    ├── FingerprintError        two participants do not hold the same frozen weights: align their seeds or models
+    ├── DivergedError           training left the finite numbers: lower the step size
+    ├── StateError              a saved state belongs to something else or is damaged: use the right one
+    ├── RecordError             a run record cannot be written or read
+    └── FrameError              one frame is refused; the run goes on
+        ├── TruncatedFrameError     shorter than it says
+        ├── CorruptFrameError       damaged: checksum or structure
+        ├── ForeignFrameError       not a frame, or a frame of another model, agent or run
+        ├── FutureFrameError        written by a newer version, or from a round still to come
+        └── ReplayedFrameError      not newer than what is already held of this sender
+"""
+
+
+class FlowerMceplError(Exception):
+    """Base of every error that flower_mcepl raises on purpose."""
+
+
+class ConfigError(FlowerMceplError, ValueError):
+    """A setting is out of range, unknown or contradicts another one."""
+
+
+class UnsupportedLayerError(FlowerMceplError, TypeError):
+    """The module has nothing to mask, or a layer that cannot be masked."""
+
+
+class DataError(FlowerMceplError, ValueError):
+    """The data of an agent are empty or malformed."""
+
+
+class TopologyError(FlowerMceplError, ValueError):
+    """The graph is impossible, or it does not know the agent."""
+
+
+class RosterError(FlowerMceplError):
+    """The connected nodes do not fit the agents of the graph."""
+
+
+class FingerprintError(FlowerMceplError):
+    """Two participants do not hold the same frozen weights."""
+
+
+class DivergedError(FlowerMceplError, ArithmeticError):
+    """Training produced a loss or scores that are not finite."""
+
+
+class StateError(FlowerMceplError):
+    """A saved agent state is damaged, or belongs to another agent, model or algorithm."""
+
+
+class RecordError(FlowerMceplError):
+    """A run record cannot be written or read."""
+
+
+class FrameError(FlowerMceplError):
+    """A frame is refused."""
+
+
+class TruncatedFrameError(FrameError):
+    """The frame is shorter than its header says."""
+
+
+class CorruptFrameError(FrameError):
+    """The frame is damaged: its checksum or its structure is wrong."""
+
+
+class ForeignFrameError(FrameError):
+    """The bytes are no frame, or a frame of another model, agent or run."""
+
+
+class FutureFrameError(FrameError):
+    """The frame has a newer format, or comes from a round that has not begun."""
+
+
+class ReplayedFrameError(FrameError):
+    """The frame is not newer than what is already held of its sender."""
