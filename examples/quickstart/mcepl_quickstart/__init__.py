@@ -1,0 +1,1 @@
+"""Quickstart of flower_mcepl: digits, ten unequal agents."""

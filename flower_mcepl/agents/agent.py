@@ -1,0 +1,118 @@
+"""What every algorithm is, seen from one participant: five verbs and no network."""
+
+import abc
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from flower_mcepl.errors import StateError
+
+Payload = Mapping[str, Tensor]
+"""What one agent sends: a bool mask or float tensor per layer."""
+
+STATE_VERSION = 1  # raise it when the meaning of a state's entries changes
+
+
+@dataclass(frozen=True)
+class AgentState:
+    """Everything an agent must remember between two rounds: tensors by name and JSON-able facts."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class Agent(abc.ABC):
+    """One participant of a decentralized algorithm.
+
+    Verbs, in the order of a round: `fuse` what the neighbors sent, `evaluate` the personal model, `train`,
+    say what is `outgoing`; and `state` / `restore` to survive. An agent never knows whether it lives in a
+    test, in Ray or on a device.
+    """
+
+    algorithm: str  # name in records and saved states
+    index: int  # 0..N-1 in the graph
+    seed: int  # seed of the run
+    fingerprint: str  # of the shared frozen weights, 32 hex characters
+    layers: dict[str, tuple[int, ...]]  # shape of each layer's outgoing tensor
+
+    @abc.abstractmethod
+    def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
+        """Take the neighbors' payloads of ``round`` (by agent index; empty if there are none)."""
+
+    @abc.abstractmethod
+    def train(self, *, round: int) -> dict[str, float]:
+        """Take the local steps of ``round`` and return metrics, among them ``train-loss``."""
+
+    @abc.abstractmethod
+    def outgoing(self) -> dict[str, Tensor]:
+        """Return what the neighbors get this round."""
+
+    @abc.abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Return ``accuracy``, ``loss``, ``num-examples`` and ``density`` of the personal model on the own test split."""
+
+    @abc.abstractmethod
+    def state(self) -> AgentState:
+        """Return everything that must survive until the next round."""
+
+    @abc.abstractmethod
+    def restore(self, state: AgentState) -> None:
+        """Continue from a state of the same agent, algorithm, seed and weights, else raise StateError."""
+
+    @abc.abstractmethod
+    def first_payload(self) -> dict[str, Tensor] | None:
+        """Return what a neighbor that has never been heard of counts as holding, or None if that is nothing."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return facts for the handshake: JSON-able scalars in kebab-case."""
+        return {"agent": self.index, "algorithm": self.algorithm, "fingerprint": self.fingerprint}
+
+    def _facts(self, **more: Any) -> dict[str, Any]:
+        return {
+            "state-version": STATE_VERSION,
+            "algorithm": self.algorithm,
+            "agent": self.index,
+            "seed": self.seed,
+            "fingerprint": self.fingerprint,
+            **more,
+        }
+
+    def _check_facts(self, facts: Mapping[str, Any]) -> None:
+        for key, mine in self._facts().items():
+            if facts.get(key) != mine:
+                raise StateError(
+                    f"the saved state is of {key} {facts.get(key)!r}, but agent {self.index} has {mine!r}. "
+                    "Use the state of this agent and run, or start afresh without it."
+                )
+
+
+def save_state(state: AgentState, path: Path) -> None:
+    """Write a state as one safetensors file, atomically; the facts stand in its metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+    safetensors.torch.save_file(tensors, temporary, metadata={"facts": json.dumps(state.facts, sort_keys=True)})
+    os.replace(temporary, path)
+
+
+def load_state(path: Path) -> AgentState:
+    """Read a state written by `save_state`.
+
+    Raises
+    ------
+    StateError
+        If the file is damaged or was not written by `save_state`.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            facts = json.loads((file.metadata() or {})["facts"])
+            return AgentState({name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise StateError(f"{path} is no readable agent state ({error}). Use another copy, or start afresh.") from error

@@ -1,0 +1,182 @@
+"""A ClientApp that plays one agent: it translates between Flower's messages and the agent, and does not calculate."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from flower_mcepl import keys
+from flower_mcepl.agents import Agent, MceplAgent, MceplConfig, save_state
+from flower_mcepl.clients.memory import recall, remember
+from flower_mcepl.config import read_fields
+from flower_mcepl.data import AgentData
+from flower_mcepl.errors import ConfigError
+from flower_mcepl.mailbox import Mailbox
+from flower_mcepl.masked_model import shared_module
+from flower_mcepl.relay import Parcel
+from flower_mcepl.rounds import Reply, open_mailbox, play_round
+from flower_mcepl.settings import DeviceSettings
+from flower_mcepl.simulation import agent_file, torch_threads
+
+ModelFn = Callable[[Context], nn.Module]
+DataFn = Callable[[Context], tuple[object, object]]
+AgentFn = Callable[[Context], Agent]
+
+_shared: dict[tuple[object, ...], Any] = {}  # modules and data of the present run, for all agents of this process
+
+
+def make_client_app(model_fn: ModelFn, data_fn: DataFn) -> ClientApp:
+    """Make the ClientApp of one MCE-PL agent from what a Flower app has anyway.
+
+    Parameters
+    ----------
+    model_fn : callable
+        ``model_fn(context)`` returns the network, freshly initialised. It is called on the run's seed, so that
+        every device draws the same weights; they are never sent.
+    data_fn : callable
+        ``data_fn(context)`` returns the agent's ``(train, test)`` splits: pairs of tensors, map-style datasets or
+        DataLoaders (see `flower_mcepl.data.AgentData.of`). Which agent it is stands in
+        ``context.node_config["partition-id"]``.
+
+    Notes
+    -----
+    All parameters are read from the run config (`MceplConfig`, `DeviceSettings`, ``seed``); a SuperNode's node
+    config may set ``retention-conv``, ``retention-linear``, ``device`` and ``threads`` for itself.
+    Both functions are called once per process and run, and their results are kept.
+
+    Examples
+    --------
+    >>> app = make_client_app(lambda context: Net(), load_data)  # doctest: +SKIP
+    """
+
+    def agent_fn(context: Context) -> Agent:
+        index, seed = agent_index(context), int(context.run_config.get("seed", 0))  # type: ignore[arg-type]
+        module = _once(context, (model_fn, seed), lambda: shared_module(lambda: model_fn(context), seed=seed))
+        data = _once(context, (data_fn, index), lambda: AgentData.of(*_splits(data_fn(context)), agent=index))
+        config = MceplConfig.from_run_config(context.run_config, agent=index, node_config=context.node_config)
+        return MceplAgent(index, module, data, config, seed=seed, device=_device(context))
+
+    return make_agent_app(agent_fn)
+
+
+def make_agent_app(agent_fn: AgentFn) -> ClientApp:
+    """Make a ClientApp from a function that builds the agent of a context, afresh for every message."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _play(agent_fn, message, context)
+
+    @app.evaluate()
+    def close(message: Message, context: Context) -> Message:
+        return _play(agent_fn, message, context)
+
+    @app.query()
+    def identify(message: Message, context: Context) -> Message:
+        """Say which agent this node is, without building it."""
+        return Message(RecordDict({keys.AGENT: ConfigRecord({"agent": agent_index(context)})}), reply_to=message)
+
+    return app
+
+
+def agent_index(context: Context) -> int:
+    """Return the agent's number, the node config's ``partition-id``."""
+    index = context.node_config.get(keys.PARTITION_ID)
+    if not isinstance(index, int) or index < 0:
+        raise ConfigError(
+            f"node {context.node_id} must say which agent it is: its node config needs partition-id, a number >= 0; "
+            f"got {index!r}. Start its SuperNode with --node-config 'partition-id=0' (one number per node)."
+        )
+    return index
+
+
+def _play(agent_fn: AgentFn, message: Message, context: Context) -> Message:
+    order = message.content.config_records.get(keys.ORDER)
+    if order is None or order.get(keys.VERSION) != keys.MESSAGE_VERSION:
+        raise ConfigError(
+            f"this device understands GossipStrategy messages of version {keys.MESSAGE_VERSION}; got "
+            f"{'none' if order is None else order.get(keys.VERSION)}. Use GossipStrategy, and the same release "
+            "of flower-mcepl on server and devices."
+        )
+    with torch_threads(_device_settings(context).threads):
+        agent = agent_fn(context)
+        mailbox = open_mailbox(agent, max_staleness=int(order[keys.MAX_STALENESS]))  # type: ignore[arg-type]
+        fresh = not recall(context, agent, mailbox)
+        reply = play_round(agent, mailbox, _parcel(message, order))
+    content = _answer(agent, reply, fresh=fresh)
+    _finish_round(agent, mailbox, context, order)  # last: where anything above fails, the old state stays
+    return Message(content, reply_to=message)
+
+
+def _parcel(message: Message, order: ConfigRecord) -> Parcel[bytes]:
+    neighbors: Any = order.get(keys.NEIGHBORS, [])
+    frames = message.content.array_records.get(keys.FRAMES, ArrayRecord())
+    return Parcel(
+        round=int(order[keys.ROUND]),  # type: ignore[arg-type]
+        neighbors=tuple(neighbors) if order[keys.FUSE] else None,
+        frames={int(sender): array.numpy().tobytes() for sender, array in frames.items()},
+        evaluate=bool(order[keys.EVALUATE]),
+        train=bool(order[keys.TRAIN]),
+    )
+
+
+def _answer(agent: Agent, reply: Reply, *, fresh: bool) -> RecordDict:
+    facts = {**agent.describe(), keys.FRESH: fresh}
+    if reply.refused:
+        facts[keys.REFUSED] = reply.refused
+    content = RecordDict({keys.AGENT: ConfigRecord(facts), keys.METRICS: MetricRecord(dict(reply.metrics))})
+    if reply.frame is not None:
+        frame = torch.frombuffer(bytearray(reply.frame), dtype=torch.uint8).numpy()
+        content[keys.FRAME] = ArrayRecord({keys.FRAME: Array(frame)})
+    return content
+
+
+def _finish_round(agent: Agent, mailbox: Mailbox, context: Context, order: ConfigRecord) -> None:
+    folder = order.get(keys.AGENTS_DIR)
+    if folder and _in_simulation():
+        save_state(agent.state(), Path(str(folder)) / agent_file(agent.index))
+    remember(context, agent, mailbox)
+
+
+def _in_simulation() -> bool:
+    """Tell whether this process is a worker of Flower's Ray simulation; on devices the state stays on the device."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def _splits(result: object) -> tuple[object, object]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ConfigError(f"the data function must return (train, test); got {type(result).__name__}.")
+    return result
+
+
+def _once(context: Context, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
+    """Return what ``make`` gave earlier in this process and run, under a key."""
+    if any(old[0] != context.run_id for old in _shared):
+        _shared.clear()
+    names = tuple(f"{part.__module__}.{part.__qualname__}" if callable(part) else part for part in key)
+    place = (context.run_id, *names)
+    if place not in _shared:
+        _shared[place] = make()
+    return _shared[place]
+
+
+def _device_settings(context: Context) -> DeviceSettings:
+    return read_fields(DeviceSettings, {**context.run_config, **context.node_config})
+
+
+def _device(context: Context) -> str:
+    told = _device_settings(context).device
+    if told != "auto":
+        try:
+            return str(torch.device(told))
+        except RuntimeError as error:
+            raise ConfigError(f"device must be auto, cpu, cuda, cuda:N or mps; got {told!r} ({error}).") from None
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

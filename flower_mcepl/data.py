@@ -1,0 +1,142 @@
+"""What an agent trains and evaluates on: batches of a training split and of a test split."""
+
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from flower_mcepl.errors import DataError
+
+Batch = tuple[Any, Tensor]
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """A split that yields batches ``(inputs, labels)``; write one to bring your own order of the examples."""
+
+    num_examples: int
+
+    def training_batches(
+        self, *, round: int, steps: int, batch_size: int, generator: torch.Generator
+    ) -> Iterator[Batch]:
+        """Yield ``steps`` batches for one round; every random choice comes from ``generator``."""
+        ...
+
+    def evaluation_batches(self, *, batch_size: int) -> Iterator[Batch]:
+        """Yield every example once, in a fixed order."""
+        ...
+
+
+@dataclass(frozen=True)
+class AgentData:
+    """The two splits of one agent, both from its own distribution."""
+
+    train: BatchSource
+    test: BatchSource
+
+    @classmethod
+    def of(cls, train: object, test: object, *, agent: int) -> "AgentData":
+        """Make the splits of ``agent`` from what a data function may return.
+
+        Each split is a pair of tensors ``(inputs, labels)``, a map-style dataset, a DataLoader (its data set and
+        ``collate_fn`` are used; batches are drawn by the agent's own stream with the configured batch size), or
+        a `BatchSource`.
+
+        Raises
+        ------
+        DataError
+            If a split is empty or of another type.
+        """
+        return cls(_source(train, f"agent {agent}'s training"), _source(test, f"agent {agent}'s test"))
+
+
+def _source(split: object, whose: str) -> BatchSource:
+    source = _coerce(split, whose)
+    if source.num_examples < 1:
+        raise DataError(
+            f"{whose} split is empty. Every agent needs at least one example of each split: use fewer agents, "
+            "another partitioning, or leave this agent out of the graph."
+        )
+    return source
+
+
+def _coerce(split: object, whose: str) -> BatchSource:
+    if isinstance(split, BatchSource):
+        return split
+    if isinstance(split, (tuple, list)) and len(split) == 2 and all(isinstance(part, Tensor) for part in split):
+        return TensorBatches(*split, whose=whose)
+    if isinstance(split, DataLoader):
+        return DatasetBatches(split.dataset, collate=split.collate_fn)
+    if isinstance(split, Sized) and hasattr(split, "__getitem__") and not isinstance(split, (tuple, list, dict)):
+        return DatasetBatches(split)
+    raise DataError(
+        f"{whose} split must be a pair of tensors (inputs, labels), a dataset with a length, a DataLoader over one, "
+        f"or a BatchSource; got {type(split).__name__}."
+    )
+
+
+def _index_batches(
+    num_examples: int, *, steps: int, batch_size: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield ``steps`` index batches: shuffled passes one after the other; a pass's short last batch is kept."""
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        if len(order) == 0:
+            order = torch.randperm(num_examples, generator=generator)
+        yield order[:batch_size]
+        order = order[batch_size:]
+
+
+class TensorBatches:
+    """Batches of two tensors that lie in memory."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor, *, whose: str = "the") -> None:
+        if len(inputs) != len(labels):
+            raise DataError(f"{whose} split holds {len(inputs)} inputs but {len(labels)} labels; they must pair up.")
+        self.inputs, self.labels = inputs, labels
+        self.num_examples = len(inputs)
+        self.classes = " ".join(str(label) for label in labels.unique().tolist())  # told in the handshake
+
+    def training_batches(
+        self, *, round: int, steps: int, batch_size: int, generator: torch.Generator
+    ) -> Iterator[Batch]:
+        """Yield batches drawn without replacement until the split is used up, then from a new shuffle."""
+        for index in _index_batches(self.num_examples, steps=steps, batch_size=batch_size, generator=generator):
+            yield self.inputs[index], self.labels[index]
+
+    def evaluation_batches(self, *, batch_size: int) -> Iterator[Batch]:
+        """Yield the split in order."""
+        yield from zip(self.inputs.split(batch_size), self.labels.split(batch_size), strict=True)
+
+
+class DatasetBatches:
+    """Batches of a map-style dataset that yields ``(input, label)``; its transforms run as the batch is drawn."""
+
+    def __init__(self, dataset: Dataset[Any] | Any, *, collate: Callable[[Any], Any] = default_collate) -> None:
+        self.dataset, self.collate = dataset, collate
+        self.num_examples = len(dataset)
+
+    def training_batches(
+        self, *, round: int, steps: int, batch_size: int, generator: torch.Generator
+    ) -> Iterator[Batch]:
+        """Yield batches drawn without replacement until the split is used up, then from a new shuffle."""
+        for index in _index_batches(self.num_examples, steps=steps, batch_size=batch_size, generator=generator):
+            yield self._batch(index.tolist())
+
+    def evaluation_batches(self, *, batch_size: int) -> Iterator[Batch]:
+        """Yield the split in order."""
+        for start in range(0, self.num_examples, batch_size):
+            yield self._batch(range(start, min(start + batch_size, self.num_examples)))
+
+    def _batch(self, index: Any) -> Batch:
+        batch = self.collate([self.dataset[i] for i in index])
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise DataError(
+                f"a batch must be a pair (inputs, labels); the dataset gave {type(batch).__name__}. "
+                "Pass a DataLoader whose collate_fn makes pairs."
+            )
+        inputs, labels = batch
+        return inputs, labels

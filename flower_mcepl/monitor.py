@@ -1,0 +1,197 @@
+"""What is told of a run while it goes on: the record on disk, and one line a round for a person."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Generic
+
+from flower_mcepl.record import RunRecord, accuracy_summary
+from flower_mcepl.relay import FrameT, Relay
+from flower_mcepl.report import human_bytes
+
+
+@dataclass(frozen=True)
+class Answer(Generic[FrameT]):
+    """One agent's answer as the relay sees it; the frame stays closed."""
+
+    facts: Mapping[str, Any]  # of the handshake, in every answer
+    metrics: Mapping[str, float]
+    frame: FrameT | None
+    num_bytes: int
+    refused: Sequence[str] = ()
+
+
+@dataclass
+class RunMonitor(Generic[FrameT]):
+    """Takes the answers of each round into the relay, the record and the log.
+
+    Parameters
+    ----------
+    relay : Relay
+        Gets the frames; its ledger is what the record's byte counts come from.
+    num_rounds : int
+        For the time left.
+    record : RunRecord or None
+        Where to write; None writes nothing.
+    log : callable
+        Gets each line.
+    """
+
+    relay: Relay[FrameT]
+    num_rounds: int
+    record: RunRecord | None = None
+    log: Callable[[str], None] = lambda line: None
+    rows: list[dict[str, Any]] = field(default_factory=list)  # as in rounds.jsonl
+    train_loss: dict[int, float] = field(default_factory=dict)  # mean over the agents, by round
+
+    def __post_init__(self) -> None:
+        self._start = self._round_start = time.perf_counter()
+        self._agent_seconds: dict[int, float] = {}
+        self._introduced: dict[int, Mapping[str, Any]] = {}
+
+    def close_round(
+        self,
+        round: int,
+        answers: Mapping[int, Answer[FrameT]],
+        *,
+        failed: Mapping[str, str] | None = None,
+        missing: Sequence[int] = (),
+    ) -> None:
+        """Take in the answers of ``round``; number ``num_rounds + 1`` is the closing exchange.
+
+        ``failed`` holds a reason by agent or node, ``missing`` the agents that did not answer at all.
+        """
+        failed = dict(failed or {})
+        answers = dict(sorted(answers.items()))
+        for agent, answer in answers.items():
+            spent = answer.metrics.get("seconds", 0.0)
+            self._agent_seconds[agent] = self._agent_seconds.get(agent, 0.0) + spent
+        evaluated = [self._row(agent, round - 1, a) for agent, a in answers.items() if "accuracy" in a.metrics]
+        link_bytes = self.relay.ledger.totals()["links_total"]
+        for agent, answer in answers.items():
+            self.relay.answered(agent, answer.facts)
+            if answer.frame is not None:
+                self.relay.post(agent, answer.frame, round=round, num_bytes=answer.num_bytes)
+            for reason in answer.refused:
+                self.log(f"round {round}: agent {agent} refused a frame. {reason}")
+        losses = [a.metrics["train-loss"] for a in answers.values() if "train-loss" in a.metrics]
+        if losses:
+            self.train_loss[round] = fmean(losses)
+        self.rows += evaluated
+        self._write(round, answers, failed, missing, evaluated, link_bytes)
+        self.log(self._line(round, answers, failed, missing, evaluated))
+        self._round_start = time.perf_counter()
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Return mean, spread and extremes of the personal accuracies by evaluated round."""
+        by_round: dict[int, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            by_round.setdefault(row["round"], []).append(row)
+        result = {}
+        for round, rows in sorted(by_round.items()):
+            s = accuracy_summary(rows)
+            result[round] = {
+                "accuracy": s["mean"],
+                "accuracy-std": s["std"],
+                "accuracy-worst": s["worst"],
+                "accuracy-best": s["best"],
+                "num-agents": len(rows),
+            }
+        return result
+
+    def finish(self, status: str, **more: Any) -> dict[str, Any]:
+        """Write the summary and return it."""
+        summary = {
+            "num_rounds": self.num_rounds,
+            "accuracy": accuracy_summary(self.rows),
+            "bytes": self.relay.ledger.totals(),
+            "links": self.relay.ledger.link_rows(),
+            "seconds": time.perf_counter() - self._start,
+            **more,
+        }
+        if self.record is not None:
+            self.record.finish(status, **summary)
+        return {"status": status, **summary}
+
+    def _row(self, agent: int, round: int, answer: Answer[FrameT]) -> dict[str, Any]:
+        ledger, metrics = self.relay.ledger, answer.metrics
+        return {
+            "round": round,
+            "agent": agent,
+            "accuracy": metrics["accuracy"],
+            "loss": metrics["loss"],
+            "num_examples": int(metrics["num-examples"]),
+            "density": metrics["density"],
+            "sent_bytes": ledger.sent[agent],
+            "received_bytes": ledger.received[agent],
+            "uplink_bytes": ledger.uplink[agent],
+            "seconds": self._agent_seconds[agent],
+        }
+
+    def _write(
+        self,
+        round: int,
+        answers: Mapping[int, Answer[FrameT]],
+        failed: Mapping[str, str],
+        missing: Sequence[int],
+        evaluated: list[dict[str, Any]],
+        link_bytes: int,
+    ) -> None:
+        if self.record is None:
+            return
+        fresh = {
+            agent: {key.replace("-", "_"): value for key, value in a.facts.items()}
+            for agent, a in answers.items()
+            if agent not in self._introduced
+        }
+        if fresh:
+            self._introduced.update(fresh)
+            self.record.amend_config(agents=[self._introduced[agent] for agent in sorted(self._introduced)])
+        self.record.log_agents(evaluated)
+        self.record.log_round(
+            {
+                "round": round,
+                "answered": len(answers),
+                "agents": self.relay.topology.num_agents,
+                "failed": failed,
+                "missing": list(missing),
+                "refused": {agent: list(a.refused) for agent, a in answers.items() if a.refused},
+                "train_loss": self.train_loss.get(round),
+                "link_bytes": link_bytes,
+                "uplink_bytes": self.relay.ledger.totals()["uplink_total"],
+                "seconds": time.perf_counter() - self._start,
+            }
+        )
+
+    def _line(
+        self,
+        round: int,
+        answers: Mapping[int, Answer[FrameT]],
+        failed: Mapping[str, str],
+        missing: Sequence[int],
+        evaluated: list[dict[str, Any]],
+    ) -> str:
+        closing = round > self.num_rounds
+        parts = ["closing" if closing else f"round {round}/{self.num_rounds}"]
+        if not closing:
+            parts.append(f"{self._time_left(round)} left")
+        parts.append(f"{len(answers)}/{self.relay.topology.num_agents} answered")
+        parts += [f"{len(failed)} failed"] if failed else []
+        parts += [f"no answer from {', '.join(map(str, missing))}"] if missing else []
+        if round in self.train_loss:
+            parts.append(f"train loss {self.train_loss[round]:.3f}")
+        if evaluated:
+            s = accuracy_summary(evaluated)
+            parts.append(
+                f"accuracy after round {s['round']}: {s['mean']:.3f} ± {s['std']:.3f} "
+                f"(worst {s['worst']:.3f}, agent {s['worst_agent']})"
+            )
+        parts.append(f"{human_bytes(self.relay.ledger.totals()['links_total'])} over the links")
+        return " | ".join(parts)
+
+    def _time_left(self, round: int) -> str:
+        per_round = (time.perf_counter() - self._start) / round
+        minutes, seconds = divmod(int(per_round * (self.num_rounds - round) + 0.5), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

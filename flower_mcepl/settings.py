@@ -1,0 +1,86 @@
+"""The settings of a run and of a device, as keys of the run config."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flower_mcepl.agents.mcepl import MceplConfig
+from flower_mcepl.config import RunConfig, check, field_keys, read_fields, refuse_unknown_keys
+from flower_mcepl.topology import Topology
+
+RETENTION_KEYS = ("retention-conv", "retention-linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSettings:
+    """How one agent calculates; a SuperNode's node config may set the same keys for itself."""
+
+    device: str = "auto"  # "auto" (CUDA, else MPS, else CPU), or a torch device such as "cpu" or "cuda:1"
+    threads: int = 1  # of torch on the CPU; float sums depend on it. 0: torch's own choice
+
+    def __post_init__(self) -> None:
+        check(self.threads >= 0, "threads must be >= 0 (0: torch's own choice)", self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What one run does, apart from the algorithm's own parameters.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of range.
+    """
+
+    num_agents: int = 10
+    num_rounds: int = 100
+    seed: int = 0
+    topology: str = "ring"  # see Topology.parse
+    evaluate_every: int = 10  # rounds
+    max_staleness: int = 5  # rounds for which an absent neighbor's last mask stays in use
+    min_agents: int = 0  # agents that must take part in round 1; 0: all
+    round_timeout: float = 600.0  # seconds
+    wait_timeout: float = 120.0  # seconds to wait for the first nodes
+    record_dir: str = "runs"  # the run record becomes a folder in here
+
+    def __post_init__(self) -> None:
+        for name in ("num_agents", "num_rounds", "evaluate_every"):
+            check(getattr(self, name) >= 1, f"{name.replace('_', '-')} must be >= 1", getattr(self, name))
+        check(self.max_staleness >= 0, "max-staleness must be >= 0", self.max_staleness)
+        check(
+            0 <= self.min_agents <= self.num_agents,
+            f"min-agents must be in 0..{self.num_agents} (num-agents)",
+            self.min_agents,
+        )
+        for name in ("round_timeout", "wait_timeout"):
+            check(getattr(self, name) > 0, f"{name.replace('_', '-')} must be > 0 seconds", getattr(self, name))
+
+    @classmethod
+    def from_run_config(cls, run_config: RunConfig, *, app_keys: Iterable[str] = ()) -> "RunSettings":
+        """Read and check the whole run config before anything runs, the algorithm's and devices' keys included.
+
+        Parameters
+        ----------
+        run_config : mapping
+            Flower's ``context.run_config``.
+        app_keys : iterable of str
+            Further keys that the app itself reads.
+
+        Raises
+        ------
+        ConfigError
+            If a key is unknown or a value has the wrong type or is out of range.
+        TopologyError
+            If the graph is impossible.
+        """
+        algorithm_keys = field_keys(MceplConfig) - {"retention", "first-retention"}
+        known = field_keys(cls, DeviceSettings) | algorithm_keys | set(RETENTION_KEYS) | set(app_keys)
+        refuse_unknown_keys(run_config, known)
+        settings = read_fields(cls, run_config)
+        settings.graph()
+        read_fields(DeviceSettings, run_config)
+        MceplConfig.from_run_config(run_config, agent=0)
+        return settings
+
+    def graph(self) -> Topology:
+        """Return the communication graph of the run."""
+        return Topology.parse(self.topology, num_agents=self.num_agents, seed=self.seed)

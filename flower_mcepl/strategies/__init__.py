@@ -1,0 +1,5 @@
+"""Flower server side: the relay."""
+
+from flower_mcepl.strategies.gossip import GossipStrategy
+
+__all__ = ["GossipStrategy"]

@@ -1,0 +1,337 @@
+"""The relay as a Flower strategy: every agent gets the frames of its own graph neighbors and nothing else."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from logging import INFO, WARNING, getLogger
+from pathlib import Path
+from typing import Any, final
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from flower_mcepl import keys
+from flower_mcepl.errors import ConfigError, FingerprintError, RosterError
+from flower_mcepl.monitor import Answer, RunMonitor
+from flower_mcepl.record import RunRecord, read_run
+from flower_mcepl.relay import Parcel, Relay
+from flower_mcepl.report import agent_table, plot_run
+from flower_mcepl.settings import RunSettings
+from flower_mcepl.strategies.roster import Roster
+from flower_mcepl.topology import Topology
+
+logger = getLogger("flwr")
+MAX_SILENT_ROUNDS = 3  # so many rounds in which nobody answers end the run
+
+
+@final
+class GossipStrategy(Strategy):
+    """Decentralized learning without a global model: relay each agent's frame to its graph neighbors only.
+
+    One message per agent and round: the train message of a round carries the neighbors' frames of the round
+    before; the answer carries the agent's own. A closing message after the last round fuses and evaluates. The
+    strategy never opens a frame, and aggregates nothing.
+
+    Parameters
+    ----------
+    topology : Topology
+        The communication graph; agent i is the node whose node config says ``partition-id = i``.
+    evaluate_every : int (default: 10)
+        Evaluate the personal models after each such number of rounds, and after the last one.
+    max_staleness : int (default: 5)
+        For how many rounds an absent neighbor's last mask stays in use.
+    min_agents : int (default: 0)
+        Agents that must take part in round 1; 0 stands for all of the graph. Later rounds go on with those who answer.
+    wait_timeout : float (default: 120.0)
+        Seconds to wait for the first nodes.
+    record : str, optional (default: "runs")
+        Folder in which the run record is made; None writes none.
+    name : str (default: "gossip")
+        Name of the run, part of the record's folder.
+    config : mapping, optional
+        What else is needed to repeat the run, such as ``dict(context.run_config)``; goes into the record.
+
+    Examples
+    --------
+    >>> strategy = GossipStrategy(topology=Topology.ring(10))
+    >>> strategy.start(grid=grid, num_rounds=100)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        evaluate_every: int = 10,
+        max_staleness: int = 5,
+        min_agents: int = 0,
+        wait_timeout: float = 120.0,
+        record: str | Path | None = "runs",
+        name: str = "gossip",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(topology, Topology):
+            raise ConfigError(f"topology must be a Topology, such as Topology.ring(10); got {type(topology).__name__}.")
+        if not 0 <= min_agents <= topology.num_agents:
+            raise ConfigError(f"min_agents must be in 0..{topology.num_agents}; got {min_agents}.")
+        self.topology = topology
+        self.min_agents = min_agents or topology.num_agents
+        self.wait_timeout, self.record_root, self.name = wait_timeout, record, name
+        self.config = dict(config or {})
+        self.relay = Relay[Array](topology, evaluate_every=evaluate_every, max_staleness=max_staleness)
+        self.roster = Roster(topology.num_agents)
+        self.monitor = RunMonitor(self.relay, num_rounds=0, log=_log)
+        self.record: RunRecord | None = None
+        self._timeout = 3600.0
+        self._sent: list[Message] = []  # of the present exchange; the grid fills in the message ids
+        self._online: list[int] = []
+        self._refused: set[int] = set()  # nodes that were turned away
+        self._silent_rounds = 0
+
+    @classmethod
+    def from_run_config(
+        cls, run_config: Mapping[str, Any], *, app_keys: Iterable[str] = (), name: str = "gossip"
+    ) -> "GossipStrategy":
+        """Build the strategy from Flower's run config, which is checked whole (see `RunSettings`).
+
+        ``app_keys`` are further keys that the app itself reads.
+        """
+        settings = RunSettings.from_run_config(run_config, app_keys=app_keys)
+        return cls(
+            settings.graph(),
+            evaluate_every=settings.evaluate_every,
+            max_staleness=settings.max_staleness,
+            min_agents=settings.min_agents,
+            wait_timeout=settings.wait_timeout,
+            record=settings.record_dir,
+            name=name,
+            config={"run_config": dict(run_config), "seed": settings.seed},
+        )
+
+    def summary(self) -> None:
+        """Log what is about to run."""
+        _log(f"\t├── {self.topology.describe()}")
+        if self.record is not None:
+            _log(f"\t└── Run record: {self.record.path}")
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run ``num_rounds`` rounds and the closing exchange; as `Strategy.start`, but ``initial_arrays`` may be left out.
+
+        The result has no arrays: there is no global model. ``evaluate_metrics_clientapp`` holds, per evaluated
+        round, the mean, spread and worst of the personal accuracies; `monitor` and the run record hold each agent's.
+
+        Raises
+        ------
+        RosterError, FingerprintError
+            If the nodes do not fit the graph in round 1.
+        """
+        self.monitor.num_rounds, self._timeout = num_rounds, timeout
+        if self.record_root is not None:
+            self.monitor.record = self.record = self._new_record(num_rounds, timeout)
+        status = "failed"
+        try:
+            result = super().start(
+                grid, initial_arrays or ArrayRecord(), num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+            )
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            self.monitor.finish(status)
+        result.train_metrics_clientapp.update(
+            {round: MetricRecord({"train-loss": loss}) for round, loss in self.monitor.train_loss.items()}
+        )
+        result.evaluate_metrics_clientapp.update(
+            {round: MetricRecord(metrics) for round, metrics in self.monitor.evaluations().items()}
+        )
+        self._report()
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return one message per node that is online: its parcel for the round."""
+        self._online = self._wait_for_nodes(grid) if server_round == 1 else sorted(grid.get_node_ids())
+        self._sent = []
+        for node in self._online:
+            if node in self._refused:
+                continue
+            agent = self.roster.agent_of(node)
+            parcel = Parcel[Array](server_round, None) if agent is None else self.relay.parcel(agent, round=server_round)
+            self._sent.append(self._message(node, parcel, config, MessageType.TRAIN))
+        return self._sent
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Take in the answers; there is no global model to hand back."""
+        self._take_in(server_round, replies)
+        return None, None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the closing messages after the last round; evaluations before that ride on the train messages."""
+        self._sent = []
+        if server_round != self.monitor.num_rounds:
+            return []
+        self._online = sorted(grid.get_node_ids())
+        for agent, node in sorted(self.roster.node_of.items()):
+            if node in self._online:
+                parcel = self.relay.parcel(agent, round=server_round + 1, closing=True)
+                self._sent.append(self._message(node, parcel, config, MessageType.EVALUATE))
+        return self._sent
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Take in the closing answers and return the final accuracy over the agents."""
+        if not self._sent:
+            return None
+        self._take_in(server_round + 1, replies)
+        final = self.monitor.evaluations().get(server_round)
+        return MetricRecord(final) if final else None
+
+    def _message(self, node: int, parcel: Parcel[Array], config: ConfigRecord, message_type: str) -> Message:
+        order = ConfigRecord(
+            {
+                **config,
+                keys.VERSION: keys.MESSAGE_VERSION,
+                keys.ROUND: parcel.round,
+                keys.FUSE: parcel.neighbors is not None,
+                keys.EVALUATE: parcel.evaluate,
+                keys.TRAIN: parcel.train,
+                keys.MAX_STALENESS: self.relay.max_staleness,
+            }
+        )
+        if parcel.neighbors:
+            order[keys.NEIGHBORS] = list(parcel.neighbors)
+        if self.record is not None and not parcel.train:
+            order[keys.AGENTS_DIR] = str(self.record.agents_dir)
+        frames = ArrayRecord({str(sender): array for sender, array in parcel.frames.items()})
+        return Message(
+            RecordDict({keys.FRAMES: frames, keys.ORDER: order}),
+            dst_node_id=node,
+            message_type=message_type,
+            group_id=str(parcel.round),
+            ttl=self._timeout,  # a late answer is refused by the SuperLink, and each silent node shows as an error
+        )
+
+    def _take_in(self, round: int, replies: Iterable[Message]) -> None:
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in self._sent}
+        answers: dict[int, Answer[Array]] = {}
+        failed: dict[str, str] = {}
+        for reply in replies:
+            # Error replies of the SuperLink bear its own node id: the message answered tells who was asked.
+            node = asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+            if reply.has_error():
+                failed[self._name(node)] = f"error {reply.error.code}: {reply.error.reason}"
+                continue
+            try:
+                agent, answer = self._read(node, reply.content)
+            except (RosterError, FingerprintError) as error:
+                if round == 1:
+                    raise
+                self._refused.add(node)
+                failed[f"node {node}"] = str(error)
+                continue
+            answers[agent] = answer
+        for name, reason in sorted(failed.items()):
+            logger.log(WARNING, "round %d: %s failed. %s", round, name, reason)
+        self._check_attendance(round, answers, failed)
+        silent = [agent for agent in self._agents_asked() if agent not in answers and f"agent {agent}" not in failed]
+        self.monitor.close_round(round, answers, failed=failed, missing=silent)
+
+    def _read(self, node: int, content: RecordDict) -> tuple[int, Answer[Array]]:
+        facts = dict(content.config_records[keys.AGENT])
+        agent = self.roster.admit(node, facts, online=self._online)
+        if facts.pop(keys.FRESH, False):
+            self.relay.forget(agent)
+        refused: Any = facts.pop(keys.REFUSED, [])
+        metrics: Any = dict(content.metric_records[keys.METRICS])
+        frame = content.array_records[keys.FRAME][keys.FRAME] if keys.FRAME in content.array_records else None
+        num_bytes = frame.shape[0] if frame is not None else 0  # one byte an element: the frame stays closed
+        return agent, Answer(facts, metrics, frame, num_bytes, refused)
+
+    def _check_attendance(self, round: int, answers: Mapping[int, Any], failed: Mapping[str, str]) -> None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())) or "no reason given"
+        if round == 1 and len(answers) < self.min_agents:
+            absent = ", ".join(map(str, self.roster.missing()))
+            raise RosterError(
+                f"round 1 needs {self.min_agents} agents, but {len(answers)} took part; missing: {absent}. {reasons}. "
+                "Mend these nodes, or let the run begin with fewer (min_agents, run-config key min-agents)."
+            )
+        self._silent_rounds = 0 if answers else self._silent_rounds + 1
+        if self._silent_rounds >= MAX_SILENT_ROUNDS:
+            raise RosterError(f"no agent has answered for {MAX_SILENT_ROUNDS} rounds. Last reasons: {reasons}.")
+
+    def _agents_asked(self) -> list[int]:
+        nodes = [message.metadata.dst_node_id for message in self._sent]
+        agents = [self.roster.agent_of(node) for node in nodes]
+        return sorted(agent for agent in agents if agent is not None)
+
+    def _name(self, node: int) -> str:
+        agent = self.roster.agent_of(node)
+        return f"node {node}" if agent is None else f"agent {agent}"
+
+    def _wait_for_nodes(self, grid: Grid) -> list[int]:
+        deadline = time.monotonic() + self.wait_timeout
+        told = -1
+        while len(nodes := sorted(grid.get_node_ids())) < self.min_agents:
+            if len(nodes) != told:
+                _log(f"waiting for nodes: {len(nodes)} of {self.min_agents} are here")
+                told = len(nodes)
+            if time.monotonic() > deadline:
+                raise self._too_few(grid, nodes)
+            time.sleep(0.2)
+        return nodes
+
+    def _too_few(self, grid: Grid, nodes: list[int]) -> RosterError:
+        """Ask the nodes that are here who they are, so that the error can name who is not."""
+        ask = [Message(RecordDict(), dst_node_id=node, message_type="query", ttl=60.0) for node in nodes]
+        replies = [reply for reply in grid.send_and_receive(ask, timeout=60.0) if not reply.has_error()]
+        here = {int(reply.content.config_records[keys.AGENT]["agent"]) for reply in replies}  # type: ignore[arg-type]
+        absent = [agent for agent in range(self.topology.num_agents) if agent not in here]
+        return RosterError(
+            f"the graph has {self.topology.num_agents} agents and {self.min_agents} of them must be there, but after "
+            f"{self.wait_timeout:g} s there are {len(nodes)} nodes; missing agents: {', '.join(map(str, absent))}. "
+            "Start their nodes (in simulation: num-supernodes in --federation-config), use a smaller graph, or let "
+            "the run begin with fewer (min_agents, run-config key min-agents)."
+        )
+
+    def _new_record(self, num_rounds: int, timeout: float) -> RunRecord:
+        config = {
+            **self.config,
+            "num_rounds": num_rounds,
+            "timeout": timeout,
+            "evaluate_every": self.relay.evaluate_every,
+            "max_staleness": self.relay.max_staleness,
+            "min_agents": self.min_agents,
+            "topology": self.topology.to_config(),
+        }
+        assert self.record_root is not None
+        return RunRecord.create(self.record_root, name=self.name, config=config)
+
+    def _report(self) -> None:
+        """Log the table of the agents and draw the overview, where the extra `report` is installed."""
+        if self.record is None:
+            return
+        run = read_run(self.record.path)
+        try:
+            for line in agent_table(run).splitlines():
+                _log(line)
+            _log(f"Picture: {plot_run(run)}")
+        except ConfigError as missing_extra:
+            logger.log(WARNING, "%s", missing_extra)
+        _log(f"Run record: {self.record.path}")
+
+
+def _log(line: str) -> None:
+    logger.log(INFO, "%s", line)

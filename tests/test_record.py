@@ -1,0 +1,266 @@
+import json
+import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flower_mcepl.errors import ConfigError, RecordError
+from flower_mcepl.record import AGENT_KEYS, RELAY_KEYS, RunRecord, accuracy_summary, read_run
+
+
+def agent_row(agent: int, round: int, accuracy: float = 0.5, **more: Any) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(AGENT_KEYS, 0)
+    return row | {"agent": agent, "round": round, "accuracy": accuracy, "loss": 1.25} | more
+
+
+def relay_row(round: int) -> dict[str, Any]:
+    return dict.fromkeys(RELAY_KEYS, 0) | {"round": round, "failed": {3: "out of memory"}, "missing": [2]}
+
+
+def three_rounds(path: Path) -> RunRecord:
+    record = RunRecord.create(name="ring", config={"seed": 7}, path=path)
+    for number in (1, 2, 3):
+        record.log_agents(agent_row(agent, number, accuracy=number / 10 + agent / 100) for agent in (0, 1))
+        record.log_round(relay_row(number))
+    return record
+
+
+def test_a_finished_run_reads_back_as_written(tmp_path: Path) -> None:
+    record = three_rounds(tmp_path / "run")
+    (record.agents_dir / "agent-0001.safetensors").write_bytes(b"")
+    record.finish("finished", num_rounds=3, links=[{"sender": 0, "receiver": 1, "frames": 3, "bytes": 9}])
+
+    run = read_run(tmp_path / "run")
+
+    assert run.path == record.path == (tmp_path / "run").absolute()
+    assert (run.name, run.config["seed"]) == ("ring", 7)
+    assert run.config["versions"].keys() >= {"python", "platform", "torch", "numpy", "flower_mcepl"}
+    assert run.config["started"].endswith("+00:00")
+    assert len(run.rounds) == 6
+    assert run.rounds[0] == agent_row(0, 1, accuracy=0.1)
+    assert run.relay[2] == relay_row(3) | {"failed": {"3": "out of memory"}}
+    assert run.summary is not None
+    assert (run.summary["status"], run.summary["num_rounds"]) == ("finished", 3)
+    assert run.summary["links"] == [{"sender": 0, "receiver": 1, "frames": 3, "bytes": 9}]
+    assert run.summary["seconds"] >= 0
+    assert run.agents == {1: record.path / "agents" / "agent-0001.safetensors"}
+    assert not run.truncated
+    assert not list(record.path.glob("*.tmp"))
+
+
+def test_final_and_curve(tmp_path: Path) -> None:
+    run = read_run(three_rounds(tmp_path / "run").path)
+    assert {agent: row["round"] for agent, row in run.final().items()} == {0: 3, 1: 3}
+    assert [point[0] for point in run.curve()] == [1, 2, 3]
+    assert run.curve()[2][1:] == pytest.approx((0.305, 0.005, 0.30, 0.31))
+
+
+def test_a_run_without_lines_reads(tmp_path: Path) -> None:
+    run = read_run(RunRecord.create(name="x", config={}, path=tmp_path / "run").path)
+    assert (run.rounds, run.relay, run.summary, run.agents, run.curve()) == ([], [], None, {}, [])
+
+
+def test_every_line_is_on_disk_when_the_call_returns(tmp_path: Path) -> None:
+    record = three_rounds(tmp_path / "run")
+    assert (record.path / "rounds.jsonl").read_bytes().count(b"\n") == 6
+    assert (record.path / "relay.jsonl").read_bytes().count(b"\n") == 3
+    assert not (record.path / "agents").exists()
+
+
+# --- killed and damaged ---
+
+
+@pytest.mark.parametrize("file", ["rounds.jsonl", "relay.jsonl"])
+def test_a_run_killed_at_any_byte_of_the_last_line_reads(tmp_path: Path, file: str) -> None:
+    path = three_rounds(tmp_path / "run").path / file
+    whole = path.read_bytes()
+    start = whole.rindex(b"\n", 0, -1) + 1
+    lines = whole.count(b"\n")
+    for cut in range(start, len(whole)):
+        path.write_bytes(whole[:cut])
+        run = read_run(tmp_path / "run")
+        complete = cut == len(whole) - 1  # only the line's end is missing
+        rows = run.rounds if file == "rounds.jsonl" else run.relay
+        assert len(rows) == lines - 1 + complete
+        assert run.truncated == (start < cut and not complete)
+        assert run.summary is None
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"round": 1, "ag', b"", b"\xff\xfe", b"[1, 2]", b'{"round": 1}', b"\0" * 9]
+)
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, damage: bytes) -> None:
+    path = three_rounds(tmp_path / "run").path / "rounds.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = damage
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(RecordError, match=r"rounds\.jsonl, line 2 is damaged"):
+        read_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("file", ["config.json", "summary.json"])
+def test_a_damaged_file_is_named(tmp_path: Path, file: str) -> None:
+    record = three_rounds(tmp_path / "run")
+    (record.path / file).write_text('{"seed": ')
+    with pytest.raises(RecordError, match=file):
+        read_run(record.path)
+
+
+def test_a_folder_that_is_no_record_says_what_was_expected(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(RecordError, match=r"folder with config\.json and rounds\.jsonl"):
+            read_run(path)
+
+
+# --- folders ---
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    def create(_: int) -> Path:
+        return RunRecord.create(tmp_path / "runs", name="my ring/α", config={}).path
+
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(create, range(12)))
+    assert len(paths) == 12
+    assert {path.parent for path in paths} == {tmp_path / "runs"}
+    assert all("my-ring-α" in path.name for path in paths)
+    assert read_run(paths.pop()).name == "my ring/α"
+
+
+def test_an_exact_path_is_taken_once(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    RunRecord.create(name="x", config={}, path=tmp_path / "empty")
+    with pytest.raises(RecordError, match="not empty"):
+        RunRecord.create(name="x", config={}, path=tmp_path / "empty")
+
+
+def test_a_place_that_cannot_be_written_is_a_record_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RecordError, match="cannot write"):
+        RunRecord.create(tmp_path / "file", name="x", config={})
+    with pytest.raises(RecordError, match="cannot write"):
+        RunRecord.create(name="x", config={}, path=tmp_path / "file")
+
+
+def test_the_config_of_an_earlier_run_can_be_passed_as_it_is(tmp_path: Path) -> None:
+    first = read_run(three_rounds(tmp_path / "first").path)
+    second = RunRecord.create(
+        name="again", config=first.config | {"started": "long ago"}, path=tmp_path / "2"
+    )
+    config = read_run(second.path).config
+    assert (config["seed"], config["name"]) == (7, "again")
+    assert config["started"] != "long ago"
+
+
+def test_what_is_known_later_is_added_to_the_config(tmp_path: Path) -> None:
+    record = three_rounds(tmp_path / "run")
+    before = read_run(record.path).config
+    record.amend_config(agents=[{"agent": 0}])
+    record.amend_config(agents=[{"agent": 0}, {"agent": 1}])
+    assert read_run(record.path).config == before | {"agents": [{"agent": 0}, {"agent": 1}]}
+
+
+# --- values ---
+
+
+def standard_json(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan"), np.float64("inf")])
+def test_a_number_that_is_not_finite_becomes_null(tmp_path: Path, value: float) -> None:
+    record = RunRecord.create(name="x", config={"deep": [{"value": value}]}, path=tmp_path / "run")
+    record.log_agents([agent_row(0, 1, accuracy=value)])
+    record.finish("failed", accuracy={"mean": value})
+    for file in ("config.json", "summary.json", "rounds.jsonl"):
+        standard_json((record.path / file).read_text())
+    run = read_run(record.path)
+    assert run.config["deep"] == [{"value": None}]
+    assert run.rounds[0]["accuracy"] is None
+    assert run.curve() == []
+
+
+def test_numpy_values_and_paths_are_written_as_json(tmp_path: Path) -> None:
+    config = {"n": np.int64(3), "r": np.float32(0.5), "a": np.arange(2), "p": Path("data"), "t": (1, True)}
+    run = read_run(RunRecord.create(name="x", config=config, path=tmp_path / "run").path)
+    assert {key: run.config[key] for key in config} == {
+        "n": 3,
+        "r": 0.5,
+        "a": [0, 1],
+        "p": "data",
+        "t": [1, True],
+    }
+
+
+def test_what_json_cannot_hold_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="object"):
+        RunRecord.create(name="x", config={"model": object()}, path=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", AGENT_KEYS)
+def test_a_line_without_a_required_key_is_refused_whole(tmp_path: Path, key: str) -> None:
+    record = RunRecord.create(name="x", config={}, path=tmp_path / "run")
+    short = agent_row(1, 1)
+    del short[key]
+    with pytest.raises(RecordError, match=f"missing: {key}"):
+        record.log_agents([agent_row(0, 1), short])
+    assert read_run(record.path).rounds == []
+
+
+def test_extra_keys_are_kept(tmp_path: Path) -> None:
+    record = RunRecord.create(name="x", config={}, path=tmp_path / "run")
+    record.log_agents([agent_row(0, 1, stale_frames=4)])
+    assert read_run(record.path).rounds[0]["stale_frames"] == 4
+
+
+def test_a_relay_line_needs_its_keys(tmp_path: Path) -> None:
+    record = RunRecord.create(name="x", config={}, path=tmp_path / "run")
+    with pytest.raises(RecordError, match="missing: answered"):
+        record.log_round({"round": 1})
+
+
+def test_a_status_is_one_of_three_and_the_last_one_stays(tmp_path: Path) -> None:
+    record = three_rounds(tmp_path / "run")
+    with pytest.raises(ConfigError, match="finished, interrupted, failed"):
+        record.finish("done")
+    record.finish("interrupted", seconds=12.5)
+    record.finish("failed")
+    summary = read_run(record.path).summary
+    assert summary is not None
+    assert summary["status"] == "failed"
+
+
+def test_accuracy_summary() -> None:
+    rows = [agent_row(0, 1, 0.9), agent_row(0, 5, 0.2), agent_row(1, 5, 0.6), agent_row(2, 4, 0.2)]
+    rows.append(agent_row(3, 5, math.nan))
+    assert accuracy_summary(rows) == {
+        "mean": pytest.approx(1.0 / 3),
+        "std": pytest.approx(np.std([0.2, 0.6, 0.2])),
+        "worst": 0.2,
+        "worst_agent": 0,
+        "best": 0.6,
+        "best_agent": 1,
+        "round": 5,
+    }
+
+
+def test_accuracy_summary_of_nobody() -> None:
+    assert set(accuracy_summary([]).values()) == {None}
+
+
+def test_the_record_loads_neither_flower_nor_plots() -> None:
+    heavy = "{'flwr', 'matplotlib', 'rich'} & set(sys.modules)"
+    for modules in ("flower_mcepl.record", "flower_mcepl.report"):
+        code = f"import {modules}, sys; sys.exit(bool({heavy}))"
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    code = f"import rich, sys; sys.exit(bool({heavy}))"  # the check can fail
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 1
