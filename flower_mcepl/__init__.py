@@ -1,1 +1,70 @@
-"""Personal models by mask gossip: decentralized, communication-efficient learning on Flower (MCE-PL)."""
+"""Personal models by mask gossip: decentralized, communication-efficient learning on Flower (MCE-PL).
+
+Every agent holds the same frozen random network and learns a binary mask over it; agents exchange masks with
+their neighbors in a graph, one bit per weight, fuse them, and fine-tune towards their own data.
+
+The Flower sides are imported on their own: ``flower_mcepl.strategies`` (the relay) and ``flower_mcepl.clients``
+(one agent inside a ClientApp). This package never loads Flower, Ray or torchvision.
+"""
+
+from flower_mcepl.agents import Agent, MceplAgent, MceplConfig
+from flower_mcepl.data import AgentData
+from flower_mcepl.errors import (
+    ConfigError,
+    CorruptFrameError,
+    DataError,
+    DivergedError,
+    FingerprintError,
+    FlowerMceplError,
+    ForeignFrameError,
+    FrameError,
+    FutureFrameError,
+    RecordError,
+    ReplayedFrameError,
+    RosterError,
+    StateError,
+    TopologyError,
+    TruncatedFrameError,
+    UnsupportedLayerError,
+)
+from flower_mcepl.masked_model import MaskedModel, shared_module
+from flower_mcepl.masks import aggregate_scores, group_lasso, neighbor_step, topk_mask
+from flower_mcepl.record import RunRecord, read_run
+from flower_mcepl.simulation import simulate
+from flower_mcepl.topology import Topology
+from flower_mcepl.wire import decode_frame, encode_frame
+
+__all__ = [
+    "Agent",
+    "AgentData",
+    "ConfigError",
+    "CorruptFrameError",
+    "DataError",
+    "DivergedError",
+    "FingerprintError",
+    "FlowerMceplError",
+    "ForeignFrameError",
+    "FrameError",
+    "FutureFrameError",
+    "MaskedModel",
+    "MceplAgent",
+    "MceplConfig",
+    "RecordError",
+    "ReplayedFrameError",
+    "RosterError",
+    "RunRecord",
+    "StateError",
+    "Topology",
+    "TopologyError",
+    "TruncatedFrameError",
+    "UnsupportedLayerError",
+    "aggregate_scores",
+    "decode_frame",
+    "encode_frame",
+    "group_lasso",
+    "neighbor_step",
+    "read_run",
+    "shared_module",
+    "simulate",
+    "topk_mask",
+]

@@ -126,7 +126,7 @@ def _cell(value: Any, form: str = "") -> str:
         return " ".join(f"{key} {_cell(item)}" for key, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return " ".join(map(str, value)) if len(value) <= 8 else f"{value[0]} … {value[-1]} ({len(value)})"
-    return format(value, form or "g") if isinstance(value, float) else str(value)
+    return format(value, form or "g") if form or isinstance(value, float) else str(value)
 
 
 def _headline(run: Run) -> str:

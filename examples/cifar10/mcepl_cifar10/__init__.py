@@ -1,0 +1,1 @@
+"""The reference setting of MCE-PL on CIFAR-10."""

@@ -1,0 +1,28 @@
+"""Device side: which network, which data."""
+
+from flwr.app import Context
+
+from flower_mcepl.clients import make_client_app
+from flower_mcepl.models import AlexNetCifar
+from mcepl_cifar10.task import load_data
+
+
+def model_fn(context: Context) -> AlexNetCifar:
+    """Return the network of the paper."""
+    return AlexNetCifar(width=float(context.run_config["width"]))
+
+
+def data_fn(context: Context):
+    """Return the training and test split of the agent that this node is."""
+    run = context.run_config
+    return load_data(
+        int(context.node_config["partition-id"]),
+        data=str(run["data"]),
+        num_agents=int(run["num-agents"]),
+        classes_per_agent=int(run["classes-per-agent"]),
+        train_fraction=float(run["train-fraction"]),
+        seed=int(run["seed"]),
+    )
+
+
+app = make_client_app(model_fn=model_fn, data_fn=data_fn)

@@ -1,0 +1,18 @@
+"""Server side: the relay."""
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from flower_mcepl.strategies import GossipStrategy
+
+APP_KEYS = ["data", "classes-per-agent", "train-fraction", "width"]
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the gossip over the graph that the run config names."""
+    run = context.run_config
+    strategy = GossipStrategy.from_run_config(run, app_keys=APP_KEYS, name="cifar10")
+    strategy.start(grid=grid, num_rounds=int(run["num-rounds"]), timeout=float(run["round-timeout"]))
