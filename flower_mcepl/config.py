@@ -59,7 +59,7 @@ def per_agent(key: str, value: Any) -> list[float]:
         ratios = [float(part) for part in parts]
     except (TypeError, ValueError):
         raise ConfigError(
-            f"run-config key {key} must be a number or numbers separated by commas, such as \"0.1, 0.3, 0.5\"; "
+            f'run-config key {key} must be a number or numbers separated by commas, such as "0.1, 0.3, 0.5"; '
             f"got {value!r}."
         ) from None
     return ratios

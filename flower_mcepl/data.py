@@ -68,9 +68,10 @@ def _coerce(split: object, whose: str) -> BatchSource:
         return split
     if isinstance(split, (tuple, list)) and len(split) == 2 and all(isinstance(part, Tensor) for part in split):
         return TensorBatches(*split, whose=whose)
-    if isinstance(split, DataLoader):
+    if isinstance(split, DataLoader) and isinstance(split.dataset, Sized):
         return DatasetBatches(split.dataset, collate=split.collate_fn)
-    if isinstance(split, Sized) and hasattr(split, "__getitem__") and not isinstance(split, (tuple, list, dict)):
+    no_dataset = isinstance(split, (tuple, list, dict, str, bytes, Tensor))
+    if isinstance(split, Sized) and hasattr(split, "__getitem__") and not no_dataset:
         return DatasetBatches(split)
     raise DataError(
         f"{whose} split must be a pair of tensors (inputs, labels), a dataset with a length, a DataLoader over one, "
@@ -78,9 +79,7 @@ def _coerce(split: object, whose: str) -> BatchSource:
     )
 
 
-def _index_batches(
-    num_examples: int, *, steps: int, batch_size: int, generator: torch.Generator
-) -> Iterator[Tensor]:
+def _index_batches(num_examples: int, *, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield ``steps`` index batches: shuffled passes one after the other; a pass's short last batch is kept."""
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -98,7 +97,8 @@ class TensorBatches:
             raise DataError(f"{whose} split holds {len(inputs)} inputs but {len(labels)} labels; they must pair up.")
         self.inputs, self.labels = inputs, labels
         self.num_examples = len(inputs)
-        self.classes = " ".join(str(label) for label in labels.unique().tolist())  # told in the handshake
+        present = labels.unique()  # type: ignore[no-untyped-call]
+        self.classes = " ".join(str(label) for label in present.tolist())  # told in the handshake
 
     def training_batches(
         self, *, round: int, steps: int, batch_size: int, generator: torch.Generator
@@ -109,7 +109,9 @@ class TensorBatches:
 
     def evaluation_batches(self, *, batch_size: int) -> Iterator[Batch]:
         """Yield the split in order."""
-        yield from zip(self.inputs.split(batch_size), self.labels.split(batch_size), strict=True)
+        inputs = self.inputs.split(batch_size)  # type: ignore[no-untyped-call]
+        labels = self.labels.split(batch_size)  # type: ignore[no-untyped-call]
+        yield from zip(inputs, labels, strict=True)
 
 
 class DatasetBatches:

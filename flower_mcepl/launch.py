@@ -149,9 +149,7 @@ def run_app(
                 on_line(line)
 
         status, details = superlink.follow(run_id, take, deadline)
-        return RunOutcome(
-            run_id, status, details, "\n".join(lines), time.monotonic() - started, superlink.read_log()
-        )
+        return RunOutcome(run_id, status, details, "\n".join(lines), time.monotonic() - started, superlink.read_log())
 
 
 # --- What to run ----------------------------------------------------------------------------------
@@ -232,9 +230,7 @@ def _app_settings(app: Path) -> dict[str, Any]:
     try:
         settings = _read_toml(app / "pyproject.toml")["tool"]["flwr"]["app"]
     except KeyError:
-        raise ConfigError(
-            f"a Flower app has [tool.flwr.app] in its pyproject.toml; {app} has none."
-        ) from None
+        raise ConfigError(f"a Flower app has [tool.flwr.app] in its pyproject.toml; {app} has none.") from None
     return dict(settings)
 
 
@@ -242,9 +238,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} must be a readable TOML file: {error}. Give the folder of a Flower app."
-        ) from error
+        raise ConfigError(f"{path} must be a readable TOML file: {error}. Give the folder of a Flower app.") from error
 
 
 # --- The private SuperLink ------------------------------------------------------------------------
@@ -329,9 +323,7 @@ class _SuperLink:
             parsed: dict[str, Any] = json.loads(answer[answer.index("{") :])
         except (ValueError, subprocess.TimeoutExpired) as error:
             reason = excerpt(self.read_log())
-            raise LaunchError(
-                f"`flwr {arguments[0]}` gives no answer; the SuperLink's log ends:\n{reason}"
-            ) from error
+            raise LaunchError(f"`flwr {arguments[0]}` gives no answer; the SuperLink's log ends:\n{reason}") from error
         return parsed
 
     def submit(self, app: Path, overrides: Sequence[str], federation: str) -> int:

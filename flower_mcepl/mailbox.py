@@ -45,8 +45,7 @@ class Mailbox:
     ) -> None:
         if max_staleness < 0:
             raise ConfigError(
-                f"max_staleness is a number of rounds, at least 0; got {max_staleness}. "
-                "0 takes fresh frames only."
+                f"max_staleness is a number of rounds, at least 0; got {max_staleness}. 0 takes fresh frames only."
             )
         self._owner = owner
         self._fingerprint = check_fingerprint(fingerprint)

@@ -149,9 +149,7 @@ class MaskedModel(nn.Module):
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
         """Return the bool mask of every layer at the present scores and neighbor means."""
-        return {
-            name: maths.topk_mask(y, retention=self.retention[name]) for name, y in self.aggregation().items()
-        }
+        return {name: maths.topk_mask(y, retention=self.retention[name]) for name, y in self.aggregation().items()}
 
     def masked_weights(self) -> dict[str, Tensor]:
         """Return ``w * m`` of every layer, with the straight-through gradient to the scores."""

@@ -53,21 +53,21 @@ def topk_mask(y: Float[Tensor, "*layer"], *, retention: float) -> Bool[Tensor, "
         If ``y`` holds NaN.
     """
     keep = kept_weights(y.numel(), retention=retention)
+    magnitude = y.detach().abs().contiguous()  # channels_last too: positions count in C order
+    if magnitude.sum().isnan():
+        raise DivergedError(
+            "a mask cannot be ranked: the aggregation tensor holds NaN. Lower the score step size (score-lr)."
+        )
     if keep == y.numel():
-        return torch.ones_like(y, dtype=torch.bool)
+        return torch.ones_like(magnitude, dtype=torch.bool)
     if keep == 0:
-        return torch.zeros_like(y, dtype=torch.bool)
-    magnitude = y.detach().abs()
+        return torch.zeros_like(magnitude, dtype=torch.bool)
     smallest_kept = _order_statistic(magnitude, y.numel() - keep)
     mask = magnitude >= smallest_kept
     surplus = int(mask.sum()) - keep
     if surplus > 0:
         ties = (magnitude == smallest_kept).flatten().nonzero().squeeze(1)
         mask.view(-1)[ties[-surplus:]] = False
-    elif surplus < 0:
-        raise DivergedError(
-            "a mask cannot be ranked: the aggregation tensor holds NaN. Lower the score step size (score-lr)."
-        )
     return mask
 
 
@@ -117,14 +117,15 @@ def group_lasso(rows: Float[Tensor, "filters weights"]) -> Float[Tensor, ""]:
 
     The gradient of an all-zero filter is zero (a subgradient).
     """
-    return torch.linalg.vector_norm(rows, dim=1).sum()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.sum()
 
 
 def masked_weight(
     w: Float[Tensor, "*layer"], y: Float[Tensor, "*layer"], *, retention: float
 ) -> Float[Tensor, "*layer"]:
     """Return ``w * m`` with the straight-through gradient ``dL/dy = dL/d(w * m) * w * sign(y)``."""
-    return w * TopKSTE.apply(y.abs(), retention)  # type: ignore[no-any-return,no-untyped-call]
+    return w * TopKSTE.apply(y.abs(), retention)  # type: ignore[no-any-return]
 
 
 class TopKSTE(torch.autograd.Function):

@@ -43,7 +43,7 @@ def local_response_norm(x: Tensor, *, size: int, alpha: float) -> Tensor:
     The window of channel c covers ``c - size//2 .. c + (size-1)//2``: torch.nn.LocalResponseNorm with k = 1 and
     beta = 0.75, to float32 rounding (not bit for bit), in a tenth of its time on a CPU (benchmarks/).
     """
-    result: Tensor = _LocalResponseNorm.apply(x, size, alpha)  # type: ignore[no-untyped-call]
+    result: Tensor = _LocalResponseNorm.apply(x, size, alpha)
     return result
 
 

@@ -1,5 +1,6 @@
 """What is told of a run while it goes on: the record on disk, and one line a round for a person."""
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,13 @@ class Answer(Generic[FrameT]):
     metrics: Mapping[str, float]
     frame: FrameT | None
     num_bytes: int
+    digest: str | None = None  # of the frame's bytes, for comparing runs bit for bit
     refused: Sequence[str] = ()
+
+
+def frame_digest(frame: bytes) -> str:
+    """Return 16 hex characters that stand for a frame's bytes in the run record."""
+    return hashlib.blake2b(frame, digest_size=8).hexdigest()
 
 
 @dataclass
@@ -157,9 +164,11 @@ class RunMonitor(Generic[FrameT]):
                 "failed": failed,
                 "missing": list(missing),
                 "refused": {agent: list(a.refused) for agent, a in answers.items() if a.refused},
+                "frames": {agent: a.digest for agent, a in answers.items() if a.digest is not None},
                 "train_loss": self.train_loss.get(round),
                 "link_bytes": link_bytes,
                 "uplink_bytes": self.relay.ledger.totals()["uplink_total"],
+                "agent_seconds": sum(a.metrics.get("seconds", 0.0) for a in answers.values()),
                 "seconds": time.perf_counter() - self._start,
             }
         )

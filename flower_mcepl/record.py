@@ -204,9 +204,7 @@ def accuracy_summary(rows: Iterable[Mapping[str, Any]]) -> Row:
     Of equal agents the lowest number is named. ``round`` is the latest one among the lines that count.
     """
     last = _last_rows(rows)
-    scores = {
-        agent: float(row["accuracy"]) for agent, row in sorted(last.items()) if _is_finite(row["accuracy"])
-    }
+    scores = {agent: float(row["accuracy"]) for agent, row in sorted(last.items()) if _is_finite(row["accuracy"])}
     if not scores:
         return dict.fromkeys(("mean", "std", "worst", "worst_agent", "best", "best_agent", "round"))
     worst, best = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
@@ -257,9 +255,7 @@ def _new_folder(root: Path, name: str) -> Path:
 def _claim(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise RecordError(
-            f"a run record needs a new or empty folder; {folder} is not empty. Choose another path."
-        )
+        raise RecordError(f"a run record needs a new or empty folder; {folder} is not empty. Choose another path.")
     open(folder / ROUNDS, "x").close()  # exclusive: a second run with the same path stops here
 
 

@@ -21,9 +21,7 @@ class Reply:
 
 def open_mailbox(agent: Agent, *, max_staleness: int) -> Mailbox:
     """Return an empty mailbox for what ``agent`` will hold of its neighbors."""
-    return Mailbox(
-        owner=agent.index, fingerprint=agent.fingerprint, layers=agent.layers, max_staleness=max_staleness
-    )
+    return Mailbox(owner=agent.index, fingerprint=agent.fingerprint, layers=agent.layers, max_staleness=max_staleness)
 
 
 def play_round(agent: Agent, mailbox: Mailbox, parcel: Parcel[bytes]) -> Reply:
@@ -44,9 +42,7 @@ def play_round(agent: Agent, mailbox: Mailbox, parcel: Parcel[bytes]) -> Reply:
     frame = None
     if parcel.train:
         metrics.update(agent.train(round=parcel.round))
-        frame = encode_frame(
-            agent.outgoing(), sender=agent.index, round=parcel.round, fingerprint=agent.fingerprint
-        )
+        frame = encode_frame(agent.outgoing(), sender=agent.index, round=parcel.round, fingerprint=agent.fingerprint)
     metrics["seconds"] = time.perf_counter() - start
     return Reply(frame, metrics, refused)
 

@@ -10,7 +10,7 @@ import torch
 
 from flower_mcepl.agents import Agent, save_state
 from flower_mcepl.errors import ConfigError, FingerprintError, TopologyError
-from flower_mcepl.monitor import Answer, RunMonitor
+from flower_mcepl.monitor import Answer, RunMonitor, frame_digest
 from flower_mcepl.record import RunRecord
 from flower_mcepl.relay import Parcel, Relay
 from flower_mcepl.rounds import Reply, open_mailbox, play_round
@@ -99,7 +99,9 @@ def _answer(
     agent: Agent, reply: Reply, parcel: Parcel[bytes], on_reply: Callable[[int, int, Reply], None]
 ) -> Answer[bytes]:
     on_reply(parcel.round, agent.index, reply)
-    return Answer(agent.describe(), reply.metrics, reply.frame, len(reply.frame or b""), reply.refused)
+    frame = reply.frame
+    digest = None if frame is None else frame_digest(frame)
+    return Answer(agent.describe(), reply.metrics, frame, len(frame or b""), digest, reply.refused)
 
 
 def save_agents(agents: Sequence[Agent], folder: Path) -> None:

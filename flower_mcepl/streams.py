@@ -24,9 +24,7 @@ def torch_stream(seed: int, purpose: str, *, agent: int | None = None, round: in
     return torch.Generator().manual_seed(stream_seed(seed, purpose, agent=agent, round=round))
 
 
-def numpy_stream(
-    seed: int, purpose: str, *, agent: int | None = None, round: int | None = None
-) -> np.random.Generator:
+def numpy_stream(seed: int, purpose: str, *, agent: int | None = None, round: int | None = None) -> np.random.Generator:
     """Return a NumPy generator at the start of one named stream."""
     return np.random.default_rng(stream_seed(seed, purpose, agent=agent, round=round))
 
@@ -39,7 +37,8 @@ def isolated_rng(seed: int, purpose: str, *, agent: int | None = None, round: in
     start of the named stream; afterwards they are where they were before.
     """
     start = stream_seed(seed, purpose, agent=agent, round=round)
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if used else []
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(start)

@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flower_mcepl.codings import BY_DTYPE, CODINGS
 from flower_mcepl.errors import (
     ConfigError,
     CorruptFrameError,
@@ -38,51 +39,6 @@ _FIXED = struct.Struct("<4sBBHII16sQ")  # magic version flags layers sender roun
 FrameBytes = bytes | bytearray | memoryview | NDArray[np.uint8]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Coding:
-    """One way to store a layer; the registry below knows it by ``code``, the byte on the wire."""
-
-    code: int
-    dtype: torch.dtype
-    nbytes: Callable[[int], int]  # of a layer with that many elements
-    pack: Callable[[Tensor], bytes]  # from a contiguous tensor on the CPU
-    unpack: Callable[[memoryview, int], Tensor]  # to a flat tensor with that many elements
-
-
-def _pack_bits(mask: Tensor) -> bytes:
-    return np.packbits(mask.numpy().reshape(-1), bitorder="big").tobytes()
-
-
-def _unpack_bits(payload: memoryview, numel: int) -> Tensor:
-    padding = -numel % 8
-    if padding and payload[-1] & ((1 << padding) - 1):
-        raise CorruptFrameError(
-            f"the {padding} padding bits must be zero; the last byte is {payload[-1]:#04x}"
-        )
-    bits = np.unpackbits(np.frombuffer(payload, np.uint8), count=numel, bitorder="big")
-    return torch.from_numpy(bits.view(np.bool_))
-
-
-def _pack_float32(tensor: Tensor) -> bytes:
-    return tensor.numpy().reshape(-1).astype("<f4", copy=False).tobytes()
-
-
-def _unpack_float32(payload: memoryview, numel: int) -> Tensor:
-    return torch.from_numpy(np.frombuffer(payload, "<f4", numel).astype(np.float32, copy=True))
-
-
-_CODINGS = {
-    coding.code: coding
-    for coding in (
-        Coding(code=1, dtype=torch.bool, nbytes=lambda n: (n + 7) // 8, pack=_pack_bits, unpack=_unpack_bits),
-        Coding(
-            code=2, dtype=torch.float32, nbytes=lambda n: 4 * n, pack=_pack_float32, unpack=_unpack_float32
-        ),
-    )
-}
-_BY_DTYPE = {coding.dtype: coding for coding in _CODINGS.values()}
-
-
 @dataclass(frozen=True)
 class LayerEntry:
     """One line of a frame's layer table."""
@@ -95,7 +51,7 @@ class LayerEntry:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the decoded tensor."""
-        return _CODINGS[self.coding].dtype
+        return CODINGS[self.coding].dtype
 
 
 @dataclass(frozen=True)
@@ -151,9 +107,7 @@ def encode_frame(tensors: Mapping[str, Tensor], *, sender: int, round: int, fing
         if not 0 <= value <= _U32:
             raise ConfigError(f"the {word} of a frame must lie in 0 to 2**32 - 1; got {value}.")
     if len(tensors) > _U16:
-        raise ConfigError(
-            f"a frame holds at most {_U16} layers; got {len(tensors)}. Send them in several frames."
-        )
+        raise ConfigError(f"a frame holds at most {_U16} layers; got {len(tensors)}. Send them in several frames.")
     table, payloads = [], []
     for name in sorted(tensors):  # code points sort like their utf-8 bytes
         line, payload = _encode_layer(name, tensors[name])
@@ -168,8 +122,8 @@ def encode_frame(tensors: Mapping[str, Tensor], *, sender: int, round: int, fing
 
 def _encode_layer(name: str, tensor: Tensor) -> tuple[bytes, bytes]:
     """Return the line of the layer table and the payload."""
-    if tensor.dtype not in _BY_DTYPE or tensor.layout is not torch.strided or tensor.is_meta:
-        known = ", ".join(sorted(str(dtype) for dtype in _BY_DTYPE))
+    if tensor.dtype not in BY_DTYPE or tensor.layout is not torch.strided or tensor.is_meta:
+        known = ", ".join(sorted(str(dtype) for dtype in BY_DTYPE))
         raise ConfigError(
             f"a frame carries dense tensors of {known}; layer {name!r} is {tensor.dtype}, "
             f"{tensor.layout}, on {tensor.device}. "
@@ -186,7 +140,7 @@ def _encode_layer(name: str, tensor: Tensor) -> tuple[bytes, bytes]:
             f"2**32 and together under 2**60 elements; got {len(label)} bytes and shape {shape}. "
             "Rename or reshape it."
         )
-    coding = _BY_DTYPE[tensor.dtype]
+    coding = BY_DTYPE[tensor.dtype]
     payload = coding.pack(tensor.detach().cpu().contiguous())
     dims = struct.pack(f"<BB{len(shape)}I", coding.code, len(shape), *shape)
     return struct.pack("<H", len(label)) + label + dims + struct.pack("<Q", len(payload)), payload
@@ -265,8 +219,7 @@ def _open(data: FrameBytes) -> tuple[memoryview, FrameHeader, int]:
     who = _who(sender, round)
     if total > len(view):
         raise TruncatedFrameError(
-            f"a frame must be as long as it says; {who} says {total} bytes and has {len(view)}. "
-            "Have it sent again."
+            f"a frame must be as long as it says; {who} says {total} bytes and has {len(view)}. Have it sent again."
         )
     if total < len(view) or total < _FIXED.size + CHECKSUM_NBYTES:
         raise _corrupt(who, f"it says {total} bytes and {len(view)} came")
@@ -305,8 +258,7 @@ def _check_start(view: memoryview) -> None:
         raise _future("a frame", f"version {view[len(MAGIC)]}")
     if len(view) < _FIXED.size:
         raise TruncatedFrameError(
-            f"a frame has at least {_FIXED.size + CHECKSUM_NBYTES} bytes; {len(view)} came. "
-            "Have it sent again."
+            f"a frame has at least {_FIXED.size + CHECKSUM_NBYTES} bytes; {len(view)} came. Have it sent again."
         )
     if view[len(MAGIC)] != WIRE_VERSION:
         raise _corrupt("a frame", f"version {view[len(MAGIC)]} never existed")
@@ -344,18 +296,18 @@ def _read_entry(view: memoryview, at: int) -> tuple[LayerEntry, int]:
 
 
 def _check_entry(entry: LayerEntry, who: str) -> None:
-    if entry.coding not in _CODINGS:
+    if entry.coding not in CODINGS:
         raise _future(who, f"coding {entry.coding} in layer {entry.name!r}")
     if not _shape_fits(entry.shape):
         raise _corrupt(who, f"layer {entry.name!r} has the impossible shape {entry.shape}")
-    needed = _CODINGS[entry.coding].nbytes(math.prod(entry.shape))  # Python ints: nothing overflows
+    needed = CODINGS[entry.coding].nbytes(math.prod(entry.shape))  # Python ints: nothing overflows
     if needed != entry.nbytes:
         raise _corrupt(who, f"layer {entry.name!r} needs {needed} bytes of payload and says {entry.nbytes}")
 
 
 def _unpack_layer(header: FrameHeader, layer: LayerEntry, payload: memoryview) -> Tensor:
     try:
-        flat = _CODINGS[layer.coding].unpack(payload, math.prod(layer.shape))
+        flat = CODINGS[layer.coding].unpack(payload, math.prod(layer.shape))
     except CorruptFrameError as error:
         raise _corrupt(_who(header.sender, header.round), f"in layer {layer.name!r} {error}") from None
     return flat.reshape(layer.shape)
@@ -394,8 +346,7 @@ def _expect_origin(header: FrameHeader, *, sender: int | None, latest_round: int
     who = _who(header.sender, header.round)
     if sender is not None and header.sender != sender:
         raise ForeignFrameError(
-            f"a frame must come from the agent it is filed under, {sender}; this is {who}. "
-            "Look at the routing."
+            f"a frame must come from the agent it is filed under, {sender}; this is {who}. Look at the routing."
         )
     if latest_round is not None and header.round > latest_round:
         raise FutureFrameError(
@@ -409,9 +360,7 @@ def _who(sender: int, round: int) -> str:
 
 
 def _corrupt(who: str, what: str) -> CorruptFrameError:
-    return CorruptFrameError(
-        f"a frame must arrive as it was written; {who} is damaged: {what}. Have it sent again."
-    )
+    return CorruptFrameError(f"a frame must arrive as it was written; {who} is damaged: {what}. Have it sent again.")
 
 
 def _future(who: str, what: str) -> FutureFrameError:

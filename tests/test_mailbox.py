@@ -21,9 +21,7 @@ def masks(sender: int, round: int) -> dict[str, Tensor]:
 
 
 def frame(sender: int, round: int, **other: str) -> bytes:
-    return encode_frame(
-        masks(sender, round), sender=sender, round=round, **{"fingerprint": FINGERPRINT, **other}
-    )
+    return encode_frame(masks(sender, round), sender=sender, round=round, **{"fingerprint": FINGERPRINT, **other})
 
 
 def mailbox(max_staleness: int = 2) -> Mailbox:
@@ -47,9 +45,7 @@ def test_newest_frame_counts() -> None:
 def test_not_newer_is_replayed(round: int) -> None:
     box = mailbox()
     box.put(1, frame(1, 4), latest_round=4)
-    with pytest.raises(
-        errors.ReplayedFrameError, match=f"of sender 1 it holds round 4 and round {round} came"
-    ):
+    with pytest.raises(errors.ReplayedFrameError, match=f"of sender 1 it holds round 4 and round {round} came"):
         box.put(1, frame(1, round), latest_round=9)
     assert_holds(box, 1, 4)
 
@@ -157,9 +153,7 @@ def test_save_and_restore() -> None:
         other.put(1, frame(1, 5), latest_round=5)
 
 
-@pytest.mark.parametrize(
-    "bad", [{2: frame(2, 5)[:-3]}, {2: frame(1, 5)}, {OWNER: frame(OWNER, 5)}, {2: OTHER_LAYERS}]
-)
+@pytest.mark.parametrize("bad", [{2: frame(2, 5)[:-3]}, {2: frame(1, 5)}, {OWNER: frame(OWNER, 5)}, {2: OTHER_LAYERS}])
 def test_damaged_state_is_refused_whole(bad: dict[int, bytes]) -> None:
     box = mailbox()
     box.put(1, frame(1, 4), latest_round=4)
@@ -170,9 +164,7 @@ def test_damaged_state_is_refused_whole(bad: dict[int, bytes]) -> None:
 
 
 @quick
-@given(
-    sent=st.integers(0, 9), now=st.integers(0, 12), later=st.integers(0, 4), max_staleness=st.integers(0, 3)
-)
+@given(sent=st.integers(0, 9), now=st.integers(0, 12), later=st.integers(0, 4), max_staleness=st.integers(0, 3))
 def test_forgetting_is_never_noticed(sent: int, now: int, later: int, max_staleness: int) -> None:
     full, lean = mailbox(max_staleness), mailbox(max_staleness)
     for box in (full, lean):
@@ -181,8 +173,7 @@ def test_forgetting_is_never_noticed(sent: int, now: int, later: int, max_stalen
     default = masks(99, 0)
     asked = now + later
     assert (
-        full.current([1], round=asked, default=default).keys()
-        == lean.current([1], round=asked, default=default).keys()
+        full.current([1], round=asked, default=default).keys() == lean.current([1], round=asked, default=default).keys()
     )
     assert bool(lean.frames()) == (now - sent <= max_staleness)
 

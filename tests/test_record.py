@@ -91,9 +91,7 @@ def test_a_run_killed_at_any_byte_of_the_last_line_reads(tmp_path: Path, file: s
         assert run.summary is None
 
 
-@pytest.mark.parametrize(
-    "damage", [b'{"round": 1, "ag', b"", b"\xff\xfe", b"[1, 2]", b'{"round": 1}', b"\0" * 9]
-)
+@pytest.mark.parametrize("damage", [b'{"round": 1, "ag', b"", b"\xff\xfe", b"[1, 2]", b'{"round": 1}', b"\0" * 9])
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, damage: bytes) -> None:
     path = three_rounds(tmp_path / "run").path / "rounds.jsonl"
     lines = path.read_bytes().split(b"\n")
@@ -149,9 +147,7 @@ def test_a_place_that_cannot_be_written_is_a_record_error(tmp_path: Path) -> Non
 
 def test_the_config_of_an_earlier_run_can_be_passed_as_it_is(tmp_path: Path) -> None:
     first = read_run(three_rounds(tmp_path / "first").path)
-    second = RunRecord.create(
-        name="again", config=first.config | {"started": "long ago"}, path=tmp_path / "2"
-    )
+    second = RunRecord.create(name="again", config=first.config | {"started": "long ago"}, path=tmp_path / "2")
     config = read_run(second.path).config
     assert (config["seed"], config["name"]) == (7, "again")
     assert config["started"] != "long ago"
@@ -259,7 +255,7 @@ def test_accuracy_summary_of_nobody() -> None:
 
 def test_the_record_loads_neither_flower_nor_plots() -> None:
     heavy = "{'flwr', 'matplotlib', 'rich'} & set(sys.modules)"
-    for modules in ("flower_mcepl.record", "flower_mcepl.report"):
+    for modules in ("flower_mcepl.record", "flower_mcepl.report", "flower_mcepl.picture"):
         code = f"import {modules}, sys; sys.exit(bool({heavy}))"
         assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     code = f"import rich, sys; sys.exit(bool({heavy}))"  # the check can fail

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.picture import plot_run
 from flower_mcepl.record import Run, RunRecord, accuracy_summary, read_run
-from flower_mcepl.report import agent_table, human_bytes, main, plot_run
+from flower_mcepl.report import agent_table, human_bytes, main
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -136,16 +137,12 @@ def test_the_table_is_plain_sorted_and_narrow(tmp_path: Path) -> None:
     table = agent_table(synthetic(tmp_path / "run", agents=12))
     assert "\x1b" not in table
     assert max(map(len, table.splitlines())) <= 110
-    numbers = [
-        int(line.split()[0]) for line in table.splitlines() if line.split()[:1] and line.split()[0].isdigit()
-    ]
+    numbers = [int(line.split()[0]) for line in table.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
     assert numbers == list(range(12))
 
 
 def test_what_a_record_does_not_say_is_a_dash(tmp_path: Path) -> None:
-    record = RunRecord.create(
-        name="x", config={"agents": [{"agent": 5, "classes": ["[red]"]}]}, path=tmp_path / "r"
-    )
+    record = RunRecord.create(name="x", config={"agents": [{"agent": 5, "classes": ["[red]"]}]}, path=tmp_path / "r")
     record.log_agents([_row(0, 2, []) | {"accuracy": float("nan")}])
     table = agent_table(read_run(record.path))
     assert cells(table, 0) == ["0", "-", "-", "-", "250", "-", "0.3141", "0", "B", "0", "B"]

@@ -206,9 +206,7 @@ def test_mean_degree_is_the_expected_degree() -> None:
 
 @light
 @given(n=st.integers(1, 15), data=st.data(), seed=st.integers(0, 99), round=st.integers(0, 10**6))
-def test_random_neighbors_have_the_degree_and_random_access(
-    n: int, data: st.DataObject, seed: int, round: int
-) -> None:
+def test_random_neighbors_have_the_degree_and_random_access(n: int, data: st.DataObject, seed: int, round: int) -> None:
     degree = data.draw(st.integers(0, n - 1))
     topology = Topology.random_neighbors(n, degree=degree, seed=seed)
     assert topology.time_varying

@@ -54,9 +54,7 @@ def slow_frame(tensors: dict[str, Tensor], *, sender: int, round: int) -> bytes:
     table = payload = b""
     for name, tensor in sorted(tensors.items()):
         is_mask = tensor.dtype == torch.bool
-        data = (
-            slow_bits(tensor) if is_mask else struct.pack(f"<{tensor.numel()}f", *tensor.flatten().tolist())
-        )
+        data = slow_bits(tensor) if is_mask else struct.pack(f"<{tensor.numel()}f", *tensor.flatten().tolist())
         label = name.encode()
         table += len(label).to_bytes(2, "little") + label + bytes([1 if is_mask else 2, tensor.dim()])
         table += b"".join(d.to_bytes(4, "little") for d in tensor.shape) + len(data).to_bytes(8, "little")
@@ -103,9 +101,7 @@ def test_golden_frame_never_drifts() -> None:
     assert encode(TENSORS) == GOLDEN
     assert_same(decode_frame(GOLDEN).tensors, TENSORS)
     header = read_header(GOLDEN)
-    assert header == wire.FrameHeader(
-        1, 3, 7, FINGERPRINT, (LayerEntry("a", (3, 3), 1, 2), LayerEntry("b", (), 2, 4))
-    )
+    assert header == wire.FrameHeader(1, 3, 7, FINGERPRINT, (LayerEntry("a", (3, 3), 1, 2), LayerEntry("b", (), 2, 4)))
     assert [entry.dtype for entry in header.layers] == [torch.bool, torch.float32]
 
 
@@ -129,9 +125,7 @@ def test_scalars_empty_layers_and_no_layers() -> None:
 
 
 def test_floats_keep_every_bit() -> None:
-    odd = torch.tensor(
-        [0x7FC00123, -0x80000000, 0x00000001, 0x7F800000], dtype=torch.int32
-    )  # NaN -0 tiny inf
+    odd = torch.tensor([0x7FC00123, -0x80000000, 0x00000001, 0x7F800000], dtype=torch.int32)  # NaN -0 tiny inf
     came = decode_frame(encode({"w": odd.view(torch.float32)})).tensors["w"]
     assert torch.equal(came.view(torch.int32), odd)
 
@@ -236,9 +230,7 @@ def test_forged_frames_with_a_good_checksum_decode_canonically_or_are_refused(
     except errors.FrameError:
         return
     header = frame.header
-    again = encode_frame(
-        frame.tensors, sender=header.sender, round=header.round, fingerprint=header.fingerprint
-    )
+    again = encode_frame(frame.tensors, sender=header.sender, round=header.round, fingerprint=header.fingerprint)
     assert again == data
 
 
@@ -345,7 +337,5 @@ def test_expectations(expected: dict[str, object], error: type[Exception], reaso
 
 
 def test_met_expectations_pass() -> None:
-    frame = decode_frame(
-        GOLDEN, fingerprint=FINGERPRINT, layers={"b": (), "a": (3, 3)}, sender=3, latest_round=7
-    )
+    frame = decode_frame(GOLDEN, fingerprint=FINGERPRINT, layers={"b": (), "a": (3, 3)}, sender=3, latest_round=7)
     assert_same(frame.tensors, TENSORS)

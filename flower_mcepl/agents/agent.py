@@ -56,7 +56,7 @@ class Agent(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self) -> dict[str, float]:
-        """Return ``accuracy``, ``loss``, ``num-examples`` and ``density`` of the personal model on the own test split."""
+        """Return ``accuracy``, ``loss``, ``num-examples`` and ``density`` of the personal model on its test split."""
 
     @abc.abstractmethod
     def state(self) -> AgentState:
@@ -111,8 +111,8 @@ def load_state(path: Path) -> AgentState:
         If the file is damaged or was not written by `save_state`.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])
-            return AgentState({name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118
+            return AgentState({name: file.get_tensor(name) for name in file.keys()}, facts)
     except (OSError, safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise StateError(f"{path} is no readable agent state ({error}). Use another copy, or start afresh.") from error

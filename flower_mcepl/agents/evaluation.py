@@ -7,9 +7,7 @@ from flower_mcepl.data import BatchSource
 
 
 @torch.no_grad()
-def evaluate_classifier(
-    model: nn.Module, split: BatchSource, *, batch_size: int, device: str
-) -> dict[str, float]:
+def evaluate_classifier(model: nn.Module, split: BatchSource, *, batch_size: int, device: str) -> dict[str, float]:
     """Return ``accuracy`` and mean cross-entropy ``loss`` over the split, and its ``num-examples``."""
     model.eval()
     loss, correct, seen = 0.0, 0, 0

@@ -13,7 +13,7 @@ from flower_mcepl.agents.agent import Agent, AgentState, Payload
 from flower_mcepl.agents.evaluation import evaluate_classifier
 from flower_mcepl.config import RunConfig, check, per_agent, read_fields
 from flower_mcepl.data import AgentData
-from flower_mcepl.errors import DivergedError
+from flower_mcepl.errors import DivergedError, StateError
 from flower_mcepl.masked_model import MaskedModel, Retention, check_retentions, resolve_retention
 from flower_mcepl.streams import isolated_rng, torch_stream
 
@@ -176,9 +176,10 @@ class MceplAgent(Agent):
         """Evaluate the personal model, the network under the agent's own mask, on the agent's own test split."""
         masks = self.model.masks()
         kept = sum(int(mask.sum()) for mask in masks.values())
-        metrics = evaluate_classifier(
-            self.model.bake(), self.data.test, batch_size=self.config.eval_batch_size, device=self.device
-        )
+        with isolated_rng(self.seed, "evaluation", agent=self.index):  # transforms of the test split may draw
+            metrics = evaluate_classifier(
+                self.model.bake(), self.data.test, batch_size=self.config.eval_batch_size, device=self.device
+            )
         return {**metrics, "density": kept / self.model.num_weights}
 
     def first_payload(self) -> dict[str, Tensor]:
@@ -212,12 +213,23 @@ class MceplAgent(Agent):
         for key, tensor in state.tensors.items():
             prefix, _, name = key.partition("/")
             groups.setdefault(prefix, {})[name] = tensor.to(self.device)
+        self._check_complete(groups)
         self.model.set_scores(groups["scores"])
         self._gradient, self._velocity = groups["gradient"], groups["velocity"]
         self._set_counts(groups["neighbor-count"], int(state.facts["num-neighbors"]))
         buffers = dict(self.model.module.named_buffers())
         for name, tensor in groups.get("buffer", {}).items():
             buffers[name].copy_(tensor)
+
+    def _check_complete(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+        full = {name: tuple(shape) for name, shape in self.layers.items()}
+        for prefix in ("scores", "gradient", "velocity", "neighbor-count"):
+            shapes = {name: tuple(tensor.shape) for name, tensor in groups.get(prefix, {}).items()}
+            if shapes != full and (shapes or prefix == "scores"):
+                raise StateError(
+                    f"the saved state of agent {self.index} is incomplete: its {prefix} must hold {full}; got {shapes}. "
+                    "Use another copy, or start afresh without it."
+                )
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         return {

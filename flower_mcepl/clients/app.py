@@ -55,7 +55,7 @@ def make_client_app(model_fn: ModelFn, data_fn: DataFn) -> ClientApp:
     """
 
     def agent_fn(context: Context) -> Agent:
-        index, seed = agent_index(context), int(context.run_config.get("seed", 0))  # type: ignore[arg-type]
+        index, seed = agent_index(context), int(context.run_config.get("seed", 0))
         module = _once(context, (model_fn, seed), lambda: shared_module(lambda: model_fn(context), seed=seed))
         data = _once(context, (data_fn, index), lambda: AgentData.of(*_splits(data_fn(context)), agent=index))
         config = MceplConfig.from_run_config(context.run_config, agent=index, node_config=context.node_config)

@@ -12,10 +12,11 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from flower_mcepl import keys
 from flower_mcepl.errors import ConfigError, FingerprintError, RosterError
-from flower_mcepl.monitor import Answer, RunMonitor
+from flower_mcepl.monitor import Answer, RunMonitor, frame_digest
+from flower_mcepl.picture import plot_run
 from flower_mcepl.record import RunRecord, read_run
 from flower_mcepl.relay import Parcel, Relay
-from flower_mcepl.report import agent_table, plot_run
+from flower_mcepl.report import agent_table
 from flower_mcepl.settings import RunSettings
 from flower_mcepl.strategies.roster import Roster
 from flower_mcepl.topology import Topology
@@ -257,8 +258,10 @@ class GossipStrategy(Strategy):
         refused: Any = facts.pop(keys.REFUSED, [])
         metrics: Any = dict(content.metric_records[keys.METRICS])
         frame = content.array_records[keys.FRAME][keys.FRAME] if keys.FRAME in content.array_records else None
-        num_bytes = frame.shape[0] if frame is not None else 0  # one byte an element: the frame stays closed
-        return agent, Answer(facts, metrics, frame, num_bytes, refused)
+        if frame is None:
+            return agent, Answer(facts, metrics, None, 0, None, refused)
+        raw = frame.numpy().tobytes()  # counted and digested; the relay does not decode it
+        return agent, Answer(facts, metrics, frame, len(raw), frame_digest(raw), refused)
 
     def _check_attendance(self, round: int, answers: Mapping[int, Any], failed: Mapping[str, str]) -> None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())) or "no reason given"

@@ -1,0 +1,42 @@
+"""Small agents on made-up data, for tests that need a fleet and not a result."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flower_mcepl import AgentData, MceplAgent, MceplConfig, shared_module
+
+SEED = 7
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+
+def noisy_net() -> nn.Module:
+    """A network with everything that has a state or draws at random: batch norm and dropout."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, 3)
+    )
+
+
+def split(agent: int, *, size: int = 24) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + agent)
+    labels = torch.randint(3, (size,), generator=generator)
+    inputs = torch.randn(size, 1, 6, 6, generator=generator) + labels.view(-1, 1, 1, 1)
+    return inputs, labels
+
+
+def make_agent(index: int, *, model_fn: Any = small_net, seed: int = SEED, **config: Any) -> MceplAgent:
+    settings = MceplConfig(**{"batch_size": 8, "score_lr": 1.0, "finetune_lr": 1.0, **config})
+    data = AgentData.of(split(index), split(1000 + index), agent=index)
+    return MceplAgent(index, shared_module(model_fn, seed=seed), data, settings, seed=seed)
+
+
+def make_fleet(size: int, **options: Any) -> list[MceplAgent]:
+    return [make_agent(index, **options) for index in range(size)]
+
+
+def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -1,0 +1,89 @@
+"""An in-process Grid: runs a ClientApp on N virtual nodes without Ray, SuperLink or polling.
+
+Semantics of flwr 1.41 simulation: exceptions become error replies (code 2) and discard the context; messages
+travel through deflate and inflate, so a payload that cannot be serialised fails. Nodes can be down, added,
+tampered with and given other ids.
+"""
+
+import copy
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects  # private: tests only
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents  # private: tests only
+from flwr.supercore.task_identity import TaskIdentity  # private, needed by Message()
+
+SUPERLINK = 1  # node id that the SuperLink's own error replies bear
+
+
+class InProcessGrid(Grid):
+    def __init__(self, app: ClientApp, num_nodes: int, run_config: dict[str, Any] | None = None) -> None:
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+        self.app, self.num_nodes, self.run_config = app, num_nodes, dict(run_config or {})
+        self.contexts: dict[int, Context] = {}
+        self.down: set[int] = set()  # not online
+        self.silent: set[int] = set()  # online, but the answer never comes
+        self.unavailable: set[int] = set()  # the SuperLink answers for them with an error
+        self.tamper: Callable[[Message], Message] = lambda message: message  # on what goes to a node
+        self.log: list[Message] = []  # everything sent to nodes
+        self._replies: dict[str, Message] = {}
+        for index in range(num_nodes):
+            self.add_node(1000 + index, index)
+
+    def add_node(self, node: int, partition: int | None, **node_config: Any) -> None:
+        config = {} if partition is None else {"partition-id": partition, "num-partitions": self.num_nodes}
+        self.contexts[node] = Context(
+            run_id=1, node_id=node, state=RecordDict(), run_config=self.run_config, node_config={**config, **node_config}
+        )
+
+    def set_run(self, run: Any) -> None: ...
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def create_message(self, content: Any, message_type: Any, dst_node_id: Any, group_id: Any, ttl: Any = None) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [node for node in self.contexts if node not in self.down]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        assert isinstance(messages, list), "HttpGrid iterates twice: configure_* must return a list"
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            self.log.append(message)
+            node = message.metadata.dst_node_id
+            if node in self.contexts and node not in self.down | self.silent:
+                self._replies[message.metadata.message_id] = self._reply(node, self.tamper(_travel(message)))
+        return [message.metadata.message_id for message in messages]
+
+    def _reply(self, node: int, message: Message) -> Message:
+        if node in self.unavailable:
+            reply = Message(Error(5, "Node Unavailable"), reply_to=message)
+            reply.metadata.__dict__["_src_node_id"] = SUPERLINK
+            return reply
+        context = copy.deepcopy(self.contexts[node])
+        try:
+            reply = _travel(self.app(message, context))
+            self.contexts[node] = context
+        except Exception as error:
+            reply = Message(Error(2, f"{type(error)}:<'{error}'>"), reply_to=message)
+        return reply
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self.pull_messages(self.push_messages(messages))
+
+
+def _travel(message: Message) -> Message:
+    objects = {key: bytes(part.deflate()) for key, part in get_all_nested_objects(message).items()}
+    arrived = inflate_object_from_contents(message.object_id, objects)
+    arrived.metadata.__dict__["_message_id"] = message.metadata.message_id
+    return arrived

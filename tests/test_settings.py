@@ -1,0 +1,155 @@
+"""Settings as keys of the run config: config.py and settings.py, with the algorithm's own keys."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from flower_mcepl import ConfigError, MceplConfig, Topology, TopologyError
+from flower_mcepl.config import field_keys, per_agent, read_fields, refuse_unknown_keys
+from flower_mcepl.settings import DeviceSettings, RunSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    whole_number: int = 1
+    share: float = 0.5
+    label: str = "x"
+    flag: bool = False
+
+
+def test_absent_keys_keep_their_defaults() -> None:
+    assert read_fields(Example, {}) == Example()
+    assert RunSettings.from_run_config({}) == RunSettings()
+
+
+def test_keys_are_field_names_in_kebab_case() -> None:
+    assert field_keys(Example) == {"whole-number", "share", "label", "flag"}
+    config = {"whole-number": 3, "share": 2, "label": "y", "flag": True, "of-others": 1}
+    example = read_fields(Example, config)
+    assert example == Example(whole_number=3, share=2.0, label="y", flag=True)
+    assert type(example.share) is float  # a TOML file may say 2 for 2.0
+    assert read_fields(Example, config, label="z").label == "z"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("whole-number", 1.5, "int"),
+        ("whole-number", "3", "int"),
+        ("whole-number", True, "int"),
+        ("share", "0.5", "float"),
+        ("share", True, "float"),
+        ("label", 3, "str"),
+        ("flag", 1, "bool"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_its_key(key: str, value: Any, kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"run-config key {key} must be {kind}; got {value!r}"):
+        read_fields(Example, {key: value})
+
+
+def test_unknown_keys_get_a_hint() -> None:
+    with pytest.raises(ConfigError, match=r"unknown run-config key 'topologie'\. Did you mean 'topology'\?"):
+        RunSettings.from_run_config({"topologie": "ring"})
+    with pytest.raises(ConfigError, match="unknown run-config key 'zzz'. Known keys: a, b"):
+        refuse_unknown_keys({"a": 1, "zzz": 2}, ["b", "a"])
+    assert RunSettings.from_run_config({"data-path": "/data"}, app_keys=["data-path"]) == RunSettings()
+
+
+def test_retention_itself_is_no_key() -> None:
+    with pytest.raises(ConfigError, match=r"'retention'. Did you mean 'retention-"):
+        RunSettings.from_run_config({"retention": 0.3})
+
+
+def test_a_whole_run_config() -> None:
+    config = {
+        "num-agents": 6, "num-rounds": 4, "seed": 3, "topology": "random-regular:degree=3", "evaluate-every": 2,
+        "max-staleness": 0, "min-agents": 5, "round-timeout": 9, "device": "cpu", "threads": 2,
+        "retention-conv": "0.1, 0.3, 0.5", "retention-linear": 0.9, "local-steps": 3, "momentum": 0.9,
+    }  # fmt: skip
+    settings = RunSettings.from_run_config(config)
+    assert (settings.num_agents, settings.evaluate_every, settings.round_timeout) == (6, 2, 9.0)
+    assert settings.graph() == Topology.random_regular(6, degree=3, seed=3)
+    assert read_fields(DeviceSettings, config) == DeviceSettings(device="cpu", threads=2)
+    agent = MceplConfig.from_run_config(config, agent=4)
+    assert agent.retention == {"conv": 0.3, "linear": 0.9}
+    assert (agent.local_steps, agent.momentum) == (3, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num-agents", 0, "num-agents must be >= 1; got 0"),
+        ("num-rounds", 0, "num-rounds must be >= 1"),
+        ("evaluate-every", 0, "evaluate-every must be >= 1"),
+        ("max-staleness", -1, "max-staleness must be >= 0"),
+        ("min-agents", 11, r"min-agents must be in 0\.\.10 \(num-agents\); got 11"),
+        ("round-timeout", 0, "round-timeout must be > 0 seconds"),
+        ("wait-timeout", float("nan"), "wait-timeout must be > 0 seconds; got nan"),
+        ("threads", -1, "threads must be >= 0"),
+        ("retention-conv", 0, r"key retention-conv .* \(0, 1\]; got 0"),
+        ("retention-linear", 1.5, "key retention-linear .* got 1.5"),
+        ("retention-conv", "0.1, 2", "key retention-conv .* got 2"),
+        ("retention-conv", "nan", "key retention-conv .* got nan"),
+        ("retention-conv", "0.1;0.3", "retention-conv must be a number or numbers separated by commas"),
+        ("retention-conv", "", "retention-conv must be a number"),
+        ("score-lr", 0, "score-lr must be > 0; got 0"),
+        ("score-lr", float("inf"), "score-lr must be a finite number"),
+        ("finetune-lr", -1, "finetune-lr must be a finite number >= 0"),
+        ("weight-decay", float("nan"), "weight-decay must be a finite number"),
+        ("group-lasso", -0.1, "group-lasso must be a finite number >= 0"),
+        ("momentum", 1, r"momentum must be in \[0, 1\)"),
+        ("batch-size", 0, "batch-size must be >= 1"),
+        ("local-steps", 0, "local-steps must be >= 1"),
+        ("local-epochs", -1, "local-epochs must be >= 0"),
+        ("eval-batch-size", 0, "eval-batch-size must be >= 1"),
+        ("score-init", "zeros", "score-init must be one of shared, independent; got 'zeros'"),
+        ("lr-schedule", "step", "lr-schedule must be one of constant, cosine"),
+        ("lr-schedule", "cosine", "lr-schedule cosine needs lr-rounds"),
+    ],
+)
+def test_bad_values_are_found_before_anything_runs(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunSettings.from_run_config({key: value})
+
+
+@pytest.mark.parametrize("topology", ["rign", "random-regular:degree=10", "ring:degree=2", "torus:rows=3"])
+def test_an_impossible_graph_is_found_before_anything_runs(topology: str) -> None:
+    with pytest.raises(TopologyError):
+        RunSettings.from_run_config({"topology": topology, "num-agents": 10})
+
+
+def test_agents_take_their_ratios_in_turn() -> None:
+    config = {"retention-conv": "0.1,0.3,0.5", "retention-linear": "0.8, 1"}
+    agents = [MceplConfig.from_run_config(config, agent=i) for i in range(6)]
+    assert [agent.retention["conv"] for agent in agents] == [0.1, 0.3, 0.5, 0.1, 0.3, 0.5]
+    assert [agent.retention["linear"] for agent in agents] == [0.8, 1.0] * 3
+    for agent in agents:  # the common first mask must be equal on all of them
+        assert agent.first_retention == {"conv": pytest.approx(0.3), "linear": pytest.approx(0.9)}
+    assert per_agent("retention-conv", 1) == [1.0]
+
+
+def test_the_defaults_are_the_papers() -> None:
+    config = MceplConfig.from_run_config({}, agent=3)
+    assert config.retention == config.first_retention == MceplConfig().retention == {"conv": 0.3, "linear": 0.9}
+    assert (config.score_lr, config.finetune_lr, config.weight_decay) == (10.0, 10.0, 5e-4)
+    assert (config.batch_size, config.local_steps, config.momentum, config.group_lasso) == (128, 1, 0.0, 0.0)
+
+
+def test_a_device_may_set_its_own_ratio() -> None:
+    run_config = {"retention-conv": "0.1,0.5"}
+    config = MceplConfig.from_run_config(run_config, agent=1, node_config={"retention-conv": 0.2, "gpu": "yes"})
+    assert config.retention == {"conv": 0.2, "linear": 0.9}
+    assert config.first_retention == {"conv": 0.3, "linear": 0.9}
+    with pytest.raises(ConfigError, match="key retention-conv .* got 7"):
+        MceplConfig.from_run_config(run_config, agent=1, node_config={"retention-conv": "7"})
+
+
+def test_cosine_schedule() -> None:
+    config = MceplConfig(lr_schedule="cosine", lr_rounds=10)
+    assert config.lr_factor(1) == 1.0
+    assert config.lr_factor(6) == pytest.approx(0.5)
+    assert config.lr_factor(11) == config.lr_factor(50) == pytest.approx(0.0)
+    assert all(config.lr_factor(t) > config.lr_factor(t + 1) for t in range(1, 11))
+    assert MceplConfig().lr_factor(10**6) == 1.0
