@@ -1,6 +1,6 @@
 """Time of our local response normalisation against torch's, forward and backward, one thread.
 
-    python benchmarks/lrn_time.py
+python benchmarks/lrn_time.py
 """
 
 import torch
@@ -22,8 +22,10 @@ def main() -> None:
         return torch.autograd.grad(local_response_norm(x, size=4, alpha=1e-4), x, upstream)
 
     times = measure({"torch": stock, "ours": ours}, repeats=7)
-    print(f"local response norm of {list(x.shape)}, forward and backward: torch {1000 * times['torch']:.0f} ms, "
-          f"ours {1000 * times['ours']:.0f} ms; ours / torch: {times['ours'] / times['torch']:.3f}")
+    print(
+        f"local response norm of {list(x.shape)}, forward and backward: torch {1000 * times['torch']:.0f} ms, "
+        f"ours {1000 * times['ours']:.0f} ms; ours / torch: {times['ours'] / times['torch']:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ memory bandwidth).
 import argparse
 import concurrent.futures
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -49,14 +50,18 @@ def main() -> None:
     measured = statistics.median(rounds)
     print(f"{args.agents} agents, one mini-batch of 128 a round, {cores} cores")
     print(f"  bare step: {alone:.3f} s alone, {together:.3f} s with all cores busy")
-    print(f"  round under flwr run: median {measured:.2f} s of {len(rounds)} rounds "
-          f"({min(rounds):.2f} to {max(rounds):.2f})")
+    print(
+        f"  round under flwr run: median {measured:.2f} s of {len(rounds)} rounds "
+        f"({min(rounds):.2f} to {max(rounds):.2f})"
+    )
     for name, step in (("alone", alone), ("all cores busy", together)):
         bare = args.agents * step / cores
         print(f"  round / (steps / cores), steps timed {name}: {measured / bare:.3f}   (goal: at most 1.25)")
     busy = inside / cores
-    print(f"  inside the agents' own code (fuse, train, encode): {busy:.2f} s a round; "
-          f"Flower, Ray, state and building the agents: {measured - busy:.2f} s")
+    print(
+        f"  inside the agents' own code (fuse, train, encode): {busy:.2f} s a round; "
+        f"Flower, Ray, state and building the agents: {measured - busy:.2f} s"
+    )
 
 
 def step_seconds(steps: int) -> float:
@@ -94,7 +99,7 @@ def round_seconds(agents: int, rounds: int) -> tuple[list[float], float]:
         lines = [json.loads(line) for line in (record / "relay.jsonl").read_text().splitlines()][:rounds]
     ends = [line["seconds"] for line in lines]
     own = statistics.mean(line["agent_seconds"] for line in lines[1:])
-    return [after - before for before, after in zip(ends, ends[1:], strict=False)], own
+    return [after - before for before, after in itertools.pairwise(ends)], own
 
 
 def write_made_up_images(folder: Path) -> None:

@@ -42,8 +42,10 @@ def main() -> None:
         "outgoing mask": agent.outgoing,
     }
     times = measure(kinds, repeats=args.repeats)
-    print(f"AlexNet-CIFAR, {agent.model.num_weights:,} maskable weights, batch {args.batch_size}, "
-          f"{args.threads} thread(s), median of {args.repeats} alternating runs")
+    print(
+        f"AlexNet-CIFAR, {agent.model.num_weights:,} maskable weights, batch {args.batch_size}, "
+        f"{args.threads} thread(s), median of {args.repeats} alternating runs"
+    )
     for name, seconds in times.items():
         print(f"  {name:<42} {1000 * seconds:8.1f} ms   {seconds / times['dense step']:6.3f} of the dense step")
     print(f"masked / dense: {times['masked step'] / times['dense step']:.3f}   (goal: at most 1.10)")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Generic
 
+from flower_mcepl.ledger import human_bytes
 from flower_mcepl.record import RunRecord, accuracy_summary
 from flower_mcepl.relay import FrameT, Relay
-from flower_mcepl.report import human_bytes
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class RunMonitor(Generic[FrameT]):
         self.log(self._line(round, answers, failed, missing, evaluated))
         self._round_start = time.perf_counter()
 
-    def evaluations(self) -> dict[int, dict[str, float]]:
+    def evaluations(self) -> dict[int, dict[str, Any]]:
         """Return mean, spread and extremes of the personal accuracies by evaluated round."""
         by_round: dict[int, list[dict[str, Any]]] = {}
         for row in self.rows:

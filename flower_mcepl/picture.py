@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flower_mcepl.ledger import human_bytes
 from flower_mcepl.record import Row, Run, accuracy_summary
-from flower_mcepl.report import BYTE_NAMES, against_fp32, byte_counts, headline, human_bytes, report_extra
+from flower_mcepl.report import BYTE_NAMES, against_fp32, byte_counts, headline, report_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -96,10 +96,15 @@ class Relay(Generic[FrameT]):
         self.ledger.add_uplink(agent, num_bytes)
         self._posted[agent] = _Posted(round, frame, num_bytes)
 
-    def forget(self, agent: int) -> None:
-        """Note that the agent lost its memory: whatever it had been handed must be handed again."""
+    def forget(self, agent: int, *, in_flight: bool = False) -> None:
+        """Note that the agent lost its memory: whatever it had been handed must be handed again.
+
+        With ``in_flight``, so must what its present parcel held.
+        """
         for link in [link for link in self._delivered if link[1] == agent]:
             del self._delivered[link]
+        if in_flight:
+            self._in_flight.pop(agent, None)
 
     def _lacks(self, agent: int, sender: int, previous: int) -> bool:
         post = self._posted.get(sender)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.errors import ConfigError, FlowerMceplError
+from flower_mcepl.ledger import human_bytes
 from flower_mcepl.record import Row, Run, accuracy_summary, read_run
 
 # What each byte count is called, in the order in which it is shown.
@@ -25,22 +26,6 @@ BYTE_NAMES = {
     "uplink_total": "uplink, each frame counted once",
     "paper_convention_bytes": "paper's convention: 1 bit per kept weight",
 }
-
-
-def human_bytes(count: float | None) -> str:
-    """Write a number of bytes in decimal units: ``1_234_567`` is ``"1.23 MB"``; ``None`` is ``"-"``."""
-    if count is None:
-        return "-"
-    if abs(count) < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB", "TB", "PB"):
-        count /= 1000
-        if abs(count) < 999.5:  # three digits would round more than this up to 1000
-            return f"{count:#.3g}".rstrip(".") + f" {unit}"
-    return f"{count:.0f} PB"
-
-
-# --- the table ---
 
 
 def agent_table(run: Run) -> str:

@@ -3,8 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from flower_mcepl.agents.mcepl import MceplConfig
 from flower_mcepl.config import RunConfig, check, field_keys, read_fields, refuse_unknown_keys
+from flower_mcepl.errors import ConfigError
 from flower_mcepl.topology import Topology
 
 RETENTION_KEYS = ("retention-conv", "retention-linear")
@@ -19,6 +22,12 @@ class DeviceSettings:
 
     def __post_init__(self) -> None:
         check(self.threads >= 0, "threads must be >= 0 (0: torch's own choice)", self.threads)
+        try:
+            torch.device("cpu" if self.device == "auto" else self.device)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"device must be auto, cpu, cuda, cuda:N or mps; got {self.device!r} ({error})."
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

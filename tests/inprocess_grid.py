@@ -37,7 +37,11 @@ class InProcessGrid(Grid):
     def add_node(self, node: int, partition: int | None, **node_config: Any) -> None:
         config = {} if partition is None else {"partition-id": partition, "num-partitions": self.num_nodes}
         self.contexts[node] = Context(
-            run_id=1, node_id=node, state=RecordDict(), run_config=self.run_config, node_config={**config, **node_config}
+            run_id=1,
+            node_id=node,
+            state=RecordDict(),
+            run_config=self.run_config,
+            node_config={**config, **node_config},
         )
 
     def set_run(self, run: Any) -> None: ...
@@ -46,7 +50,9 @@ class InProcessGrid(Grid):
     def run(self) -> Any:
         raise NotImplementedError
 
-    def create_message(self, content: Any, message_type: Any, dst_node_id: Any, group_id: Any, ttl: Any = None) -> Message:
+    def create_message(
+        self, content: Any, message_type: Any, dst_node_id: Any, group_id: Any, ttl: Any = None
+    ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:

@@ -114,7 +114,19 @@ class Stream(IterableDataset[Tensor]):
 
 
 @pytest.mark.parametrize(
-    "split", [None, 3, "data", {"x": INPUTS}, (INPUTS,), (INPUTS, LABELS, LABELS), ([1], [2]), INPUTS, Stream(), DataLoader(Stream())]
+    "split",
+    [
+        None,
+        3,
+        "data",
+        {"x": INPUTS},
+        (INPUTS,),
+        (INPUTS, LABELS, LABELS),
+        ([1], [2]),
+        INPUTS,
+        Stream(),
+        DataLoader(Stream()),
+    ],
 )
 def test_another_type_is_refused_and_named(split: object) -> None:
     with pytest.raises(DataError, match=rf"agent 4's training split must be .*got {type(split).__name__}"):

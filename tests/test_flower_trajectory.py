@@ -33,7 +33,12 @@ def gossip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def forwarded(grid: InProcessGrid) -> list[tuple[int, int, int, bytes]]:
     """(round of the exchange, receiver, sender, frame) of everything that went down."""
     return [
-        (int(message.content["order"]["server-round"]), message.metadata.dst_node_id - 1000, int(j), array.numpy().tobytes())
+        (
+            int(message.content["order"]["server-round"]),
+            message.metadata.dst_node_id - 1000,
+            int(j),
+            array.numpy().tobytes(),
+        )
         for message in grid.log
         for j, array in message.content["frames"].items()
     ]

@@ -157,9 +157,7 @@ def test_folder_without_an_app_is_refused(tmp_path: Path) -> None:
 
 def test_federation_line_gives_each_client_one_cpu_unless_told() -> None:
     assert launch.federation_line(3) == "num-supernodes=3 client-resources-num-cpus=1"
-    assert launch.federation_line(3, "client-resources-num-cpus=2") == (
-        "num-supernodes=3 client-resources-num-cpus=2"
-    )
+    assert launch.federation_line(3, "client-resources-num-cpus=2") == ("num-supernodes=3 client-resources-num-cpus=2")
     with pytest.raises(ConfigError, match="at least one"):
         launch.federation_line(0)
     with pytest.raises(ConfigError, match="twice"):

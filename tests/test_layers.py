@@ -94,7 +94,9 @@ def test_own_layer_types_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nothing_to_mask_names_what_could_be() -> None:
-    with pytest.raises(UnsupportedLayerError, match=r"Sequential has nothing to mask.*Conv2d.*Linear.*MultiheadAttention"):
+    with pytest.raises(
+        UnsupportedLayerError, match=r"Sequential has nothing to mask.*Conv2d.*Linear.*MultiheadAttention"
+    ):
         find_maskable(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)))
 
 

@@ -329,7 +329,11 @@ def test_shape_name_and_role_change_the_fingerprint() -> None:
 def test_scores_and_running_statistics_are_not_in_the_fingerprint() -> None:
     model = masked(shared_module(noisy_net, seed=3), seed=1)
     model.train()(torch.randn(8, 1, 6, 6))
-    assert fingerprint_of(model.module) == model.fingerprint == masked(shared_module(noisy_net, seed=3), seed=2).fingerprint
+    assert (
+        fingerprint_of(model.module)
+        == model.fingerprint
+        == masked(shared_module(noisy_net, seed=3), seed=2).fingerprint
+    )
 
 
 def test_another_process_computes_the_same_fingerprint() -> None:

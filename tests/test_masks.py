@@ -38,7 +38,9 @@ def test_topk_equals_the_full_ranking(shape: tuple[int, ...], retention: float, 
     retention=ratios,
 )
 def test_among_equal_magnitudes_the_lower_index_stays(y: np.ndarray, retention: float) -> None:
-    assert torch.equal(topk_mask(torch.from_numpy(y), retention=retention), torch.from_numpy(oracles.topk_mask(y, retention)))
+    assert torch.equal(
+        topk_mask(torch.from_numpy(y), retention=retention), torch.from_numpy(oracles.topk_mask(y, retention))
+    )
 
 
 def test_ties_count_in_c_order_whatever_the_memory_format() -> None:

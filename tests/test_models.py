@@ -17,7 +17,10 @@ def test_the_papers_network_has_the_papers_size() -> None:
     )
     assert model.num_weights == 1_227_328
     assert [spec.kind for spec in model.layers.values()] == ["conv"] * 3 + ["linear"] * 2
-    assert {name.rpartition(".")[0] for name, _ in model.module.named_parameters() if name.endswith("bias")} == {"fc1", "fc2"}
+    assert {name.rpartition(".")[0] for name, _ in model.module.named_parameters() if name.endswith("bias")} == {
+        "fc1",
+        "fc2",
+    }
 
 
 def plain_alexnet(net: AlexNetCifar) -> nn.Module:
@@ -43,7 +46,12 @@ def test_forward_and_gradient_equal_the_network_in_torchs_own_layers() -> None:
 def test_width_and_classes() -> None:
     net = AlexNetCifar(num_classes=7, width=0.125)
     assert net(images(2)).shape == (2, 7)
-    assert [net.conv1.out_channels, net.conv2.out_channels, net.conv3.out_channels, net.fc1.out_features] == [8, 16, 32, 24]
+    assert [net.conv1.out_channels, net.conv2.out_channels, net.conv3.out_channels, net.fc1.out_features] == [
+        8,
+        16,
+        32,
+        24,
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])

@@ -22,7 +22,9 @@ def recorded(key: str) -> Tensor:
 def assert_as_after(round: int, agent: MceplAgent) -> None:
     """Scores, mask and logits of the agent are those recorded after the exchange of ``round``."""
     for layer in LAYERS:
-        assert_close(agent.model.scores[f"{layer}.weight"].detach(), recorded(f"scores.{round}.{agent.index}.{layer}"), **FLOAT32)
+        assert_close(
+            agent.model.scores[f"{layer}.weight"].detach(), recorded(f"scores.{round}.{agent.index}.{layer}"), **FLOAT32
+        )
     assert same_tensors(agent.model.masks(), recorded_masks("mask", round, agent.index))
     inputs, _ = FrozenBatches(agent.index).batch(round)
     with torch.no_grad():

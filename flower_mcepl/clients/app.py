@@ -1,6 +1,7 @@
 """A ClientApp that plays one agent: it translates between Flower's messages and the agent, and does not calculate."""
 
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,12 @@ def make_client_app(model_fn: ModelFn, data_fn: DataFn) -> ClientApp:
     --------
     >>> app = make_client_app(lambda context: Net(), load_data)  # doctest: +SKIP
     """
+    app_id = uuid.uuid4().hex  # Ray pickles the app for every message: identity must travel with it
 
     def agent_fn(context: Context) -> Agent:
         index, seed = agent_index(context), int(context.run_config.get("seed", 0))
-        module = _once(context, (model_fn, seed), lambda: shared_module(lambda: model_fn(context), seed=seed))
-        data = _once(context, (data_fn, index), lambda: AgentData.of(*_splits(data_fn(context)), agent=index))
+        module = _once(context, (app_id, "module", seed), lambda: shared_module(lambda: model_fn(context), seed=seed))
+        data = _once(context, (app_id, "data", index), lambda: AgentData.of(*_splits(data_fn(context)), agent=index))
         config = MceplConfig.from_run_config(context.run_config, agent=index, node_config=context.node_config)
         return MceplAgent(index, module, data, config, seed=seed, device=_device(context))
 
@@ -100,7 +102,7 @@ def _play(agent_fn: AgentFn, message: Message, context: Context) -> Message:
     if order is None or order.get(keys.VERSION) != keys.MESSAGE_VERSION:
         raise ConfigError(
             f"this device understands GossipStrategy messages of version {keys.MESSAGE_VERSION}; got "
-            f"{'none' if order is None else order.get(keys.VERSION)}. Use GossipStrategy, and the same release "
+            f"{None if order is None else order.get(keys.VERSION)!r}. Use GossipStrategy, and the same release "
             "of flower-mcepl on server and devices."
         )
     with torch_threads(_device_settings(context).threads):
@@ -157,10 +159,9 @@ def _splits(result: object) -> tuple[object, object]:
 
 def _once(context: Context, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
     """Return what ``make`` gave earlier in this process and run, under a key."""
-    if any(old[0] != context.run_id for old in _shared):
+    if any(run_id != context.run_id for run_id, *_ in _shared):
         _shared.clear()
-    names = tuple(f"{part.__module__}.{part.__qualname__}" if callable(part) else part for part in key)
-    place = (context.run_id, *names)
+    place = (context.run_id, *key)
     if place not in _shared:
         _shared[place] = make()
     return _shared[place]

@@ -28,6 +28,5 @@ def remember(context: Context, agent: Agent, mailbox: Mailbox) -> None:
     state = agent.state()
     tensors = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.tensors.items()})
     mail = {str(sender): Array(np.frombuffer(frame, np.uint8)) for sender, frame in mailbox.frames().items()}
-    context.state[TENSORS] = tensors
-    context.state[MAIL] = ArrayRecord(mail)
-    context.state[FACTS] = ConfigRecord({"facts": json.dumps(state.facts, sort_keys=True)})
+    facts = ConfigRecord({"facts": json.dumps(state.facts, sort_keys=True)})
+    context.state.update({TENSORS: tensors, MAIL: ArrayRecord(mail), FACTS: facts})  # all made: all or nothing

@@ -1,5 +1,6 @@
 """The relay as a Flower strategy: every agent gets the frames of its own graph neighbors and nothing else."""
 
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING, getLogger
@@ -85,7 +86,7 @@ class GossipStrategy(Strategy):
         self._timeout = 3600.0
         self._sent: list[Message] = []  # of the present exchange; the grid fills in the message ids
         self._online: list[int] = []
-        self._refused: set[int] = set()  # nodes that were turned away
+        self._refused: set[int] = set()  # nodes that were turned away; they may try again when a node has left
         self._silent_rounds = 0
 
     @classmethod
@@ -132,8 +133,10 @@ class GossipStrategy(Strategy):
         Raises
         ------
         RosterError, FingerprintError
-            If the nodes do not fit the graph in round 1.
+            If the nodes do not fit the graph in round 1, or if nobody answers for some rounds.
         """
+        if num_rounds < 1:
+            raise ConfigError(f"num_rounds must be >= 1; got {num_rounds}.")
         self.monitor.num_rounds, self._timeout = num_rounds, timeout
         if self.record_root is not None:
             self.monitor.record = self.record = self._new_record(num_rounds, timeout)
@@ -161,13 +164,17 @@ class GossipStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return one message per node that is online: its parcel for the round."""
-        self._online = self._wait_for_nodes(grid) if server_round == 1 else sorted(grid.get_node_ids())
+        before, self._online = self._online, self._wait_for_nodes(grid, server_round)
+        if not set(before) <= set(self._online):
+            self._refused.clear()
         self._sent = []
         for node in self._online:
             if node in self._refused:
                 continue
             agent = self.roster.agent_of(node)
-            parcel = Parcel[Array](server_round, None) if agent is None else self.relay.parcel(agent, round=server_round)
+            parcel = (
+                Parcel[Array](server_round, None) if agent is None else self.relay.parcel(agent, round=server_round)
+            )
             self._sent.append(self._message(node, parcel, config, MessageType.TRAIN))
         return self._sent
 
@@ -194,7 +201,7 @@ class GossipStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Take in the closing answers and return the final accuracy over the agents."""
-        if not self._sent:
+        if server_round != self.monitor.num_rounds:
             return None
         self._take_in(server_round + 1, replies)
         final = self.monitor.evaluations().get(server_round)
@@ -233,7 +240,7 @@ class GossipStrategy(Strategy):
             # Error replies of the SuperLink bear its own node id: the message answered tells who was asked.
             node = asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
             if reply.has_error():
-                failed[self._name(node)] = f"error {reply.error.code}: {reply.error.reason}"
+                failed[self._name(node)] = f"error {reply.error.code}: {_plain(reply.error.reason)}"
                 continue
             try:
                 agent, answer = self._read(node, reply.content)
@@ -247,21 +254,28 @@ class GossipStrategy(Strategy):
         for name, reason in sorted(failed.items()):
             logger.log(WARNING, "round %d: %s failed. %s", round, name, reason)
         self._check_attendance(round, answers, failed)
-        silent = [agent for agent in self._agents_asked() if agent not in answers and f"agent {agent}" not in failed]
-        self.monitor.close_round(round, answers, failed=failed, missing=silent)
+        agents = range(self.topology.num_agents)
+        missing = [agent for agent in agents if agent not in answers and f"agent {agent}" not in failed]
+        self.monitor.close_round(round, answers, failed=failed, missing=missing)
 
     def _read(self, node: int, content: RecordDict) -> tuple[int, Answer[Array]]:
-        facts = dict(content.config_records[keys.AGENT])
+        try:
+            facts = dict(content.config_records[keys.AGENT])
+            metrics: Any = dict(content.metric_records[keys.METRICS])
+            frame = content.array_records[keys.FRAME][keys.FRAME] if keys.FRAME in content.array_records else None
+            raw = b"" if frame is None else frame.numpy().tobytes()  # counted and digested, not decoded
+        except (KeyError, TypeError, ValueError) as error:
+            raise RosterError(
+                f"{self._name(node)} does not answer as an agent ({error!r}); its records are {', '.join(content)}. "
+                "Let its ClientApp be one of make_client_app, of the same release of flower-mcepl as here."
+            ) from error
+        newcomer = self.roster.agent_of(node) is None
         agent = self.roster.admit(node, facts, online=self._online)
-        if facts.pop(keys.FRESH, False):
-            self.relay.forget(agent)
+        if facts.pop(keys.FRESH, False) or newcomer:
+            self.relay.forget(agent, in_flight=newcomer)  # a newcomer was handed nothing this time
         refused: Any = facts.pop(keys.REFUSED, [])
-        metrics: Any = dict(content.metric_records[keys.METRICS])
-        frame = content.array_records[keys.FRAME][keys.FRAME] if keys.FRAME in content.array_records else None
-        if frame is None:
-            return agent, Answer(facts, metrics, None, 0, None, refused)
-        raw = frame.numpy().tobytes()  # counted and digested; the relay does not decode it
-        return agent, Answer(facts, metrics, frame, len(raw), frame_digest(raw), refused)
+        digest = None if frame is None else frame_digest(raw)
+        return agent, Answer(facts, metrics, frame, len(raw), digest, refused)
 
     def _check_attendance(self, round: int, answers: Mapping[int, Any], failed: Mapping[str, str]) -> None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())) or "no reason given"
@@ -273,25 +287,26 @@ class GossipStrategy(Strategy):
             )
         self._silent_rounds = 0 if answers else self._silent_rounds + 1
         if self._silent_rounds >= MAX_SILENT_ROUNDS:
-            raise RosterError(f"no agent has answered for {MAX_SILENT_ROUNDS} rounds. Last reasons: {reasons}.")
-
-    def _agents_asked(self) -> list[int]:
-        nodes = [message.metadata.dst_node_id for message in self._sent]
-        agents = [self.roster.agent_of(node) for node in nodes]
-        return sorted(agent for agent in agents if agent is not None)
+            raise RosterError(
+                f"no agent has answered for {MAX_SILENT_ROUNDS} rounds; nodes online: {len(self._online)}. Last reasons: "
+                f"{reasons}. Look at the nodes' logs; where they need longer for a round, raise the timeout of start()."
+            )
 
     def _name(self, node: int) -> str:
         agent = self.roster.agent_of(node)
         return f"node {node}" if agent is None else f"agent {agent}"
 
-    def _wait_for_nodes(self, grid: Grid) -> list[int]:
+    def _wait_for_nodes(self, grid: Grid, server_round: int) -> list[int]:
+        needed = self.min_agents if server_round == 1 else 1
         deadline = time.monotonic() + self.wait_timeout
         told = -1
-        while len(nodes := sorted(grid.get_node_ids())) < self.min_agents:
+        while len(nodes := sorted(grid.get_node_ids())) < needed:
             if len(nodes) != told:
-                _log(f"waiting for nodes: {len(nodes)} of {self.min_agents} are here")
+                _log(f"waiting for nodes: {len(nodes)} of {needed} are here")
                 told = len(nodes)
             if time.monotonic() > deadline:
+                if server_round > 1:
+                    break
                 raise self._too_few(grid, nodes)
             time.sleep(0.2)
         return nodes
@@ -334,6 +349,12 @@ class GossipStrategy(Strategy):
         except ConfigError as missing_extra:
             logger.log(WARNING, "%s", missing_extra)
         _log(f"Run record: {self.record.path}")
+
+
+def _plain(reason: str) -> str:
+    """Cut off what Flower and Ray wrap around the text of a client's exception: classes and a traceback."""
+    wrapped = re.fullmatch(r"<class '.*?'>:<'(.*)'>", reason, re.DOTALL)
+    return (wrapped[1] if wrapped else reason).rpartition("ClientAppException occurred. Message: ")[2].strip()
 
 
 def _log(line: str) -> None:

@@ -20,14 +20,14 @@ def load_split(data: str, split: str) -> Dataset:
     if not files:
         raise FileNotFoundError(
             f"data = {data!r}: no {split}*.parquet in that folder or below. Give the absolute path of a folder with "
-            'CIFAR-10 as parquet, or a name on the Hugging Face hub: --run-config \'data="uoft-cs/cifar10"\'.'
+            "CIFAR-10 as parquet, or a name on the Hugging Face hub: --run-config 'data=\"uoft-cs/cifar10\"'."
         )
     return load_dataset("parquet", data_files=files, split="train")
 
 
 @lru_cache
 def training_parts(data: str, num_agents: int, classes_per_agent: int, seed: int) -> PathologicalPartitioner:
-    """Divide the training images: every agent gets `classes_per_agent` random classes, shared with their other holders."""
+    """Divide the training images: every agent gets some random classes and shares them with their other holders."""
     parts = PathologicalPartitioner(
         num_partitions=num_agents,
         partition_by="label",
