@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from flower_mcepl.errors import DataError
 
@@ -117,7 +117,7 @@ class TensorBatches:
 class DatasetBatches:
     """Batches of a map-style dataset that yields ``(input, label)``; its transforms run as the batch is drawn."""
 
-    def __init__(self, dataset: Dataset[Any] | Any, *, collate: Callable[[Any], Any] = default_collate) -> None:
+    def __init__(self, dataset: Any, *, collate: Callable[[Any], Any] = default_collate) -> None:
         self.dataset, self.collate = dataset, collate
         self.num_examples = len(dataset)
 

@@ -12,6 +12,7 @@
     ├── DivergedError           training left the finite numbers: lower the step size
     ├── StateError              a saved state belongs to something else or is damaged: use the right one
     ├── RecordError             a run record cannot be written or read
+    ├── LaunchError             Flower's programs are missing, do not start or do not answer: mend the installation
     └── FrameError              one frame is refused; the run goes on
         ├── TruncatedFrameError     shorter than it says
         ├── CorruptFrameError       damaged: checksum or structure
@@ -59,6 +60,10 @@ class StateError(FlowerMceplError):
 
 class RecordError(FlowerMceplError):
     """A run record cannot be written or read."""
+
+
+class LaunchError(FlowerMceplError):
+    """Flower's programs are missing, do not start or do not answer."""
 
 
 class FrameError(FlowerMceplError):

@@ -23,6 +23,7 @@ AGENTS_DIR = "agents-dir"  # simulation only: where the final states go
 
 # Keys of AGENT beside those of Agent.describe()
 FRESH = "fresh"  # bool: the agent began without a saved state
+PARAMETERS = "parameters"  # JSON text of Agent.parameters(); in the first answer alone
 REFUSED = "refused"  # list of str; left out when there are none
 
 # Node config

@@ -53,5 +53,5 @@ def _take_in(mailbox: Mailbox, parcel: Parcel[bytes], *, latest_round: int) -> l
         try:
             mailbox.put(sender, frame, latest_round=latest_round)
         except FrameError as error:
-            refused.append(f"{type(error).__name__}: {error}")
+            refused.append(f"{type(error).__name__}, frame of agent {sender}: {error}")
     return refused

@@ -101,7 +101,8 @@ def _answer(
     on_reply(parcel.round, agent.index, reply)
     frame = reply.frame
     digest = None if frame is None else frame_digest(frame)
-    return Answer(agent.describe(), reply.metrics, frame, len(frame or b""), digest, reply.refused)
+    facts = {**agent.describe(), "parameters": agent.parameters()}
+    return Answer(facts, reply.metrics, frame, len(frame or b""), digest, reply.refused)
 
 
 def save_agents(agents: Sequence[Agent], folder: Path) -> None:

@@ -1,20 +1,26 @@
 """The launcher: choosing, parsing, cleaning up (fast); whole runs in Flower (slow)."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flower_mcepl import launch
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.launch import RunOutcome, run_app
+from flower_mcepl.launch.command import main
+from flower_mcepl.launch.logs import excerpt
+from flower_mcepl.launch.plan import federation_line, format_run_config, num_agents, refuse_shadowed
+from flower_mcepl.launch.processes import ProcessFamily
+from flower_mcepl.launch.superlink import LOST, TIMED_OUT, private_environment
 
 PYPROJECT = """
 [build-system]
@@ -59,6 +65,7 @@ def train(msg: Message, context: Context) -> Message:
 """
 
 SERVER = """
+import time
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
@@ -73,11 +80,10 @@ def main(grid: Grid, context: Context) -> None:
     if context.run_config["crash"]:
         raise RuntimeError("the probe crashes on purpose")
     content = RecordDict({"config": ConfigRecord({"nothing": 0})})
+    while len(nodes := list(grid.get_node_ids())) < context.run_config["num-agents"]:
+        time.sleep(0.1)  # Flower starts the server before it has registered every node
     print("server sends", flush=True)
-    messages = [
-        Message(content, dst_node_id=node, message_type=MessageType.TRAIN, ttl=300.0)
-        for node in grid.get_node_ids()
-    ]
+    messages = [Message(content, dst_node_id=node, message_type=MessageType.TRAIN, ttl=300.0) for node in nodes]
     print("replies:", len(list(grid.send_and_receive(messages, timeout=300))), flush=True)
 """
 
@@ -94,12 +100,26 @@ def app(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start in an empty folder, and find neither a process nor a temporary file afterwards."""
+    temporary = tempfile.mkdtemp(prefix="m-", dir="/tmp")  # short, because Ray puts sockets below it
+    mark = f"MCEPL_TEST_MARK={temporary}"
+    monkeypatch.setenv(*mark.split("="))
+    monkeypatch.setenv("TMPDIR", temporary)
+    monkeypatch.setattr(tempfile, "tempdir", temporary)
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert ProcessFamily(mark).members() == []
+    Path(temporary).rmdir()  # fails when anything is in it
+
+
 # --- choosing and parsing
 
 
 def test_mapping_becomes_what_flwr_reads() -> None:
     given = {"rounds": 3, "rate": 0.5, "quick": True, "graph": "ring 2", "data": Path("a/b"), "said": "it's"}
-    assert launch.format_run_config(given) == [
+    assert format_run_config(given) == [
         "rounds=3",
         "rate=0.5",
         "quick=true",
@@ -110,14 +130,14 @@ def test_mapping_becomes_what_flwr_reads() -> None:
 
 
 def test_strings_pass_unchanged() -> None:
-    assert launch.format_run_config(["a=1 b=2", " ", "c='x'"]) == ["a=1 b=2", "c='x'"]
-    assert launch.format_run_config("a=1") == ["a=1"]
+    assert format_run_config(["a=1 b=2", " ", "c='x'"]) == ["a=1 b=2", "c='x'"]
+    assert format_run_config("a=1") == ["a=1"]
 
 
 @pytest.mark.parametrize("value", [None, [1], "two\nlines", "both ' and \"", b"bytes"])
 def test_value_that_flwr_cannot_read_is_refused_by_name(value: object) -> None:
     with pytest.raises(ConfigError, match="`key`"):
-        launch.format_run_config({"key": value})
+        format_run_config({"key": value})
 
 
 @given(st.text(st.characters(exclude_categories=["Cc", "Cs"])), st.integers(), st.booleans())
@@ -125,7 +145,7 @@ def test_formatted_values_survive_flowers_parser(text: str, number: int, flag: b
     parse = pytest.importorskip("flwr.common.config").parse_config_args
     wanted = {"text": text, "number": number % 2**31, "flag": flag}
     try:
-        formatted = launch.format_run_config(wanted)
+        formatted = format_run_config(wanted)
     except ConfigError:
         assert "'" in text
     else:
@@ -133,49 +153,49 @@ def test_formatted_values_survive_flowers_parser(text: str, number: int, flag: b
 
 
 def test_agents_come_from_the_app_then_from_overrides(app: Path, tmp_path: Path) -> None:
-    assert launch.num_agents(app, []) == 2
-    assert launch.num_agents(app, ["word='num-agents=9'", "num-agents=5 crash=true"]) == 5
+    assert num_agents(app, []) == 2
+    assert num_agents(app, ["word='num-agents=9'", "num-agents=5 crash=true"]) == 5
     settings = tmp_path / "settings.toml"
     settings.write_text("num-agents = 7\n")
-    assert launch.num_agents(app, [str(settings)]) == 7
+    assert num_agents(app, [str(settings)]) == 7
 
 
 @pytest.mark.parametrize("count", ["", "num-agents = 'many'"])
 def test_unknown_number_of_agents_names_the_way_out(app: Path, count: str) -> None:
     (app / "pyproject.toml").write_text(PYPROJECT.replace("num-agents = 2", count))
     with pytest.raises(ConfigError, match="--num-supernodes"):
-        launch.num_agents(app, [])
+        num_agents(app, [])
 
 
 def test_folder_without_an_app_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pyproject\.toml"):
-        launch.num_agents(tmp_path, [])
+        num_agents(tmp_path, [])
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     with pytest.raises(ConfigError, match=r"\[tool\.flwr\.app\]"):
-        launch.num_agents(tmp_path, [])
+        num_agents(tmp_path, [])
 
 
 def test_federation_line_gives_each_client_one_cpu_unless_told() -> None:
-    assert launch.federation_line(3) == "num-supernodes=3 client-resources-num-cpus=1"
-    assert launch.federation_line(3, "client-resources-num-cpus=2") == ("num-supernodes=3 client-resources-num-cpus=2")
+    assert federation_line(3) == "num-supernodes=3 client-resources-num-cpus=1"
+    assert federation_line(3, "client-resources-num-cpus=2") == ("num-supernodes=3 client-resources-num-cpus=2")
     with pytest.raises(ConfigError, match="at least one"):
-        launch.federation_line(0)
+        federation_line(0)
     with pytest.raises(ConfigError, match="twice"):
-        launch.federation_line(3, "num-supernodes=4")
+        federation_line(3, "num-supernodes=4")
 
 
 def test_foreign_package_in_the_current_folder_is_refused(app: Path, tmp_path: Path) -> None:
-    launch.refuse_shadowed(app, tmp_path)
-    launch.refuse_shadowed(app, app)  # its own package is no foreigner
+    refuse_shadowed(app, tmp_path)
+    refuse_shadowed(app, app)  # its own package is no foreigner
     elsewhere = tmp_path / "elsewhere" / "mcepl_launch_probe"
     elsewhere.mkdir(parents=True)
     (elsewhere / "__init__.py").write_text("")
     with pytest.raises(ConfigError, match="mcepl_launch_probe"):
-        launch.refuse_shadowed(app, elsewhere.parent)
+        refuse_shadowed(app, elsewhere.parent)
 
 
 def test_environment_is_private_and_quiet(tmp_path: Path) -> None:
-    env = launch.private_environment(
+    env = private_environment(
         tmp_path,
         {"PATH": "/elsewhere", "FLWR_HOME": "/theirs", "FLWR_TELEMETRY_ENABLED": "1", "no_proxy": "a.b"},
     )
@@ -192,112 +212,114 @@ def test_environment_is_private_and_quiet(tmp_path: Path) -> None:
 
 def test_excerpt_starts_at_the_error_before_the_last_traceback() -> None:
     why = "ERROR : b\nTraceback (most recent call last)\n  new"
-    assert launch.excerpt(f"INFO : a\nTraceback (most recent call last)\n  old\n{why}") == why
+    assert excerpt(f"INFO : a\nTraceback (most recent call last)\n  old\n{why}") == why
 
 
 def test_excerpt_without_an_error_is_the_end() -> None:
     lines = [f"line {number}" for number in range(100)]
-    assert launch.excerpt("\n".join(lines)).splitlines() == lines[-20:]
-    assert launch.excerpt("") == ""
+    assert excerpt("\n".join(lines)).splitlines() == lines[-20:]
+    assert excerpt("") == ""
 
 
 @pytest.mark.parametrize(("status", "code"), [("finished:completed", 0), ("finished:failed", 1), ("lost", 1)])
-def test_exit_code_follows_the_status(
+def test_exit_code_and_both_frame_lines_follow_the_run(
     status: str, code: int, app: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcome = launch.RunOutcome(7, status, "the reason", "ERROR : what happened", 1.0)
-    monkeypatch.setattr(launch, "run_app", lambda *_, **__: outcome)
-    assert launch.main([str(app)]) == code
-    assert ("the reason" in capsys.readouterr().err) == (code != 0)
+    def carry_out(_: object, *, timeout: float | None, on_line: Callable[[str], object]) -> RunOutcome:
+        on_line("\x1b[92mINFO \x1b[0m:      \t└── Run record: runs/a b")
+        return RunOutcome(7, status, "the reason", "ERROR : what happened", 1.0)
+
+    monkeypatch.setattr("flower_mcepl.launch.command.carry_out", carry_out)
+    assert main([str(app), "--run-config", "crash=true"]) == code
+    printed = capsys.readouterr()
+    assert printed.out == "INFO :      \t└── Run record: runs/a b\n"
+    first, *between, last = printed.err.splitlines()
+    assert first == f"flower_mcepl: running {app} (crash=true) with 2 nodes; Ctrl-C stops it cleanly"
+    assert ("flower_mcepl: the reason" in between) == (code != 0)
+    assert re.fullmatch(rf"flower_mcepl: {status} after \d+\.\d s; run record: runs/a b", last)
 
 
 def test_bad_settings_exit_1_with_one_line(app: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch.main([str(app), "--num-supernodes", "0"]) == 1
+    assert main([str(app), "--num-supernodes", "0"]) == 1
     assert capsys.readouterr().err.startswith("flower_mcepl: ConfigError: a run needs at least one SuperNode")
 
 
-# --- cleaning up
+# --- a SuperLink that dies, played by two small programs and then by the real one
 
-DETACHED = """
-import subprocess, sys, time
-child = "import time; print('up', flush=True); time.sleep(60)"
-if "deaf" in sys.argv:
-    child = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + child
-subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
-if "leave" not in sys.argv:
-    time.sleep(60)
-"""
+PLAYED = {
+    "flower-superlink": """
+import http.server, os, sys
 
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/die":
+            os._exit(3)
+        self.send_response(200)
+        self.end_headers()
 
-@pytest.mark.parametrize("manner", ["stay", "leave", "deaf"])
-@pytest.mark.parametrize("by_mark", [True, False], ids=["by-mark", "by-descent"])
-def test_family_ends_detached_children(manner: str, by_mark: bool) -> None:
-    if by_mark and not Path("/proc/self/environ").exists():
-        pytest.skip("needs /proc")
-    if manner == "leave" and not by_mark:
-        pytest.skip("a child that left before anybody looked is known by its mark only")
-    mark = f"MCEPL_TEST_MARK={os.getpid()}-{manner}-{by_mark}"
-    env = {**os.environ, **({"MCEPL_TEST_MARK": mark.partition("=")[2]} if by_mark else {})}
-    command = [sys.executable, "-c", DETACHED, manner]
-    family = launch.ProcessFamily(mark)
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, start_new_session=True) as parent:
-        assert parent.stdout is not None
-        assert parent.stdout.readline() == b"up\n"
-        if not by_mark:
-            family.adopt(parent.pid)
-        if manner == "leave":
-            parent.wait()
-        members = family.members()
-        assert len(members) == (1 if manner == "leave" else 2)
-        assert family.end(grace=0.3, busy=lambda: parent.poll() is None) == []
-    for pid in members:
-        with pytest.raises(ProcessLookupError):
-            _alive(pid)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Answers).serve_forever()
+""",
+    "flwr": """
+import os, sys, time, tomllib, urllib.request
 
+def kill_superlink():
+    with open(os.environ["FLWR_HOME"] + "/config.toml", "rb") as settings:
+        address = tomllib.load(settings)["superlink"]["private"]["address"]
+    try:
+        urllib.request.urlopen(f"http://{address}/die")
+    except OSError:
+        pass
 
-def test_family_leaves_others_alone() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
-        family = launch.ProcessFamily("MCEPL_TEST_MARK=nobody")
-        assert family.members() == []
-        assert family.end(grace=0.0) == []
-        assert stranger.poll() is None
-        stranger.communicate(b"\n")
-        assert stranger.returncode == 0
+if sys.argv[1] == "run":
+    print('{"success": true, "run-id": "7"}')
+elif sys.argv[1] == "log":
+    print("INFO :      the round begins", flush=True)
+    if WHEN == "while-streaming":
+        kill_superlink()
+        time.sleep(60)
+elif sys.argv[1] == "ls":
+    kill_superlink()
+    sys.exit("no connection")
+""",
+}
 
 
-def _alive(pid: int) -> None:
-    """Raise ProcessLookupError when the process is gone or only waits to be buried."""
-    stat = Path(f"/proc/{pid}/stat")
-    if Path("/proc/self/stat").exists() and (
-        not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
-    ):
-        raise ProcessLookupError
-    os.kill(pid, 0)
+@pytest.mark.parametrize("when", ["while-streaming", "while-asked-for-the-status"])
+def test_superlink_that_dies_loses_the_run(
+    when: str, app: Path, tmp_path: Path, nothing_stays: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, source in PLAYED.items():
+        program = tmp_path / name
+        program.write_text(f"#!{sys.executable}\nWHEN = {when!r}\n{source}")
+        program.chmod(0o755)
+    monkeypatch.setattr("flower_mcepl.launch.superlink._program", lambda name, _: str(tmp_path / name))
+    outcome = run_app(app, timeout=50)
+    assert (outcome.status, outcome.details) == (LOST, "the SuperLink went away with exit code 3")
+    assert outcome.log == "INFO :      the round begins"
+
+
+@pytest.mark.slow
+def test_real_superlink_that_dies_loses_the_run(app: Path, nothing_stays: None) -> None:
+    family = ProcessFamily(f"MCEPL_TEST_MARK={tempfile.gettempdir()}")
+
+    def kill_superlink(line: str) -> None:
+        if line.startswith("server sends"):
+            shown = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in family.members()}
+            (superlink,) = (pid for pid, command in shown.items() if b"/flower-superlink\0" in command)
+            os.kill(superlink, signal.SIGKILL)
+
+    outcome = run_app(app, run_config={"sleep": 200.0}, timeout=300, on_line=kill_superlink)
+    assert outcome.status == LOST, outcome
+    assert "exit code -9" in outcome.details
 
 
 # --- whole runs
 
 
-@pytest.fixture
-def nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Start in an empty folder, and find neither a process nor a temporary file afterwards."""
-    temporary = tempfile.mkdtemp(prefix="m-", dir="/tmp")  # short, because Ray puts sockets below it
-    mark = f"MCEPL_TEST_MARK={temporary}"
-    monkeypatch.setenv(*mark.split("="))
-    monkeypatch.setenv("TMPDIR", temporary)
-    monkeypatch.setattr(tempfile, "tempdir", temporary)
-    monkeypatch.chdir(tmp_path)
-    yield
-    assert launch.ProcessFamily(mark).members() == []
-    Path(temporary).rmdir()  # fails when anything is in it
-
-
 @pytest.mark.slow
 def test_run_that_ends_well(app: Path, tmp_path: Path, nothing_stays: None) -> None:
     heard: list[str] = []
-    outcome = launch.run_app(
-        app, run_config={"word": "hello there"}, num_supernodes=3, timeout=300, on_line=heard.append
-    )
+    outcome = run_app(app, run_config={"word": "hello there", "num-agents": 3}, timeout=300, on_line=heard.append)
     assert outcome.ok, outcome
     assert "replies: 3" in outcome.log.splitlines()
     assert len(heard) == len(outcome.log.splitlines())
@@ -306,23 +328,23 @@ def test_run_that_ends_well(app: Path, tmp_path: Path, nothing_stays: None) -> N
 
 @pytest.mark.slow
 def test_run_that_crashes_is_told(app: Path, nothing_stays: None) -> None:
-    outcome = launch.run_app(app, run_config={"crash": True}, num_supernodes=1, timeout=300)
+    outcome = run_app(app, run_config={"crash": True}, timeout=300)
     assert not outcome.ok
     assert outcome.status == "finished:failed"
     assert "crashes on purpose" in outcome.details
-    assert "RuntimeError: the probe crashes on purpose" in launch.excerpt(outcome.log)
+    assert "RuntimeError: the probe crashes on purpose" in excerpt(outcome.log)
 
 
 @pytest.mark.slow
 def test_unknown_setting_is_refused_with_flowers_words(app: Path, nothing_stays: None) -> None:
     with pytest.raises(ConfigError, match=r"(?i)run config"):
-        launch.run_app(app, run_config={"no-such-key": 1}, num_supernodes=1, timeout=300)
+        run_app(app, run_config={"no-such-key": 1}, timeout=300)
 
 
 @pytest.mark.slow
 def test_run_over_its_time_is_stopped(app: Path, nothing_stays: None) -> None:
-    outcome = launch.run_app(app, run_config={"sleep": 200.0}, num_supernodes=1, timeout=25)
-    assert outcome.status == launch.TIMED_OUT
+    outcome = run_app(app, run_config={"sleep": 200.0}, timeout=25)
+    assert outcome.status == TIMED_OUT
 
 
 @pytest.mark.slow

@@ -70,6 +70,10 @@ class Agent(abc.ABC):
     def first_payload(self) -> dict[str, Tensor] | None:
         """Return what a neighbor that has never been heard of counts as holding, or None if that is nothing."""
 
+    @abc.abstractmethod
+    def parameters(self) -> dict[str, Any]:
+        """Return the algorithm's parameters of this agent, JSON-able, for the run record."""
+
     def describe(self) -> dict[str, Any]:
         """Return facts for the handshake: JSON-able scalars in kebab-case."""
         return {"agent": self.index, "algorithm": self.algorithm, "fingerprint": self.fingerprint}

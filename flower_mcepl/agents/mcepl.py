@@ -1,5 +1,6 @@
 """MCE-PL: personal masks over shared random weights, fused with the masks of graph neighbors."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -198,6 +199,10 @@ class MceplAgent(Agent):
         }
         classes = getattr(self.data.train, "classes", None)
         return facts if classes is None else {**facts, "classes": classes}
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the fields of the agent's `MceplConfig`."""
+        return dataclasses.asdict(self.config)
 
     def state(self) -> AgentState:
         """Return scores, last gradient, momentum, the neighbors' counts and the running statistics."""

@@ -1,8 +1,10 @@
 """A ClientApp that plays one agent: it translates between Flower's messages and the agent, and does not calculate."""
 
+import contextlib
+import json
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ from flower_mcepl.agents import Agent, MceplAgent, MceplConfig, save_state
 from flower_mcepl.clients.memory import recall, remember
 from flower_mcepl.config import read_fields
 from flower_mcepl.data import AgentData
-from flower_mcepl.errors import ConfigError
+from flower_mcepl.errors import ConfigError, DataError, FlowerMceplError
 from flower_mcepl.mailbox import Mailbox
 from flower_mcepl.masked_model import shared_module
 from flower_mcepl.relay import Parcel
 from flower_mcepl.rounds import Reply, open_mailbox, play_round
 from flower_mcepl.settings import DeviceSettings
 from flower_mcepl.simulation import agent_file, torch_threads
+from flower_mcepl.streams import isolated_rng
 
 ModelFn = Callable[[Context], nn.Module]
 DataFn = Callable[[Context], tuple[object, object]]
@@ -48,7 +51,8 @@ def make_client_app(model_fn: ModelFn, data_fn: DataFn) -> ClientApp:
     -----
     All parameters are read from the run config (`MceplConfig`, `DeviceSettings`, ``seed``); a SuperNode's node
     config may set ``retention-conv``, ``retention-linear``, ``device`` and ``threads`` for itself.
-    Both functions are called once per process and run, and their results are kept.
+    Both functions are called once per process and run, and their results are kept. On a device every message is a
+    process of its own; what they draw from a global generator is the same each time.
 
     Examples
     --------
@@ -59,7 +63,7 @@ def make_client_app(model_fn: ModelFn, data_fn: DataFn) -> ClientApp:
     def agent_fn(context: Context) -> Agent:
         index, seed = agent_index(context), int(context.run_config.get("seed", 0))
         module = _once(context, (app_id, "module", seed), lambda: shared_module(lambda: model_fn(context), seed=seed))
-        data = _once(context, (app_id, "data", index), lambda: AgentData.of(*_splits(data_fn(context)), agent=index))
+        data = _once(context, (app_id, "data", index), lambda: _load(data_fn, context, seed=seed))
         config = MceplConfig.from_run_config(context.run_config, agent=index, node_config=context.node_config)
         return MceplAgent(index, module, data, config, seed=seed, device=_device(context))
 
@@ -97,7 +101,28 @@ def agent_index(context: Context) -> int:
     return index
 
 
+@contextlib.contextmanager
+def _naming_the_agent(context: Context) -> Iterator[None]:
+    """Let every error say which agent it comes from; Flower passes on nothing but an exception's text."""
+    who = f"agent {agent_index(context)}"
+    try:
+        yield
+    except FlowerMceplError as error:
+        if who in str(error):
+            raise
+        raise type(error)(f"{who}: {error}") from error
+    except Exception as error:
+        raise FlowerMceplError(
+            f"{who}: {type(error).__name__}: {error}. Its traceback is in the log of node {context.node_id}."
+        ) from error
+
+
 def _play(agent_fn: AgentFn, message: Message, context: Context) -> Message:
+    with _naming_the_agent(context):
+        return _play_message(agent_fn, message, context)
+
+
+def _play_message(agent_fn: AgentFn, message: Message, context: Context) -> Message:
     order = message.content.config_records.get(keys.ORDER)
     if order is None or order.get(keys.VERSION) != keys.MESSAGE_VERSION:
         raise ConfigError(
@@ -129,6 +154,8 @@ def _parcel(message: Message, order: ConfigRecord) -> Parcel[bytes]:
 
 def _answer(agent: Agent, reply: Reply, *, fresh: bool) -> RecordDict:
     facts = {**agent.describe(), keys.FRESH: fresh}
+    if fresh:
+        facts[keys.PARAMETERS] = json.dumps(agent.parameters())
     if reply.refused:
         facts[keys.REFUSED] = reply.refused
     content = RecordDict({keys.AGENT: ConfigRecord(facts), keys.METRICS: MetricRecord(dict(reply.metrics))})
@@ -151,10 +178,15 @@ def _in_simulation() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
-def _splits(result: object) -> tuple[object, object]:
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise ConfigError(f"the data function must return (train, test); got {type(result).__name__}.")
-    return result
+def _load(data_fn: DataFn, context: Context, *, seed: int) -> AgentData:
+    index = agent_index(context)
+    with isolated_rng(seed, "data", agent=index):
+        splits: object = data_fn(context)
+    if not isinstance(splits, tuple) or len(splits) != 2:
+        raise DataError(
+            f"the data function must return the pair (train, test); for agent {index} it gave {type(splits).__name__}."
+        )
+    return AgentData.of(*splits, agent=index)
 
 
 def _once(context: Context, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
@@ -174,10 +206,7 @@ def _device_settings(context: Context) -> DeviceSettings:
 def _device(context: Context) -> str:
     told = _device_settings(context).device
     if told != "auto":
-        try:
-            return str(torch.device(told))
-        except RuntimeError as error:
-            raise ConfigError(f"device must be auto, cpu, cuda, cuda:N or mps; got {told!r} ({error}).") from None
+        return told
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,5 +1,6 @@
 """The relay as a Flower strategy: every agent gets the frames of its own graph neighbors and nothing else."""
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -125,7 +126,7 @@ class GossipStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run ``num_rounds`` rounds and the closing exchange; as `Strategy.start`, but ``initial_arrays`` may be left out.
+        """Run the rounds and the closing exchange; as `Strategy.start`, but ``initial_arrays`` may be left out.
 
         The result has no arrays: there is no global model. ``evaluate_metrics_clientapp`` holds, per evaluated
         round, the mean, spread and worst of the personal accuracies; `monitor` and the run record hold each agent's.
@@ -223,7 +224,8 @@ class GossipStrategy(Strategy):
             order[keys.NEIGHBORS] = list(parcel.neighbors)
         if self.record is not None and not parcel.train:
             order[keys.AGENTS_DIR] = str(self.record.agents_dir)
-        frames = ArrayRecord({str(sender): array for sender, array in parcel.frames.items()})
+        frames = ArrayRecord()
+        frames.update({str(sender): array for sender, array in parcel.frames.items()})  # as they came: no copies
         return Message(
             RecordDict({keys.FRAMES: frames, keys.ORDER: order}),
             dst_node_id=node,
@@ -273,6 +275,8 @@ class GossipStrategy(Strategy):
         agent = self.roster.admit(node, facts, online=self._online)
         if facts.pop(keys.FRESH, False) or newcomer:
             self.relay.forget(agent, in_flight=newcomer)  # a newcomer was handed nothing this time
+        if keys.PARAMETERS in facts:
+            facts[keys.PARAMETERS] = json.loads(str(facts[keys.PARAMETERS]))
         refused: Any = facts.pop(keys.REFUSED, [])
         digest = None if frame is None else frame_digest(raw)
         return agent, Answer(facts, metrics, frame, len(raw), digest, refused)
@@ -288,8 +292,8 @@ class GossipStrategy(Strategy):
         self._silent_rounds = 0 if answers else self._silent_rounds + 1
         if self._silent_rounds >= MAX_SILENT_ROUNDS:
             raise RosterError(
-                f"no agent has answered for {MAX_SILENT_ROUNDS} rounds; nodes online: {len(self._online)}. Last reasons: "
-                f"{reasons}. Look at the nodes' logs; where they need longer for a round, raise the timeout of start()."
+                f"no agent has answered for {MAX_SILENT_ROUNDS} rounds; nodes online: {len(self._online)}. Last "
+                f"reasons: {reasons}. Look at the nodes' logs; where they need longer for a round, raise the timeout."
             )
 
     def _name(self, node: int) -> str:
@@ -351,10 +355,11 @@ class GossipStrategy(Strategy):
         _log(f"Run record: {self.record.path}")
 
 
-def _plain(reason: str) -> str:
+def _plain(reason: str | None) -> str:
     """Cut off what Flower and Ray wrap around the text of a client's exception: classes and a traceback."""
-    wrapped = re.fullmatch(r"<class '.*?'>:<'(.*)'>", reason, re.DOTALL)
-    return (wrapped[1] if wrapped else reason).rpartition("ClientAppException occurred. Message: ")[2].strip()
+    text = reason or "no reason given"
+    wrapped = re.fullmatch(r"<class '.*?'>:<'(.*)'>", text, re.DOTALL)
+    return (wrapped[1] if wrapped else text).rpartition("ClientAppException occurred. Message: ")[2].strip()
 
 
 def _log(line: str) -> None:

@@ -1,0 +1,123 @@
+"""What is to be run: the app, its nodes, and the two settings lines that ``flwr run`` takes."""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flower_mcepl.errors import ConfigError
+
+_PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # how flwr 1.41 reads --run-config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run that Flower has not seen yet."""
+
+    app: Path
+    num_supernodes: int
+    run_config: list[str]  # one entry for each --run-config
+    federation_config: str
+
+
+def plan_run(
+    app: Path,
+    *,
+    run_config: Mapping[str, object] | Sequence[str] = (),
+    num_supernodes: int | None = None,
+    federation_config: str = "",
+) -> Plan:
+    """Check what can be checked before anything starts; see ``run_app`` for the parameters."""
+    refuse_shadowed(app, Path.cwd())
+    overrides = format_run_config(run_config)
+    nodes = num_agents(app, overrides) if num_supernodes is None else num_supernodes
+    return Plan(app, nodes, overrides, federation_line(nodes, federation_config))
+
+
+def format_run_config(run_config: Mapping[str, object] | Sequence[str]) -> list[str]:
+    """Return the values of ``--run-config``, one for each key of a mapping; strings pass as they are."""
+    if isinstance(run_config, str):
+        return [run_config]
+    if not isinstance(run_config, Mapping):
+        return [entry for entry in run_config if entry.strip()]
+    return [f"{key}={_toml_value(key, value)}" for key, value in run_config.items()]
+
+
+def _toml_value(key: str, value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str | os.PathLike):
+        text = os.fspath(value)
+        if isinstance(text, str) and "\n" not in text:
+            if "'" not in text:
+                return f"'{text}'"
+            if '"' not in text and "\\" not in text:
+                return f'"{text}"'
+    raise ConfigError(
+        f"a run-config value must be a bool, int, float, or a one-line str with one kind of quote at most; "
+        f"`{key}` is {value!r}. Put other values into a TOML file and pass its path."
+    )
+
+
+def num_agents(app: Path, run_config: Sequence[str]) -> int:
+    """Return how many agents the app will have: ``num-agents`` of the overrides, else of its own settings."""
+    found: object = _app_settings(app).get("config", {}).get("num-agents")
+    for entry in run_config:
+        if entry.strip().endswith(".toml"):
+            found = _read_toml(Path(entry.strip()).expanduser()).get("num-agents", found)
+        else:
+            found = dict(_PAIR.findall(entry)).get("num-agents", found)
+    try:
+        return int(str(found))
+    except ValueError:
+        problem = "has no" if found is None else f"has {found!r} as its"
+        raise ConfigError(
+            f"the number of SuperNodes must be known; {app} {problem} `num-agents` in "
+            "[tool.flwr.app.config]. Say it with --num-supernodes."
+        ) from None
+
+
+def federation_line(num_supernodes: int, more: str = "") -> str:
+    """Return the value of ``--federation-config``, with one CPU per client unless ``more`` says otherwise."""
+    if num_supernodes < 1:
+        raise ConfigError(f"a run needs at least one SuperNode; got {num_supernodes}.")
+    said = dict(_PAIR.findall(more))
+    if "num-supernodes" in said:
+        raise ConfigError("num-supernodes is said twice; take it out of the federation config.")
+    cpus = "" if "client-resources-num-cpus" in said else " client-resources-num-cpus=1"
+    return f"num-supernodes={num_supernodes}{cpus} {more}".rstrip()
+
+
+def refuse_shadowed(app: Path, cwd: Path) -> None:
+    """Raise when the current folder holds a foreign package of the app's name.
+
+    Ray's workers search the current folder before the app, so the clients would silently run foreign code.
+    """
+    for reference in _app_settings(app).get("components", {}).values():
+        package = str(reference).partition(":")[0].partition(".")[0]
+        for found in (cwd / package / "__init__.py", cwd / f"{package}.py"):
+            if package and found.is_file() and not found.resolve().is_relative_to(app.resolve()):
+                raise ConfigError(
+                    f"the app's package `{package}` must not exist in the current folder too, because Ray "
+                    f"would import that one; found {found}. Start from another folder or rename the package."
+                )
+
+
+def _app_settings(app: Path) -> dict[str, Any]:
+    try:
+        settings = _read_toml(app / "pyproject.toml")["tool"]["flwr"]["app"]
+    except KeyError:
+        raise ConfigError(f"a Flower app has [tool.flwr.app] in its pyproject.toml; {app} has none.") from None
+    return dict(settings)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} must be a readable TOML file: {error}. Give the folder of a Flower app.") from error

@@ -1,0 +1,105 @@
+"""One run, from its plan to its outcome."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flower_mcepl.launch.logs import without_colors
+from flower_mcepl.launch.plan import Plan, plan_run
+from flower_mcepl.launch.signals import StopSignals
+from flower_mcepl.launch.superlink import private_superlink
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended.
+
+    Attributes
+    ----------
+    run_id
+        Flower's number of the run.
+    status
+        Flower's word for it (``finished:completed``, ``finished:failed``, ``finished:stopped``), or
+        ``timed-out`` when its time was over, or ``lost`` when the SuperLink went away.
+    details
+        The reason, as far as it is known.
+    log
+        The log of the run, without colors.
+    seconds
+        Wall time from the start of the SuperLink to the end of the run.
+    superlink_log
+        What the SuperLink and the processes below it printed.
+    """
+
+    run_id: int
+    status: str
+    details: str
+    log: str
+    seconds: float
+    superlink_log: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the run really finished well."""
+        return self.status == "finished:completed"
+
+
+def run_app(
+    app: Path,
+    *,
+    run_config: Mapping[str, object] | Sequence[str] = (),
+    num_supernodes: int | None = None,
+    federation_config: str = "",
+    timeout: float | None = None,
+    on_line: Callable[[str], object] | None = None,
+) -> RunOutcome:
+    """Run one Flower app in a private SuperLink and wait for its end.
+
+    The SuperLink starts in the current folder, so that an app's relative paths mean what the caller expects.
+
+    Parameters
+    ----------
+    app
+        Folder of the app, the one with its ``pyproject.toml``.
+    run_config
+        Overrides of the app's settings: a mapping, or the strings that ``flwr run --run-config`` takes.
+    num_supernodes
+        How many SuperNodes Flower simulates (default: the app's ``num-agents``).
+    federation_config
+        More of ``flwr run --federation-config``; ``client-resources-num-cpus`` is 1 unless said here.
+    timeout
+        Seconds after which the run is stopped (default: none).
+    on_line
+        Called with each line of the run's log as it arrives.
+
+    Returns
+    -------
+    RunOutcome
+        How the run ended; a failed run is an outcome, not an exception.
+
+    Raises
+    ------
+    ConfigError
+        Flower refuses the app or its settings.
+    LaunchError
+        The SuperLink does not start or does not answer.
+    """
+    plan = plan_run(app, run_config=run_config, num_supernodes=num_supernodes, federation_config=federation_config)
+    return carry_out(plan, timeout=timeout, on_line=on_line or (lambda _: None))
+
+
+def carry_out(plan: Plan, *, timeout: float | None, on_line: Callable[[str], object]) -> RunOutcome:
+    """Do what the plan says; see ``run_app``."""
+    started = time.monotonic()
+    lines: list[str] = []
+
+    def take(line: str) -> None:
+        lines.append(without_colors(line))
+        on_line(line)
+
+    with StopSignals() as signals, private_superlink(signals) as superlink:
+        run_id = superlink.submit(plan)
+        status, details = superlink.follow(take, deadline=None if timeout is None else started + timeout)
+        seconds = time.monotonic() - started
+        return RunOutcome(run_id, status, details, "\n".join(lines), seconds, superlink.read_log())
