@@ -17,7 +17,7 @@ class LayerSpec:
 
     name: str  # "layer1.0.conv1.weight", as in named_parameters()
     kind: str  # CONV or LINEAR: the kinds that may have their own retention
-    shape: tuple[int, ...]
+    shape: torch.Size
     transposed_groups: int = 0  # 0: filters are rows; else the groups of a transposed convolution
 
     def rows(self, weight: Tensor) -> Tensor:
@@ -78,6 +78,11 @@ def find_maskable(module: nn.Module) -> dict[str, LayerSpec]:
     UnsupportedLayerError
         If nothing can be masked, or a weight is not an ordinary initialised float parameter.
     """
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise UnsupportedLayerError(
+                f"{name} has no shape yet. Run one batch through the lazy module before masking."
+            )
     specs: dict[str, LayerSpec] = {}
     seen: set[int] = set()
     for prefix, layer in module.named_modules():
@@ -87,7 +92,7 @@ def find_maskable(module: nn.Module) -> dict[str, LayerSpec]:
             weight = _ordinary_parameter(layer, local_name, name)
             if id(weight) not in seen:
                 seen.add(id(weight))
-                specs[name] = LayerSpec(name, kind, tuple(weight.shape), groups)
+                specs[name] = LayerSpec(name, kind, weight.shape, groups)
     if not specs:
         known = ", ".join(sorted(base.__name__ for base in _FINDERS))
         raise UnsupportedLayerError(
@@ -103,10 +108,6 @@ def _ordinary_parameter(layer: nn.Module, local_name: str, name: str) -> nn.Para
         raise UnsupportedLayerError(
             f"{name} of {type(layer).__name__} is not a plain parameter (weight norm or another parametrization?). "
             "Remove the parametrization (torch.nn.utils.parametrize.remove_parametrizations) before masking."
-        )
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise UnsupportedLayerError(
-            f"{name} of {type(layer).__name__} has no shape yet. Run one batch through the lazy module before masking."
         )
     if weight.dtype not in (torch.float32, torch.float64):
         raise UnsupportedLayerError(

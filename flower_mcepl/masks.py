@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from flower_mcepl.errors import ConfigError, DivergedError
@@ -92,14 +92,14 @@ def aggregate_scores(z: Float[Tensor, "*layer"], n: Float[Tensor, "*layer"]) -> 
     return z + pull * n
 
 
-def neighbor_mean(masks: list[Bool[Tensor, "*layer"]]) -> Float[Tensor, "*layer"]:
-    """Average the masks of the neighbors (the agent itself is not among them): ``n = 1/|N| Σ m_j``."""
-    if not masks:
-        raise ConfigError("the mean of no masks is undefined; an agent without neighbors has n = 0 everywhere.")
-    count = torch.zeros(masks[0].shape, dtype=torch.int32, device=masks[0].device)
-    for mask in masks:
-        count += mask
-    return count.to(torch.float32) / len(masks)
+def neighbor_mean(count: Integer[Tensor, "*layer"], *, num_neighbors: int) -> Float[Tensor, "*layer"]:
+    """Average the masks of the neighbors, ``n = 1/|N| Σ m_j``, from their sum ``Σ m_j``.
+
+    The agent itself is not among its neighbors. One without neighbors has ``n = 0``.
+    """
+    if num_neighbors == 0:
+        return torch.zeros_like(count, dtype=torch.float32)
+    return count.to(torch.float32) / num_neighbors
 
 
 def neighbor_step(
@@ -142,7 +142,7 @@ class TopKSTE(torch.autograd.Function):
         return grads[0], None
 
 
-def init_scores(shape: torch.Size | tuple[int, ...], *, generator: torch.Generator) -> Float[Tensor, "..."]:
+def init_scores(shape: torch.Size, *, generator: torch.Generator) -> Float[Tensor, "..."]:
     """Draw scores as PyTorch draws weights: uniform in ``±1/sqrt(fan_in)`` (kaiming_uniform, a = √5).
 
     Uniform [-1, 1] and signed-constant scores did not train at the reference step sizes (DESIGN.md section 1).
@@ -152,7 +152,7 @@ def init_scores(shape: torch.Size | tuple[int, ...], *, generator: torch.Generat
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
-def bernoulli_mask(shape: torch.Size | tuple[int, ...], *, retention: float, generator: torch.Generator) -> Tensor:
+def bernoulli_mask(shape: torch.Size, *, retention: float, generator: torch.Generator) -> Tensor:
     """Draw a bool mask whose entries are 1 independently with probability ``retention``."""
     check_retention(retention)
     return torch.rand(shape, generator=generator) < retention

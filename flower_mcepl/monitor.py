@@ -53,7 +53,8 @@ class RunMonitor(Generic[FrameT]):
     train_loss: dict[int, float] = field(default_factory=dict)  # mean over the agents, by round
 
     def __post_init__(self) -> None:
-        self._start = self._round_start = time.perf_counter()
+        self._start = time.perf_counter()
+        self._warm: tuple[int, float] = (0, self._start)  # first round closed, and when: it includes the start-up
         self._agent_seconds: dict[int, float] = {}
         self._introduced: dict[int, Mapping[str, Any]] = {}
 
@@ -69,13 +70,13 @@ class RunMonitor(Generic[FrameT]):
 
         ``failed`` holds a reason by agent or node, ``missing`` the agents that did not answer at all.
         """
-        failed = dict(failed or {})
         answers = dict(sorted(answers.items()))
         for agent, answer in answers.items():
             spent = answer.metrics.get("seconds", 0.0)
             self._agent_seconds[agent] = self._agent_seconds.get(agent, 0.0) + spent
+        # Before the new frames count: a row's bytes are those that led to the model it speaks of.
         evaluated = [self._row(agent, round - 1, a) for agent, a in answers.items() if "accuracy" in a.metrics]
-        link_bytes = self.relay.ledger.totals()["links_total"]
+        self.rows += evaluated
         for agent, answer in answers.items():
             self.relay.answered(agent, answer.facts)
             if answer.frame is not None:
@@ -85,10 +86,12 @@ class RunMonitor(Generic[FrameT]):
         losses = [a.metrics["train-loss"] for a in answers.values() if "train-loss" in a.metrics]
         if losses:
             self.train_loss[round] = fmean(losses)
-        self.rows += evaluated
-        self._write(round, answers, failed, missing, evaluated, link_bytes)
-        self.log(self._line(round, answers, failed, missing, evaluated))
-        self._round_start = time.perf_counter()
+        closed = _ClosedRound(round, answers, dict(failed or {}), list(missing), evaluated)
+        if self.record is not None:
+            self._write(self.record, closed)
+        self.log(self._line(closed))
+        if self._warm[0] == 0:
+            self._warm = (round, time.perf_counter())
 
     def evaluations(self) -> dict[int, dict[str, Any]]:
         """Return mean, spread and extremes of the personal accuracies by evaluated round."""
@@ -136,17 +139,8 @@ class RunMonitor(Generic[FrameT]):
             "seconds": self._agent_seconds[agent],
         }
 
-    def _write(
-        self,
-        round: int,
-        answers: Mapping[int, Answer[FrameT]],
-        failed: Mapping[str, str],
-        missing: Sequence[int],
-        evaluated: list[dict[str, Any]],
-        link_bytes: int,
-    ) -> None:
-        if self.record is None:
-            return
+    def _write(self, record: RunRecord, closed: "_ClosedRound[FrameT]") -> None:
+        answers = closed.answers
         fresh = {
             agent: {key.replace("-", "_"): value for key, value in a.facts.items()}
             for agent, a in answers.items()
@@ -154,44 +148,38 @@ class RunMonitor(Generic[FrameT]):
         }
         if fresh:
             self._introduced.update(fresh)
-            self.record.amend_config(agents=[self._introduced[agent] for agent in sorted(self._introduced)])
-        self.record.log_agents(evaluated)
-        self.record.log_round(
+            record.amend_config(agents=[self._introduced[agent] for agent in sorted(self._introduced)])
+        record.log_agents(closed.evaluated)
+        totals = self.relay.ledger.totals()
+        record.log_round(
             {
-                "round": round,
+                "round": closed.round,
                 "answered": len(answers),
                 "agents": self.relay.topology.num_agents,
-                "failed": failed,
-                "missing": list(missing),
+                "failed": closed.failed,
+                "missing": closed.missing,
                 "refused": {agent: list(a.refused) for agent, a in answers.items() if a.refused},
                 "frames": {agent: a.digest for agent, a in answers.items() if a.digest is not None},
-                "train_loss": self.train_loss.get(round),
-                "link_bytes": link_bytes,
-                "uplink_bytes": self.relay.ledger.totals()["uplink_total"],
+                "train_loss": self.train_loss.get(closed.round),
+                "link_bytes": totals["links_total"],
+                "uplink_bytes": totals["uplink_total"],
                 "agent_seconds": sum(a.metrics.get("seconds", 0.0) for a in answers.values()),
                 "seconds": time.perf_counter() - self._start,
             }
         )
 
-    def _line(
-        self,
-        round: int,
-        answers: Mapping[int, Answer[FrameT]],
-        failed: Mapping[str, str],
-        missing: Sequence[int],
-        evaluated: list[dict[str, Any]],
-    ) -> str:
-        closing = round > self.num_rounds
-        parts = ["closing" if closing else f"round {round}/{self.num_rounds}"]
-        if not closing:
-            parts.append(f"{self._time_left(round)} left")
-        parts.append(f"{len(answers)}/{self.relay.topology.num_agents} answered")
-        parts += [f"{len(failed)} failed"] if failed else []
-        parts += [f"no answer from {', '.join(map(str, missing))}"] if missing else []
-        if round in self.train_loss:
-            parts.append(f"train loss {self.train_loss[round]:.3f}")
-        if evaluated:
-            s = accuracy_summary(evaluated)
+    def _line(self, closed: "_ClosedRound[FrameT]") -> str:
+        if closed.round > self.num_rounds:
+            parts = ["closing"]
+        else:
+            parts = [f"round {closed.round}/{self.num_rounds}", f"{self._time_left(closed.round)} left"]
+        parts.append(f"{len(closed.answers)}/{self.relay.topology.num_agents} answered")
+        parts += [f"{len(closed.failed)} failed"] if closed.failed else []
+        parts += [f"no answer from {', '.join(map(str, closed.missing))}"] if closed.missing else []
+        if closed.round in self.train_loss:
+            parts.append(f"train loss {self.train_loss[closed.round]:.3f}")
+        if closed.evaluated:
+            s = accuracy_summary(closed.evaluated)
             parts.append(
                 f"accuracy after round {s['round']}: {s['mean']:.3f} ± {s['std']:.3f} "
                 f"(worst {s['worst']:.3f}, agent {s['worst_agent']})"
@@ -200,7 +188,19 @@ class RunMonitor(Generic[FrameT]):
         return " | ".join(parts)
 
     def _time_left(self, round: int) -> str:
-        per_round = (time.perf_counter() - self._start) / round
+        known, since = self._warm
+        if known == 0:  # the first round says little of the others
+            return "?"
+        per_round = (time.perf_counter() - since) / (round - known)
         minutes, seconds = divmod(int(per_round * (self.num_rounds - round) + 0.5), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+@dataclass(frozen=True)
+class _ClosedRound(Generic[FrameT]):
+    round: int
+    answers: dict[int, Answer[FrameT]]
+    failed: dict[str, str]
+    missing: list[int]
+    evaluated: list[dict[str, Any]]  # rows of rounds.jsonl, of the round before

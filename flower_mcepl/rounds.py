@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from flower_mcepl.agents import Agent
-from flower_mcepl.errors import FrameError
+from flower_mcepl.errors import DivergedError, FrameError
 from flower_mcepl.mailbox import Mailbox
 from flower_mcepl.relay import Parcel
 from flower_mcepl.wire import encode_frame
@@ -28,7 +28,21 @@ def play_round(agent: Agent, mailbox: Mailbox, parcel: Parcel[bytes]) -> Reply:
     """Fuse the frames of the last round, evaluate if due, train, and encode what goes out.
 
     A bad frame is refused and reported; its sender's last good mask stays in use.
+
+    Raises
+    ------
+    DivergedError
+        If training leaves the finite numbers; the message names the agent.
     """
+    try:
+        return _play(agent, mailbox, parcel)
+    except DivergedError as error:
+        if f"agent {agent.index}" in str(error):
+            raise
+        raise DivergedError(f"agent {agent.index}, round {parcel.round}: {error}") from error
+
+
+def _play(agent: Agent, mailbox: Mailbox, parcel: Parcel[bytes]) -> Reply:
     start = time.perf_counter()
     metrics: dict[str, float] = {}
     previous = parcel.round - 1

@@ -263,14 +263,14 @@ def test_retention_by_kind_pattern_and_name() -> None:
     assert model.retention == {
         "conv.weight": 0.3, "body.0.weight": 0.5, "body.1.weight": 0.7, "head.weight": 0.9
     }  # fmt: skip
-    assert set(masked(net, retention=1).retention.values()) == {1.0}
+    assert set(masked(net, retention=1.0).retention.values()) == {1.0}
     assert set(resolve_retention({"*": 0.2}, model.layers).values()) == {0.2}
 
 
 @pytest.mark.parametrize(
     ("retention", "message"),
     [
-        (0, "every layer .* got 0"),
+        (0.0, "every layer .* got 0"),
         ({"conv": 1.5}, "'conv' .* got 1.5"),
         ({"conv": 0.3, "linear": float("nan")}, "'linear' .* got nan"),
         ({"conv": 0.3}, r"no retention ratio for 3\.weight \(kind linear\).*Add 'linear' or '3\.weight'"),
@@ -324,6 +324,21 @@ def test_shape_name_and_role_change_the_fingerprint() -> None:
     extra = holding("a", nn.Linear(3, 4, bias=False))
     extra.add_module("scale", nn.LayerNorm(3))
     assert len({*prints, fingerprint_of(extra)}) == 5
+
+
+class Unmasked(nn.Module):
+    """A weight like a linear layer's that no mask is put on."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+
+
+def test_which_weights_are_masked_is_in_the_fingerprint() -> None:
+    first, second = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
+    both, one = nn.Sequential(first, second), nn.Sequential(first, Unmasked(second.weight))
+    assert [name for name, _ in both.named_parameters()] == [name for name, _ in one.named_parameters()]
+    assert fingerprint_of(both) != fingerprint_of(one)
 
 
 def test_scores_and_running_statistics_are_not_in_the_fingerprint() -> None:

@@ -52,7 +52,7 @@ def test_a_value_of_the_wrong_type_names_its_key(key: str, value: Any, kind: str
 def test_unknown_keys_get_a_hint() -> None:
     with pytest.raises(ConfigError, match=r"unknown run-config key 'topologie'\. Did you mean 'topology'\?"):
         RunSettings.from_run_config({"topologie": "ring"})
-    with pytest.raises(ConfigError, match="unknown run-config key 'zzz'. Known keys: a, b"):
+    with pytest.raises(ConfigError, match=r"unknown run-config key 'zzz'\. Known keys: a, b"):
         refuse_unknown_keys({"a": 1, "zzz": 2}, ["b", "a"])
     assert RunSettings.from_run_config({"data-path": "/data"}, app_keys=["data-path"]) == RunSettings()
 
@@ -142,7 +142,7 @@ def test_a_device_may_set_its_own_ratio() -> None:
     config = MceplConfig.from_run_config(run_config, agent=1, node_config={"retention-conv": 0.2, "gpu": "yes"})
     assert config.retention == {"conv": 0.2, "linear": 0.9}
     assert config.first_retention == {"conv": 0.3, "linear": 0.9}
-    with pytest.raises(ConfigError, match="key retention-conv .* got 7"):
+    with pytest.raises(ConfigError, match=r"key retention-conv .* got 7"):
         MceplConfig.from_run_config(run_config, agent=1, node_config={"retention-conv": "7"})
 
 

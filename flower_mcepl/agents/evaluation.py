@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from flower_mcepl.data import BatchSource
+from flower_mcepl.errors import DataError
 
 
 @torch.no_grad()
@@ -16,4 +17,6 @@ def evaluate_classifier(model: nn.Module, split: BatchSource, *, batch_size: int
         loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
         correct += int((logits.argmax(dim=1) == labels).sum())
         seen += len(labels)
+    if not seen:
+        raise DataError("a test split gave no batch: evaluation_batches must yield every example once.")
     return {"accuracy": correct / seen, "loss": loss / seen, "num-examples": seen}

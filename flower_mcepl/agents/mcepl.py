@@ -14,7 +14,7 @@ from flower_mcepl.agents.agent import Agent, AgentState, Payload
 from flower_mcepl.agents.evaluation import evaluate_classifier
 from flower_mcepl.config import RunConfig, check, per_agent, read_fields
 from flower_mcepl.data import AgentData
-from flower_mcepl.errors import DivergedError, StateError
+from flower_mcepl.errors import DataError, DivergedError, StateError
 from flower_mcepl.masked_model import MaskedModel, Retention, check_retentions, resolve_retention
 from flower_mcepl.streams import isolated_rng, torch_stream
 
@@ -167,6 +167,8 @@ class MceplAgent(Agent):
             )
             for inputs, labels in batches:
                 losses.append(self._local_step(inputs, labels, round=round))
+        if not losses:
+            raise DataError(f"agent {self.index}'s training split gave no batch in round {round}.")
         return {"train-loss": sum(losses) / len(losses)}
 
     def outgoing(self) -> dict[str, Tensor]:
@@ -219,9 +221,12 @@ class MceplAgent(Agent):
             prefix, _, name = key.partition("/")
             groups.setdefault(prefix, {})[name] = tensor.to(self.device)
         self._check_complete(groups)
+        num_neighbors = state.facts.get("num-neighbors")
+        if not isinstance(num_neighbors, int) or num_neighbors < 0:
+            raise StateError(f"the saved state of agent {self.index} does not say its num-neighbors. Start afresh.")
         self.model.set_scores(groups["scores"])
         self._gradient, self._velocity = groups["gradient"], groups["velocity"]
-        self._set_counts(groups["neighbor-count"], int(state.facts["num-neighbors"]))
+        self._set_counts(groups["neighbor-count"], num_neighbors)
         buffers = dict(self.model.module.named_buffers())
         for name, tensor in groups.get("buffer", {}).items():
             buffers[name].copy_(tensor)
@@ -232,8 +237,8 @@ class MceplAgent(Agent):
             shapes = {name: tuple(tensor.shape) for name, tensor in groups.get(prefix, {}).items()}
             if shapes != full and (shapes or prefix == "scores"):
                 raise StateError(
-                    f"the saved state of agent {self.index} is incomplete: its {prefix} must hold {full}; got {shapes}. "
-                    "Use another copy, or start afresh without it."
+                    f"the saved state of agent {self.index} is incomplete: its {prefix} must hold {full}; "
+                    f"got {shapes}. Use another copy, or start afresh without it."
                 )
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
@@ -283,7 +288,7 @@ class MceplAgent(Agent):
         resolved = resolve_retention(self.config.retention if ratios is None else ratios, self.model.layers)
         generator = torch_stream(self.seed, "first-mask")
         return {
-            name: maths.bernoulli_mask(shape, retention=resolved[name], generator=generator)
+            name: maths.bernoulli_mask(torch.Size(shape), retention=resolved[name], generator=generator)
             for name, shape in self.layers.items()
         }
 
@@ -298,7 +303,7 @@ class MceplAgent(Agent):
 
     def _set_counts(self, counts: Mapping[str, Tensor], num_neighbors: int) -> None:
         self._counts, self._num_neighbors = counts, num_neighbors
-        means = {name: count.to(torch.float32) / num_neighbors for name, count in counts.items()}
+        means = {name: maths.neighbor_mean(count, num_neighbors=num_neighbors) for name, count in counts.items()}
         self.model.set_neighbor_means(means or None)
 
     def _num_kept(self) -> int:

@@ -1,0 +1,93 @@
+"""The small fleet as Flower nodes of an in-process Grid: node 1000 + i plays agent i."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flwr.app import Array, Context, Message
+
+from flower_mcepl import Agent, Topology
+from flower_mcepl.clients import make_agent_app, make_client_app
+from flower_mcepl.clients.app import agent_index
+from flower_mcepl.strategies import GossipStrategy
+
+from .fleet import SEED, make_agent, small_net, split
+from .inprocess_grid import InProcessGrid
+
+RUN_CONFIG = {"seed": SEED, "batch-size": 8, "score-lr": 1.0, "finetune-lr": 1.0}
+
+
+class RecordingGrid(InProcessGrid):
+    """Keeps the answers too."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.answers: list[Message] = []
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        self.answers += replies
+        return replies
+
+
+def agent_grid(num_nodes: int, agent_fn: Callable[[int], Agent] = make_agent) -> RecordingGrid:
+    """Nodes whose agents are built by hand."""
+    return RecordingGrid(make_agent_app(lambda context: agent_fn(agent_index(context))), num_nodes)
+
+
+def app_grid(num_nodes: int, **run_config: Any) -> RecordingGrid:
+    """Nodes that run `make_client_app`."""
+    return RecordingGrid(make_client_app(model_fn, data_fn), num_nodes, {**RUN_CONFIG, **run_config})
+
+
+def model_fn(context: Context) -> Any:
+    return small_net()
+
+
+def data_fn(context: Context) -> tuple[Any, Any]:
+    index = agent_index(context)
+    return split(index), split(1000 + index)
+
+
+def gossip(
+    grid: InProcessGrid,
+    topology: Topology | None = None,
+    *,
+    rounds: int = 4,
+    before: Mapping[int, Callable[[], None]] | None = None,
+    after: Callable[[int], None] = lambda round: None,
+    **options: Any,
+) -> GossipStrategy:
+    """Run a strategy; `before` holds what happens at the start of a round, `after` sees the end of each."""
+    options = {"evaluate_every": 2, "record": None, "wait_timeout": 0.01, **options}
+    strategy = GossipStrategy(topology or Topology.ring(grid.num_nodes), **options)
+    steps = dict(before or {})
+
+    def between_rounds(round: int, _: object) -> None:
+        if round:
+            after(round)
+        steps.pop(round + 1, lambda: None)()
+
+    strategy.start(grid, num_rounds=rounds, timeout=30.0, evaluate_fn=between_rounds)
+    assert not steps
+    return strategy
+
+
+def sent_round(message: Message) -> int:
+    return int(message.content["order"]["server-round"])
+
+
+def frame_bytes(array: Array) -> bytes:
+    return bytes(array.numpy().tobytes())
+
+
+def state_facts(grid: InProcessGrid, node: int) -> dict[str, Any]:
+    """The agent's facts in the node's Context."""
+    return dict(json.loads(str(grid.contexts[node].state["mcepl-facts"]["facts"])))
+
+
+def state_bytes(context: Context) -> dict[str, bytes]:
+    """Everything in a Context, bit for bit."""
+    records = context.state.array_records
+    arrays = {f"{name}/{key}": array.data for name, record in records.items() for key, array in record.items()}
+    return {**arrays, "facts": str(context.state.config_records.get("mcepl-facts")).encode()}

@@ -1,0 +1,183 @@
+"""The rooms of the house, held by reading the imports, and the freedom from heavy packages, held by a fresh process."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import flower_mcepl
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "flower_mcepl"
+SIDES = ("strategies", "clients")
+HEAVY = ("flwr", "ray", "torchvision", "matplotlib", "rich", "pandas")
+FLOWERS_DOORS = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.simulation")
+EVERYWHERE, AT_THE_TOP = False, True
+
+
+def sources(*rooms: str) -> list[Path]:
+    return sorted(path for room in rooms for path in (PACKAGE / room).rglob("*.py"))
+
+
+CORE = [path for path in sources(".") if path.relative_to(PACKAGE).parts[0] not in SIDES]
+ALL = sources(".")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, when: bool = EVERYWHERE, source: str | None = None) -> Iterator[str]:
+    """Names of the modules that a file imports: everywhere in it, or only as it is itself imported."""
+    pending: list[ast.AST] = [ast.parse(path.read_text() if source is None else source)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(ROOT).parent.parts[: -node.level + 1 or None] if node.level else ()
+            module = ".".join([*package, node.module] if node.module else package)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif not (when is AT_THE_TOP and runs_later(node)):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def runs_later(node: ast.AST) -> bool:
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) == "TYPE_CHECKING"
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def belongs_to(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+SAMPLE = """
+import a.b as c
+from d import e
+from . import near
+from ..far import away
+if True:
+    import f
+if TYPE_CHECKING:
+    import g
+def h():
+    import i
+class J:
+    import k
+"""
+
+
+def test_reading_imports_sees_all_their_forms() -> None:
+    path = PACKAGE / "room" / "sample.py"
+    at_the_top = {"a.b", "d", "d.e", "f", "k"}
+    at_the_top |= {"flower_mcepl.room", "flower_mcepl.room.near", "flower_mcepl.far", "flower_mcepl.far.away"}
+    assert set(imports(path, source=SAMPLE, when=AT_THE_TOP)) == at_the_top
+    assert set(imports(path, source=SAMPLE)) == at_the_top | {"g", "i"}
+
+
+@pytest.mark.parametrize("path", CORE, ids=module_name)
+def test_the_core_knows_neither_flower_nor_ray_nor_the_sides(path: Path) -> None:
+    anywhere, at_the_top = set(imports(path)), set(imports(path, when=AT_THE_TOP))
+    sides = tuple(f"flower_mcepl.{side}" for side in SIDES)
+    for forbidden in ("flwr", "ray", "torchvision", "flwr_datasets", *sides):
+        assert not {name for name in anywhere if belongs_to(name, forbidden)}
+    for late in ("matplotlib", "rich", "sklearn", "pandas"):
+        assert not {name for name in at_the_top if belongs_to(name, late)}
+
+
+@pytest.mark.parametrize(("room", "other"), [SIDES, SIDES[::-1]])
+def test_the_two_sides_do_not_know_each_other(room: str, other: str) -> None:
+    assert sources(room)
+    for path in sources(room):
+        assert not {name for name in imports(path) if belongs_to(name, f"flower_mcepl.{other}")}, path
+
+
+@pytest.mark.parametrize(
+    "path", [*ALL, *sorted((ROOT / "examples").rglob("*.py"))], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_flower_is_entered_by_its_public_doors(path: Path) -> None:
+    for name in imports(path):
+        if belongs_to(name, "flwr"):
+            assert name in FLOWERS_DOORS or name.rpartition(".")[0] in FLOWERS_DOORS
+
+
+@pytest.mark.parametrize("folder", ["flower_mcepl", "tests", "examples", "benchmarks"])
+def test_nothing_imports_through_the_top_level_doors(folder: str) -> None:
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        assert not {name for name in imports(path) if name.partition(".")[0] in SIDES}, path
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_top_level_doors_are_relative_links(side: str) -> None:
+    door = ROOT / side
+    assert door.is_symlink()
+    assert not door.readlink().is_absolute()
+    assert door.resolve() == (PACKAGE / side).resolve()
+
+
+# --- freedom, in a process of its own ---
+
+
+def loaded_after(statement: str, packages: tuple[str, ...]) -> set[str]:
+    """Those of the packages that a fresh interpreter holds after the statement."""
+    code = f"{statement}\nimport sys\nprint('loaded', *[name for name in {packages!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(result.stdout.splitlines()[-1].split()[1:])
+
+
+def test_the_core_loads_nothing_heavy() -> None:
+    everything = "\n".join(f"import {module_name(path)}" for path in CORE if path.name != "__main__.py")
+    assert "import flower_mcepl.simulation\n" in everything
+    assert loaded_after(everything, HEAVY) == set()
+
+
+def test_the_check_for_heavy_packages_can_fail() -> None:
+    pytest.importorskip("matplotlib")
+    assert loaded_after("import flwr.app, matplotlib", HEAVY) >= {"flwr", "matplotlib"}
+
+
+def test_third_party_imports_are_declared() -> None:
+    """What the core and both sides import as they load must come with the plain package."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        declared = {re.split(r"[\[<>=~!; ]", line)[0] for line in tomllib.load(file)["project"]["dependencies"]}
+    found = {name.partition(".")[0] for path in ALL for name in imports(path, when=AT_THE_TOP)}
+    assert found - set(sys.stdlib_module_names) - {"flower_mcepl"} == declared
+
+
+# --- names ---
+
+
+def test_public_names_are_those_that_are_visible() -> None:
+    visible = {
+        name
+        for name, value in vars(flower_mcepl).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert visible == set(flower_mcepl.__all__)
+    assert list(flower_mcepl.__all__) == sorted(flower_mcepl.__all__)
+    assert visible >= {
+        "MaskedModel", "topk_mask", "aggregate_scores", "neighbor_step", "group_lasso", "MceplAgent", "Topology",
+        "simulate", "encode_frame", "decode_frame", "FlowerMceplError",
+    }  # fmt: skip
+
+
+def test_every_error_is_public_and_drawn_in_the_tree() -> None:
+    from flower_mcepl import errors
+
+    names = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert names <= set(flower_mcepl.__all__)
+    assert all(issubclass(getattr(errors, name), errors.FlowerMceplError) for name in names)
+    assert set(re.findall(r"\b\w+Error\b", errors.__doc__ or "")) == names
+
+
+def test_modules_have_names_that_say_something() -> None:
+    assert not {path.stem for path in ALL} & {"utils", "util", "common", "helpers", "base", "misc"}

@@ -1,0 +1,443 @@
+"""The device side on its own: messages into a ClientApp, and what it keeps, calls and refuses."""
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.supercore.task_identity import TaskIdentity  # private, needed by Message()
+
+from flower_mcepl import (
+    AgentData,
+    ConfigError,
+    DataError,
+    DivergedError,
+    FlowerMceplError,
+    MceplAgent,
+    StateError,
+    Topology,
+    keys,
+)
+from flower_mcepl.agents import AgentState
+from flower_mcepl.clients import make_agent_app, make_client_app
+
+from .fleet import make_agent, small_net, split
+from .flower_fleet import (
+    RUN_CONFIG,
+    RecordingGrid,
+    app_grid,
+    data_fn,
+    frame_bytes,
+    gossip,
+    model_fn,
+    sent_round,
+    state_bytes,
+)
+
+run_ids = iter(range(100, 10_000))
+
+
+@pytest.fixture(autouse=True)
+def identity() -> None:
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+
+
+def a_context(agent: int = 0, *, run_id: int | None = None, node: dict[str, Any] | None = None, **run: Any) -> Context:
+    return Context(
+        run_id=next(run_ids) if run_id is None else run_id,
+        node_id=1000 + agent,
+        node_config={"partition-id": agent, **(node or {})},
+        state=RecordDict(),
+        run_config={**RUN_CONFIG, **run},
+    )
+
+
+def a_message(
+    round: int, *, frames: dict[int, bytes] | None = None, neighbors: Sequence[int] | None = None, **order: Any
+) -> Message:
+    """What the relay sends; without `neighbors` it is what a node gets that the relay does not know yet."""
+    record = ConfigRecord(
+        {
+            keys.VERSION: keys.MESSAGE_VERSION,
+            keys.ROUND: round,
+            keys.FUSE: neighbors is not None,
+            keys.EVALUATE: False,
+            keys.TRAIN: True,
+            keys.MAX_STALENESS: 5,
+            **{name.replace("_", "-"): value for name, value in order.items()},
+        }
+    )
+    if neighbors:
+        record[keys.NEIGHBORS] = list(neighbors)
+    arrays = {str(j): Array(np.frombuffer(frame, np.uint8)) for j, frame in (frames or {}).items()}
+    content = RecordDict({keys.ORDER: record, keys.FRAMES: ArrayRecord(arrays)})
+    return Message(content, dst_node_id=1000, message_type="train")
+
+
+def the_app() -> ClientApp:
+    return make_client_app(model_fn, data_fn)
+
+
+def frame_of(answer: Message) -> bytes:
+    return frame_bytes(answer.content[keys.FRAME][keys.FRAME])
+
+
+def three_rounds(apps: Iterable[ClientApp], context: Context) -> list[bytes]:
+    """Three rounds with two neighbors, each message given to the next app; return the agent's frames."""
+    neighbors = [the_app(), the_app()]
+    contexts = [a_context(j, run_id=context.run_id) for j in (1, 2)]
+    came: dict[int, bytes] = {}
+    frames = []
+    for round, app in zip((1, 2, 3), apps, strict=True):
+        message = a_message(round, frames=came, neighbors=(1, 2) if came else None)
+        frames.append(frame_of(app(message, context)))
+        pairs = enumerate(zip(neighbors, contexts, strict=True), start=1)
+        came = {j: frame_of(other(a_message(round), state)) for j, (other, state) in pairs}
+    return frames
+
+
+# --- what it answers ---
+
+
+def test_the_answer_is_handshake_metrics_and_frame() -> None:
+    answer = the_app()(a_message(1), a_context(2))
+    facts = dict(answer.content.config_records[keys.AGENT])
+    assert (facts["agent"], facts["fresh"], facts["num-examples"], facts["num-weights"]) == (2, True, 24, 228)
+    assert facts["retention"] == "conv 0.3, linear 0.9"
+    assert len(str(facts["fingerprint"])) == 32
+    assert set(answer.content.metric_records[keys.METRICS]) == {"train-loss", "seconds"}
+    assert len(answer.content.array_records[keys.FRAME]) == 1
+
+
+def test_closing_message_trains_nothing_and_brings_no_frame() -> None:
+    app, context = the_app(), a_context()
+    app(a_message(1), context)
+    before = state_bytes(context)
+    answer = app(a_message(2, neighbors=(), evaluate=True, train=False), context)
+    metrics = answer.content.metric_records[keys.METRICS]
+    assert {"accuracy", "loss", "num-examples", "density"} <= set(metrics)
+    assert keys.FRAME not in answer.content.array_records
+    assert keys.REFUSED not in answer.content.config_records[keys.AGENT]
+    assert state_bytes(context)["mcepl-agent/scores/0.weight"] == before["mcepl-agent/scores/0.weight"]
+
+
+def test_a_query_says_who_it_is_without_calling_the_app() -> None:
+    def never(context: Context) -> Any:
+        raise AssertionError
+
+    message = Message(RecordDict(), dst_node_id=1000, message_type="query")
+    answer = make_client_app(never, never)(message, a_context(3))
+    assert answer.content.config_records[keys.AGENT]["agent"] == 3
+
+
+# --- what it keeps ---
+
+
+def test_state_survives_through_the_context_alone() -> None:
+    one, many = a_context(), a_context()
+    app = the_app()
+    kept = three_rounds([app] * 3, one)
+    renewed = three_rounds([the_app() for _ in range(3)], many)
+    assert kept == renewed
+    assert state_bytes(one) == state_bytes(many)
+    assert len(set(kept)) == 3
+
+
+def test_state_travels_through_flowers_records() -> None:
+    grid, context = app_grid(1), a_context()
+    app = the_app()
+    for round in (1, 2, 3):
+        app(a_message(round, neighbors=() if round > 1 else None), context)
+    gossip(grid, Topology.from_edges([], num_agents=1), rounds=3, evaluate_every=9)
+    app(a_message(4, neighbors=(), train=False), context)
+    assert state_bytes(grid.contexts[1000]) == state_bytes(context)
+
+
+def agent_with(verb: str, answer: Callable[..., Any]) -> MceplAgent:
+    agent = make_agent(0)
+    setattr(agent, verb, answer)
+    return agent
+
+
+@pytest.mark.parametrize("verb", ["restore", "fuse", "train", "outgoing", "evaluate", "state", "describe"])
+def test_the_context_stays_as_it_was_where_anything_fails(verb: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(f"no {verb} today")
+
+    context = a_context()
+    make_agent_app(lambda context: make_agent(0))(a_message(1), context)
+    before = state_bytes(context)
+    app = make_agent_app(lambda context: agent_with(verb, fail))
+    with pytest.raises(
+        FlowerMceplError, match=rf"agent 0: RuntimeError: no {verb} today\. Its traceback is in the log of"
+    ):
+        app(a_message(2, neighbors=(1, 2), evaluate=True), context)
+    assert state_bytes(context) == before
+    assert set(context.state) == {"mcepl-agent", "mcepl-mail", "mcepl-facts"}
+
+
+def test_facts_that_json_cannot_hold_leave_the_context_empty() -> None:
+    odd = AgentState({"x": torch.zeros(1)}, {"set": {1}})
+    context = a_context()
+    with pytest.raises(FlowerMceplError, match="agent 0: TypeError"):
+        make_agent_app(lambda context: agent_with("state", lambda: odd))(a_message(1), context)
+    assert not context.state
+
+
+def test_another_agents_state_is_refused() -> None:
+    context = a_context(1)
+    the_app()(a_message(1), context)
+    context.node_config["partition-id"] = 2
+    with pytest.raises(StateError, match=r"the saved state is of agent 1, but agent 2 has 2\. Use the state"):
+        the_app()(a_message(2), context)
+
+
+# --- what it calls ---
+
+
+def test_model_and_data_are_made_once_per_process_and_run() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def model(context: Context) -> Any:
+        calls.append(("model", context.run_id))
+        return small_net()
+
+    def data(context: Context) -> Any:
+        calls.append((f"data {context.node_config['partition-id']}", context.run_id))
+        return data_fn(context)
+
+    app = make_client_app(model, data)
+    for run in (7, 8):
+        for agent in (0, 1, 0, 1, 0):
+            app(a_message(1), a_context(agent, run_id=run))
+    assert calls == [("model", 7), ("data 0", 7), ("data 1", 7), ("model", 8), ("data 0", 8), ("data 1", 8)]
+
+
+@pytest.mark.parametrize("agent", [0, 7])
+def test_two_nameless_functions_are_told_apart(agent: int) -> None:
+    """The model's seed and the agent's number may be equal, and so may the functions' names."""
+    app = make_client_app(lambda context: small_net(), lambda context: data_fn(context))
+    again = make_client_app(lambda context: small_net(), lambda context: (split(50), split(51)))
+    context = a_context(agent, run_id=9)
+    first, other = app(a_message(1), context), again(a_message(1), a_context(agent, run_id=9))
+    assert frame_of(first) != frame_of(other)
+
+
+def test_agents_do_not_share_what_is_cached() -> None:
+    """Two agents of one process train the same module object; neither may see the other."""
+    alone = three_rounds([the_app()] * 3, a_context())
+    app, context, other = the_app(), a_context(), a_context(5)
+    other.run_id = context.run_id
+
+    class Between:
+        def __call__(self, message: Message, context: Context) -> Message:
+            app(a_message(1), copy.deepcopy(other))
+            return app(message, context)
+
+    assert three_rounds([Between()] * 3, context) == alone  # type: ignore[list-item]
+
+
+def noisy_model(context: Context) -> Any:
+    net = small_net()
+    net[0].weight.data.mul_(1 + np.random.rand() + random.random())  # noqa: NPY002
+    return net
+
+
+def noisy_data(context: Context) -> Any:
+    order = torch.randperm(24)
+    inputs, labels = split(0)
+    random.random()
+    return (inputs[order][:20] + np.random.rand(), labels[order][:20]), (inputs[order][20:], labels[order][20:])  # noqa: NPY002
+
+
+def test_global_generators_neither_matter_nor_move() -> None:
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        random.seed(seed)
+        before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]  # noqa: NPY002
+        context = a_context()
+        app = make_client_app(noisy_model, noisy_data)
+        results.append([frame_of(app(a_message(round), context)) for round in (1, 2)])
+        after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]  # noqa: NPY002
+        assert torch.equal(before[0], after[0])
+        assert before[1:] == after[1:]
+    assert results[0] == results[1]
+
+
+class ShuffledGrid(RecordingGrid):
+    """Works the nodes off in another order and hands the answers over in yet another one."""
+
+    def __init__(self, *args: Any, seed: int, **options: Any) -> None:
+        self.random = random.Random(seed)
+        super().__init__(*args, **options)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = [*messages]
+        super().push_messages(self.random.sample(messages, len(messages)))
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        return self.random.sample(replies, len(replies))
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.random.sample(list(super().get_node_ids()), len(self.contexts))
+
+
+def test_the_order_of_the_nodes_does_not_matter() -> None:
+    topology = Topology.random_neighbors(4, degree=2, seed=3)
+    frames, states = [], []
+    for seed in (0, 1, 2):
+        grid = ShuffledGrid(the_app(), 4, RUN_CONFIG, seed=seed)
+        strategy = gossip(grid, topology, rounds=4)
+        frames.append(
+            {
+                (sent_round(m), m.metadata.dst_node_id, j): frame_bytes(array)
+                for m in grid.log
+                for j, array in m.content["frames"].items()
+            }
+        )
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in strategy.monitor.rows]
+        states.append(([state_bytes(context) for context in grid.contexts.values()], rows))
+    assert frames[0] == frames[1] == frames[2]
+    assert states[0] == states[1] == states[2]
+
+
+# --- what the node config says ---
+
+
+def test_a_node_sets_its_own_retention() -> None:
+    node = {"retention-conv": 0.5, "retention-linear": "0.25"}
+    facts = the_app()(a_message(1), a_context(node=node)).content.config_records[keys.AGENT]
+    assert facts["retention"] == "conv 0.5, linear 0.25"
+    assert facts["kept-weights"] == 18 + 48
+    plain = the_app()(a_message(1), a_context()).content.config_records[keys.AGENT]
+    assert facts["fingerprint"] == plain["fingerprint"]
+
+
+def test_a_node_sets_its_own_threads_and_they_are_put_back() -> None:
+    seen = []
+
+    class Watching:
+        num_examples = 24
+
+        def training_batches(self, **options: Any) -> Any:
+            seen.append(torch.get_num_threads())
+            yield split(0)
+
+        def evaluation_batches(self, *, batch_size: int) -> Any:
+            yield split(0)
+
+    before = torch.get_num_threads()
+    app = make_client_app(model_fn, lambda context: (Watching(), Watching()))
+    for threads in (3, 2):
+        app(a_message(1), a_context(node={"threads": threads}, threads=5))
+    app(a_message(1), a_context(threads=4))
+    app(a_message(1), a_context())
+    assert seen == [3, 2, 4, 1]
+    assert torch.get_num_threads() == before
+
+
+def test_a_node_sets_its_own_device() -> None:
+    answer = the_app()(a_message(1), a_context(node={"device": "cpu"}, device="cuda:77"))
+    assert keys.FRAME in answer.content.array_records
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"retention-conv": 0.0}, r"agent 3: the retention ratio of key retention-conv .*in \(0, 1\]; got 0\.0"),
+        (
+            {"retention-linear": 1.5},
+            r"agent 3: the retention ratio of key retention-linear .*got 1\.5\. Use for example",
+        ),
+        ({"retention-conv": "much"}, "agent 3: run-config key retention-conv must be a number"),
+        ({"device": "gpu"}, "agent 3: device must be auto, cpu, cuda, cuda:N or mps; got 'gpu'"),
+        ({"threads": -1}, r"agent 3: threads must be >= 0 \(0: torch's own choice\); got -1"),
+        ({"threads": "two"}, "agent 3: run-config key threads must be int; got 'two'"),
+    ],
+)
+def test_a_bad_node_config_names_the_agent(node: dict[str, Any], message: str) -> None:
+    context = a_context(3, node=node)
+    with pytest.raises(ConfigError, match=message):
+        the_app()(a_message(1), context)
+    assert not context.state
+
+
+@pytest.mark.parametrize("partition", [None, "0", -1, 0.0])
+def test_a_node_must_say_which_agent_it_is(partition: Any) -> None:
+    context = a_context()
+    context.node_config["partition-id"] = partition
+    if partition is None:
+        del context.node_config["partition-id"]
+    with pytest.raises(ConfigError, match=r"node 1000 must say which agent it is.*--node-config 'partition-id=0'"):
+        the_app()(a_message(1), context)
+
+
+# --- messages and data that it refuses ---
+
+
+@pytest.mark.parametrize(
+    ("content", "came"),
+    [
+        (RecordDict({"arrays": ArrayRecord(), "config": ConfigRecord({"server-round": 1})}), "None"),  # FedAvg's
+        (RecordDict(), "None"),
+        (RecordDict({keys.ORDER: ConfigRecord({keys.VERSION: 2})}), "2"),
+        (RecordDict({keys.ORDER: ConfigRecord({keys.ROUND: 1})}), "None"),
+    ],
+)
+@pytest.mark.parametrize("message_type", ["train", "evaluate"])
+def test_a_message_of_another_strategy_or_version(content: RecordDict, came: str, message_type: str) -> None:
+    message = Message(content, dst_node_id=1000, message_type=message_type)
+    expected = rf"agent 2: .*messages of version 1; got {came}\. Use GossipStrategy, and the same release"
+    with pytest.raises(ConfigError, match=expected):
+        the_app()(message, a_context(2))
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ((split(0, size=0), split(0)), "agent 4's training split is empty.*leave this agent out"),
+        ((split(0), split(0, size=0)), "agent 4's test split is empty"),
+        ([split(0), split(0)], r"must return the pair \(train, test\); for agent 4 it gave list"),
+        (None, r"must return the pair \(train, test\); for agent 4 it gave NoneType"),
+        ((split(0), "test"), "agent 4's test split must be a pair of tensors .*got str"),
+        (((split(0)[0], split(0, size=5)[1]), split(0)), "agent 4's training split holds 24 inputs but 5 labels"),
+    ],
+)
+def test_data_that_are_none(splits: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        make_client_app(model_fn, lambda context: splits)(a_message(1), a_context(4))
+
+
+def test_inputs_that_are_not_finite() -> None:
+    inputs, labels = split(0)
+    app = make_client_app(model_fn, lambda context: ((inputs * float("nan"), labels), split(1)))
+    with pytest.raises(DivergedError, match=r"agent 4: the training loss of round 1 is nan\. Lower score-lr"):
+        app(a_message(1), a_context(4))
+
+
+@pytest.mark.parametrize("which", ["model", "data"])
+def test_an_error_of_the_apps_own_code_names_agent_type_and_place(which: str) -> None:
+    def broken(context: Context) -> Any:
+        return {}["label"]
+
+    functions = {"model": model_fn, "data": data_fn, which: broken}
+    app = make_client_app(functions["model"], functions["data"])
+    with pytest.raises(FlowerMceplError, match=r"agent 4: KeyError: 'label'\. .*node 1004\.$") as caught:
+        app(a_message(1), a_context(4))
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_one_agents_data_may_be_agent_data_by_hand() -> None:
+    agent = make_agent(0)
+    agent.data = AgentData.of(split(3), split(4), agent=0)
+    answer = make_agent_app(lambda context: agent)(a_message(1), a_context())
+    assert keys.FRAME in answer.content.array_records

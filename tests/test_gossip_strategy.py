@@ -1,0 +1,720 @@
+"""The relay as a Flower strategy: who gets what, what is told of it, and what happens when things go wrong."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flower_mcepl import (
+    AgentData,
+    ConfigError,
+    MceplAgent,
+    RosterError,
+    Topology,
+    TopologyError,
+    decode_frame,
+    encode_frame,
+    read_run,
+)
+from flower_mcepl.clients import make_client_app
+from flower_mcepl.clients.app import agent_index
+from flower_mcepl.record import Run
+from flower_mcepl.strategies import GossipStrategy
+from flower_mcepl.strategies import gossip as module
+
+from .fleet import make_agent, split
+from .flower_fleet import (
+    RUN_CONFIG,
+    RecordingGrid,
+    agent_grid,
+    app_grid,
+    data_fn,
+    frame_bytes,
+    gossip,
+    model_fn,
+    sent_round,
+    state_facts,
+)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "flwr")
+    return caplog
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the picture and the table, which take a second."""
+    monkeypatch.setattr(module, "plot_run", lambda run: "picture")
+    monkeypatch.setattr(module, "agent_table", lambda run: "table")
+
+
+def the_run(folder: Path) -> Run:
+    (record,) = folder.iterdir()
+    return read_run(record)
+
+
+def down_frames(message: Message) -> dict[int, Array]:
+    return {int(sender): array for sender, array in message.content["frames"].items()}
+
+
+# --- who gets what ---
+
+MODES = ("here", "down", "silent", "unavailable")
+
+
+class Plan:
+    """Sets, before each round, who is there; and says, slowly and obviously, what must follow from it."""
+
+    def __init__(self, topology: Topology, modes: list[list[str]], staleness: int) -> None:
+        self.topology, self.modes, self.staleness = topology, modes, staleness
+        size = topology.num_agents
+        self.last_sent = [0] * size
+        self.has: dict[tuple[int, int], int] = {}
+        self.frames: dict[tuple[int, int], dict[int, int]] = {}  # (round, agent) -> sender -> round of the frame
+        self.num_neighbors: dict[tuple[int, int], int] = {}
+        met: set[int] = set()
+        for round, row in enumerate(modes, start=1):
+            here = [agent for agent in range(size) if row[agent] == "here"]
+            for agent in range(size):
+                if row[agent] == "down":
+                    continue
+                neighbors = topology.in_neighbors(agent, round=round - 1) if agent in met else ()
+                usable = [j for j in neighbors if round - 1 - self.last_sent[j] <= staleness]
+                new = {j: self.last_sent[j] for j in usable if self.last_sent[j] > self.has.get((j, agent), 0)}
+                self.frames[round, agent] = new
+                if agent in here:
+                    self.has.update({(j, agent): last for j, last in new.items()})
+                    if agent in met:
+                        self.num_neighbors[round, agent] = len(usable)
+            for agent in here:
+                self.last_sent[agent] = round
+            met |= {*here}
+
+    def apply(self, grid: RecordingGrid, round: int) -> None:
+        row = self.modes[round - 1]
+        for name in MODES[1:]:
+            setattr(grid, name, {1000 + agent for agent, mode in enumerate(row) if mode == name})
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    size, rounds, seed = draw(st.integers(2, 5)), draw(st.integers(2, 6)), draw(st.integers(0, 99))
+    pairs = st.tuples(st.integers(0, size - 1), st.integers(0, size - 1)).filter(lambda pair: pair[0] != pair[1])
+    fixed = st.builds(
+        lambda edges, directed: Topology.from_edges(edges, num_agents=size, directed=directed),
+        st.lists(pairs, max_size=12),
+        st.booleans(),
+    )
+    varying = st.builds(lambda k: Topology.random_neighbors(size, degree=k, seed=seed), st.integers(0, size - 1))
+    row = st.lists(st.sampled_from(("here", "here", *MODES)), min_size=size - 1, max_size=size - 1)
+    modes = [["here", *draw(row)] for _ in range(rounds)]
+    return Plan(draw(st.one_of(fixed, varying)), modes, draw(st.integers(0, 3)))
+
+
+@given(plan=plans())
+@settings(max_examples=15)
+def test_every_node_gets_its_in_neighbors_newest_frames_and_nothing_else(plan: Plan) -> None:
+    size, rounds = plan.topology.num_agents, len(plan.modes)
+    grid = agent_grid(size)
+    counts: dict[tuple[int, int], int] = {}
+
+    def look(round: int) -> None:
+        for agent, mode in enumerate(plan.modes[round - 1]):
+            if mode == "here" and round < rounds:  # after the last round the closing exchange has fused once more
+                counts[round, agent] = state_facts(grid, 1000 + agent)["num-neighbors"]
+        if round < rounds:
+            plan.apply(grid, round + 1)
+
+    plan.apply(grid, 1)
+    strategy = gossip(grid, plan.topology, rounds=rounds, min_agents=1, max_staleness=plan.staleness, after=look)
+    got = {}
+    for message in grid.log:
+        if message.metadata.message_type == "train":
+            place = sent_round(message), message.metadata.dst_node_id - 1000
+            assert place not in got  # one message per agent and round
+            got[place] = {}
+            for sender, array in down_frames(message).items():
+                header = decode_frame(frame_bytes(array)).header
+                assert header.sender == sender
+                got[place][sender] = header.round
+    assert got == plan.frames
+    fused = {place: count for place, count in plan.num_neighbors.items() if place[0] < rounds}
+    assert {place: counts[place] for place in fused} == fused
+    carried = sum(len(frame_bytes(array)) for message in grid.log for array in down_frames(message).values())
+    assert strategy.relay.ledger.totals()["links_total"] == carried
+
+
+def test_the_arrays_are_handed_on_as_they_came() -> None:
+    grid = agent_grid(3)
+    gossip(grid, rounds=3)
+    came = {
+        (int(reply.content["agent"]["agent"]), decode_frame(frame_bytes(array)).header.round): array
+        for reply in grid.answers
+        for array in reply.content.array_records.get("frame", ArrayRecord()).values()
+    }
+    handed = [(sender, array) for message in grid.log for sender, array in down_frames(message).items()]
+    assert len(handed) == 3 * 3 * 2
+    for sender, array in handed:
+        assert any(array is other for (agent, _), other in came.items() if agent == sender)
+
+
+def test_one_message_per_agent_and_round_and_one_to_close() -> None:
+    grid = agent_grid(3)
+    gossip(grid, rounds=5)
+    kinds = [(sent_round(m), m.metadata.message_type, m.metadata.dst_node_id) for m in grid.log]
+    train = [(round, "train", 1000 + agent) for round in range(1, 6) for agent in range(3)]
+    assert kinds == train + [(6, "evaluate", 1000 + agent) for agent in range(3)]
+    assert {message.metadata.ttl for message in grid.log} == {30.0}
+
+
+def test_evaluation_only_when_due() -> None:
+    grid = agent_grid(3)
+    strategy = gossip(grid, rounds=7, evaluate_every=3)
+    due = {sent_round(message) for message in grid.log if message.content["order"]["evaluate"]}
+    assert due == {4, 7, 8}  # the messages that follow rounds 3, 6 and 7
+    assert [row["round"] for row in strategy.monitor.rows] == [3] * 3 + [6] * 3 + [7] * 3
+    answers = [r for r in grid.answers if "accuracy" in r.content["metrics"]]
+    assert len(answers) == 3 * 3
+
+
+def test_train_config_reaches_the_agents_and_cannot_overwrite_the_order() -> None:
+    grid = agent_grid(2)
+    strategy = GossipStrategy(Topology.ring(2), record=None)
+    strategy.start(grid, num_rounds=1, train_config=ConfigRecord({"note": "hello", "server-round": 99}))
+    assert [(m.content["order"]["server-round"], m.content["order"].get("note")) for m in grid.log[:2]] == [
+        (1, "hello")
+    ] * 2
+
+
+# --- what is told of it ---
+
+
+def test_the_result_holds_metrics_and_no_arrays() -> None:
+    strategy = GossipStrategy(Topology.ring(3), evaluate_every=2, record=None)
+    result = strategy.start(agent_grid(3), num_rounds=3)
+    assert len(result.arrays) == 0
+    assert sorted(result.train_metrics_clientapp) == [1, 2, 3]
+    assert sorted(result.evaluate_metrics_clientapp) == [2, 3]
+    metrics = result.evaluate_metrics_clientapp[3]
+    accuracies = [row["accuracy"] for row in strategy.monitor.rows if row["round"] == 3]
+    assert metrics["accuracy"] == pytest.approx(np.mean(accuracies))
+    assert metrics["accuracy-std"] == pytest.approx(np.std(accuracies))
+    assert (metrics["accuracy-worst"], metrics["accuracy-best"]) == (min(accuracies), max(accuracies))
+    assert metrics["num-agents"] == 3
+
+
+def test_log_lines(log: pytest.LogCaptureFixture) -> None:
+    grid = agent_grid(4)
+    away = {2: lambda: grid.silent.add(1002), 3: lambda: grid.down.add(1003)}
+    gossip(grid, rounds=4, before=away)
+    lines = [line for line in log.messages if line.startswith(("round", "closing"))]
+    assert [line.split(" | ")[0] for line in lines] == ["round 1/4", "round 2/4", "round 3/4", "round 4/4", "closing"]
+    assert "4/4 answered | train loss" in lines[0]
+    assert "3/4 answered | no answer from 2 | " in lines[1]
+    assert "2/4 answered | no answer from 2, 3 | train loss" in lines[2]
+    assert "accuracy after round 2: 0." in lines[2]
+    assert "(worst 0." in lines[2]
+    assert all(line.endswith("B over the links") for line in lines)
+    assert all(" left | " in line for line in lines[:4])
+
+
+@pytest.mark.usefixtures("no_report")
+def test_the_byte_counts_are_what_the_grid_carried(tmp_path: Path) -> None:
+    grid = agent_grid(4)
+    gossip(grid, Topology.path(4), rounds=3, evaluate_every=1, record=tmp_path)
+    run = the_run(tmp_path)
+    for row in run.rounds:
+        until = [m for m in grid.log if sent_round(m) <= row["round"] + 1]  # the frames of a round travel in the next
+        mine = [m for m in until if m.metadata.dst_node_id == 1000 + row["agent"]]
+        assert row["received_bytes"] == sum(len(frame_bytes(a)) for m in mine for a in down_frames(m).values())
+        out = [down_frames(m).get(row["agent"]) for m in until]
+        assert row["sent_bytes"] == sum(len(frame_bytes(array)) for array in out if array is not None)
+    up = sum(
+        len(frame_bytes(array))
+        for reply in grid.answers
+        for array in reply.content.array_records.get("frame", ArrayRecord()).values()
+    )
+    assert run.summary is not None
+    assert run.summary["bytes"]["uplink_total"] == up
+    assert run.summary["bytes"]["deliveries"] == 3 * 6 == sum(link["frames"] for link in run.summary["links"])
+    assert run.summary["bytes"]["links_total"] == run.relay[-1]["link_bytes"]
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize("spec", ["ring", "erdos-renyi:degree=2", "random-neighbors:degree=2", "star"])
+def test_the_config_is_enough_to_repeat_the_run(spec: str, tmp_path: Path) -> None:
+    run_config = {**RUN_CONFIG, "num-agents": 4, "topology": spec, "evaluate-every": 2, "retention-conv": "0.2, 0.5"}
+
+    def run(config: dict[str, Any], folder: Path, topology: Topology | None = None) -> Run:
+        strategy = GossipStrategy.from_run_config({**config, "record-dir": str(folder)})
+        if topology is not None:
+            assert topology == strategy.topology
+        strategy.start(app_grid(4, **config), num_rounds=3)
+        return the_run(folder)
+
+    first = run(run_config, tmp_path / "first")
+    written = dict(first.config["run_config"])
+    second = run(written, tmp_path / "second", Topology.from_config(first.config["topology"]))
+    assert [line["frames"] for line in first.relay] == [line["frames"] for line in second.relay]
+    assert all(len(line["frames"]) == 4 for line in first.relay[:3])
+    assert (first.config["num_rounds"], first.config["evaluate_every"]) == (3, 2)
+    assert [a["retention"] for a in first.config["agents"]] == ["conv 0.2, linear 0.9", "conv 0.5, linear 0.9"] * 2
+    assert {"flwr", "torch", "flower_mcepl"} <= first.config["versions"].keys()
+
+
+def test_the_report_at_the_end(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    gossip(agent_grid(2), rounds=1, record=tmp_path)
+    run = the_run(tmp_path)
+    assert run.summary is not None
+    assert run.summary["status"] == "finished"
+    assert f"Run record: {run.path}" in log.messages
+    assert (picture := [line for line in log.messages if line.startswith("Picture: ")])
+    assert Path(picture[0].removeprefix("Picture: ")).is_file()
+
+
+def test_a_run_in_which_nobody_was_evaluated_still_ends_well(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    grid = agent_grid(2)
+    grid_leaves = grid.push_messages
+
+    def push(messages: Iterable[Message]) -> Iterable[str]:
+        ids = grid_leaves(messages)
+        grid.down = {1000, 1001}  # as soon as they have trained
+        return ids
+
+    grid.push_messages = push  # type: ignore[method-assign]
+    gossip(grid, rounds=1, record=tmp_path)
+    assert the_run(tmp_path).summary is not None
+    assert "closing | 0/2 answered | no answer from 0, 1 | 0 B over the links" in log.messages
+
+
+def test_no_record_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    gossip(agent_grid(2), record=None)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (OSError("disk"), "failed")])
+def test_a_run_that_breaks_off_leaves_a_readable_record(error: Any, status: str, tmp_path: Path) -> None:
+    def stop() -> None:
+        raise error
+
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        gossip(agent_grid(3), rounds=9, record=tmp_path, before={4: stop})
+    run = the_run(tmp_path)
+    assert run.summary is not None
+    assert run.summary["status"] == status
+    assert [line["round"] for line in run.relay] == [1, 2, 3]
+    assert [row["round"] for row in run.rounds] == [2, 2, 2]
+    assert len(run.config["agents"]) == 3
+
+
+# --- trouble ---
+
+
+@pytest.mark.parametrize("way", ["down", "silent", "unavailable"])
+def test_an_absent_agents_mask_stays_in_use_then_leaves_then_comes_back(way: str, tmp_path: Path) -> None:
+    grid = agent_grid(3)
+    seen = {}
+    away = getattr(grid, way)
+
+    def look(round: int) -> None:
+        seen[round] = state_facts(grid, 1000)["num-neighbors"]
+
+    steps = {3: lambda: away.add(1002), 8: away.clear}
+    strategy = gossip(grid, rounds=11, max_staleness=2, before=steps, after=look)
+    # Agent 2's last mask is of round 2. Messages of rounds 3, 4 and 5 fuse rounds 2, 3 and 4: at most 2 rounds old.
+    assert seen == {1: 1, 2: 2, 3: 2, 4: 2, 5: 2, 6: 1, 7: 1, 8: 1, 9: 2, 10: 2, 11: 2}
+    assert {row["agent"] for row in strategy.monitor.rows if row["round"] == 10} == {0, 1, 2}
+    assert state_facts(grid, 1002)["num-neighbors"] == 2
+
+
+def test_an_agent_may_join_late(log: pytest.LogCaptureFixture) -> None:
+    grid = agent_grid(3)
+    grid.down = {1002}
+    seen = {}
+
+    def look(round: int) -> None:
+        seen[round] = [
+            state_facts(grid, node)["num-neighbors"] for node in (1000, 1002)[: 1 if 1002 in grid.down else 2]
+        ]
+
+    gossip(grid, rounds=6, min_agents=2, max_staleness=2, before={5: grid.down.clear}, after=look)
+    # Until round 2 the common first mask stands for agent 2. In its own first round it keeps that mask alone.
+    assert seen == {1: [1], 2: [2], 3: [2], 4: [1], 5: [1, 1], 6: [2, 2]}
+    assert [line for line in log.messages if line.startswith("round 2/6") and "no answer from 2" in line]
+
+
+def test_a_frame_that_is_too_old_is_not_even_sent() -> None:
+    grid = agent_grid(3)
+    grid.down = {1002}
+    steps = {3: lambda: grid.down.add(1001), 5: lambda: grid.down.discard(1002)}
+    gossip(grid, rounds=7, min_agents=2, max_staleness=2, before=steps)
+    got = {sent_round(m): sorted(down_frames(m)) for m in grid.log if m.metadata.dst_node_id == 1002}
+    assert got == {5: [], 6: [0], 7: [0], 8: [0]}  # agent 1's last frame is of round 2
+    assert state_facts(grid, 1002)["num-neighbors"] == 1
+
+
+def test_a_restarted_node_takes_over_its_agent_and_gets_the_frames_again() -> None:
+    grid = agent_grid(3)
+
+    def lose_1() -> None:
+        grid.down.add(1001)
+
+    def restart_2() -> None:
+        grid.down.add(1002)
+        grid.add_node(2002, 2)
+
+    strategy = gossip(grid, rounds=6, before={3: lose_1, 4: restart_2})
+    assert strategy.roster.node_of == {0: 1000, 1: 1001, 2: 2002}
+    got = {sent_round(m): sorted(down_frames(m)) for m in grid.log if m.metadata.dst_node_id == 2002}
+    # Unknown in round 4, it gets nothing; then both, agent 1's old frame too, which the former node had got already.
+    assert got[4] == []
+    assert got[5] == [0, 1]
+    assert state_facts(grid, 2002)["num-neighbors"] == 2
+
+
+def test_a_restart_after_silence_loses_no_frame() -> None:
+    """The old node was handed agent 1's last frame and never answered; the new one must get it."""
+    grid = agent_grid(3)
+
+    def restart_2() -> None:
+        grid.down.add(1002)
+        grid.add_node(2002, 2)
+
+    steps = {3: lambda: (grid.silent.add(1002), grid.down.add(1001)), 4: restart_2}
+    gossip(grid, rounds=6, before=steps)
+    got = {sent_round(m): sorted(down_frames(m)) for m in grid.log if m.metadata.dst_node_id == 2002}
+    assert got[5] == [0, 1]
+
+
+def test_a_node_that_lost_its_state_gets_the_frames_again() -> None:
+    grid = agent_grid(3)
+
+    def lose_1() -> None:
+        grid.down.add(1001)
+
+    def wipe_2() -> None:
+        grid.add_node(1002, 2)  # the same id with an empty context
+
+    strategy = gossip(grid, rounds=6, before={4: lose_1, 5: wipe_2})
+    got = {sent_round(m): sorted(down_frames(m)) for m in grid.log if m.metadata.dst_node_id == 1002}
+    assert (got[4], got[5], got[6]) == ([0, 1], [0], [0, 1])
+    assert state_facts(grid, 1002)["num-neighbors"] == 2
+    assert all(not answer.content["agent"].get("refused") for answer in grid.answers)
+    assert strategy.relay.ledger.links[1, 2].frames == 4
+
+
+@pytest.mark.parametrize("way", ["down", "silent", "unavailable"])
+def test_nobody_answers_for_three_rounds(way: str, tmp_path: Path) -> None:
+    grid = agent_grid(2)
+    with pytest.raises(
+        RosterError, match=r"no agent has answered for 3 rounds.*nodes' logs.*raise the timeout"
+    ) as caught:
+        gossip(grid, rounds=9, record=tmp_path, before={3: lambda: getattr(grid, way).update({1000, 1001})})
+    assert ("agent 1: error 5: Node Unavailable" in str(caught.value)) == (way == "unavailable")
+    assert [line["round"] for line in the_run(tmp_path).relay] == [1, 2, 3, 4]
+
+
+def test_two_silent_rounds_are_survived() -> None:
+    grid = agent_grid(2)
+    steps: dict[int, Callable[[], None]] = {2: lambda: grid.silent.update({1000, 1001}), 4: grid.silent.clear}
+    strategy = gossip(grid, rounds=5, before=steps)
+    assert {row["agent"] for row in strategy.monitor.rows if row["round"] == 5} == {0, 1}
+
+
+def test_when_all_are_offline_the_relay_waits() -> None:
+    grid = agent_grid(2)
+    calls = 0
+    ids = grid.get_node_ids
+
+    def node_ids() -> Iterable[int]:
+        nonlocal calls
+        calls += 1
+        return [] if 3 <= calls <= 4 else ids()
+
+    grid.get_node_ids = node_ids  # type: ignore[method-assign]
+    strategy = gossip(grid, rounds=3, wait_timeout=30.0)
+    assert len(strategy.monitor.rows) == 2 + 2
+    assert len(grid.log) == 2 * 4
+
+
+class Stumbling:
+    """A split whose batches of one round fail: some code of the user's."""
+
+    def __init__(self, inner: Any, *, round: int, error: BaseException | None = None) -> None:
+        self.inner, self.round, self.error = inner, round, error
+        self.num_examples = inner.num_examples
+
+    def training_batches(self, *, round: int, **options: Any) -> Iterator[Any]:
+        for inputs, labels in self.inner.training_batches(round=round, **options):
+            if round == self.round and self.error is not None:
+                raise self.error
+            yield inputs * (float("nan") if round == self.round else 1.0), labels
+
+
+def stumbling_agent(index: int, *, who: int, round: int, error: BaseException | None = None) -> MceplAgent:
+    agent = make_agent(index)
+    if index == who:
+        agent.data = AgentData(Stumbling(agent.data.train, round=round, error=error), agent.data.test)
+    return agent
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyError("label"), "agent 1: KeyError: 'label'. Its traceback is in the log of node 1001."),
+        (None, "agent 1: the training loss of round 3 is nan. Lower score-lr (now 1), and check the inputs"),
+    ],
+)
+def test_a_client_that_raises_in_the_middle(
+    error: Exception | None, reason: str, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    grid = agent_grid(3, lambda index: stumbling_agent(index, who=1, round=3, error=error))
+    kept = {}
+
+    def look(round: int) -> None:
+        if round in (2, 3):
+            record = grid.contexts[1001].state.array_records["mcepl-agent"]
+            kept[round] = {name: array.data for name, array in record.items()}
+
+    gossip(grid, rounds=6, record=tmp_path, after=look)
+    assert kept[2] == kept[3]  # the state of round 2 stayed
+    run = the_run(tmp_path)
+    assert run.summary is not None
+    assert run.summary["status"] == "finished"
+    assert [line["answered"] for line in run.relay] == [3, 3, 2, 3, 3, 3, 3]
+    assert run.relay[2]["failed"]["agent 1"].startswith(f"error 2: {reason}")
+    assert run.relay[2]["missing"] == []
+    (warning,) = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
+    assert warning.startswith(f"round 3: agent 1 failed. error 2: {reason}")
+    assert any("2/3 answered | 1 failed | train loss" in line for line in log.messages)
+    assert state_facts(grid, 1001)["num-neighbors"] == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "plain"),
+    [
+        ("<class 'KeyError'>:<''label''>", "'label'"),
+        (
+            "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run()\nTraceback ...\n"
+            "flwr.clientapp.client_app.ClientAppException: \nException ClientAppException occurred. Message: agent 1'>",
+            "agent 1",
+        ),
+        ("Node Unavailable", "Node Unavailable"),
+        ("", "no reason given"),
+        (None, "no reason given"),
+    ],
+)
+def test_flowers_wrapping_is_cut_off_a_reason(raw: str | None, plain: str) -> None:
+    assert module._plain(raw) == plain
+
+
+# --- bad input: frames ---
+
+
+def other_sender(frame: bytes) -> bytes:
+    decoded = decode_frame(frame)
+    header = decoded.header
+    return encode_frame(decoded.tensors, sender=9, round=header.round, fingerprint=header.fingerprint)
+
+
+def other_run(frame: bytes) -> bytes:
+    decoded = decode_frame(frame)
+    header = decoded.header
+    return encode_frame(decoded.tensors, sender=header.sender, round=header.round, fingerprint="0" * 32)
+
+
+def other_shape(frame: bytes) -> bytes:
+    header = decode_frame(frame).header
+    tensors = {"0.weight": torch.zeros(2, 2, dtype=torch.bool)}
+    return encode_frame(tensors, sender=header.sender, round=header.round, fingerprint=header.fingerprint)
+
+
+def other_round(frame: bytes, round: int) -> bytes:
+    decoded = decode_frame(frame)
+    header = decoded.header
+    return encode_frame(decoded.tensors, sender=header.sender, round=round, fingerprint=header.fingerprint)
+
+
+def flipped(frame: bytes, at: int) -> bytes:
+    damaged = bytearray(frame)
+    damaged[at] ^= 0x10
+    return bytes(damaged)
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize(
+    ("harm", "error"),
+    [
+        (lambda frame: frame[:-9], "TruncatedFrameError"),
+        (lambda frame: frame[:7], "TruncatedFrameError"),
+        (lambda frame: b"", "TruncatedFrameError"),
+        (lambda frame: flipped(frame, 60), "CorruptFrameError"),
+        (lambda frame: flipped(frame, len(frame) - 1), "CorruptFrameError"),
+        (lambda frame: b"\x93NUMPY" + frame, "ForeignFrameError"),
+        (other_sender, "ForeignFrameError"),
+        (other_run, "ForeignFrameError"),
+        (other_shape, "ForeignFrameError"),
+        (lambda frame: other_round(frame, 1), "ReplayedFrameError"),
+        (lambda frame: other_round(frame, 2), "ReplayedFrameError"),
+        (lambda frame: other_round(frame, 4), "FutureFrameError"),
+        (lambda frame: flipped(frame, 4), "FutureFrameError"),  # the version
+    ],
+)
+def test_a_bad_frame_is_refused_and_the_last_good_one_stays(
+    harm: Callable[[bytes], bytes], error: str, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    grid = agent_grid(3)
+    held = {}
+
+    def tamper(message: Message) -> Message:
+        if message.metadata.dst_node_id == 1001 and sent_round(message) == 4:
+            frames = message.content["frames"]
+            frames["0"] = Array(np.frombuffer(harm(frame_bytes(frames["0"])), np.uint8))
+        return message
+
+    def look(round: int) -> None:
+        mail = grid.contexts[1001].state.array_records["mcepl-mail"]
+        held[round] = {int(j): decode_frame(frame_bytes(a)).header.round for j, a in mail.items()}
+        if round > 1:
+            assert state_facts(grid, 1001)["num-neighbors"] == 2
+
+    grid.tamper = tamper
+    gossip(grid, rounds=6, record=tmp_path, after=look)
+    assert [held[round] for round in (3, 4, 5)] == [{0: 2, 2: 2}, {0: 2, 2: 3}, {0: 4, 2: 4}]
+    run = the_run(tmp_path)
+    assert [line["answered"] for line in run.relay] == [3] * 7
+    refused = {line["round"]: line["refused"] for line in run.relay if line["refused"]}
+    assert list(refused) == [4]
+    ((reason,),) = refused[4].values()
+    assert list(refused[4]) == ["1"]
+    assert reason.startswith(f"{error}, frame of agent 0: ")
+    assert f"round 4: agent 1 refused a frame. {reason}" in log.messages
+
+
+# --- bad input: settings ---
+
+GOOD = {"num-agents": 4, "topology": "ring"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"retention-conv": 0.0}, r"retention-conv .*must be in \(0, 1\]; got 0\.0\. Use for example 0\.3"),
+        ({"retention-linear": 1.5}, r"retention-linear .*must be in \(0, 1\]; got 1\.5"),
+        ({"retention-conv": "0.1, 0"}, r"retention-conv .*got 0\.0"),
+        ({"retention-conv": "0.1; 0.3"}, "retention-conv must be a number or numbers separated by commas"),
+        ({"retention-cov": 0.3}, r"unknown run-config key 'retention-cov'\. Did you mean 'retention-conv'\?"),
+        ({"something": 1}, "unknown run-config key 'something'. Known keys: batch-size, "),
+        ({"num-rounds": "many"}, r"run-config key num-rounds must be int; got 'many' \(str\)"),
+        ({"num-rounds": 1.5}, "run-config key num-rounds must be int; got 1.5"),
+        ({"num-agents": True}, "run-config key num-agents must be int; got True"),
+        ({"seed": "0"}, "run-config key seed must be int"),
+        ({"num-agents": 0}, "num-agents must be >= 1; got 0"),
+        ({"num-rounds": 0}, "num-rounds must be >= 1; got 0"),
+        ({"evaluate-every": 0}, "evaluate-every must be >= 1; got 0"),
+        ({"max-staleness": -1}, "max-staleness must be >= 0; got -1"),
+        ({"min-agents": 5}, r"min-agents must be in 0\.\.4 \(num-agents\); got 5"),
+        ({"round-timeout": 0.0}, "round-timeout must be > 0 seconds; got 0"),
+        ({"score-lr": -1.0}, "score-lr must be a finite number >= 0; got -1"),
+        ({"score-init": "zero"}, "score-init must be one of shared, independent; got 'zero'"),
+        ({"device": "gpu"}, "device must be auto, cpu, cuda, cuda:N or mps; got 'gpu'"),
+        ({"threads": -1}, "threads must be >= 0"),
+        ({"topology": "rong"}, r"unknown topology 'rong'.*Did you mean 'ring'\?"),
+        ({"topology": "random-regular:degree=9"}, r"degree among 4 agents must be in 0\.\.3; got 9"),
+    ],
+)
+def test_a_bad_run_config_is_refused_before_anything_runs(config: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, TopologyError), match=message):
+        GossipStrategy.from_run_config({**GOOD, **config})
+
+
+def test_the_apps_own_keys_are_known() -> None:
+    strategy = GossipStrategy.from_run_config({**GOOD, "classes-per-agent": 3}, app_keys=["classes-per-agent"])
+    assert strategy.min_agents == 4
+
+
+def test_a_graph_with_an_unknown_agent(tmp_path: Path) -> None:
+    file = tmp_path / "edges.txt"
+    file.write_text("0 1\n1 9\n")
+    with pytest.raises(TopologyError, match=r"edge \(1, 9\) names agent 9, but the graph has agents 0\.\.3\. Raise"):
+        GossipStrategy.from_run_config({**GOOD, "topology": f"file:{file}"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topology": "ring"}, "topology must be a Topology, such as .*; got str"),
+        ({"min_agents": 4}, r"min_agents must be in 0\.\.3; got 4"),
+        ({"evaluate_every": 0}, "evaluate-every is a number of rounds and must be >= 1; got 0"),
+        ({"max_staleness": -1}, "max-staleness is a number of rounds and must be >= 0; got -1"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GossipStrategy(**{"topology": Topology.ring(3), **options})
+
+
+def test_no_rounds(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_rounds must be >= 1; got 0"):
+        gossip(agent_grid(2), rounds=0, record=tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+# --- bad input: data, found by the clients in round 1 ---
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (lambda: (split(0, size=0), split(0)), "agent 2's training split is empty. Every agent needs at least one"),
+        (lambda: (split(0), split(0, size=0)), "agent 2's test split is empty"),
+        (lambda: None, r"must return the pair \(train, test\); for agent 2 it gave NoneType"),
+        (lambda: (split(0), split(0), split(0)), r"must return the pair \(train, test\); for agent 2 it gave tuple"),
+        (lambda: ("train", "test"), "agent 2's training split must be a pair of tensors"),
+        (lambda: (split(0), 3), "agent 2's test split must be a pair of tensors"),
+        (lambda: 1 / 0, "agent 2: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_bad_data_in_round_1(data: Callable[[], Any], reason: str) -> None:
+    app = make_client_app(model_fn, lambda context: data() if agent_index(context) == 2 else data_fn(context))
+    grid = RecordingGrid(app, 3, RUN_CONFIG)
+    with pytest.raises(
+        RosterError, match=f"needs 3 agents, but 2 took part; missing: 2. node 1002: error 2: .*{reason}"
+    ):
+        gossip(grid)
+    strategy = gossip(grid, min_agents=2)  # told to, the run goes on without that agent
+    assert {row["agent"] for row in strategy.monitor.rows} == {0, 1}
+
+
+def test_nan_inputs_in_round_1() -> None:
+    grid = agent_grid(3, lambda index: stumbling_agent(index, who=2, round=1))
+    with pytest.raises(RosterError, match=r"node 1002: error 2: agent 2: the training loss of round 1 is nan\. Lower"):
+        gossip(grid)
+
+
+def test_a_damaged_answer_stops_nobody() -> None:
+    grid = agent_grid(3)
+    pull = grid.pull_messages
+
+    def damage(ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(pull(ids))
+        for reply in replies:
+            if reply.metadata.src_node_id == 1002 and reply.metadata.message_type == "train":
+                if grid.log[-1].metadata.group_id == "3":
+                    reply.content["frame"]["frame"].data = b"no array"
+        return replies
+
+    grid.pull_messages = damage  # type: ignore[method-assign]
+    strategy = gossip(grid, rounds=5)
+    assert {row["agent"] for row in strategy.monitor.rows if row["round"] == 4} == {0, 1}

@@ -1,0 +1,250 @@
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flower_mcepl import (
+    ConfigError,
+    DivergedError,
+    FingerprintError,
+    MceplAgent,
+    RunRecord,
+    Topology,
+    TopologyError,
+    decode_frame,
+    read_run,
+    simulate,
+)
+from flower_mcepl.agents import load_state
+from flower_mcepl.rounds import Reply
+from flower_mcepl.simulation import torch_threads
+
+from .fleet import SEED, make_agent, make_fleet, noisy_net, same_tensors, small_net
+
+RING = Topology.ring(3)
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def run(agents: list[MceplAgent] | None = None, topology: Topology = RING, **options: Any) -> tuple[Any, list[bytes]]:
+    """Rows without times, and every frame that any agent sent."""
+    frames: list[bytes] = []
+
+    def keep(round: int, agent: int, reply: Reply) -> None:
+        frames.append(reply.frame or b"")
+
+    agents = make_fleet(topology.num_agents) if agents is None else agents
+    result = simulate(agents, topology, on_reply=keep, **{"num_rounds": 4, "evaluate_every": 2, **options})
+    return untimed(result.rows), frames
+
+
+def test_the_same_seeds_give_the_same_rows_and_bits() -> None:
+    first, again = run(make_fleet(3, model_fn=noisy_net)), run(make_fleet(3, model_fn=noisy_net))
+    assert first == again
+
+
+def test_other_seeds_give_other_rows_and_bits() -> None:
+    rows, frames = run()
+    other_rows, other_frames = run(make_fleet(3, seed=SEED + 1))
+    assert rows != other_rows
+    assert not set(frames) & set(other_frames) - {b""}
+
+
+def test_neither_global_generators_nor_the_order_of_building_matter() -> None:
+    expected = run(make_fleet(3, model_fn=noisy_net))
+    torch.manual_seed(123)
+    random.seed(123)
+    np.random.seed(123)  # noqa: NPY002
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    backwards = [make_agent(index, model_fn=noisy_net) for index in (2, 1, 0)][::-1]
+    assert run(backwards) == expected
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]  # noqa: NPY002
+
+
+def test_agents_hear_their_neighbors_and_nobody_else() -> None:
+    """An agent of another retention changes its neighbors from the second round on, and nobody cut off from it."""
+    topology = Topology.from_edges([(0, 1), (2, 3)], num_agents=4)
+    mixed = {"first_retention": 0.3}
+
+    def frames_of(retention: float) -> dict[tuple[int, int], bytes]:
+        frames = {}
+        agents = [make_agent(0, retention=retention, **mixed), *(make_agent(i, **mixed) for i in (1, 2, 3))]
+        simulate(agents, topology, num_rounds=3, on_reply=lambda t, i, reply: frames.update({(t, i): reply.frame}))
+        return frames
+
+    one, other = frames_of(0.3), frames_of(0.6)
+    differs = {key for key in one if one[key] != other[key]}
+    assert differs == {(1, 0), (2, 0), (3, 0), (2, 1), (3, 1)}
+
+
+@pytest.mark.parametrize(
+    ("num_rounds", "evaluate_every", "rounds"), [(5, 2, [2, 4, 5]), (4, 2, [2, 4]), (2, 10, [2]), (3, 1, [1, 2, 3])]
+)
+def test_multiples_and_the_last_round_are_evaluated(num_rounds: int, evaluate_every: int, rounds: list[int]) -> None:
+    rows, _ = run(num_rounds=num_rounds, evaluate_every=evaluate_every)
+    assert [(row["round"], row["agent"]) for row in rows] == [(round, agent) for round in rounds for agent in range(3)]
+
+
+def test_an_evaluation_is_the_one_after_the_exchange_of_its_round() -> None:
+    early, _ = run(num_rounds=2, evaluate_every=2)
+    late, _ = run(num_rounds=6, evaluate_every=2)
+    keys = ("round", "agent", "accuracy", "loss", "density")
+    assert [[row[key] for key in keys] for row in early] == [[row[key] for key in keys] for row in late[:3]]
+
+
+def test_bytes_in_the_rows_are_the_frames_lengths() -> None:
+    rows, frames = run()
+    size = len(frames[0])
+    assert {len(frame) for frame in frames} == {size, 0}  # none in the closing exchange
+    last = rows[-3:]
+    assert [row["uplink_bytes"] for row in last] == [4 * size] * 3
+    assert [row["sent_bytes"] for row in last] == [row["received_bytes"] for row in last] == [2 * 4 * size] * 3
+
+
+def test_agents_without_neighbors_still_learn() -> None:
+    rows, frames = run(topology=Topology.from_edges([], num_agents=3))
+    assert {row["received_bytes"] for row in rows} == {0}
+    assert len(set(frames)) == 4 * 3 + 1
+    alone, _ = run(make_fleet(1), Topology.from_edges([], num_agents=1))
+    assert alone[0]["accuracy"] == rows[0]["accuracy"]
+
+
+def test_the_log_has_one_line_a_round() -> None:
+    lines: list[str] = []
+    run(log=lines.append)
+    assert [line.split(" | ")[0] for line in lines] == ["round 1/4", "round 2/4", "round 3/4", "round 4/4", "closing"]
+    assert "3/3 answered" in lines[0]
+    assert "accuracy after round 2" in lines[2]
+    assert "accuracy after round 4" in lines[4]
+
+
+# --- the record ---
+
+
+def test_the_record_is_what_the_result_says_and_agents_come_back(tmp_path: Path) -> None:
+    agents = make_fleet(3)
+    record = RunRecord.create(name="test", config={"seed": SEED}, path=tmp_path / "run")
+    result = simulate(agents, RING, num_rounds=4, evaluate_every=2, record=record)
+
+    read = read_run(tmp_path / "run")
+    assert read.rounds == result.rows
+    assert read.summary["status"] == result.summary["status"] == "finished"
+    assert read.summary["accuracy"] == result.summary["accuracy"]
+    assert result.personalized_accuracy == np.mean([row["accuracy"] for row in result.rows[-3:]])
+    assert [row["round"] for row in read.relay] == [1, 2, 3, 4, 5]
+    assert [agent["agent"] for agent in read.config["agents"]] == [0, 1, 2]
+    assert {agent["fingerprint"] for agent in read.config["agents"]} == {agents[0].fingerprint}
+    assert not read.truncated
+    assert list(read.agents) == [0, 1, 2]
+    for index, path in read.agents.items():
+        later = make_agent(index)
+        later.restore(load_state(path))
+        assert same_tensors(later.state().tensors, agents[index].state().tensors)
+        assert later.evaluate()["accuracy"] == result.rows[-3 + index]["accuracy"]
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (DivergedError, "failed")])
+def test_a_stopped_run_leaves_a_readable_record(error: type[BaseException], status: str, tmp_path: Path) -> None:
+    def stop(round: int, agent: int, reply: Reply) -> None:
+        if (round, agent) == (4, 1):
+            raise error("stop")
+
+    record = RunRecord.create(name="test", config={}, path=tmp_path / "run")
+    threads = torch.get_num_threads()
+    with pytest.raises(error):
+        simulate(make_fleet(3), RING, num_rounds=9, evaluate_every=2, record=record, on_reply=stop)
+    read = read_run(tmp_path / "run")
+    assert read.summary["status"] == status
+    assert [row["round"] for row in read.relay] == [1, 2, 3]
+    assert [row["round"] for row in read.rounds] == [2, 2, 2]
+    assert read.summary["accuracy"]["round"] == 2
+    assert read.agents == {}
+    assert torch.get_num_threads() == threads
+
+
+def test_a_killed_run_leaves_its_rounds(tmp_path: Path) -> None:
+    record = RunRecord.create(name="test", config={}, path=tmp_path / "run")
+    seen: list[int] = []
+
+    def look(round: int, agent: int, reply: Reply) -> None:
+        if (round, agent) == (4, 2):  # as it is on disk while the run goes on
+            read = read_run(tmp_path / "run")
+            assert read.summary is None
+            seen.extend(row["round"] for row in read.relay)
+
+    simulate(make_fleet(3), RING, num_rounds=5, record=record, on_reply=look)
+    assert seen == [1, 2, 3]
+
+
+# --- what does not fit together ---
+
+
+def test_different_weights_are_refused_by_name() -> None:
+    agents = make_fleet(3)
+    with torch.no_grad():
+        changed = make_agent(2).model.module
+        changed[0].weight.view(-1)[0] += 1e-7
+    agents[2] = make_agent(2, model_fn=lambda: changed)
+    with pytest.raises(FingerprintError, match=f"agents 0 and 2 .*{agents[0].fingerprint} and {agents[2].fingerprint}"):
+        simulate(agents, RING, num_rounds=1)
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda a: a[:2],
+        lambda a: [a[1], a[0], a[2]],
+        lambda a: [a[0], a[1], a[1]],
+        lambda a: [*a, make_agent(3)],
+        lambda a: [],
+    ],
+)
+def test_a_fleet_that_does_not_fit_the_graph_is_refused(pick: Callable[[list[MceplAgent]], list[MceplAgent]]) -> None:
+    agents = pick(make_fleet(3))
+    indices = [agent.index for agent in agents]
+    with pytest.raises(TopologyError) as refused:
+        simulate(agents, RING, num_rounds=1)
+    assert f"the graph has agents 0..2, in this order; got agents {indices}" in str(refused.value)
+
+
+@pytest.mark.parametrize("bad", [{"num_rounds": 0}, {"threads": -1}, {"evaluate_every": 0}, {"max_staleness": -1}])
+def test_numbers_out_of_range_are_refused(bad: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="must be >="):
+        simulate(make_fleet(3), RING, **{"num_rounds": 1, **bad})
+
+
+def test_frames_decode_to_the_agents_masks() -> None:
+    agents = make_fleet(3, model_fn=small_net)
+    seen = []
+
+    def compare(round: int, agent: int, reply: Reply) -> None:
+        if reply.frame is not None:
+            frame = decode_frame(reply.frame)
+            seen.append((round, frame.header.sender))
+            assert same_tensors(frame.tensors, agents[agent].outgoing())
+
+    simulate(agents, RING, num_rounds=2, on_reply=compare)
+    assert seen == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
+
+
+# --- threads ---
+
+
+def test_threads_are_set_and_set_back() -> None:
+    before = torch.get_num_threads()
+    for wanted in (before + 1, 0):
+        with torch_threads(wanted):
+            assert torch.get_num_threads() == (wanted or before)
+        assert torch.get_num_threads() == before
+    with pytest.raises(RuntimeError, match="inside"), torch_threads(before + 1):
+        raise RuntimeError("inside")
+    assert torch.get_num_threads() == before
+    with pytest.raises(ConfigError, match="threads must be >= 0"), torch_threads(-1):
+        pass
