@@ -441,3 +441,12 @@ def test_one_agents_data_may_be_agent_data_by_hand() -> None:
     agent.data = AgentData.of(split(3), split(4), agent=0)
     answer = make_agent_app(lambda context: agent)(a_message(1), a_context())
     assert keys.FRAME in answer.content.array_records
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none_is_refused_by_name() -> None:
+    app = make_client_app(model_fn, data_fn)
+    context = a_context(4)
+    context.node_config["device"] = "cuda:1"
+    with pytest.raises(ConfigError, match=r"agent 4: device is 'cuda:1', but torch finds no CUDA here\. Use device"):
+        app(a_message(1), context)

@@ -23,7 +23,7 @@ from flower_mcepl import (
     encode_frame,
     read_run,
 )
-from flower_mcepl.clients import make_client_app
+from flower_mcepl.clients import make_agent_app, make_client_app
 from flower_mcepl.clients.app import agent_index
 from flower_mcepl.record import Run
 from flower_mcepl.strategies import GossipStrategy
@@ -42,6 +42,7 @@ from .flower_fleet import (
     sent_round,
     state_facts,
 )
+from .inprocess_grid import InProcessGrid
 
 
 @pytest.fixture
@@ -718,3 +719,12 @@ def test_a_damaged_answer_stops_nobody() -> None:
     grid.pull_messages = damage  # type: ignore[method-assign]
     strategy = gossip(grid, rounds=5)
     assert {row["agent"] for row in strategy.monitor.rows if row["round"] == 4} == {0, 1}
+
+
+def test_rounds_and_timeout_come_from_the_run_config_unless_start_says_otherwise(tmp_path: Path) -> None:
+    run_config = {"num-agents": 2, "num-rounds": 2, "round-timeout": 7.0, "record-dir": str(tmp_path)}
+    for told, rounds, ttl in (({}, 2, 7.0), ({"num_rounds": 1, "timeout": 9.0}, 1, 9.0)):
+        grid = InProcessGrid(make_agent_app(lambda context: make_agent(agent_index(context))), 2, run_config)
+        GossipStrategy.from_run_config(run_config).start(grid=grid, **told)
+        assert max(message.content["order"]["server-round"] for message in grid.log) == rounds + 1
+        assert {message.metadata.ttl for message in grid.log} == {ttl}

@@ -206,6 +206,8 @@ def _device_settings(context: Context) -> DeviceSettings:
 def _device(context: Context) -> str:
     told = _device_settings(context).device
     if told != "auto":
+        if torch.device(told).type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f'device is {told!r}, but torch finds no CUDA here. Use device = "auto" or "cpu".')
         return told
     if torch.cuda.is_available():
         return "cuda"

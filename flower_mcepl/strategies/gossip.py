@@ -84,7 +84,7 @@ class GossipStrategy(Strategy):
         self.roster = Roster(topology.num_agents)
         self.monitor = RunMonitor(self.relay, num_rounds=0, log=_log)
         self.record: RunRecord | None = None
-        self._timeout = 3600.0
+        self._num_rounds, self._timeout = 3, 3600.0  # Flower's defaults, unless the run config says otherwise
         self._sent: list[Message] = []  # of the present exchange; the grid fills in the message ids
         self._online: list[int] = []
         self._refused: set[int] = set()  # nodes that were turned away; they may try again when a node has left
@@ -99,7 +99,7 @@ class GossipStrategy(Strategy):
         ``app_keys`` are further keys that the app itself reads.
         """
         settings = RunSettings.from_run_config(run_config, app_keys=app_keys)
-        return cls(
+        strategy = cls(
             settings.graph(),
             evaluate_every=settings.evaluate_every,
             max_staleness=settings.max_staleness,
@@ -109,6 +109,8 @@ class GossipStrategy(Strategy):
             name=name,
             config={"run_config": dict(run_config), "seed": settings.seed},
         )
+        strategy._num_rounds, strategy._timeout = settings.num_rounds, settings.round_timeout
+        return strategy
 
     def summary(self) -> None:
         """Log what is about to run."""
@@ -120,13 +122,16 @@ class GossipStrategy(Strategy):
         self,
         grid: Grid,
         initial_arrays: ArrayRecord | None = None,
-        num_rounds: int = 3,
-        timeout: float = 3600,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
         """Run the rounds and the closing exchange; as `Strategy.start`, but ``initial_arrays`` may be left out.
+
+        ``num_rounds`` and ``timeout`` (seconds for a round) are by default those of the run config after
+        `from_run_config`, else 3 and 3600.
 
         The result has no arrays: there is no global model. ``evaluate_metrics_clientapp`` holds, per evaluated
         round, the mean, spread and worst of the personal accuracies; `monitor` and the run record hold each agent's.
@@ -136,9 +141,11 @@ class GossipStrategy(Strategy):
         RosterError, FingerprintError
             If the nodes do not fit the graph in round 1, or if nobody answers for some rounds.
         """
+        num_rounds = self._num_rounds if num_rounds is None else num_rounds
+        self._timeout = timeout = self._timeout if timeout is None else timeout
         if num_rounds < 1:
             raise ConfigError(f"num_rounds must be >= 1; got {num_rounds}.")
-        self.monitor.num_rounds, self._timeout = num_rounds, timeout
+        self.monitor.num_rounds = num_rounds
         if self.record_root is not None:
             self.monitor.record = self.record = self._new_record(num_rounds, timeout)
         status = "failed"

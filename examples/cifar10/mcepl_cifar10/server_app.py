@@ -13,6 +13,5 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the gossip over the graph that the run config names."""
-    run = context.run_config
-    strategy = GossipStrategy.from_run_config(run, app_keys=APP_KEYS, name="cifar10")
-    strategy.start(grid=grid, num_rounds=int(run["num-rounds"]), timeout=float(run["round-timeout"]))
+    strategy = GossipStrategy.from_run_config(context.run_config, app_keys=APP_KEYS, name="cifar10")
+    strategy.start(grid=grid)
