@@ -86,6 +86,7 @@ def round_seconds(agents: int, rounds: int) -> tuple[list[float], float]:
             CIFAR10,
             run_config={
                 "data": folder,
+                "train-fraction": 1.0,  # enough for full batches
                 "num-agents": agents,
                 "num-rounds": rounds,
                 "evaluate-every": rounds + 1,

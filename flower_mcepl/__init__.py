@@ -10,6 +10,7 @@ The Flower sides are imported on their own: ``flower_mcepl.strategies`` (the rel
 from flower_mcepl.agents import Agent, MceplAgent, MceplConfig
 from flower_mcepl.data import AgentData
 from flower_mcepl.errors import (
+    AnswerError,
     ConfigError,
     CorruptFrameError,
     DataError,
@@ -38,6 +39,7 @@ from flower_mcepl.wire import decode_frame, encode_frame
 __all__ = [
     "Agent",
     "AgentData",
+    "AnswerError",
     "ConfigError",
     "CorruptFrameError",
     "DataError",

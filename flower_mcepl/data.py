@@ -80,13 +80,19 @@ def _coerce(split: object, whose: str) -> BatchSource:
 
 
 def _index_batches(num_examples: int, *, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield ``steps`` index batches: shuffled passes one after the other; a pass's short last batch is kept."""
+    """Yield ``steps`` index batches: shuffled passes one after the other.
+
+    A pass's short last batch is kept; a single example that would be left over joins the batch before.
+    """
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         if len(order) == 0:
             order = torch.randperm(num_examples, generator=generator)
-        yield order[:batch_size]
-        order = order[batch_size:]
+        size = batch_size
+        if len(order) == batch_size + 1 > 2:  # a last batch of one would be the end of a batch norm
+            size += 1
+        yield order[:size]
+        order = order[size:]
 
 
 class TensorBatches:
@@ -135,10 +141,25 @@ class DatasetBatches:
 
     def _batch(self, index: Any) -> Batch:
         batch = self.collate([self.dataset[i] for i in index])
+        if isinstance(batch, dict):
+            batch = _from_columns(batch)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(
-                f"a batch must be a pair (inputs, labels); the dataset gave {type(batch).__name__}. "
-                "Pass a DataLoader whose collate_fn makes pairs."
+                f"a batch must be a pair (inputs, labels), or a dict of one column and its 'label' or 'labels'; the "
+                f"dataset gave {type(batch).__name__}. Pass a DataLoader whose collate_fn makes pairs."
             )
         inputs, labels = batch
         return inputs, labels
+
+
+def _from_columns(batch: dict[str, Any]) -> Batch:
+    """Take a batch of flwr-datasets or Hugging Face apart: one column of inputs, one named ``label`` or ``labels``."""
+    names = [name for name in batch if name in ("label", "labels")]
+    inputs = [name for name in batch if name not in names]
+    if len(names) != 1 or len(inputs) != 1:
+        raise DataError(
+            "a batch that is a dict must hold one column of inputs and one named 'label' or 'labels'; got "
+            f"{', '.join(map(str, batch))}. Keep these two with select_columns, or pass a DataLoader whose collate_fn "
+            "makes pairs."
+        )
+    return batch[inputs[0]], batch[names[0]]

@@ -8,6 +8,7 @@
     ├── DataError               an agent's data are empty or malformed: change its data
     ├── TopologyError           the graph is impossible: change the graph
     ├── RosterError             the connected nodes do not fit the graph: change what is started
+    ├── AnswerError             a node's answer is no agent's, or damaged: it counts as failed in this round
     ├── FingerprintError        two participants do not hold the same frozen weights: align their seeds or models
     ├── DivergedError           training left the finite numbers: lower the step size
     ├── StateError              a saved state belongs to something else or is damaged: use the right one
@@ -16,10 +17,12 @@
     └── FrameError              one frame is refused; the run goes on
         ├── TruncatedFrameError     shorter than it says
         ├── CorruptFrameError       damaged: checksum or structure
-        ├── ForeignFrameError       not a frame, or a frame of another model, agent or run
+        ├── ForeignFrameError       not a frame, or a frame of another model or agent
         ├── FutureFrameError        written by a newer version, or from a round still to come
         └── ReplayedFrameError      not newer than what is already held of this sender
 """
+
+import re
 
 
 class FlowerMceplError(Exception):
@@ -44,6 +47,10 @@ class TopologyError(FlowerMceplError, ValueError):
 
 class RosterError(FlowerMceplError):
     """The connected nodes do not fit the agents of the graph."""
+
+
+class AnswerError(FlowerMceplError):
+    """A node's answer is not that of an agent, or it is damaged."""
 
 
 class FingerprintError(FlowerMceplError):
@@ -79,7 +86,7 @@ class CorruptFrameError(FrameError):
 
 
 class ForeignFrameError(FrameError):
-    """The bytes are no frame, or a frame of another model, agent or run."""
+    """The bytes are no frame, or a frame of another model or agent."""
 
 
 class FutureFrameError(FrameError):
@@ -88,3 +95,8 @@ class FutureFrameError(FrameError):
 
 class ReplayedFrameError(FrameError):
     """The frame is not newer than what is already held of its sender."""
+
+
+def names_agent(error: Exception, agent: int) -> bool:
+    """Tell whether an error's message says which agent it is about."""
+    return re.search(rf"\bagent {agent}\b", str(error)) is not None

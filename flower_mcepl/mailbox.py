@@ -58,6 +58,8 @@ class Mailbox:
     def put(self, sender: int, frame: FrameBytes, *, latest_round: int) -> None:
         """Take in a frame, in place of the older one of the same sender.
 
+        The very frame that is held may come again, as when an answer to the relay was lost: nothing changes.
+
         Parameters
         ----------
         sender : int
@@ -74,6 +76,8 @@ class Mailbox:
         """
         round = self._decode(sender, frame, latest_round=latest_round).header.round
         held = self._rounds.get(sender)
+        if self._frames.get(sender) == bytes(frame):
+            return
         if held is not None and round <= held:
             raise ReplayedFrameError(
                 f"agent {self._owner} takes only frames newer than the one it holds of a sender; of sender "

@@ -194,13 +194,24 @@ def _slot(role: str, name: str) -> str:
 
 
 def fingerprint(module: nn.Module, layers: Mapping[str, LayerSpec]) -> str:
-    """Digest the frozen weights: 32 hex characters that differ when one bit, shape or layer differs.
+    """Digest the frozen network: 32 hex characters that differ when one bit, shape, layer or layer type differs.
 
-    blake2b over the name, dtype, shape and bytes of every parameter, and the names of the maskable ones.
+    blake2b over the name, dtype, shape and bytes of every parameter and buffer, which of them are maskable, and the
+    types of all submodules. Running statistics do not count, they are an agent's own; nor do settings that are
+    neither tensors nor types, such as a stride.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in module.named_parameters():
-        tensor = parameter.detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{name in layers}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for name, submodule in module.named_modules():
+        digest.update(f"{name}|{type(submodule).__qualname__}|".encode())
+    own = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, norm in module.named_modules()
+        if isinstance(norm, nn.modules.batchnorm._NormBase)
+        for name, _ in norm.named_buffers(recurse=False)
+    }
+    tensors = [*module.named_parameters(), *(pair for pair in module.named_buffers() if pair[0] not in own)]
+    for name, tensor in tensors:
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|{name in layers}|".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

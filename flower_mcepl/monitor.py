@@ -22,6 +22,7 @@ class Answer(Generic[FrameT]):
     num_bytes: int
     digest: str | None = None  # of the frame's bytes, for comparing runs bit for bit
     refused: Sequence[str] = ()
+    fresh: bool = False  # the agent began without a saved state
 
 
 def frame_digest(frame: bytes) -> str:
@@ -159,6 +160,7 @@ class RunMonitor(Generic[FrameT]):
                 "failed": closed.failed,
                 "missing": closed.missing,
                 "refused": {agent: list(a.refused) for agent, a in answers.items() if a.refused},
+                "fresh": [agent for agent, a in answers.items() if a.fresh],
                 "frames": {agent: a.digest for agent, a in answers.items() if a.digest is not None},
                 "train_loss": self.train_loss.get(closed.round),
                 "link_bytes": totals["links_total"],

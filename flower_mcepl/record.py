@@ -37,7 +37,10 @@ STATUSES = ("finished", "interrupted", "failed")
 _COUNTERS = ("sent_bytes", "received_bytes", "uplink_bytes", "seconds")
 AGENT_KEYS = ("round", "agent", "accuracy", "loss", "num_examples", "density", *_COUNTERS)
 RELAY_KEYS = ("round", "answered", "agents", "failed", "missing", "link_bytes", "uplink_bytes", "seconds")
-_PACKAGES = ("torch", "numpy", "networkx", "safetensors", "flower-mcepl", "flwr")
+_PACKAGES = (
+    *("flower-mcepl", "torch", "numpy", "networkx", "safetensors", "flwr", "ray"),
+    *("torchvision", "flwr-datasets", "datasets", "scikit-learn"),  # where they are installed, they may draw the data
+)
 
 Row = dict[str, Any]
 
@@ -99,11 +102,8 @@ class RunRecord:
 
     @property
     def agents_dir(self) -> Path:
-        """Folder of the agents' final states; made when first asked for, as a run on devices has none."""
-        folder = self.path / AGENTS
-        with _writing(folder):
-            folder.mkdir(exist_ok=True)
-        return folder
+        """Folder of the agents' final states; who writes the first one makes it, as a run on devices has none."""
+        return self.path / AGENTS
 
     def log_agents(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append one line per agent to ``rounds.jsonl``; `rows` need every key of ``AGENT_KEYS``."""

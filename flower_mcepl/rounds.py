@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from flower_mcepl.agents import Agent
-from flower_mcepl.errors import DivergedError, FrameError
+from flower_mcepl.errors import DivergedError, FrameError, names_agent
 from flower_mcepl.mailbox import Mailbox
 from flower_mcepl.relay import Parcel
 from flower_mcepl.wire import encode_frame
@@ -37,7 +37,7 @@ def play_round(agent: Agent, mailbox: Mailbox, parcel: Parcel[bytes]) -> Reply:
     try:
         return _play(agent, mailbox, parcel)
     except DivergedError as error:
-        if f"agent {agent.index}" in str(error):
+        if names_agent(error, agent.index):
             raise
         raise DivergedError(f"agent {agent.index}, round {parcel.round}: {error}") from error
 

@@ -1,19 +1,18 @@
 """Agents over a graph in one process, without Flower: the oracle for everything that runs under it."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from flower_mcepl.agents import Agent, save_state
-from flower_mcepl.errors import ConfigError, FingerprintError, TopologyError
+from flower_mcepl.agents import Agent, agent_file, save_state
+from flower_mcepl.errors import ConfigError, TopologyError
+from flower_mcepl.handshake import check_common_ground
 from flower_mcepl.monitor import Answer, RunMonitor, frame_digest
 from flower_mcepl.record import RunRecord
 from flower_mcepl.relay import Parcel, Relay
 from flower_mcepl.rounds import Reply, open_mailbox, play_round
+from flower_mcepl.threads import torch_threads
 from flower_mcepl.topology import Topology
 
 
@@ -75,6 +74,15 @@ def simulate(
     relay = Relay[bytes](topology, evaluate_every=evaluate_every, max_staleness=max_staleness)
     monitor = RunMonitor(relay, num_rounds, record, log)
     mailboxes = [open_mailbox(agent, max_staleness=max_staleness) for agent in agents]
+    if record is not None:
+        record.amend_config(
+            seed=agents[0].seed,
+            num_rounds=num_rounds,
+            evaluate_every=evaluate_every,
+            max_staleness=max_staleness,
+            threads=threads,
+            topology=topology.to_config(),
+        )
     status = "failed"
     try:
         with torch_threads(threads):
@@ -111,26 +119,6 @@ def save_agents(agents: Sequence[Agent], folder: Path) -> None:
         save_state(agent.state(), folder / agent_file(agent.index))
 
 
-def agent_file(agent: int) -> str:
-    """Return the name of an agent's state in the run record."""
-    return f"agent-{agent:04d}.safetensors"
-
-
-@contextlib.contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Run a block with so many torch threads (0: as it is), then set the old number again."""
-    if threads < 0:
-        raise ConfigError(f"threads must be >= 0 (0: torch's own choice); got {threads}.")
-    before = torch.get_num_threads()
-    if threads and threads != before:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
-
-
 def _check_fleet(agents: Sequence[Agent], topology: Topology, num_rounds: int) -> None:
     if num_rounds < 1:
         raise ConfigError(f"num_rounds must be >= 1; got {num_rounds}.")
@@ -140,9 +128,6 @@ def _check_fleet(agents: Sequence[Agent], topology: Topology, num_rounds: int) -
             f"the graph has agents 0..{topology.num_agents - 1}, in this order; got agents {indices}. "
             "Pass one agent per place, or a graph of their number."
         )
+    first = agents[0].describe()
     for agent in agents[1:]:
-        if agent.fingerprint != agents[0].fingerprint:
-            raise FingerprintError(
-                f"agents {agents[0].index} and {agent.index} hold different frozen weights "
-                f"({agents[0].fingerprint} and {agent.fingerprint}). Build all from the same model function and seed."
-            )
+        check_common_ground(f"agent {agent.index}", agent.describe(), "agent 0", first)

@@ -59,6 +59,7 @@ class FrozenBatches:
 def reference_config(agent: int) -> MceplConfig:
     return MceplConfig(
         retention={"conv": float(VECTORS["retention_conv"][agent]), "linear": float(VECTORS["retention_linear"])},
+        first_retention={"conv": 0.3, "linear": 0.9},  # common; the trajectory starts from a recorded mask anyway
         score_lr=float(VECTORS["score_lr"]),
         finetune_lr=float(VECTORS["finetune_lr"]),
         weight_decay=float(VECTORS["weight_decay"]),

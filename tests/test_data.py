@@ -50,10 +50,13 @@ def test_every_kind_of_split_gives_the_same_batches(kind: str) -> None:
 def test_a_pass_shows_every_example_once(size: int, batch_size: int, passes: int, seed: int) -> None:
     source = TensorBatches(torch.arange(size).view(size, 1), torch.arange(size))
     per_pass = -(-size // batch_size)
+    if size > 1 and size % batch_size == 1 and batch_size > 1:
+        per_pass -= 1  # the single example left over joins the batch before
     batches = training(source, steps=passes * per_pass, batch_size=batch_size, seed=seed)
     for start in range(0, len(batches), per_pass):
         one_pass = batches[start : start + per_pass]
         assert all(len(labels) == batch_size for _, labels in one_pass[:-1])
+        assert len(one_pass[-1][1]) > 1 or size == 1 or batch_size == 1
         assert torch.cat([labels for _, labels in one_pass]).sort().values.tolist() == list(range(size))
     assert all(torch.equal(inputs.squeeze(1), labels) for inputs, labels in batches)
 
@@ -138,7 +141,7 @@ def test_inputs_and_labels_must_pair_up() -> None:
         train_of((INPUTS, LABELS[:9]))
 
 
-@pytest.mark.parametrize("example", [{"image": 1, "label": 2}, (1, 2, 3), 5])
+@pytest.mark.parametrize("example", [(1, 2, 3), 5])
 def test_examples_that_are_no_pairs_are_refused(example: object) -> None:
     class Odd(Dataset[object]):
         def __len__(self) -> int:
@@ -149,3 +152,28 @@ def test_examples_that_are_no_pairs_are_refused(example: object) -> None:
 
     with pytest.raises(DataError, match=r"a batch must be a pair .*collate_fn"):
         next(iter(DatasetBatches(Odd()).evaluation_batches(batch_size=2)))
+
+
+class Columns(Dataset[dict[str, int]]):
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return {name: index for name in self.names}
+
+
+@pytest.mark.parametrize("names", [("img", "label"), ("labels", "text")])
+def test_a_dict_of_inputs_and_labels_is_a_batch(names: tuple[str, str]) -> None:
+    ((inputs, labels),) = DatasetBatches(Columns(*names)).evaluation_batches(batch_size=3)
+    assert inputs.tolist() == labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "names", [("img", "fine_label"), ("label",), ("img", "mask", "label"), ("label", "labels", "x")]
+)
+def test_other_dicts_are_refused_with_their_columns(names: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match=f"one named 'label' or 'labels'; got {', '.join(names)}"):
+        next(iter(DatasetBatches(Columns(*names)).evaluation_batches(batch_size=3)))

@@ -529,7 +529,7 @@ def other_sender(frame: bytes) -> bytes:
     return encode_frame(decoded.tensors, sender=9, round=header.round, fingerprint=header.fingerprint)
 
 
-def other_run(frame: bytes) -> bytes:
+def other_weights(frame: bytes) -> bytes:
     decoded = decode_frame(frame)
     header = decoded.header
     return encode_frame(decoded.tensors, sender=header.sender, round=header.round, fingerprint="0" * 32)
@@ -564,7 +564,7 @@ def flipped(frame: bytes, at: int) -> bytes:
         (lambda frame: flipped(frame, len(frame) - 1), "CorruptFrameError"),
         (lambda frame: b"\x93NUMPY" + frame, "ForeignFrameError"),
         (other_sender, "ForeignFrameError"),
-        (other_run, "ForeignFrameError"),
+        (other_weights, "ForeignFrameError"),
         (other_shape, "ForeignFrameError"),
         (lambda frame: other_round(frame, 1), "ReplayedFrameError"),
         (lambda frame: other_round(frame, 2), "ReplayedFrameError"),
@@ -704,21 +704,77 @@ def test_nan_inputs_in_round_1() -> None:
         gossip(grid)
 
 
-def test_a_damaged_answer_stops_nobody() -> None:
+def huge(array: Array) -> bytes:
+    """An npy header that asks for ten terabytes."""
+    return (
+        array.data[:10] + array.data[10:].split(b"\n")[0].replace(b"'shape': (", b"'shape': (99999999999")[:117] + b"\n"
+    )
+
+
+def spoil_facts(**facts: Any) -> Callable[[Any], None]:
+    def spoil(content: Any) -> None:
+        for key, value in facts.items():
+            if value is None:
+                del content["agent"][key]
+            else:
+                content["agent"][key] = value
+
+    return spoil
+
+
+def spoil_frame(make: Callable[[Array], bytes]) -> Callable[[Any], None]:
+    def spoil(content: Any) -> None:
+        array = content["frame"]["frame"]
+        array.data = make(array)
+
+    return spoil
+
+
+def spoil_metric(key: str) -> Callable[[Any], None]:
+    def spoil(content: Any) -> None:
+        del content["metrics"][key]
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_frame(lambda array: b""),
+        spoil_frame(lambda array: b"no array"),
+        spoil_frame(lambda array: b"PK\x03\x04" + array.data),
+        spoil_frame(lambda array: array.data[:-1]),
+        spoil_frame(huge),
+        spoil_facts(agent=None),
+        spoil_facts(agent="2"),
+        spoil_facts(fingerprint=None),
+        spoil_facts(refused=3),
+        spoil_facts(parameters="{"),
+        spoil_facts(**{"num-weights": "many"}),
+        spoil_facts(retention="x" * 20_000),
+        spoil_metric("loss"),
+        lambda content: content.pop("metrics"),
+        lambda content: content.pop("agent"),
+    ],
+)
+def test_a_damaged_answer_fails_one_agent_in_one_round(spoil: Callable[[Any], Any], tmp_path: Path) -> None:
     grid = agent_grid(3)
     pull = grid.pull_messages
 
     def damage(ids: Iterable[str]) -> Iterable[Message]:
         replies = list(pull(ids))
         for reply in replies:
-            if reply.metadata.src_node_id == 1002 and reply.metadata.message_type == "train":
-                if grid.log[-1].metadata.group_id == "3":
-                    reply.content["frame"]["frame"].data = b"no array"
+            if reply.metadata.src_node_id == 1002 and grid.log[-1].metadata.group_id == "3":
+                spoil(reply.content)
         return replies
 
     grid.pull_messages = damage  # type: ignore[method-assign]
-    strategy = gossip(grid, rounds=5)
-    assert {row["agent"] for row in strategy.monitor.rows if row["round"] == 4} == {0, 1}
+    strategy = gossip(grid, rounds=5, evaluate_every=1, record=tmp_path)
+    assert strategy.record is not None
+    relay = read_run(strategy.record.path).relay
+    assert [list(line["failed"]) for line in relay] == [[], [], ["agent 2"], [], [], []]
+    assert "agent 2 does not answer as an agent" in relay[2]["failed"]["agent 2"]
+    assert [row["round"] for row in strategy.monitor.rows if row["agent"] == 2] == [1, 3, 4, 5]
 
 
 def test_rounds_and_timeout_come_from_the_run_config_unless_start_says_otherwise(tmp_path: Path) -> None:

@@ -400,3 +400,32 @@ def test_torchvision_vit_needs_a_random_head() -> None:
     model = trains_and_bakes(module, inputs)
     assert len(model.layers) == 1 + 12 * 4 + 1
     assert all(z.grad.abs().sum() > 0 for z in model.scores.values())
+
+
+class WithTable(nn.Module):
+    """A layer, an activation and a frozen table."""
+
+    def __init__(self, activation: nn.Module, value: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.activation = activation
+        self.norm = nn.BatchNorm1d(2)
+        self.register_buffer("table", torch.full((2,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.activation(self.layer(x))) + self.table
+
+
+def test_the_fingerprint_covers_buffers_and_layer_types_but_no_running_statistics() -> None:
+    def made(activation: type[nn.Module], value: float) -> MaskedModel:
+        module = shared_module(lambda: WithTable(activation(), value), seed=1)
+        if value == 3.0:
+            module.norm.running_mean.fill_(5.0)
+            module.table.fill_(1.0)
+        return MaskedModel(module, generator=torch.Generator())
+
+    first = made(nn.ReLU, 1.0).fingerprint
+    assert made(nn.ReLU, 1.0).fingerprint == first
+    assert made(nn.Tanh, 1.0).fingerprint != first
+    assert made(nn.ReLU, 2.0).fingerprint != first
+    assert made(nn.ReLU, 3.0).fingerprint == first

@@ -237,7 +237,8 @@ def test_the_handshake_tells_who_this_is() -> None:
     agent = make_agent(3, retention={"conv": 0.5, "linear": 0.25})
     kept = sum(int(mask.sum()) for mask in agent.outgoing().values())
     assert agent.describe() == {
-        "agent": 3, "algorithm": "mcepl", "fingerprint": agent.model.fingerprint, "num-weights": 36 + 192,
+        "agent": 3, "algorithm": "mcepl", "fingerprint": agent.model.fingerprint, "seed": SEED,
+        "first-mask": agent._first_mask_digest, "num-weights": 36 + 192,
         "kept-weights": kept, "retention": "conv 0.5, linear 0.25", "num-examples": 24, "num-test-examples": 24,
         "classes": "0 1 2",
     }  # fmt: skip
@@ -249,6 +250,8 @@ def test_what_agents_share_and_what_they_do_not() -> None:
     assert first.fingerprint == second.fingerprint
     assert same_tensors(scores_of(first), scores_of(second))
     assert same_tensors(first.first_payload(), second.first_payload())
+    assert first.describe()["first-mask"] == second.describe()["first-mask"]
+    assert make_agent(0, retention=0.1).describe()["first-mask"] != first.describe()["first-mask"]
     assert same_tensors(first.state().tensors, second.state().tensors)
     own = [make_agent(i, score_init="independent") for i in (0, 1)]
     assert not same_tensors(scores_of(own[0]), scores_of(own[1]))
@@ -469,3 +472,48 @@ def test_training_reduces_the_loss() -> None:
     agent = make_agent(0, retention=0.5, batch_size=24, score_lr=5.0)
     losses = [agent.train(round=round)["train-loss"] for round in range(1, 31)]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+class WithIdleHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+@pytest.mark.parametrize("group_lasso", [0.0, 0.01])
+def test_a_layer_that_takes_no_part_has_a_gradient_of_zero(group_lasso: float) -> None:
+    split = (torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
+    config = MceplConfig(retention=0.5, weight_decay=0.0, group_lasso=group_lasso)
+    module = build(WithIdleHead, seed=0)
+    agent = MceplAgent(0, module, AgentData.of(split, split, agent=0), config, seed=0)
+    before = {name: z.detach().clone() for name, z in agent.model.scores.items()}
+    agent.train(round=1)
+    assert not torch.equal(agent.model.scores["used.weight"], before["used.weight"])
+    assert torch.equal(agent.model.scores["idle.weight"], before["idle.weight"]) == (group_lasso == 0.0)
+
+
+def test_a_node_config_with_several_ratios_is_refused() -> None:
+    with pytest.raises(ConfigError, match="retention-conv is one ratio, of this agent alone"):
+        MceplConfig.from_run_config({}, agent=0, node_config={"retention-conv": "0.1, 0.3"})
+
+
+class NoBatches:
+    num_examples = 3
+
+    def training_batches(self, **_: object) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield from ()
+
+    def evaluation_batches(self, *, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield from ()
+
+
+def test_splits_that_give_no_batch_are_refused() -> None:
+    module = build(WithIdleHead, seed=0)
+    agent = MceplAgent(5, module, AgentData.of(NoBatches(), NoBatches(), agent=5), MceplConfig(), seed=0)
+    with pytest.raises(DataError, match="agent 5's training split gave no batch in round 1"):
+        agent.train(round=1)
+    with pytest.raises(DataError, match="a test split gave no batch"):
+        agent.evaluate()

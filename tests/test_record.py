@@ -32,6 +32,8 @@ def three_rounds(path: Path) -> RunRecord:
 
 def test_a_finished_run_reads_back_as_written(tmp_path: Path) -> None:
     record = three_rounds(tmp_path / "run")
+    assert not record.agents_dir.exists()
+    record.agents_dir.mkdir()
     (record.agents_dir / "agent-0001.safetensors").write_bytes(b"")
     record.finish("finished", num_rounds=3, links=[{"sender": 0, "receiver": 1, "frames": 3, "bytes": 9}])
 

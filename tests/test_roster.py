@@ -57,9 +57,25 @@ def test_other_weights_are_refused_and_both_are_named() -> None:
     roster.admit(77, facts(0), online=[77, 78])
     with pytest.raises(FingerprintError, match=r"agent 1 \(node 78\) and agent 0 \(node 77\).*Use the same seed"):
         roster.admit(78, facts(1, fingerprint="b" * 32), online=[77, 78])
-    with pytest.raises(FingerprintError, match=r"different models: 101 and 100 maskable weights.*same model function"):
+    with pytest.raises(FingerprintError, match=r"different models .*: 101 and 100\. Use the same model"):
         roster.admit(78, facts(1, fingerprint="b" * 32, num_weights=101), online=[77, 78])
     assert (roster.missing(), roster.agent_of(78)) == ([1], None)
+
+
+def test_a_node_plays_one_agent() -> None:
+    roster = Roster(3)
+    roster.admit(77, facts(0), online=[77])
+    assert roster.admit(77, facts(0), online=[77]) == 0
+    with pytest.raises(RosterError, match=r"node 77 is agent 0 and now says it is agent 2\. A node plays one agent"):
+        roster.admit(77, facts(2), online=[77])
+    assert roster.missing() == [1, 2]
+
+
+def test_another_first_mask_is_refused() -> None:
+    roster = Roster(2)
+    roster.admit(77, {**facts(0), "first-mask": "aa"}, online=[77, 78])
+    with pytest.raises(FingerprintError, match=r"different common first masks .*: bb and aa\..*first_retention"):
+        roster.admit(78, {**facts(1), "first-mask": "bb"}, online=[77, 78])
 
 
 # --- nodes that do not fit the graph ---
@@ -118,8 +134,8 @@ def odd_one(index: int, odd: int, model_fn: Any) -> MceplAgent:
 @pytest.mark.parametrize(
     ("model_fn", "expected"),
     [
-        (one_bit_off, r"agent 2 \(node 1002\) and agent 0 \(node 1000\) hold different frozen weights: fingerprints"),
-        (one_unit_more, r"agent 2 \(node 1002\) and agent 0 \(node 1000\) have different models: 292 and 228 maskable"),
+        (one_bit_off, r"agent 2 \(node 1002\) and agent 0 \(node 1000\) have different frozen weights"),
+        (one_unit_more, r"agent 2 \(node 1002\) and agent 0 \(node 1000\) have different models .*: 292 and 228\."),
     ],
 )
 def test_other_weights_end_the_run_in_round_1(model_fn: Any, expected: str) -> None:

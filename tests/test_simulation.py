@@ -21,7 +21,7 @@ from flower_mcepl import (
 )
 from flower_mcepl.agents import load_state
 from flower_mcepl.rounds import Reply
-from flower_mcepl.simulation import torch_threads
+from flower_mcepl.threads import torch_threads
 
 from .fleet import SEED, make_agent, make_fleet, noisy_net, same_tensors, small_net
 
@@ -192,7 +192,9 @@ def test_different_weights_are_refused_by_name() -> None:
         changed = make_agent(2).model.module
         changed[0].weight.view(-1)[0] += 1e-7
     agents[2] = make_agent(2, model_fn=lambda: changed)
-    with pytest.raises(FingerprintError, match=f"agents 0 and 2 .*{agents[0].fingerprint} and {agents[2].fingerprint}"):
+    with pytest.raises(
+        FingerprintError, match=f"agent 2 and agent 0 .*: {agents[2].fingerprint} and {agents[0].fingerprint}"
+    ):
         simulate(agents, RING, num_rounds=1)
 
 
@@ -248,3 +250,19 @@ def test_threads_are_set_and_set_back() -> None:
     assert torch.get_num_threads() == before
     with pytest.raises(ConfigError, match="threads must be >= 0"), torch_threads(-1):
         pass
+
+
+def test_the_record_says_how_to_repeat_it(tmp_path: Path) -> None:
+    record = RunRecord.create(tmp_path, name="again", config={})
+    simulate(make_fleet(3), RING, num_rounds=2, evaluate_every=1, max_staleness=4, record=record)
+    config = read_run(record.path).config
+    assert Topology.from_config(config["topology"]) == RING
+    settings = {key: config[key] for key in ("seed", "num_rounds", "evaluate_every", "max_staleness", "threads")}
+    assert settings == {"seed": SEED, "num_rounds": 2, "evaluate_every": 1, "max_staleness": 4, "threads": 1}
+    assert config["agents"][1]["parameters"]["score_lr"] == make_fleet(3)[1].config.score_lr
+
+
+def test_different_first_masks_are_refused() -> None:
+    agents = [make_agent(0, retention=0.1), make_agent(1, retention=0.5), make_agent(2, retention=0.1)]
+    with pytest.raises(FingerprintError, match=r"agent 1 and agent 0 .*common first masks.*first_retention"):
+        simulate(agents, RING, num_rounds=1)

@@ -477,3 +477,10 @@ def test_networkx_nodes_must_be_numbered() -> None:
 def test_bad_configs(config: Any, message: str) -> None:
     with pytest.raises(TopologyError, match=message):
         Topology.from_config(config)
+
+
+def test_a_directed_edge_list_from_a_spec(tmp_path: Path) -> None:
+    path = tmp_path / "edges.txt"
+    path.write_text("0 1\n1 2\n")
+    assert Topology.parse(f"directed-file:{path}", num_agents=3).links() == ((0, 1), (1, 2))
+    assert Topology.parse(f"file:{path}", num_agents=3).links() == ((0, 1), (1, 0), (1, 2), (2, 1))

@@ -76,7 +76,12 @@ class Agent(abc.ABC):
 
     def describe(self) -> dict[str, Any]:
         """Return facts for the handshake: JSON-able scalars in kebab-case."""
-        return {"agent": self.index, "algorithm": self.algorithm, "fingerprint": self.fingerprint}
+        return {
+            "agent": self.index,
+            "algorithm": self.algorithm,
+            "seed": self.seed,
+            "fingerprint": self.fingerprint,
+        }
 
     def _facts(self, **more: Any) -> dict[str, Any]:
         return {
@@ -120,3 +125,8 @@ def load_state(path: Path) -> AgentState:
             return AgentState({name: file.get_tensor(name) for name in file.keys()}, facts)
     except (OSError, safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise StateError(f"{path} is no readable agent state ({error}). Use another copy, or start afresh.") from error
+
+
+def agent_file(agent: int) -> str:
+    """Return the name of an agent's state in the run record."""
+    return f"agent-{agent:04d}.safetensors"

@@ -1,6 +1,7 @@
 """MCE-PL: personal masks over shared random weights, fused with the masks of graph neighbors."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class MceplConfig:
         )
         check(
             self.lr_schedule == "constant" or self.lr_rounds > 0,
-            "lr-schedule cosine needs lr-rounds >= 1, the round at which the step size reaches zero",
+            "lr-schedule cosine needs lr-rounds >= 1, the rounds after which the step size is zero",
             self.lr_rounds,
         )
         for retention in (self.retention, self.first_retention):
@@ -89,7 +90,9 @@ class MceplConfig:
             first[kind] = sum(ratios) / len(ratios)
             own[kind] = ratios[agent % len(ratios)]
             if node_config and key in node_config:
-                (own[kind],) = per_agent(key, node_config[key])[:1]
+                told = per_agent(key, node_config[key])
+                check(len(told) == 1, f"the node config's {key} is one ratio, of this agent alone", node_config[key])
+                own[kind] = told[0]
             for ratio in (*ratios, own[kind]):
                 maths.check_retention(ratio, of=f"key {key}")
         return read_fields(cls, run_config, retention=own, first_retention=first)
@@ -98,7 +101,7 @@ class MceplConfig:
         """Return what the step sizes are multiplied by in ``round`` (from 1)."""
         if self.lr_schedule == "constant":
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min((round - 1) / self.lr_rounds, 1.0)))
+        return 0.5 * (1 + math.cos(math.pi * min((round - 1) / self.lr_rounds, 1.0)))  # zero after lr_rounds rounds
 
 
 def _key(name: str) -> str:
@@ -137,6 +140,7 @@ class MceplAgent(Agent):
         self.fingerprint = self.model.fingerprint
         self.layers = {name: spec.shape for name, spec in self.model.layers.items()}
         self._first_mask = self._draw_first_mask()
+        self._first_mask_digest = _digest(self._first_mask)
         self._gradient: dict[str, Tensor] = {}  # of the last local step, until the fine-tuning step has used it
         self._velocity: dict[str, Tensor] = {}  # of the momentum, if there is any
         self._set_neighbors([self._first_mask])  # all agents start from the common mask as their neighbors'
@@ -195,6 +199,7 @@ class MceplAgent(Agent):
             **super().describe(),
             "num-weights": self.model.num_weights,
             "kept-weights": self._num_kept(),
+            "first-mask": self._first_mask_digest,
             "retention": self._retention_text(),
             "num-examples": self.data.train.num_examples,
             "num-test-examples": self.data.test.num_examples,
@@ -261,7 +266,8 @@ class MceplAgent(Agent):
                 f"(now {self.config.score_lr:g}), and check the inputs for values that are not finite."
             )
         scores = self.model.scores
-        gradients = torch.autograd.grad(objective, list(scores.values()))
+        # A layer that took no part in this batch (an auxiliary head, say) has a gradient of zero.
+        gradients = torch.autograd.grad(objective, list(scores.values()), materialize_grads=True)
         self._gradient = dict(zip(scores, gradients, strict=True))
         score_lr = self.config.score_lr * self.config.lr_factor(round)
         with torch.no_grad():
@@ -315,3 +321,12 @@ class MceplAgent(Agent):
     def _retention_text(self) -> str:
         ratios = sorted({f"{spec.kind} {self.model.retention[name]:g}" for name, spec in self.model.layers.items()})
         return ", ".join(ratios)
+
+
+def _digest(masks: Mapping[str, Tensor]) -> str:
+    """Return 16 hex characters that stand for bool masks."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, mask in masks.items():
+        digest.update(name.encode())
+        digest.update(mask.contiguous().numpy().data)
+    return digest.hexdigest()

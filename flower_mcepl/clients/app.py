@@ -5,6 +5,7 @@ import json
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,19 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_mcepl import keys
-from flower_mcepl.agents import Agent, MceplAgent, MceplConfig, save_state
+from flower_mcepl.agents import Agent, MceplAgent, MceplConfig, agent_file, save_state
 from flower_mcepl.clients.memory import recall, remember
 from flower_mcepl.config import read_fields
 from flower_mcepl.data import AgentData
-from flower_mcepl.errors import ConfigError, DataError, FlowerMceplError
+from flower_mcepl.envelope import open_envelope
+from flower_mcepl.errors import ConfigError, DataError, FlowerMceplError, FrameError, names_agent
 from flower_mcepl.mailbox import Mailbox
 from flower_mcepl.masked_model import shared_module
 from flower_mcepl.relay import Parcel
 from flower_mcepl.rounds import Reply, open_mailbox, play_round
 from flower_mcepl.settings import DeviceSettings
-from flower_mcepl.simulation import agent_file, torch_threads
 from flower_mcepl.streams import isolated_rng
+from flower_mcepl.threads import torch_threads
 
 ModelFn = Callable[[Context], nn.Module]
 DataFn = Callable[[Context], tuple[object, object]]
@@ -104,11 +106,12 @@ def agent_index(context: Context) -> int:
 @contextlib.contextmanager
 def _naming_the_agent(context: Context) -> Iterator[None]:
     """Let every error say which agent it comes from; Flower passes on nothing but an exception's text."""
-    who = f"agent {agent_index(context)}"
+    index = agent_index(context)
+    who = f"agent {index}"
     try:
         yield
     except FlowerMceplError as error:
-        if who in str(error):
+        if names_agent(error, index):
             raise
         raise type(error)(f"{who}: {error}") from error
     except Exception as error:
@@ -130,26 +133,37 @@ def _play_message(agent_fn: AgentFn, message: Message, context: Context) -> Mess
             f"{None if order is None else order.get(keys.VERSION)!r}. Use GossipStrategy, and the same release "
             "of flower-mcepl on server and devices."
         )
+    parcel, damaged = _parcel(message, order)
     with torch_threads(_device_settings(context).threads):
         agent = agent_fn(context)
         mailbox = open_mailbox(agent, max_staleness=int(order[keys.MAX_STALENESS]))  # type: ignore[arg-type]
         fresh = not recall(context, agent, mailbox)
-        reply = play_round(agent, mailbox, _parcel(message, order))
+        if fresh:  # nothing has been learned yet that could be evaluated
+            parcel = replace(parcel, evaluate=False)
+        reply = play_round(agent, mailbox, parcel)
+    reply = replace(reply, refused=[*damaged, *reply.refused])
     content = _answer(agent, reply, fresh=fresh)
     _finish_round(agent, mailbox, context, order)  # last: where anything above fails, the old state stays
     return Message(content, reply_to=message)
 
 
-def _parcel(message: Message, order: ConfigRecord) -> Parcel[bytes]:
+def _parcel(message: Message, order: ConfigRecord) -> tuple[Parcel[bytes], list[str]]:
+    """Return the parcel, and why frames whose envelope is damaged were left out."""
+    frames, damaged = {}, []
+    for sender, array in message.content.array_records.get(keys.FRAMES, ArrayRecord()).items():
+        try:
+            frames[int(sender)] = open_envelope(array.data)
+        except FrameError as error:
+            damaged.append(f"{type(error).__name__}, frame of agent {sender}: {error}")
     neighbors: Any = order.get(keys.NEIGHBORS, [])
-    frames = message.content.array_records.get(keys.FRAMES, ArrayRecord())
-    return Parcel(
+    parcel = Parcel(
         round=int(order[keys.ROUND]),  # type: ignore[arg-type]
         neighbors=tuple(neighbors) if order[keys.FUSE] else None,
-        frames={int(sender): array.numpy().tobytes() for sender, array in frames.items()},
+        frames=frames,
         evaluate=bool(order[keys.EVALUATE]),
         train=bool(order[keys.TRAIN]),
     )
+    return parcel, damaged
 
 
 def _answer(agent: Agent, reply: Reply, *, fresh: bool) -> RecordDict:

@@ -1,6 +1,5 @@
 """The relay as a Flower strategy: every agent gets the frames of its own graph neighbors and nothing else."""
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -13,13 +12,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from flower_mcepl import keys
-from flower_mcepl.errors import ConfigError, FingerprintError, RosterError
-from flower_mcepl.monitor import Answer, RunMonitor, frame_digest
+from flower_mcepl.errors import AnswerError, ConfigError, FingerprintError, RosterError
+from flower_mcepl.monitor import Answer, RunMonitor
 from flower_mcepl.picture import plot_run
 from flower_mcepl.record import RunRecord, read_run
 from flower_mcepl.relay import Parcel, Relay
 from flower_mcepl.report import agent_table
 from flower_mcepl.settings import RunSettings
+from flower_mcepl.strategies.answers import read_answer
 from flower_mcepl.strategies.roster import Roster
 from flower_mcepl.topology import Topology
 
@@ -252,7 +252,10 @@ class GossipStrategy(Strategy):
                 failed[self._name(node)] = f"error {reply.error.code}: {_plain(reply.error.reason)}"
                 continue
             try:
-                agent, answer = self._read(node, reply.content)
+                agent, answer = self._admit(node, reply.content, round=round)
+            except AnswerError as error:
+                failed[self._name(node)] = str(error)
+                continue
             except (RosterError, FingerprintError) as error:
                 if round == 1:
                     raise
@@ -267,26 +270,15 @@ class GossipStrategy(Strategy):
         missing = [agent for agent in agents if agent not in answers and f"agent {agent}" not in failed]
         self.monitor.close_round(round, answers, failed=failed, missing=missing)
 
-    def _read(self, node: int, content: RecordDict) -> tuple[int, Answer[Array]]:
-        try:
-            facts = dict(content.config_records[keys.AGENT])
-            metrics: Any = dict(content.metric_records[keys.METRICS])
-            frame = content.array_records[keys.FRAME][keys.FRAME] if keys.FRAME in content.array_records else None
-            raw = b"" if frame is None else frame.numpy().tobytes()  # counted and digested, not decoded
-        except (KeyError, TypeError, ValueError) as error:
-            raise RosterError(
-                f"{self._name(node)} does not answer as an agent ({error!r}); its records are {', '.join(content)}. "
-                "Let its ClientApp be one of make_client_app, of the same release of flower-mcepl as here."
-            ) from error
+    def _admit(self, node: int, content: RecordDict, *, round: int) -> tuple[int, Answer[Array]]:
+        agent, answer = read_answer(self._name(node), content)
         newcomer = self.roster.agent_of(node) is None
-        agent = self.roster.admit(node, facts, online=self._online)
-        if facts.pop(keys.FRESH, False) or newcomer:
+        self.roster.admit(node, answer.facts, online=self._online)
+        if answer.fresh or newcomer:
             self.relay.forget(agent, in_flight=newcomer)  # a newcomer was handed nothing this time
-        if keys.PARAMETERS in facts:
-            facts[keys.PARAMETERS] = json.loads(str(facts[keys.PARAMETERS]))
-        refused: Any = facts.pop(keys.REFUSED, [])
-        digest = None if frame is None else frame_digest(raw)
-        return agent, Answer(facts, metrics, frame, len(raw), digest, refused)
+        if answer.fresh and round > 1:
+            logger.log(WARNING, "round %d: agent %d started afresh: its node holds no state of it", round, agent)
+        return agent, answer
 
     def _check_attendance(self, round: int, answers: Mapping[int, Any], failed: Mapping[str, str]) -> None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())) or "no reason given"
@@ -352,13 +344,13 @@ class GossipStrategy(Strategy):
         """Log the table of the agents and draw the overview, where the extra `report` is installed."""
         if self.record is None:
             return
-        run = read_run(self.record.path)
         try:
+            run = read_run(self.record.path)
             for line in agent_table(run).splitlines():
                 _log(line)
             _log(f"Picture: {plot_run(run)}")
-        except ConfigError as missing_extra:
-            logger.log(WARNING, "%s", missing_extra)
+        except Exception as error:  # the run itself is done and recorded: a missing extra or full disk must not fail it
+            logger.log(WARNING, "no report: %s", error)
         _log(f"Run record: {self.record.path}")
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flower_mcepl.errors import FingerprintError, RosterError
+from flower_mcepl.errors import RosterError
+from flower_mcepl.handshake import check_common_ground
 
 
 class Roster:
@@ -17,7 +18,7 @@ class Roster:
         self.num_agents = num_agents
         self.node_of: dict[int, int] = {}  # agent -> node id
         self._agent_of: dict[int, int] = {}  # node id -> agent, former nodes included
-        self._founder: Mapping[str, Any] | None = None  # handshake of the first agent
+        self._founder: tuple[int, Mapping[str, Any]] | None = None  # node and handshake of the first agent
 
     def agent_of(self, node: int) -> int | None:
         """Return the agent that the node plays now, or None."""
@@ -37,9 +38,9 @@ class Roster:
         Raises
         ------
         RosterError
-            If the graph has no such agent, or another node that is online plays it.
+            If the graph has no such agent, another node that is online plays it, or this node plays another.
         FingerprintError
-            If its frozen weights are not those of the agents already here.
+            If its model, frozen weights or first mask are not those of the agents already here.
         """
         agent = int(facts["agent"])
         if not 0 <= agent < self.num_agents:
@@ -54,26 +55,18 @@ class Roster:
                 f"nodes {holder} and {node} both say they are agent {agent}. "
                 "Give each SuperNode a partition-id of its own in --node-config."
             )
-        self._check_weights(node, agent, facts)
+        played = self.agent_of(node)
+        if played is not None and played != agent:
+            raise RosterError(
+                f"node {node} is agent {played} and now says it is agent {agent}. A node plays one agent: "
+                "restart its SuperNode with one partition-id."
+            )
+        if self._founder is None:
+            self._founder = node, facts
+        first_node, first_facts = self._founder
+        check_common_ground(
+            f"agent {agent} (node {node})", facts, f"agent {first_facts['agent']} (node {first_node})", first_facts
+        )
         self.node_of[agent] = node
         self._agent_of[node] = agent
         return agent
-
-    def _check_weights(self, node: int, agent: int, facts: Mapping[str, Any]) -> None:
-        if self._founder is None:
-            self._founder = {**facts, "node": node}
-        first = self._founder
-        if facts["fingerprint"] == first["fingerprint"]:
-            return
-        who = f"agent {agent} (node {node}) and agent {first['agent']} (node {first['node']})"
-        sizes = facts.get("num-weights"), first.get("num-weights")
-        if sizes[0] != sizes[1]:
-            raise FingerprintError(
-                f"{who} have different models: {sizes[0]} and {sizes[1]} maskable weights. "
-                "Use the same model function and its settings on all devices."
-            )
-        raise FingerprintError(
-            f"{who} hold different frozen weights: fingerprints {facts['fingerprint']} and {first['fingerprint']}. "
-            "Use the same seed, model function and torch release on all devices; every random draw of the model "
-            "function must come from torch, NumPy or Python's random module."
-        )

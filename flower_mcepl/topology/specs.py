@@ -82,5 +82,8 @@ SPECS: dict[str, Spec] = {
     "random-neighbors": Spec(
         lambda n, seed, degree: Topology.random_neighbors(n, degree=degree, seed=seed), needs={"degree": int}
     ),
+    "directed-file": Spec(
+        lambda n, seed, path: Topology.from_file(path, num_agents=n, directed=True), needs={"path": Path}
+    ),
     "file": Spec(lambda n, seed, path: Topology.from_file(path, num_agents=n), needs={"path": Path}),
 }

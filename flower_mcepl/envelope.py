@@ -1,0 +1,37 @@
+"""The envelope around a frame: Flower carries byte arrays in NumPy's ``.npy`` format."""
+
+import io
+import math
+
+import numpy as np
+
+from flower_mcepl.errors import CorruptFrameError
+
+
+def open_envelope(data: bytes) -> bytes:
+    """Return the frame inside an ``.npy`` array of uint8, believing no length that it declares.
+
+    `numpy.load` allocates what the header asks for before it reads; a short message could so ask for terabytes.
+
+    Raises
+    ------
+    CorruptFrameError
+        If the bytes are anything but one whole one-dimensional uint8 array.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"its npy version is {version}")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # whatever numpy's parser raises on foreign bytes
+        raise CorruptFrameError(
+            f"a frame must come as an npy array of uint8, but its header is damaged: {error}."
+        ) from None
+    rest = len(data) - stream.tell()
+    if dtype != np.uint8 or len(shape) != 1 or math.prod(shape) != rest:
+        raise CorruptFrameError(
+            f"a frame must come as a one-dimensional uint8 array of its own length; its header says {dtype} "
+            f"{tuple(shape)}, and {rest} bytes follow. The sender must run flower_mcepl's client."
+        )
+    return data[stream.tell() :]
