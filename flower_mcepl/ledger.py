@@ -36,7 +36,7 @@ class Ledger:
     def add_delivery(
         self, sender: int, receiver: int, num_bytes: int, *, num_weights: int = 0, kept_weights: int = 0
     ) -> None:
-        """Count a frame that went down one link, and what it stands for."""
+        """Count a frame handed out for one link, and what it stands for (a node that goes away may never fetch it)."""
         link = self.links[sender, receiver]
         link.frames += 1
         link.num_bytes += num_bytes

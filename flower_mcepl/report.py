@@ -154,7 +154,10 @@ def report_extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ConfigError(f"reports need {error.name}: pip install 'flower-mcepl[report]'") from error
+        raise ConfigError(
+            f"reports need {error.name}: install flower-mcepl with its extra 'report' "
+            "(in a clone: pip install -e '.[report]')."
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

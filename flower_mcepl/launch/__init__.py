@@ -5,8 +5,8 @@ behind. This launcher owns its SuperLink instead: own settings folder, own loopb
 
     python -m flower_mcepl.launch examples/quickstart --run-config 'num-rounds=3'
 
-It exits 0 only when Flower says ``finished:completed``, and nothing that it started outlives it. These modules
-import only the standard library: the Flower programs run beside us, from the same environment.
+It exits 0 only when Flower says ``finished:completed``, and nothing that it started outlives it. Flower is not
+imported here: its programs run beside us, from the same environment.
 """
 
 from flower_mcepl.launch.run import RunOutcome, run_app

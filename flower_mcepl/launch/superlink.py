@@ -234,7 +234,7 @@ def _program(name: str, env: Mapping[str, str]) -> str:
     if found is None:
         raise LaunchError(
             f"the program `{name}` must be installed beside {sys.executable}; it is not. "
-            "Run: pip install 'flower-mcepl[simulation]'"
+            "Install flower-mcepl with its extra 'simulation' (in a clone: pip install -e '.[simulation]')."
         )
     return found
 

@@ -1,0 +1,114 @@
+"""What the README shows must work: its links, its change of an ordinary app, its example without Flower."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from flower_mcepl import AgentData, MceplAgent, MceplConfig, Topology, shared_module, simulate
+from flower_mcepl.clients import make_client_app
+from flower_mcepl.settings import RunSettings
+from flower_mcepl.strategies import GossipStrategy
+
+from .inprocess_grid import InProcessGrid
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md"), *ROOT.glob("benchmarks/*.md")]
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_to_something(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("http"):
+            place = page.parent / target
+            assert place.is_dir() or place.stat().st_size > 0, target
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """As flwr-datasets gives them: dicts of columns."""
+
+    def __init__(self, partition: int) -> None:
+        self.img = torch.randn(12, 4, generator=torch.Generator().manual_seed(partition))
+
+    def __len__(self) -> int:
+        return len(self.img)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"img": self.img[index], "label": int(self.img[index].sum() > 0)}
+
+
+def load_data(partition_id: int, num_partitions: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """As in Flower's own quickstart."""
+    assert 0 <= partition_id < num_partitions
+    return DataLoader(Rows(partition_id), batch_size=4, shuffle=True), DataLoader(Rows(partition_id), batch_size=4)
+
+
+def added_lines() -> str:
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    changed = [line for line in diff.splitlines() if line[:1] in "+-"]
+    assert len(diff.splitlines()) <= 18
+    assert len(changed) <= 15
+    return "\n".join(line[1:] for line in changed if line.startswith("+"))
+
+
+def test_the_change_of_an_ordinary_app_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = added_lines().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("app"))
+    names: dict[str, Any] = {"Net": Net, "load_data": load_data, "make_client_app": make_client_app}
+    exec("\n".join(lines[start:]), names)
+    grid = InProcessGrid(names["app"], 10)
+    names |= {"grid": grid, "Topology": Topology, "GossipStrategy": GossipStrategy}
+    exec("\n".join(lines[:start]).replace("num_rounds=40", "num_rounds=2"), names)
+    assert len(names["strategy"].monitor.rows) == 10
+    assert list((tmp_path / "runs").iterdir())
+
+
+def test_the_example_without_flower_runs_as_written() -> None:
+    text = (ROOT / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "simulate(" in block]
+    split = [(torch.randn(8, 4), torch.randint(0, 2, (8,))) for _ in range(10)]
+    names: dict[str, Any] = {"Net": Net, "train": split, "test": split}
+    exec(code.replace("num_rounds=40", "num_rounds=2"), names)
+    assert 0 <= names["result"].personalized_accuracy <= 1
+    assert {AgentData, MceplAgent, MceplConfig, Topology, shared_module, simulate} <= set(
+        value for value in names.values() if callable(value) or isinstance(value, type)
+    )
+
+
+def test_the_configuration_table_tells_the_keys_and_their_defaults() -> None:
+    rows = re.findall(r"^\| ((?:`[a-z-]+`(?:, )?)+) \| ([^|]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    told = {
+        key: value.strip()
+        for keys, values in rows
+        for key, value in zip(re.findall(r"`([a-z-]+)`", keys), values.replace("`", "").split(", "), strict=False)
+    }
+    config = {key: tomllib.loads(f"x = {value}")["x"] for key, value in told.items()}
+    assert RunSettings.from_run_config({**config, "threads": 1}) == RunSettings()
+    ours = MceplConfig.from_run_config(config, agent=0)
+    assert ours == MceplConfig(first_retention={"conv": 0.3, "linear": 0.9})
+
+
+@pytest.mark.parametrize("app", ["quickstart", "cifar10"])
+def test_the_examples_settings_are_all_known(app: str) -> None:
+    folder = ROOT / "examples" / app
+    config = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    server = (folder / f"mcepl_{app}" / "server_app.py").read_text()
+    app_keys = re.findall(r'"([a-z]+(?:-[a-z]+)*)"', server)
+    RunSettings.from_run_config(config, app_keys=app_keys)
