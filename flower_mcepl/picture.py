@@ -126,8 +126,8 @@ def _draw_graph(axes: "Axes", run: Run) -> None:
 
     scores = {agent: row["accuracy"] for agent, row in last.items() if row["accuracy"] is not None}
     low, high = min(scores.values(), default=0.0), max(scores.values(), default=1.0)
-    spread = max(high - low, 0.02) - (high - low)
-    colors = ScalarMappable(Normalize(low - spread / 2, high + spread / 2), "viridis")
+    low = max(0.0, min(low, high - 0.2))  # so that a difference of one point does not look like the whole scale
+    colors = ScalarMappable(Normalize(low, max(high, low + 0.2)), "viridis")
     for agent in agents:
         fill = colors.to_rgba(scores[agent]) if agent in scores else (0.85, 0.85, 0.85, 1.0)
         _draw_node(axes, spots[agent], str(agent), fill, points=points)
