@@ -238,5 +238,5 @@ def test_a_missing_extra_names_the_remedy(tmp_path: Path, monkeypatch: pytest.Mo
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without_extra)
-    with pytest.raises(ConfigError, match=r"pip install 'flower-mcepl\[report\]'"):
+    with pytest.raises(ConfigError, match=r"reports need .* with its extra 'report'"):
         show(run)
