@@ -28,6 +28,7 @@ from flower_mcepl.clients.app import agent_index
 from flower_mcepl.record import Run
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.strategies import gossip as module
+from flower_mcepl.strategies.answers import plain_reason
 
 from .fleet import make_agent, split
 from .flower_fleet import (
@@ -517,7 +518,7 @@ def test_a_client_that_raises_in_the_middle(
     ],
 )
 def test_flowers_wrapping_is_cut_off_a_reason(raw: str | None, plain: str) -> None:
-    assert module._plain(raw) == plain
+    assert plain_reason(raw) == plain
 
 
 # --- bad input: frames ---

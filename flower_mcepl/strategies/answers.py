@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Any
 
 from flwr.app import Array, RecordDict
@@ -31,6 +32,13 @@ def read_answer(node: str, content: RecordDict) -> tuple[int, Answer[Array]]:
             f"{node} does not answer as an agent ({reason[:300]}); its records are {', '.join(content)}. "
             "Let its ClientApp be one of make_client_app, of the same release of flower-mcepl as here."
         ) from error
+
+
+def plain_reason(reason: str | None) -> str:
+    """Cut off what Flower and Ray wrap around the text of a client's exception: classes and a traceback."""
+    text = reason or "no reason given"
+    wrapped = re.fullmatch(r"<class '.*?'>:<'(.*)'>", text, re.DOTALL)
+    return (wrapped[1] if wrapped else text).rpartition("ClientAppException occurred. Message: ")[2].strip()
 
 
 def _read(content: RecordDict) -> tuple[int, Answer[Array]]:

@@ -1,6 +1,5 @@
 """The relay as a Flower strategy: every agent gets the frames of its own graph neighbors and nothing else."""
 
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING, getLogger
@@ -19,7 +18,7 @@ from flower_mcepl.record import RunRecord, read_run
 from flower_mcepl.relay import Parcel, Relay
 from flower_mcepl.report import agent_table
 from flower_mcepl.settings import RunSettings
-from flower_mcepl.strategies.answers import read_answer
+from flower_mcepl.strategies.answers import plain_reason, read_answer
 from flower_mcepl.strategies.roster import Roster
 from flower_mcepl.topology import Topology
 
@@ -249,7 +248,7 @@ class GossipStrategy(Strategy):
             # Error replies of the SuperLink bear its own node id: the message answered tells who was asked.
             node = asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
             if reply.has_error():
-                failed[self._name(node)] = f"error {reply.error.code}: {_plain(reply.error.reason)}"
+                failed[self._name(node)] = f"error {reply.error.code}: {plain_reason(reply.error.reason)}"
                 continue
             try:
                 agent, answer = self._admit(node, reply.content, round=round)
@@ -352,13 +351,6 @@ class GossipStrategy(Strategy):
         except Exception as error:  # the run itself is done and recorded: a missing extra or full disk must not fail it
             logger.log(WARNING, "no report: %s", error)
         _log(f"Run record: {self.record.path}")
-
-
-def _plain(reason: str | None) -> str:
-    """Cut off what Flower and Ray wrap around the text of a client's exception: classes and a traceback."""
-    text = reason or "no reason given"
-    wrapped = re.fullmatch(r"<class '.*?'>:<'(.*)'>", text, re.DOTALL)
-    return (wrapped[1] if wrapped else text).rpartition("ClientAppException occurred. Message: ")[2].strip()
 
 
 def _log(line: str) -> None:
