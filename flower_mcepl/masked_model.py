@@ -168,10 +168,13 @@ class MaskedModel(nn.Module):
         return torch.stack(terms).sum()
 
     @torch.no_grad()
-    def bake(self) -> nn.Module:
-        """Return an ordinary module, independent of this one, whose weights are ``w * m``."""
+    def bake(self, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """Return an ordinary module, independent of this one, whose weights are ``w * m``.
+
+        ``masks`` are those of `masks`, where the caller has them at hand.
+        """
         baked = copy.deepcopy(self.module)
-        for name, mask in self.masks().items():
+        for name, mask in (self.masks() if masks is None else masks).items():
             baked.get_parameter(name).mul_(mask)
         return baked
 

@@ -67,5 +67,10 @@ def _take_in(mailbox: Mailbox, parcel: Parcel[bytes], *, latest_round: int) -> l
         try:
             mailbox.put(sender, frame, latest_round=latest_round)
         except FrameError as error:
-            refused.append(f"{type(error).__name__}, frame of agent {sender}: {error}")
+            refused.append(refusal(sender, error))
     return refused
+
+
+def refusal(sender: int | str, error: FrameError) -> str:
+    """Say whose frame was refused and why, as the relay logs and records it."""
+    return f"{type(error).__name__}, frame of agent {sender}: {error}"

@@ -185,7 +185,7 @@ class MceplAgent(Agent):
         kept = sum(int(mask.sum()) for mask in masks.values())
         with isolated_rng(self.seed, "evaluation", agent=self.index):  # transforms of the test split may draw
             metrics = evaluate_classifier(
-                self.model.bake(), self.data.test, batch_size=self.config.eval_batch_size, device=self.device
+                self.model.bake(masks), self.data.test, batch_size=self.config.eval_batch_size, device=self.device
             )
         return {**metrics, "density": kept / self.model.num_weights}
 

@@ -24,7 +24,7 @@ from flower_mcepl.errors import ConfigError, DataError, FlowerMceplError, FrameE
 from flower_mcepl.mailbox import Mailbox
 from flower_mcepl.masked_model import shared_module
 from flower_mcepl.relay import Parcel
-from flower_mcepl.rounds import Reply, open_mailbox, play_round
+from flower_mcepl.rounds import Reply, open_mailbox, play_round, refusal
 from flower_mcepl.settings import DeviceSettings
 from flower_mcepl.streams import isolated_rng
 from flower_mcepl.threads import torch_threads
@@ -154,7 +154,7 @@ def _parcel(message: Message, order: ConfigRecord) -> tuple[Parcel[bytes], list[
         try:
             frames[int(sender)] = open_envelope(array.data)
         except FrameError as error:
-            damaged.append(f"{type(error).__name__}, frame of agent {sender}: {error}")
+            damaged.append(refusal(sender, error))
     neighbors: Any = order.get(keys.NEIGHBORS, [])
     parcel = Parcel(
         round=int(order[keys.ROUND]),  # type: ignore[arg-type]
@@ -221,7 +221,10 @@ def _device(context: Context) -> str:
     told = _device_settings(context).device
     if told != "auto":
         if torch.device(told).type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f'device is {told!r}, but torch finds no CUDA here. Use device = "auto" or "cpu".')
+            raise ConfigError(
+                f'device is {told!r}, but torch finds no CUDA here. Use device = "auto" or "cpu"; in simulation, give '
+                "each client a share of the GPU (client-resources-num-gpus in --federation-config)."
+            )
         return told
     if torch.cuda.is_available():
         return "cuda"
