@@ -105,6 +105,25 @@ def test_momentum_over_several_local_steps() -> None:
         assert_close(z, scores_of(twin)[name], rtol=1e-3, atol=1e-5)
 
 
+def test_score_averaging_changes_the_evaluation_alone() -> None:
+    agent, plain = make_agent(0, score_averaging=0.75), make_agent(0)
+    average: dict[str, Tensor] = {}
+    for round in range(1, 6):
+        for each in (agent, plain):
+            each.train(round=round)
+            each.fuse(neighbors_masks(each, 2, seed=round), round=round)
+        assert same_tensors(scores_of(agent), scores_of(plain))
+        assert same_tensors(agent.outgoing(), plain.outgoing())
+        average = {name: z if round == 1 else 0.75 * average[name] + 0.25 * z for name, z in scores_of(plain).items()}
+        evaluated, before = agent.evaluate(), scores_of(agent)
+        assert same_tensors(scores_of(agent), before)
+        twin = make_agent(0)
+        twin.fuse(neighbors_masks(twin, 2, seed=round), round=round)
+        twin.model.set_scores(average)
+        assert evaluated == pytest.approx(twin.evaluate(), rel=1e-5)
+    assert evaluated["loss"] != plain.evaluate()["loss"]
+
+
 def test_a_schedule_scales_both_step_sizes() -> None:
     late, plain = (
         make_agent(0, weight_decay=0.0, **options) for options in ({"lr_schedule": "cosine", "lr_rounds": 4}, {})
@@ -319,7 +338,7 @@ def test_transforms_draw_from_the_agents_streams() -> None:
 
 FULL: dict[str, Any] = {
     "model_fn": noisy_net, "momentum": 0.7, "local_steps": 2, "lr_schedule": "cosine", "lr_rounds": 9,
-    "group_lasso": 0.01, "score_init": "independent",
+    "group_lasso": 0.01, "score_init": "independent", "score_averaging": 0.8,
 }  # fmt: skip
 
 

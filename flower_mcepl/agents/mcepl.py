@@ -42,12 +42,14 @@ class MceplConfig(TrainingConfig):
     finetune_lr: float = 10.0  # η_f >= 0: step size of the fine-tuning step; 0 leaves the step out
     group_lasso: float = 0.0  # λ >= 0; the paper's published code has none
     score_init: str = "shared"  # "shared": all agents start from equal scores; "independent": each from its own
+    score_averaging: float = 0.0  # β in [0, 1): evaluate at the scores' running mean z̄ = β z̄ + (1 - β) z; 0: at z
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_not_negative("score_lr", "finetune_lr", "group_lasso")
         check(self.score_lr > 0, "score-lr must be > 0", self.score_lr, "The reference value is 10.")
         check(self.score_init in SCORE_INITS, f"score-init must be one of {', '.join(SCORE_INITS)}", self.score_init)
+        check(0 <= self.score_averaging < 1, "score-averaging must be in [0, 1)", self.score_averaging)
         for retention in (self.retention, self.first_retention):
             if retention is not None:
                 check_retentions(retention)
@@ -115,6 +117,7 @@ class MceplAgent(Agent):
         self._first_mask_digest = _digest(self._first_mask)
         self._gradient: dict[str, Tensor] = {}  # of the last local step, until the fine-tuning step has used it
         self._velocity: dict[str, Tensor] = {}  # of the momentum, if there is any
+        self._average: dict[str, Tensor] = {}  # z̄, running mean of the scores, if there is any
         self._set_neighbors([self._first_mask])  # all agents start from the common mask as their neighbors'
 
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
@@ -129,6 +132,7 @@ class MceplAgent(Agent):
                     z = self.model.scores[name]
                     z.copy_(maths.neighbor_step(z, g, n, finetune_lr=finetune_lr))
         self._gradient = {}
+        self._average_scores()
 
     def train(self, *, round: int) -> dict[str, float]:
         """Take the local steps: plain SGD on the scores; the metrics hold the mean loss of the steps."""
@@ -141,8 +145,11 @@ class MceplAgent(Agent):
         return {name: mask.cpu() for name, mask in self.model.masks().items()}
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the personal model, the network under the agent's own mask, on the agent's own test split."""
-        masks = self._network_masks()
+        """Evaluate the personal model, the network under the agent's own mask, on the agent's own test split.
+
+        With ``score_averaging`` the mask is that of the scores' running mean; training and what is sent do without it.
+        """
+        masks = self._evaluated_masks()
         kept = sum(int(mask.count_nonzero()) for mask in masks.values())
         with isolated_rng(self.seed, "evaluation", agent=self.index):  # transforms of the test split may draw
             metrics = evaluate_classifier(
@@ -171,20 +178,21 @@ class MceplAgent(Agent):
         return dataclasses.asdict(self.config)
 
     def state(self) -> AgentState:
-        """Return scores, last gradient, momentum, the neighbors' counts and the running statistics."""
+        """Return scores, their running mean, last gradient, momentum, neighbors' counts and running statistics."""
         return AgentState(join_groups(self._groups()), self._facts(**{"num-neighbors": self._num_neighbors}))
 
     def restore(self, state: AgentState) -> None:
         """Continue exactly where `state` was taken."""
         self._check_facts(state.facts)
         groups = split_groups(state.tensors, device=self.device)
-        for group in ("scores", "gradient", "velocity", "neighbor-count"):
+        for group in ("scores", "gradient", "velocity", "average", "neighbor-count"):
             check_group(groups, group, self._shapes, whose=f"agent {self.index}", may_be_absent=group != "scores")
         num_neighbors = state.facts.get("num-neighbors")
         if not isinstance(num_neighbors, int) or num_neighbors < 0:
             raise StateError(f"the saved state of agent {self.index} does not say its num-neighbors. Start afresh.")
         self.model.set_scores(groups["scores"])
         self._gradient, self._velocity = groups.get("gradient", {}), groups.get("velocity", {})
+        self._average = groups.get("average", {})
         self._set_counts(groups.get("neighbor-count", {}), num_neighbors)
         buffers = dict(self.model.module.named_buffers())
         for name, tensor in groups.get("buffer", {}).items():
@@ -195,6 +203,7 @@ class MceplAgent(Agent):
             "scores": self.model.scores,
             "gradient": self._gradient,
             "velocity": self._velocity,
+            "average": self._average,
             "neighbor-count": self._counts,
             "buffer": dict(self.model.module.named_buffers()),
         }
@@ -221,6 +230,27 @@ class MceplAgent(Agent):
     def _network_masks(self) -> dict[str, Tensor]:
         """Return what the frozen weights are multiplied by in the personal model."""
         return self.model.masks()
+
+    @torch.no_grad()
+    def _average_scores(self) -> None:
+        if not self.config.score_averaging:
+            return
+        scores = {name: z.detach() for name, z in self.model.scores.items()}
+        if not self._average:
+            self._average = {name: z.clone() for name, z in scores.items()}
+        for name, mean in self._average.items():
+            mean.lerp_(scores[name], 1 - self.config.score_averaging)
+
+    def _evaluated_masks(self) -> dict[str, Tensor]:
+        """Return `_network_masks` at the running mean of the scores, where there is one."""
+        if not self._average:
+            return self._network_masks()
+        scores = {name: z.detach().clone() for name, z in self.model.scores.items()}
+        self.model.set_scores(self._average)
+        try:
+            return self._network_masks()
+        finally:
+            self.model.set_scores(scores)
 
     def _draw_first_mask(self) -> dict[str, Tensor]:
         ratios = self.config.first_retention
