@@ -10,6 +10,7 @@ from flower_mcepl.cli.plot import plot
 from flower_mcepl.cli.report import report
 from flower_mcepl.cli.run import run
 from flower_mcepl.cli.show import show
+from flower_mcepl.cli.tensorboard import tensorboard
 from flower_mcepl.errors import FlowerMceplError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.command()(plot)
 app.command()(report)
 app.command()(show)
 app.command()(frame)
+app.command()(tensorboard)
 
 
 @app.callback()

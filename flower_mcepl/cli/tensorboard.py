@@ -1,0 +1,54 @@
+"""``flower-mcepl tensorboard``: run records as TensorBoard scalars."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flower_mcepl.studies import find_records
+from flower_mcepl.tensorboard import ScalarWriter
+
+
+def tensorboard(
+    records: Annotated[list[Path], typer.Argument(help="Run records, or folders of them such as a study's.")],
+    out: Annotated[Path, typer.Option(help="Folder for the event files, one folder a record below it.")] = Path(
+        "tensorboard"
+    ),
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on while a run goes on: add its new rounds until all have ended.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks with --follow.")] = 5.0,
+) -> None:
+    """Write accuracy, loss and bytes by round as TensorBoard scalars.
+
+    Needs the extra "tensorboard". Look at them with `tensorboard --logdir tensorboard`.
+
+    \b
+    Examples:
+      flower-mcepl tensorboard runs/paper/2-ablation
+      flower-mcepl tensorboard runs/20260131-141500-ring --follow
+    """  # noqa: D301 (click's sign for lines that stay as they are)
+    folders = [run.path for run in find_records(records)]
+    writers = [ScalarWriter(folder, out / name) for folder, name in zip(folders, _names(folders), strict=True)]
+    try:
+        going = writers
+        while True:
+            going = [writer for writer in going if writer.update().summary is None]
+            if not follow or not going:
+                break
+            time.sleep(every)
+    except KeyboardInterrupt:
+        typer.echo("stopped; what is written stays", err=True)
+    finally:
+        for writer in writers:
+            writer.close()
+    typer.echo(f"{len(writers)} record(s) under {out}: tensorboard --logdir {out}")
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """Return each folder's name, with its parent's in front where two are called the same."""
+    names = [folder.name for folder in folders]
+    return [
+        f"{folder.parent.name}-{folder.name}" if names.count(folder.name) > 1 else folder.name for folder in folders
+    ]
