@@ -31,7 +31,7 @@ from torch import Tensor
 
 from flower_mcepl.errors import FrameError
 from flower_mcepl.mailbox import Mailbox
-from flower_mcepl.wire import FrameHeader, Prior, Reference, decode_frame, frame, read_header, write_frame
+from flower_mcepl.wire import FrameHeader, Prior, Reference, decode_frame, read_header, reading, write_frame
 from flower_mcepl.wire.layout import FIXED, FREE_WEIGHTS, WEIGHTS_PER_BYTE, varint
 from flower_mcepl.wire.values import BY_CODE
 
@@ -372,7 +372,7 @@ def fuzz(frames: int, *, seed: int, seconds: float = float("inf")) -> Outcome:
 
 def _noting(outcome: Outcome) -> Callable[..., Any]:
     """Return the function that decodes a layer, noting that a mutant got so far."""
-    read_layer = frame._read_layer
+    read_layer = reading._read_layer
 
     def noting(*args: Any) -> Any:
         outcome.reached = True

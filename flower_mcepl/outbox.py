@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flower_mcepl.mailbox import restore_held
 from flower_mcepl.wire import Prior, Reference, WrittenFrame, check_fingerprint, write_frame
-from flower_mcepl.wire.frame import support_of
 from flower_mcepl.wire.held import Arrays, Held
+from flower_mcepl.wire.payload import support_of
 
 
 class Outbox:

@@ -1,17 +1,11 @@
 """The wire: masks and float tensors as framed bytes, far below one bit per weight."""
 
-from flower_mcepl.wire.frame import (
-    Frame,
-    Reference,
-    WrittenFrame,
-    decode_frame,
-    encode_frame,
-    read_header,
-    write_frame,
-)
 from flower_mcepl.wire.layout import WIRE_VERSION, FrameBytes, FrameHeader, LayerEntry, check_fingerprint
+from flower_mcepl.wire.payload import Reference
+from flower_mcepl.wire.reading import Frame, decode_frame, read_header
 from flower_mcepl.wire.support import Prior
 from flower_mcepl.wire.values import PRECISIONS
+from flower_mcepl.wire.writing import WrittenFrame, encode_frame, write_frame
 
 __all__ = [
     "PRECISIONS",

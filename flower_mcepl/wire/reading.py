@@ -1,0 +1,261 @@
+"""Check framed bytes and turn them back into masks and float tensors; byte by byte in ``docs/wire-format.md``.
+
+Bytes from the network are never trusted: no declared length is believed before it is compared with the number of
+bytes that are there, and a refused frame always raises a ``FrameError``.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flower_mcepl.errors import CorruptFrameError, ForeignFrameError, FutureFrameError, MissingReferenceError
+from flower_mcepl.wire.layout import (
+    FREE_WEIGHTS,
+    WEIGHTS_PER_BYTE,
+    FrameBytes,
+    FrameHeader,
+    LayerEntry,
+    check_fingerprint,
+    corrupt,
+    describe,
+    digest,
+    model_digest,
+    name_frame,
+    open_frame,
+)
+from flower_mcepl.wire.payload import Reference, canonical_pieces, join_support, known_of
+from flower_mcepl.wire.range_coding import BitReader, Ints
+from flower_mcepl.wire.support import DELTA, PACKED, Known, Prior, pack, packed_bytes, read_support, unpack
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A decoded frame; its tensors lie on the CPU, are writable and own their memory."""
+
+    header: FrameHeader
+    tensors: dict[str, Tensor]
+    flips: dict[str, Ints]  # of the layers that were told as changes
+
+    def as_reference(self) -> Reference:
+        """Return it as what the sender's next frame may build on."""
+        return Reference(self.header.round, self.tensors, self.flips)
+
+
+def decode_frame(
+    data: FrameBytes,
+    *,
+    fingerprint: str | None = None,
+    layers: Mapping[str, tuple[int, ...]] | None = None,
+    dtype: torch.dtype | None = None,
+    sender: int | None = None,
+    latest_round: int | None = None,
+    references: Sequence[Reference] = (),
+    prior: Prior | None = None,
+) -> Frame:
+    """Check a frame and unpack its tensors.
+
+    Parameters
+    ----------
+    data : bytes, bytearray, memoryview or numpy uint8 array
+        The frame, as it came.
+    fingerprint : str | None (default: None)
+        The fingerprint it must have. None leaves this and each of the following unchecked.
+    layers : Mapping[str, tuple[int, ...]] | None (default: None)
+        The names and shapes it must have, in any order. A delta frame does not repeat them: it needs this.
+    dtype : torch.dtype | None (default: None)
+        ``torch.bool`` takes masks only, ``torch.float32`` floats only (dense or sparse).
+    sender : int | None (default: None)
+        The agent it must come from.
+    latest_round : int | None (default: None)
+        The newest round it may come from.
+    references : Sequence[Reference] (default: ())
+        What the receiver holds that the frame may build on: earlier payloads of this sender, the first payload.
+    prior : Prior | None (default: None)
+        The classes of weights that the sender knew.
+
+    Raises
+    ------
+    FrameError
+        One subclass per remedy: truncated, corrupt, foreign, future, or a missing reference. Nothing else, whatever
+        the bytes are.
+    """
+    if fingerprint is not None:
+        check_fingerprint(fingerprint)
+    payload, header = open_frame(data, layers)
+    _expect_model(header, fingerprint=fingerprint, layers=layers, dtype=dtype, prior=prior)
+    _expect_origin(header, sender=sender, latest_round=latest_round)
+    who = name_frame(header.sender, header.round)
+    declared = sum(math.prod(entry.shape or ()) for entry in header.layers)
+    if layers is None and declared > FREE_WEIGHTS + WEIGHTS_PER_BYTE * header.total:
+        raise corrupt(
+            who, f"it declares {declared} weights in {header.total} bytes (if it may, pass the layers to be expected)"
+        )
+    reference = _find_reference(header, references)
+    split = len(payload) - header.coded_bytes
+    coder, at = BitReader(payload[split:]), 0
+    tensors, flips, canonical = {}, {}, []
+    for entry in header.layers:
+        raw = payload[at : at + entry.raw_bytes()]
+        at += len(raw)
+        assert entry.name is not None
+        try:
+            layer = _read_layer(entry, raw, coder, reference, prior)
+        except CorruptFrameError as error:
+            # Range-coded bits also turn out unreadable where the two ends do not know the same.
+            raise _unfit(header, f"in layer {entry.name!r} {error}") from None
+        tensors[entry.name] = layer.tensor
+        canonical += layer.canonical
+        if entry.kind == DELTA:
+            flips[entry.name] = layer.told
+    if not coder.at_end():
+        raise _unfit(header, "range-coded bits are left over")
+    if digest(canonical).hex() != header.content:
+        raise _unfit(header, "it decodes to something else than was encoded")
+    return Frame(header, tensors, flips)
+
+
+@dataclass(frozen=True)
+class _ReadLayer:
+    tensor: Tensor
+    told: Ints
+    canonical: list[bytes | memoryview]
+
+
+def _read_layer(
+    entry: LayerEntry, raw: memoryview, coder: BitReader, reference: Reference | None, prior: Prior | None
+) -> _ReadLayer:
+    assert entry.name is not None
+    assert entry.shape is not None
+    numel = math.prod(entry.shape)
+    bits, told = None, np.zeros(0, np.int64)
+    support: bytes | memoryview | None = None
+    if entry.kind == PACKED:
+        support, raw = raw[: packed_bytes(numel)], raw[packed_bytes(numel) :]
+        padding = -numel % 8
+        if padding and support[-1] & ((1 << padding) - 1):
+            raise CorruptFrameError(f"the {padding} padding bits must be zero; the last byte is {support[-1]:#04x}")
+        bits = unpack(support, numel)
+    elif entry.kind:
+        known = known_of(entry.name, entry.shape, reference if entry.kind == DELTA else None, prior)
+        _check_known(entry, known)
+        known = Known(
+            numel,
+            known.last,
+            known.recent if entry.with_recent else None,
+            known.classes if entry.with_classes else None,
+        )
+        bits, told = read_support(coder, entry.told, known)
+        told = np.sort(told)
+        support = pack(bits)
+    canonical = canonical_pieces(support, entry.precision, raw)
+    if entry.precision is None:
+        assert bits is not None
+        return _ReadLayer(torch.from_numpy(bits).reshape(entry.shape), told, canonical)
+    values = torch.from_numpy(entry.precision.unpack(raw))
+    if bits is None:
+        return _ReadLayer(values.reshape(entry.shape), told, canonical)
+    return _ReadLayer(join_support(bits, values, entry.shape), told, canonical)
+
+
+def _check_known(entry: LayerEntry, known: Known) -> None:
+    lacking = None
+    if entry.kind == DELTA and known.last is None:
+        lacking = "its mask of an earlier round"
+    elif entry.with_recent and known.recent is None:
+        lacking = "which of its weights flipped in an earlier round"
+    elif entry.with_classes and (known.classes is None or len(known.classes.order) != known.numel):
+        lacking = "the classes of its weights"
+    if lacking:
+        raise CorruptFrameError(f"the receiver does not know {lacking}")
+
+
+def _find_reference(header: FrameHeader, references: Sequence[Reference]) -> Reference | None:
+    if header.reference is None:
+        return None
+    for reference in references:
+        if reference.round == header.reference:
+            return reference
+    held = ", ".join(str(reference.round) for reference in references) or "none"
+    raise MissingReferenceError(
+        f"a delta frame needs the frame it builds on; {name_frame(header.sender, header.round)} builds on round "
+        f"{header.reference}, and the rounds held of this sender are: {held}. The relay sends what is missing next."
+    )
+
+
+def _unfit(header: FrameHeader, what: str) -> CorruptFrameError | MissingReferenceError:
+    """Return the error of a frame whose checksum is right and whose bits do not fit what the receiver knows."""
+    who = name_frame(header.sender, header.round)
+    if header.reference is None and not any(entry.with_classes for entry in header.layers):
+        return corrupt(who, what)
+    return MissingReferenceError(
+        f"sender and receiver must know the same of earlier rounds and of the classes of weights; {who} does not fit: "
+        f"{what}. The relay sends a whole frame next time."
+    )
+
+
+def read_header(data: FrameBytes, layers: Mapping[str, tuple[int, ...]] | None = None) -> FrameHeader:
+    """Read who sent a frame, when, and which layers, without unpacking a tensor.
+
+    The checksum and the structure are checked as in :func:`decode_frame`, the bits are not. ``layers`` are the names
+    and shapes to assume where the frame does not tell them.
+    """
+    return open_frame(data, layers)[1]
+
+
+def _expect_model(
+    header: FrameHeader,
+    *,
+    fingerprint: str | None,
+    layers: Mapping[str, tuple[int, ...]] | None,
+    dtype: torch.dtype | None,
+    prior: Prior | None,
+) -> None:
+    who = name_frame(header.sender, header.round)
+    if fingerprint is not None and header.fingerprint not in (None, fingerprint):
+        raise ForeignFrameError(
+            f"a frame must carry the fingerprint of the same frozen weights, {fingerprint}; {who} carries "
+            f"{header.fingerprint}. Give both agents the same model and the same seed."
+        )
+    if any(entry.name is None for entry in header.layers):
+        raise ForeignFrameError(
+            f"a delta frame does not repeat names and shapes, {len(header.layers)} here; {who} cannot be read with "
+            f"{'none' if layers is None else len(layers)} expected. Pass the layers of the sender's model."
+        )
+    came = {entry.name: entry.shape for entry in header.layers}
+    wanted = came if layers is None else {name: tuple(shape) for name, shape in layers.items()}
+    if came != wanted:
+        name = min(str(n) for n in {*came, *wanted} if came.get(n) != wanted.get(n))
+        raise ForeignFrameError(
+            f"a frame must have the receiver's layers; in {who} layer {name!r} has shape "
+            f"{came.get(name, 'none')} instead of {wanted.get(name, 'none')}. Give both agents one model."
+        )
+    if fingerprint is not None and layers is not None:
+        mine = model_digest(describe(fingerprint, layers), prior).hex()
+        if mine != header.model:
+            raise ForeignFrameError(
+                "a frame must be of the receiver's frozen weights, layers and classes of weights, together "
+                f"{mine}; {who} has {header.model}. Give both agents the same model, seed and algorithm."
+            )
+    for entry in header.layers:
+        if dtype is not None and (dtype == torch.bool) != (entry.precision is None):
+            raise ForeignFrameError(
+                f"the receiver takes {dtype} only; {who} has {entry.precision.name if entry.precision else 'a mask'} "
+                f"in layer {entry.name!r}. Give both agents the same algorithm."
+            )
+
+
+def _expect_origin(header: FrameHeader, *, sender: int | None, latest_round: int | None) -> None:
+    who = name_frame(header.sender, header.round)
+    if sender is not None and header.sender != sender:
+        raise ForeignFrameError(
+            f"a frame must come from the agent it is filed under, {sender}; this is {who}. Look at the routing."
+        )
+    if latest_round is not None and header.round > latest_round:
+        raise FutureFrameError(
+            f"a frame must come from a round that has begun, at most {latest_round}; this is {who}. "
+            "It may belong to another run; if not, keep it until that round."
+        )

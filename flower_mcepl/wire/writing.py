@@ -1,0 +1,252 @@
+"""Turn masks and float tensors into framed bytes; byte by byte in ``docs/wire-format.md``.
+
+A frame is one agent's payload of one round. It says who sent it, when, and for which frozen weights, and it ends
+in a checksum. As in video, it is whole (a key frame) or tells what changed against an earlier frame of the same
+sender (a delta frame).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flower_mcepl.errors import ConfigError
+from flower_mcepl.wire.layout import (
+    CHECKSUM_NBYTES,
+    DESCRIBED,
+    FIXED,
+    MAGIC,
+    NO_REFERENCE,
+    U16,
+    U32,
+    WIRE_VERSION,
+    LayerEntry,
+    describe,
+    digest,
+    model_digest,
+    varint,
+)
+from flower_mcepl.wire.payload import Reference, canonical_pieces, known_of, support_of, values_of
+from flower_mcepl.wire.range_coding import Bits, BitWriter, Ints
+from flower_mcepl.wire.support import DELTA, PACKED, Plan, Prior, pack, packed_bytes, plan_support
+from flower_mcepl.wire.values import Precision, find_precision
+
+
+@dataclass(frozen=True)
+class WrittenFrame:
+    """An encoded frame and what its sender must know of it."""
+
+    data: bytes
+    reference: int | None  # the round it builds on; None: it is whole
+    header_bytes: int  # of ``data``; the rest is payload
+    content: str  # 16 hex digits that stand for what it decodes to
+    flips: dict[str, Ints]  # as in `Frame`
+
+
+def encode_frame(
+    tensors: Mapping[str, Tensor],
+    *,
+    sender: int,
+    round: int,
+    fingerprint: str,
+    reference: Reference | None = None,
+    prior: Prior | None = None,
+    precision: str = "float32",
+    packed: bool = False,
+) -> bytes:
+    """Frame one agent's payload; the same tensors give the same bytes, whatever the order of the mapping.
+
+    Parameters
+    ----------
+    tensors : Mapping[str, Tensor]
+        Layer name to bool tensor (a mask), float tensor, or coalesced sparse COO tensor of floats (a mask and the
+        values under it; explicit zeros count as kept). Scalars, empty layers and no layers at all are fine.
+    sender : int
+        Index of the agent that sends, 0 to 2**32 - 1.
+    round : int
+        The round it is sent in, 0 to 2**32 - 2.
+    fingerprint : str
+        Fingerprint of the shared frozen weights, 32 lower-case hex digits.
+    reference : Reference | None (default: None)
+        What the receivers hold of this sender, or the common first payload. None makes the frame whole.
+    prior : Prior | None (default: None)
+        Classes of weights that the receivers know, too.
+    precision : str (default: "float32")
+        How floats travel: "float32", "float16", "bfloat16", or "int8" (127 steps up to the layer's largest value).
+        Whatever it is, float32 comes out at the other end.
+    packed : bool (default: False)
+        Spend one bit on every weight of a mask, without range coding.
+
+    Raises
+    ------
+    ConfigError
+        If a value does not fit the format.
+    """
+    return write_frame(
+        tensors,
+        sender=sender,
+        round=round,
+        fingerprint=fingerprint,
+        reference=reference,
+        prior=prior,
+        precision=precision,
+        packed=packed,
+    ).data
+
+
+def write_frame(
+    tensors: Mapping[str, Tensor],
+    *,
+    sender: int,
+    round: int,
+    fingerprint: str,
+    reference: Reference | None = None,
+    prior: Prior | None = None,
+    precision: str = "float32",
+    packed: bool = False,
+) -> WrittenFrame:
+    """Do as `encode_frame`, and tell what the sender must know of the frame."""
+    for word, value, most in (("sender", sender, U32), ("round", round, U32 - 1)):
+        if not 0 <= value <= most:
+            raise ConfigError(f"the {word} of a frame must lie in 0 to {most}; got {value}.")
+    if len(tensors) > U16:
+        raise ConfigError(f"a frame holds at most {U16} layers; got {len(tensors)}. Send them in several frames.")
+    description = describe(fingerprint, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    parts = [_Part.of(name, tensors[name], find_precision(precision)) for name in sorted(tensors)]
+    inside = _Inside.of(parts, description, reference, prior, packed=packed)
+    if not packed and any(part.bits is not None for part in parts):  # at the worst a mask is one bit per weight
+        inside = min(_Inside.of(parts, description, None, None, packed=True), inside, key=len)
+    total = FIXED.size + len(inside) + CHECKSUM_NBYTES
+    if total > U32:
+        raise ConfigError(f"a frame has at most {U32} bytes; this one would have {total}. Send it in several frames.")
+    content = digest(piece for part in parts for piece in part.canonical())
+    fixed = FIXED.pack(
+        MAGIC,
+        WIRE_VERSION,
+        DESCRIBED if inside.described else 0,
+        len(parts),
+        sender,
+        round,
+        NO_REFERENCE if inside.builds_on is None else inside.builds_on,
+        model_digest(description, prior),
+        content,
+        total,
+    )
+    body = fixed + inside.header + inside.payload
+    header_bytes = total - len(inside.payload)
+    return WrittenFrame(body + digest([body]), inside.builds_on, header_bytes, content.hex(), inside.flips)
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What lies between the fixed header and the checksum."""
+
+    header: bytes
+    payload: bytes
+    builds_on: int | None
+    flips: dict[str, Ints]
+
+    @classmethod
+    def of(
+        cls,
+        parts: Sequence["_Part"],
+        description: bytes,
+        reference: Reference | None,
+        prior: Prior | None,
+        *,
+        packed: bool,
+    ) -> "_Inside":
+        """Tell every layer the cheapest way, or packed."""
+        plans = [part.plan(reference, prior, packed=packed) for part in parts]
+        entries = [part.entry(plan) for part, plan in zip(parts, plans, strict=True)]
+        coder = BitWriter()
+        flips = {}
+        for part, plan in zip(parts, plans, strict=True):
+            if plan is not None:
+                plan.write(coder)
+                if plan.kind == DELTA:
+                    flips[part.name] = plan.weights
+        coded = coder.to_bytes()
+        raw = b"".join(part.raw(plan) for part, plan in zip(parts, plans, strict=True))
+        builds_on = reference.round if reference and flips else None
+        header = b"".join(entry.line() for entry in entries) + varint(len(coded))
+        if not builds_on:  # also against the first payload: a key frame tells what it is
+            header = description + header
+        return cls(header, raw + coded, builds_on, flips)
+
+    def __len__(self) -> int:
+        return len(self.header) + len(self.payload)
+
+    @property
+    def described(self) -> bool:
+        """Tell whether fingerprint, names and shapes are in the header."""
+        return not self.builds_on
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A layer on its way into a frame."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: Bits | None  # the support, flat; None: all weights
+    support: bytes  # the same, packed; empty: all weights
+    num_values: int
+    values: bytes  # as they travel
+    precision: Precision | None  # None: a mask, without values
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, precision: Precision) -> "_Part":
+        sparse = tensor.layout is torch.sparse_coo and tensor.is_coalesced() and tensor.dense_dim() == 0
+        known = torch.float32, torch.float16, torch.bfloat16
+        good = tensor.dtype in known if sparse else tensor.dtype in (torch.bool, *known)
+        if not (sparse or tensor.layout is torch.strided) or not good or tensor.is_meta:
+            raise ConfigError(
+                "a frame carries dense bool tensors, and dense or coalesced sparse COO tensors of float32, float16 or "
+                f"bfloat16; layer {name!r} is {tensor.dtype}, {tensor.layout}, on {tensor.device}. Convert it first: "
+                "`.bool()` for a mask, `.float()` for values, `.coalesce()` for sparse ones."
+            )
+        shape, bits = tuple(tensor.shape), support_of(tensor)
+        support = b"" if bits is None else pack(bits)
+        values = values_of(tensor)
+        if values is None:
+            return cls(name, shape, bits, support, 0, b"", None)
+        return cls(name, shape, bits, support, values.size, precision.pack(values), precision)
+
+    def canonical(self) -> list[bytes | memoryview]:
+        """Return what stands for it in the digest of the content."""
+        return canonical_pieces(None if self.bits is None else self.support, self.precision, self.values)
+
+    def plan(self, reference: Reference | None, prior: Prior | None, *, packed: bool) -> Plan | None:
+        """Return how its bits are told; None where there are none."""
+        if self.bits is None:
+            return None
+        if packed:
+            return Plan(PACKED, 8.0 * packed_bytes(self.bits.size))
+        known = known_of(self.name, self.shape, reference, prior)
+        if known.classes is not None and len(known.classes.order) != known.numel:
+            raise ConfigError(
+                f"classes are for every weight of a layer; layer {self.name!r} has {known.numel} weights and classes "
+                f"for {len(known.classes.order)}. Make the classes from the model that is sent."
+            )
+        return plan_support(self.bits, known)
+
+    def entry(self, plan: Plan | None) -> LayerEntry:
+        """Return its place in the header."""
+        if plan is None:
+            return LayerEntry(self.name, self.shape, 0, self.precision)
+        return LayerEntry(
+            self.name,
+            self.shape,
+            plan.kind,
+            self.precision,
+            plan.with_classes,
+            plan.with_recent,
+            len(plan.weights),
+            self.num_values,
+        )
+
+    def raw(self, plan: Plan | None) -> bytes:
+        """Return what lies in the frame as it is."""
+        return (self.support if plan is not None and plan.kind == PACKED else b"") + self.values
