@@ -305,7 +305,7 @@ def with_content(data: bytes, expected: Mapping[str, Any]) -> bytes:
         return digests[-1]
 
     try:
-        with patch.object(frame, "digest", note):
+        with patch.object(reading, "digest", note):
             decode_frame(data, **expected)
     except Exception:
         pass  # if it is no FrameError, it comes again where the mutant is judged
@@ -365,7 +365,7 @@ def fuzz(frames: int, *, seed: int, seconds: float = float("inf")) -> Outcome:
         read = _reading(receiver, receiver.case.data, "decode")
         outcome.honest_seconds = max(outcome.honest_seconds, min(_timed(read) for _ in range(3)))
         outcome.honest_bytes = max(outcome.honest_bytes, _peak(read))
-    with patch.object(frame, "_read_layer", _noting(outcome)):
+    with patch.object(reading, "_read_layer", _noting(outcome)):
         _try_all(frames, seconds, mutants, receivers, encoded, outcome)
     return outcome
 
