@@ -1,16 +1,23 @@
 """What an agent trains and evaluates on: batches of a training split and of a test split."""
 
-from collections.abc import Callable, Iterator, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
+from flower_mcepl.config import check
 from flower_mcepl.errors import DataError
 
 Batch = tuple[Any, Tensor]
+ClassCounts = dict[int, int]
+"""Number of examples by class."""
+
+EVALUATED = ("test", "validation")  # splits that an agent can be evaluated on
+MOST_CLASSES = 100  # more of them are not counted: no table or picture of them could be read
 
 
 @runtime_checkable
@@ -32,25 +39,97 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class AgentData:
-    """The two splits of one agent, both from its own distribution."""
+    """The splits of one agent, all from its own distribution."""
 
     train: BatchSource
-    test: BatchSource
+    test: BatchSource  # what the agent is evaluated on
+    evaluated: str = "test"  # which split that is, one of EVALUATED
+    class_counts: Mapping[str, ClassCounts] = field(default_factory=dict)  # by split, where labels are cheap to know
 
     @classmethod
-    def of(cls, train: object, test: object, *, agent: int) -> "AgentData":
+    def of(
+        cls, train: object, test: object, *, agent: int, validation: object = None, evaluate_on: str = "test"
+    ) -> "AgentData":
         """Make the splits of ``agent`` from what a data function may return.
 
         Each split is a pair of tensors ``(inputs, labels)``, a map-style dataset, a DataLoader (its data set and
         ``collate_fn`` are used; batches are drawn by the agent's own stream with the configured batch size), or
         a `BatchSource`.
 
+        Parameters
+        ----------
+        train, test : split
+            What the agent learns from; what it is evaluated on in the end.
+        agent : int
+            Number of the agent, for errors.
+        validation : split, optional
+            What it is evaluated on instead where ``evaluate_on`` is ``"validation"``, as while settings are chosen
+            (default: None).
+        evaluate_on : str
+            ``"test"`` or ``"validation"`` (default: ``"test"``). The other split is only counted.
+
         Raises
         ------
         DataError
-            If a split is empty or of another type.
+            If a split that is used is empty or of another type, or the validation split is asked for and missing.
+        ConfigError
+            If ``evaluate_on`` is neither.
         """
-        return cls(_source(train, f"agent {agent}'s training"), _source(test, f"agent {agent}'s test"))
+        check(evaluate_on in EVALUATED, f"evaluate-on must be one of {', '.join(EVALUATED)}", evaluate_on)
+        splits = {"train": train, "validation": validation, "test": test}
+        if splits[evaluate_on] is None:
+            raise DataError(
+                f"evaluate-on is {evaluate_on!r}, but agent {agent} has no {evaluate_on} split. Let the data function "
+                "return (train, validation, test) with one, or evaluate on the other split."
+            )
+        sources = (
+            _source(train, f"agent {agent}'s training"),
+            _source(splits[evaluate_on], f"agent {agent}'s {evaluate_on}"),
+        )
+        counted = {name: class_counts(split) for name, split in splits.items() if split is not None}
+        return cls(*sources, evaluate_on, {name: counts for name, counts in counted.items() if counts is not None})
+
+
+def class_counts(split: object) -> ClassCounts | None:
+    """Count the examples of each class, or return None where that would mean drawing examples.
+
+    Known are the labels of two tensors, of a TensorDataset of two, of a dataset with ``targets`` or a column ``label``
+    or ``labels``, and of a Subset of or a DataLoader over one of these; they must be whole numbers, one an example,
+    and of at most `MOST_CLASSES` classes.
+    """
+    try:
+        labels = _labels(split)
+    except (TypeError, ValueError, RuntimeError):  # ragged labels, or such as NumPy does not know
+        return None
+    if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iub":
+        return None
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) > MOST_CLASSES:
+        return None
+    return {int(name): int(count) for name, count in zip(classes, counts, strict=True)}
+
+
+def _labels(split: Any) -> "np.ndarray[Any, Any] | None":
+    if isinstance(split, DataLoader):
+        return _labels(split.dataset)
+    if isinstance(split, Subset):
+        whole = _labels(split.dataset)
+        return None if whole is None else whole[np.asarray(split.indices, dtype=np.int64)]
+    if isinstance(split, TensorDataset):
+        split = split.tensors
+    if isinstance(split, (tuple, list)):
+        return _array(split[1]) if len(split) == 2 else None
+    if isinstance(split, TensorBatches):
+        return _array(split.labels)
+    if hasattr(split, "column_names") and hasattr(split, "with_format"):  # of Hugging Face
+        names = [name for name in ("label", "labels") if name in split.column_names]
+        return np.asarray(split.with_format(None)[names[0]][:]) if len(names) == 1 else None
+    targets = getattr(split, "targets", None)  # of torchvision
+    return None if targets is None else _array(targets)
+
+
+def _array(labels: Any) -> "np.ndarray[Any, Any]":
+    return labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
 
 
 def _source(split: object, whose: str) -> BatchSource:

@@ -37,7 +37,8 @@ def agent_table(run: Run) -> str:
         from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for title in ("agent", "retention", "classes", "train\nimages", "test\nimages", "accuracy", "density"):
+    tested = f"{evaluated_on(run)}\nimages"
+    for title in ("agent", "retention", "classes", "train\nimages", tested, "accuracy", "density"):
         table.add_column(title, justify="left" if title == "classes" else "right")
     for title in ("sent", "received"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -53,6 +54,11 @@ def agent_table(run: Run) -> str:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def evaluated_on(run: Run) -> str:
+    """Return which of the agents' splits accuracy and loss are of."""
+    return str((run.config.get("run_config") or {}).get("evaluate-on", "test"))
 
 
 def byte_counts(run: Run) -> Row:
@@ -113,9 +119,10 @@ def _accuracy_lines(run: Run) -> Iterator[str]:
     if result["mean"] is None:
         yield "personalised accuracy: no agent was evaluated"
         return
+    on = "" if evaluated_on(run) == "test" else f", on the {evaluated_on(run)} split"
     yield (
         f"personalised accuracy {result['mean']:.4f} ± {result['std']:.4f} (mean ± sd over agents, round "
-        f"{result['round']}); worst: agent {result['worst_agent']} with {result['worst']:.4f}"
+        f"{result['round']}{on}); worst: agent {result['worst_agent']} with {result['worst']:.4f}"
     )
     late = [f"{a} (round {r['round']})" for a, r in run.final().items() if r["round"] < result["round"]]
     if late:

@@ -81,11 +81,65 @@ def test_show_prints_the_table_of_a_record(record: Path) -> None:
     text = run("show", record)
     assert "personalised accuracy" in text
     assert "bits per weight, mean over all frames" in text
+    assert "training / test examples of each class" in text
+
+
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
+
+
+def test_data_shows_who_would_hold_what(tmp_path: Path) -> None:
+    pytest.importorskip("flwr_datasets")
+    picture = tmp_path / "new" / "who.png"
+    more = (
+        "--run-config",
+        'num-agents=5 partition="linear"',
+        "--run-config",
+        "train-fraction=0.5 validation-fraction=0.1",
+    )
+    text = run("data", QUICKSTART, *more, "--out", picture)
+    rows = [line.split() for line in text.splitlines() if line.split()[:1] in [[str(agent)] for agent in range(5)]]
+    assert len(rows) == 5
+    sums = [[int(number) for number in " ".join(row).split(" / ")[-2:]] for row in rows]
+    assert [sizes[-1] for sizes in sums] == [24, 48, 72, 96, 121]  # a fifth of 1797 * (i + 1) / 15, rounded up
+    assert "training / validation / test examples of each class" in text
+    assert f"picture: {picture}" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_reads_settings_from_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("flwr_datasets")
+    (tmp_path / "two.toml").write_text('num-agents = 2\ntopology = "ring"\n[dsgd]\nlr = 0.1\n')
+    text = run("data", QUICKSTART, "--run-config", tmp_path / "two.toml")
+    assert len([line for line in text.splitlines() if " / " in line]) == 3
+    assert "training / test examples" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("partition='exponential'", "agent 0 would get no example"),
+        ("partition='iid:x=1'", "unknown parameter of iid 'x'"),
+        ("partitions='iid'", "Did you mean 'partition'"),
+        ("partition=iid", "is 'key=value"),
+        ("partition", "is 'key=value"),
+        ("evaluate-on='validation'", "validation-fraction > 0"),
+    ],
+)
+def test_data_tells_what_is_wrong(
+    settings: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("flwr_datasets")
+    monkeypatch.setattr("sys.argv", ["flower-mcepl", "data", str(QUICKSTART), "--run-config", settings])
+    with pytest.raises(SystemExit):
+        main()
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
 
 
 def test_help_names_every_command() -> None:
     text = run("--help")
-    for command in ("run", "compare", "plot", "report", "show", "frame"):
+    for command in ("run", "data", "compare", "plot", "report", "show", "frame"):
         assert f"  {command} " in text
 
 
@@ -93,6 +147,7 @@ def test_help_of_a_command_shows_how() -> None:
     assert "[grid]" in run("run", "--help")
     assert "flower-mcepl run examples/paper/2-ablation.toml --dry-run\n" in run("run", "--help")
     assert "--target 0.9\n" in run("compare", "--help")
+    assert "flower-mcepl data examples/quickstart\n" in run("data", "--help")
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from flower_mcepl import AgentData, DataError
-from flower_mcepl.data import BatchSource, DatasetBatches, TensorBatches
+from flower_mcepl import AgentData, ConfigError, DataError
+from flower_mcepl.agents.agent import data_facts
+from flower_mcepl.data import BatchSource, DatasetBatches, TensorBatches, class_counts
 
 INPUTS, LABELS = torch.arange(10.0).view(10, 1), torch.arange(10)
 
@@ -98,6 +99,74 @@ def test_ones_own_batch_source_is_taken_as_it_is() -> None:
 
 def test_classes_are_told_where_the_labels_lie_in_memory() -> None:
     assert TensorBatches(INPUTS, LABELS % 3).classes == "0 1 2"
+
+
+class Labelled(Dataset[tuple[Tensor, int]]):
+    """As torchvision's: labels beside the examples, which are costly to draw."""
+
+    def __init__(self, targets: Any) -> None:
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        raise AssertionError("an example was drawn")
+
+
+THIRDS = LABELS % 3
+
+
+@pytest.mark.parametrize(
+    ("split", "counts"),
+    [
+        ((INPUTS, THIRDS), {0: 4, 1: 3, 2: 3}),
+        (TensorDataset(INPUTS, THIRDS), {0: 4, 1: 3, 2: 3}),
+        (Subset(TensorDataset(INPUTS, THIRDS), [0, 1, 3]), {0: 2, 1: 1}),
+        (Subset(Subset(TensorDataset(INPUTS, THIRDS), [0, 1, 3]), [1]), {1: 1}),
+        (DataLoader(Labelled([5, 5, 7])), {5: 2, 7: 1}),
+        (Labelled(torch.tensor([5, 5, 7])), {5: 2, 7: 1}),
+        (TensorBatches(INPUTS, THIRDS), {0: 4, 1: 3, 2: 3}),
+        ((INPUTS, THIRDS > 0), {0: 4, 1: 6}),
+        ((INPUTS, INPUTS.flatten()), None),  # numbers to be predicted, not classes
+        ((INPUTS, THIRDS.view(5, 2)), None),
+        (Labelled(["cat", "dog"]), None),
+        (Labelled([[1], [2, 3]]), None),
+        ((torch.zeros(101, 1), torch.arange(101)), None),
+        (TensorDataset(INPUTS), None),
+        (None, None),
+        ("data", None),
+    ],
+)
+def test_classes_are_counted_where_no_example_must_be_drawn(split: object, counts: dict[int, int] | None) -> None:
+    assert class_counts(split) == counts
+
+
+def test_classes_of_a_hugging_face_data_set_are_counted_without_its_transform() -> None:
+    datasets = pytest.importorskip("datasets")
+    split = datasets.Dataset.from_dict({"img": [1, 2, 3], "label": [4, 4, 6]})
+    assert class_counts(split.with_transform(lambda batch: 1 / 0)) == {4: 2, 6: 1}
+    assert class_counts(split.rename_column("label", "fine")) is None
+
+
+@pytest.mark.parametrize(("evaluate_on", "size"), [("test", 10), ("validation", 4)])
+def test_one_split_is_evaluated_and_all_are_counted(evaluate_on: str, size: int) -> None:
+    validation = INPUTS[:4], LABELS[:4]
+    data = AgentData.of((INPUTS, THIRDS), (INPUTS, LABELS), agent=4, validation=validation, evaluate_on=evaluate_on)
+    assert (data.test.num_examples, data.evaluated) == (size, evaluate_on)
+    facts = data_facts(data)
+    assert {key for key in facts if key.startswith("num-")} == {"num-examples", f"num-{evaluate_on}-examples"}
+    assert facts["train-counts"] == "0:4 1:3 2:3"
+    assert facts["validation-counts"] == "0:1 1:1 2:1 3:1"
+    assert facts["test-counts"].count(":") == 10
+    assert data_facts(AgentData.of(Labelled([7, 5]), validation, agent=4))["classes"] == "5 7"
+
+
+def test_a_split_that_is_evaluated_must_be_there() -> None:
+    with pytest.raises(DataError, match="agent 4 has no validation split"):
+        AgentData.of((INPUTS, LABELS), (INPUTS, LABELS), agent=4, evaluate_on="validation")
+    with pytest.raises(ConfigError, match="evaluate-on must be one of test, validation; got 'train'"):
+        AgentData.of((INPUTS, LABELS), (INPUTS, LABELS), agent=4, evaluate_on="train")
 
 
 EMPTY = [(INPUTS[:0], LABELS[:0]), TensorDataset(INPUTS[:0], LABELS[:0]), DataLoader(Subset(TensorDataset(INPUTS), []))]

@@ -135,11 +135,13 @@ def test_the_page_of_a_study_holds_everything(study: Path, tmp_path: Path) -> No
     assert study.read_text() in page.text("pre")
     assert json.loads((source.runs[0].path / "config.json").read_text())["versions"]["torch"] in page.text("td")
     assert [alt["alt"].partition(".")[0] for alt in page.all("img") if alt["alt"]] == [
-        *("Accuracy by round", "Accuracy by bytes", "Spread over the agents", "Communication graph"),
+        *("Accuracy by round", "Accuracy by bytes", "Spread over the agents", "Communication graph", "Who holds what"),
         *("Agreement of masks", "Density of filters"),
     ]
     assert {run.path.name for run in source.runs} <= set(page.text("summary"))
-    assert "Masks: mcepl" in page.text("summary")
+    assert "Data and masks: mcepl" in page.text("summary")
+    assert "Who held what" in page.text("summary")
+    assert "training / test examples of each class" in page.text("li")
     assert any("agents of dsgd hold no mask" in line for line in page.text("li"))
 
 
@@ -171,7 +173,7 @@ def test_the_page_of_a_record(record: Path) -> None:
     page = Page(text)
     assert_by_itself(page, text)
     assert page.text("title") == ["ring - flower-mcepl"]
-    assert len(page.all("img")) == 6
+    assert len(page.all("img")) == 7
     (table,) = [text for text in page.text("pre") if "personalised accuracy" in text]
     assert table.startswith("ring: finished, 3 agents, 2 rounds")
     (run,) = [details for details in page.all("details") if "open" in details]

@@ -23,8 +23,10 @@ from flower_mcepl.plots.curves import AGENTS, SEEDS, curve_of, final_accuracies
 from flower_mcepl.plots.filter_charts import off_text
 from flower_mcepl.plots.filters import filter_densities
 from flower_mcepl.plots.final_masks import Masks, final_masks
-from flower_mcepl.plots.gallery import Gallery, _masks, draw_gallery, write_gallery
+from flower_mcepl.plots.gallery import Gallery, _holdings, _masks, draw_gallery, write_gallery
 from flower_mcepl.plots.graph import draw_graphs
+from flower_mcepl.plots.holding_charts import draw_holdings
+from flower_mcepl.plots.holdings import Holdings, holdings_of
 from flower_mcepl.plots.subjects import Subject, subjects_of
 from flower_mcepl.record import Run, RunRecord, read_run
 from flower_mcepl.studies.sources import read_source, read_sources
@@ -201,6 +203,74 @@ def test_filters_that_are_off_are_counted() -> None:
     assert off_text(filter_densities({0: {"a": ~mask}})[0]) == "0 of 4 filters off"
 
 
+# --- who holds what ---
+
+
+def test_holdings_are_those_of_the_agents_labels(study: Path) -> None:
+    holdings = holdings_of(read_run(study / "dsgd-7").config["agents"])
+    assert holdings is not None
+    assert (holdings.agents, holdings.classes, holdings.silent) == (tuple(range(SIZE)), (0, 1, 2), ())
+    assert list(holdings.counts) == ["train", "test"]
+    for agent in range(SIZE):
+        slow = [
+            [labels.tolist().count(name) for name in range(3)] for labels in (split(agent)[1], split(1000 + agent)[1])
+        ]
+        assert [list(holdings.counts[name][agent]) for name in ("train", "test")] == slow
+        cells = [" / ".join(map(str, pair)) for pair in zip(*slow, strict=True)]
+        assert holdings.table()[1][agent] == [str(agent), *cells, "24 / 24"]
+    assert holdings.table()[0] == ["agent", "0", "1", "2", "all"]
+
+
+def test_holdings_are_read_from_handshakes_and_from_records() -> None:
+    told = {"agent": 5, "train_counts": "-1:2 7:3", "validation-counts": "7:1", "test-counts": ""}
+    damaged = [{"agent": 6, "train-counts": text} for text in ("7", "7:x", "7:1,8:2", 3, None)]
+    for entry in damaged:
+        holdings = holdings_of([told, entry, {"train-counts": "9:9"}])
+        assert holdings is not None
+        assert holdings.silent == (6,)
+        assert holdings.classes == (-1, 7)
+        assert holdings.table()[1] == [["5", "2 / 0 / 0", "3 / 1 / 0", "5 / 1 / 0"]]
+        assert holdings.legend() == ("training / validation / test examples of each class; agents 6 do not tell")
+    assert holdings_of(damaged) is None
+    assert holdings_of([]) is None
+
+
+def test_discs_have_areas_in_proportion(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    def ink(count: int) -> float:
+        counts = {"train": ((400, 0), (0, count))}
+        (tmp_path / "who.png").write_bytes(draw_holdings(Holdings((0, 1), (0, 1), counts, ())))
+        image = np.asarray(imread(tmp_path / "who.png"))[..., :3]
+        return float(((image.max(axis=-1) - image.min(axis=-1)) > 0.4).sum())
+
+    one, both = ink(0), ink(400)
+    assert both == pytest.approx(2 * one, rel=0.03)
+    assert ink(200) == pytest.approx(1.5 * one, rel=0.03)
+
+
+@pytest.mark.parametrize(("agents", "classes"), [(1, 1), (20, 100), (21, 2), (300, 10)])
+def test_any_number_of_agents_and_classes_is_drawn(agents: int, classes: int) -> None:
+    row = tuple(range(1, classes + 1))
+    counts = {name: (row,) * agents for name in ("train", "validation", "test")}
+    width, height = size_of(draw_holdings(Holdings(tuple(range(agents)), tuple(range(classes)), counts, ())))
+    assert 300 <= width <= 3000
+    assert 300 <= height <= 3000
+
+
+def test_combinations_with_other_data_have_pictures_of_their_own(study: Path, copied: Path) -> None:
+    run = change_config(copied, lambda config: config["agents"][2].update(train_counts="0:1 9:50"))
+    subjects = [Subject(name, (read_run(study / "dsgd-7"),)) for name in ("a", "b")]
+    gallery = Gallery([subjects[0], Subject("other", (run,)), subjects[1]])
+    _holdings(gallery)
+    assert [(picture.file, picture.subject) for picture in gallery.pictures] == [
+        ("holdings-01-a.png", 0),
+        ("holdings-02-other.png", 1),
+    ]
+    assert gallery.pictures[0].caption.endswith("The same in b.")
+    assert "The same" not in gallery.pictures[1].caption
+
+
 # --- curves ---
 
 
@@ -292,7 +362,7 @@ def assert_drawn(gallery: Gallery, folder: Path) -> None:
 def test_a_study_gives_pictures_of_sane_size(gallery: Gallery, tmp_path: Path) -> None:
     assert_drawn(gallery, tmp_path / "made" / "here")
     assert [picture.file for picture in gallery.pictures] == [
-        *("accuracy-rounds.png", "accuracy-bytes.png", "spread.png", "graph.png"),
+        *("accuracy-rounds.png", "accuracy-bytes.png", "spread.png", "graph.png", "holdings.png"),
         *("agreement-02-local-masks.png", "filters-02-local-masks.png"),
         *("agreement-03-mcepl.png", "filters-03-mcepl.png"),
     ]
@@ -324,7 +394,7 @@ def test_what_is_missing_is_told_and_the_rest_drawn(copied: Path, tmp_path: Path
     shutil.rmtree(copied / "agents")
     gallery = draw_gallery([read_run(copied)])
     assert_drawn(gallery, tmp_path / "plots")
-    assert len(gallery.pictures) == 4
+    assert len(gallery.pictures) == 5
     assert len(gallery.missing) == 1
     assert "no agents/" in gallery.missing[0]
 
@@ -342,7 +412,8 @@ def test_a_record_that_says_nothing_is_drawn_as_far_as_it_goes(tmp_path: Path) -
     run = read_run(RunRecord.create(name="x", config={}, path=tmp_path / "run").path)
     gallery = draw_gallery([run])
     assert [picture.file for picture in gallery.pictures] == ["graph.png"]
-    assert len(gallery.missing) == 3
+    assert len(gallery.missing) == 4
+    assert "who holds what of x: the record does not tell examples by class" in gallery.missing
 
 
 def test_any_name_can_be_drawn(copied: Path) -> None:

@@ -110,10 +110,23 @@ class Agent(abc.ABC):
 
 
 def data_facts(data: AgentData) -> dict[str, Any]:
-    """Return the handshake's facts about an agent's data: the splits' sizes, and the classes where they are known."""
-    facts = {"num-examples": data.train.num_examples, "num-test-examples": data.test.num_examples}
+    """Return the handshake's facts about an agent's data: the splits' sizes, and their classes where they are known.
+
+    ``train-counts``, ``validation-counts`` and ``test-counts`` are texts such as ``"0:57 3:61"``: class and number of
+    examples.
+    """
+    facts: dict[str, Any] = {
+        "num-examples": data.train.num_examples,
+        f"num-{data.evaluated}-examples": data.test.num_examples,
+    }
     classes = getattr(data.train, "classes", None)
-    return facts if classes is None else {**facts, "classes": classes}
+    if classes is None and "train" in data.class_counts:
+        classes = " ".join(map(str, data.class_counts["train"]))
+    if classes is not None:
+        facts["classes"] = classes
+    for split, counts in data.class_counts.items():
+        facts[f"{split}-counts"] = " ".join(f"{name}:{count}" for name, count in counts.items())
+    return facts
 
 
 def save_state(state: AgentState, path: Path) -> None:

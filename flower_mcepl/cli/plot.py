@@ -26,6 +26,7 @@ def plot(
       accuracy-bytes.png     accuracy by bytes over the links, on a logarithmic axis
       spread.png             every agent's accuracy at the end
       graph.png              who talks to whom, colored by accuracy
+      holdings*.png          who holds what: examples of each class in each agent's splits
       agreement*.png         how far the agents' masks agree, beside the overlap of their classes
       filters*.png           share of kept weights in every filter, layer by layer
 

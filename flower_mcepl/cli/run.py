@@ -13,6 +13,7 @@ from rich.text import Text
 
 from flower_mcepl.cli.compare import print_comparison
 from flower_mcepl.cli.wide import print_table, wide_console
+from flower_mcepl.launch.plan import parse_run_config
 from flower_mcepl.ledger import human_bytes
 from flower_mcepl.record import Run, read_run
 from flower_mcepl.studies import Outcome, Study, compare, read_study, run_study
@@ -23,6 +24,10 @@ from flower_mcepl.studies.runner import CSV, MARKDOWN, finished_runs, is_finishe
 def run(
     study: Annotated[Path, typer.Argument(help="The study: a TOML file.", metavar="STUDY.toml")],
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time (engine in-process only).")] = 1,
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option(help="Settings for every run, over those of [config], as in `flwr run`; may be repeated."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the study, list its runs, and stop.")] = False,
 ) -> None:
     """Do all runs of a study, and put them side by side.
@@ -54,9 +59,10 @@ def run(
     Examples:
       flower-mcepl run examples/paper/2-ablation.toml --dry-run
       flower-mcepl run examples/paper/2-ablation.toml --jobs 2
+      flower-mcepl run examples/paper/cifar10-ablation.toml --run-config 'data="/path/to/cifar10"'
       flower-mcepl compare runs/ablation --target 0.9
     """  # noqa: D301 (click's sign for lines that stay as they are)
-    plan = read_study(study)
+    plan = read_study(study, parse_run_config(run_config or []))
     console = wide_console()
     if dry_run:
         _list_runs(plan, console)

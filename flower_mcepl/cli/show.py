@@ -5,13 +5,20 @@ from typing import Annotated
 
 import typer
 
+from flower_mcepl.cli.wide import print_holdings, wide_console
+from flower_mcepl.plots.holdings import holdings_of
 from flower_mcepl.record import read_run
 from flower_mcepl.report import agent_table
 
 
 def show(run: Annotated[Path, typer.Argument(help="A run record: the folder with config.json.")]) -> None:
-    """Print what a run's agents reached and what it cost.
+    """Print what a run's agents reached, what it cost, and who held what.
 
     Works on a run that was killed or is still going on, too. Every number is explained in docs/run-record.md.
     """
-    typer.echo(agent_table(read_run(run)), nl=False)
+    found = read_run(run)
+    typer.echo(agent_table(found), nl=False)
+    holdings = holdings_of(found.config.get("agents") or [])
+    if holdings is not None:
+        typer.echo()
+        print_holdings(holdings, wide_console())

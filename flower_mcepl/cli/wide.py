@@ -2,8 +2,11 @@
 
 import sys
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from flower_mcepl.plots.holdings import Holdings
 
 _WIDEST = 1000  # columns of a table
 
@@ -17,3 +20,15 @@ def wide_console() -> Console:
 def print_table(table: Table) -> None:
     """Print a table as wide as its cells are; rich would cut them to fit the terminal."""
     Console(file=sys.stdout, width=_WIDEST).print(table, crop=False)
+
+
+def print_holdings(holdings: Holdings, console: Console) -> None:
+    """Print the table of who holds what."""
+    titles, rows = holdings.table()
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for title in titles:
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    print_table(table)
+    console.print(holdings.legend())

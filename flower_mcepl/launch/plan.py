@@ -46,6 +46,31 @@ def format_run_config(run_config: Mapping[str, object] | Sequence[str]) -> list[
     return [f"{key}={_toml_value(key, value)}" for key, value in run_config.items()]
 
 
+def parse_run_config(entries: Sequence[str]) -> dict[str, Any]:
+    """Return what values of ``--run-config`` set, each ``key=value ...`` or the path of a TOML file, as Flower does.
+
+    Raises
+    ------
+    ConfigError
+        If one is neither.
+    """
+    found: dict[str, Any] = {}
+    for entry in entries:
+        if entry.strip().endswith(".toml"):
+            found |= _read_toml(Path(entry.strip()).expanduser())
+            continue
+        pairs = _PAIR.findall(entry)
+        try:
+            if not pairs or _PAIR.sub("", entry).strip():
+                raise ValueError("it is no list of key=value")
+            found |= {key: tomllib.loads(f"value = {value}")["value"] for key, value in pairs}
+        except ValueError as error:
+            raise ConfigError(
+                f"a run config is 'key=value key=\"text\" ...' or the path of a TOML file; got {entry!r}: {error}."
+            ) from None
+    return found
+
+
 def _toml_value(key: str, value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()

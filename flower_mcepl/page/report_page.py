@@ -6,7 +6,7 @@ from typing import Any
 
 from flower_mcepl.page.elements import Html, document, element, image, joined, style
 from flower_mcepl.page.style import CSS
-from flower_mcepl.plots.gallery import Gallery, Picture, draw_gallery
+from flower_mcepl.plots.gallery import Gallery, Picture, draw_gallery, holdings_by_subject
 from flower_mcepl.record import Run
 from flower_mcepl.report import agent_table
 from flower_mcepl.studies.compare import compare
@@ -14,7 +14,11 @@ from flower_mcepl.studies.sources import Source
 from flower_mcepl.studies.tables import cells, footnotes, titles
 
 _DEFINED = (
-    ("personalised accuracy", "the share of an agent's own test split that its own model classifies correctly"),
+    (
+        "personalised accuracy",
+        "the share of an agent's own test split (validation split, where the settings say so) that its own model "
+        "classifies correctly",
+    ),
     ("bytes", "payload that crossed the wire, counted on every directed link; headers and key frames included"),
     ("mask", "one bit for each maskable weight: kept or not. Density: the share of kept weights"),
     ("Jaccard index", "of two sets: the size of what both hold, divided by the size of what either holds"),
@@ -37,6 +41,7 @@ def report_page(source: Source) -> str:
         *_results(source, gallery),
         *_pictures(gallery),
         *_what_was_run(source),
+        *_who_held_what(gallery),
         *_runs(source.runs),
         element("h2", "How the numbers are defined"),
         element("dl", *(part for term, text in _DEFINED for part in (element("dt", term), element("dd", text)))),
@@ -99,7 +104,7 @@ def _pictures(gallery: Gallery) -> Iterator[Html]:
     for place, subject in () if alone else enumerate(gallery.subjects):
         own = [_figure(picture) for picture in gallery.pictures if picture.subject == place]
         if own:
-            yield element("details", element("summary", f"Masks: {subject.label}"), *own)
+            yield element("details", element("summary", f"Data and masks: {subject.label}"), *own)
     if gallery.missing:
         yield element("h3", "What is not here")
         yield _notes(gallery.missing)
@@ -145,6 +150,21 @@ def _pairs(title: str, words: tuple[str, str, str], tables: Sequence[Mapping[str
 
 def _text(value: Any) -> str:
     return "-" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _who_held_what(gallery: Gallery) -> Iterator[Html]:
+    for holdings, places in holdings_by_subject(gallery.subjects):
+        if holdings is None:
+            continue
+        everyone = len(places) == len(gallery.subjects)
+        of = "" if everyone else f": {'; '.join(gallery.subjects[place].label for place in places)}"
+        titles, rows = holdings.table()
+        yield element(
+            "details",
+            element("summary", f"Who held what{of}"),
+            _table(titles, rows, numbers_from=0),
+            _notes([holdings.legend()]),
+        )
 
 
 # --- run by run ---

@@ -13,6 +13,8 @@ from flower_mcepl.plots.filters import filter_densities
 from flower_mcepl.plots.final_masks import Masks, final_masks
 from flower_mcepl.plots.graph import draw_graphs
 from flower_mcepl.plots.heat_maps import draw_agreement
+from flower_mcepl.plots.holding_charts import draw_holdings
+from flower_mcepl.plots.holdings import Holdings, holdings_of
 from flower_mcepl.plots.subjects import Subject, subjects_of
 from flower_mcepl.record import Run
 from flower_mcepl.report import report_extra
@@ -59,6 +61,7 @@ def draw_gallery(runs: Sequence[Run]) -> Gallery:
     _curves(gallery)
     _spread(gallery)
     _graphs(gallery)
+    _holdings(gallery)
     for subject in subjects[_MASKS:]:
         gallery.missing.append(f"masks of {subject.label}: they are drawn for the first {_MASKS} combinations")
     with torch_threads(1):  # more of them gain nothing here, and fight with what else the machine does
@@ -132,10 +135,52 @@ def _graphs(gallery: Gallery) -> None:
     gallery.pictures.append(Picture("graph.png", "Communication graph", caption, picture))
 
 
+def holdings_by_subject(subjects: Sequence[Subject]) -> list[tuple[Holdings | None, list[int]]]:
+    """Return who holds what in the subjects' first runs, once each, with the places of the subjects that have it."""
+    found: list[tuple[Holdings | None, list[int]]] = []
+    for place, subject in enumerate(subjects):
+        holdings = holdings_of(subject.run.config.get("agents") or [])
+        alike = [places for other, places in found if other == holdings]
+        if alike:
+            alike[0].append(place)
+        else:
+            found.append((holdings, [place]))
+    return found
+
+
+def _holdings(gallery: Gallery) -> None:
+    for holdings, places in holdings_by_subject(gallery.subjects):
+        labels = [gallery.subjects[place].label for place in places]
+        if holdings is None:
+            gallery.missing += [
+                f"who holds what of {label}: the record does not tell examples by class" for label in labels
+            ]
+            continue
+        everyone = len(places) == len(gallery.subjects)
+        first = gallery.subjects[places[0]]
+        if places[0] >= _MASKS:
+            gallery.missing.append(f"who holds what of {labels[0]}: it is drawn for the first {_MASKS} combinations")
+            continue
+        also = f" The same in {', '.join(labels[1:])}." if len(labels) > 1 and not everyone else ""
+        caption = f"The agents' {holdings.legend()}{_about(first)}; a disc's area is their number.{also}"
+        file = "holdings.png" if everyone else f"holdings{_suffix(gallery, places[0])}.png"
+        subject = None if everyone else places[0]
+        gallery.pictures.append(Picture(file, "Who holds what", caption, draw_holdings(holdings), subject))
+
+
+def _about(subject: Subject) -> str:
+    several = len(subject.runs) > 1
+    return f" of {subject.run.path.name}, the first of {len(subject.runs)} seeds" if several else ""
+
+
+def _suffix(gallery: Gallery, place: int) -> str:
+    """Return what the name of a picture about one subject ends with."""
+    return "" if len(gallery.subjects) == 1 else f"-{place + 1:02d}-{_plain(gallery.subjects[place].label)}"
+
+
 def _masks(gallery: Gallery, place: int) -> None:
     subject = gallery.subjects[place]
-    suffix = "" if len(gallery.subjects) == 1 else f"-{place + 1:02d}-{_plain(subject.label)}"
-    about = f" of {subject.run.path.name}, the first of {len(subject.runs)} seeds" if len(subject.runs) > 1 else ""
+    suffix, about = _suffix(gallery, place), _about(subject)
     masks, problem = final_masks(subject.run)
     if problem is not None:
         gallery.missing.append(f"mask agreement and filter densities of {subject.label}: {problem}")

@@ -1,10 +1,10 @@
 """Check what a person asks of a graph; the ``TopologyError`` of a wrong value says what to change."""
 
-import difflib
 import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from flower_mcepl import specs
 from flower_mcepl.errors import TopologyError
 
 T = TypeVar("T")
@@ -47,8 +47,4 @@ def between(value: float, what: str, *, most: int) -> float:
 
 def lookup(known: Mapping[str, T], name: str, what: str) -> T:
     """Return what is known under a name; a name that is not gets the closest one as a hint."""
-    if name in known:
-        return known[name]
-    close = difflib.get_close_matches(str(name).lower(), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise TopologyError(f"unknown {what} {name!r}; known: {', '.join(sorted(known)) or 'none'}.{hint}")
+    return specs.lookup(known, name, what, error=TopologyError)

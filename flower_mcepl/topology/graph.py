@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
 from flower_mcepl.errors import TopologyError
+from flower_mcepl.specs import parse_spec
 from flower_mcepl.streams import stream_seed
 from flower_mcepl.topology import checks
 from flower_mcepl.topology.files import read_graph
@@ -78,6 +78,8 @@ class Topology:
 
     def to_networkx(self, *, round: int = 0) -> Any:
         """Return the graph of one round as ``networkx.DiGraph`` if directed, else ``networkx.Graph``."""
+        import networkx as nx  # here: a device knows its neighbors from the relay, and never loads it
+
         graph = nx.DiGraph() if self.directed else nx.Graph()
         graph.add_nodes_from(range(self.num_agents))
         graph.add_edges_from(self.links(round=round))
@@ -85,6 +87,8 @@ class Topology:
 
     def components(self, *, round: int = 0) -> Table:
         """Return the (strongly, if directed) connected components, each sorted, by their first agent."""
+        import networkx as nx
+
         split = nx.strongly_connected_components if self.directed else nx.connected_components
         return tuple(sorted(tuple(sorted(part)) for part in split(self.to_networkx(round=round))))
 
@@ -142,9 +146,8 @@ class Topology:
         """
         from flower_mcepl.topology.specs import SPECS  # here: the specs are built from this class
 
-        name, _, rest = str(spec).partition(":")
-        entry = checks.lookup(SPECS, name.strip(), "topology")
-        return entry.build(num_agents, seed, **entry.options(name.strip(), rest.strip()))
+        _, entry, options = parse_spec(spec, SPECS, noun="topology", error=TopologyError)
+        return entry.build(num_agents, seed, **options)
 
     @classmethod
     def ring(cls, n: int) -> "Topology":
@@ -191,6 +194,8 @@ class Topology:
                 "an Erdos-Renyi graph takes either a probability or a mean degree, not both or none; "
                 f"got probability={probability}, mean degree={mean_degree}. Leave one out."
             )
+        import networkx as nx
+
         return _static("erdos-renyi", nx.gnp_random_graph(n, chance, seed=_nx_seed(seed)).edges(), num_agents=n)
 
     @classmethod
@@ -206,6 +211,8 @@ class Topology:
                 f"a small world needs an even degree, half to each side; got {degree}. "
                 f"Take {degree - 1} or {degree + 1}."
             )
+        import networkx as nx
+
         graph = nx.watts_strogatz_graph(n, degree, rewiring, seed=_nx_seed(seed))
         return _static("small-world", graph.edges(), num_agents=n)
 
@@ -218,6 +225,8 @@ class Topology:
                 "a regular graph needs num_agents * degree to be even; "
                 f"got {n} * {degree} = {n * degree}. Change either by one."
             )
+        import networkx as nx
+
         graph = nx.random_regular_graph(degree, n, seed=_nx_seed(seed))
         return _static("random-regular", graph.edges(), num_agents=n)
 
@@ -270,6 +279,8 @@ class Topology:
 
     def _union_verdict(self) -> str:
         """Say after which round the links so far connect everyone, within the first N rounds."""
+        import networkx as nx
+
         union = nx.DiGraph()
         union.add_nodes_from(range(self.num_agents))
         for t in range(self.num_agents):

@@ -3,18 +3,18 @@
 from flwr.app import Context
 
 from flower_mcepl.clients import make_client_app
+from flower_mcepl.splits import DataSettings
 from mcepl_cifar10.task import load_data, model_fn
 
 
 def data_fn(context: Context):
-    """Return the training and test split of the agent that this node is."""
+    """Return the training, validation and test split of the agent that this node is."""
     run = context.run_config
     return load_data(
         int(context.node_config["partition-id"]),
         data=str(run["data"]),
         num_agents=int(run["num-agents"]),
-        classes_per_agent=int(run["classes-per-agent"]),
-        train_fraction=float(run["train-fraction"]),
+        settings=DataSettings.from_run_config(run),
         seed=int(run["seed"]),
     )
 

@@ -1,4 +1,4 @@
-"""The task: the network of the paper, and CIFAR-10, divided so that each agent holds a few classes."""
+"""The task: the network of the paper, and CIFAR-10 divided over the agents."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -7,11 +7,14 @@ import numpy as np
 import torch
 from datasets import Dataset, load_dataset
 from flwr.app import Context
-from flwr_datasets.partitioner import PathologicalPartitioner
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from flower_mcepl.models import AlexNetCifar
+from flower_mcepl.partition import Indices, Partition
+from flower_mcepl.splits import DataSettings, own_splits, own_tests
+
+Split = tuple[Tensor, Tensor]
 
 
 def model_fn(context: Context) -> AlexNetCifar:
@@ -34,17 +37,10 @@ def load_split(data: str, split: str) -> Dataset:
 
 
 @lru_cache
-def training_parts(data: str, num_agents: int, classes_per_agent: int, seed: int) -> PathologicalPartitioner:
-    """Divide the training images: every agent gets some random classes and shares them with their other holders."""
-    parts = PathologicalPartitioner(
-        num_partitions=num_agents,
-        partition_by="label",
-        num_classes_per_partition=classes_per_agent,
-        class_assignment_mode="random",
-        seed=seed,
-    )
-    parts.dataset = load_split(data, "train")
-    return parts
+def training_images(data: str) -> tuple[Dataset, np.ndarray]:
+    """Return the training images, still encoded, and their labels."""
+    images = load_split(data, "train")
+    return images, np.asarray(images["label"])
 
 
 @lru_cache
@@ -53,19 +49,30 @@ def test_images(data: str) -> TensorDataset:
     return TensorDataset(*decode(load_split(data, "test")))
 
 
-def load_data(
-    agent: int, *, data: str, num_agents: int, classes_per_agent: int, train_fraction: float, seed: int
-) -> tuple[tuple[Tensor, Tensor], Subset]:
-    """Return the agent's ``(images, labels)`` for training and its test split.
+@lru_cache
+def parts(data: str, partition: str, num_agents: int, seed: int) -> tuple[Indices, ...]:
+    """Return which training images each agent holds."""
+    return Partition.parse(partition).divide(training_images(data)[1], num_agents=num_agents, seed=seed)
 
-    Training: a random `train_fraction` of the images that the agent holds. Testing: every test image of its classes.
+
+def load_data(
+    agent: int, *, data: str, num_agents: int, settings: DataSettings, seed: int
+) -> tuple[Split, Split | None, Subset]:
+    """Return the agent's training, validation and test split.
+
+    Training and validation, ``(images, labels)`` each, are of the training images that the agent holds; a run without
+    a validation split has None. Testing: CIFAR-10's own test images, those of the agent's classes.
     """
-    part = training_parts(data, num_agents, classes_per_agent, seed).load_partition(agent)
-    chosen = np.random.default_rng([seed, agent]).permutation(len(part))[: round(train_fraction * len(part))]
-    images, labels = decode(part.select(np.sort(chosen)))
+    images, labels = training_images(data)
+    mine = parts(data, settings.partition, num_agents, seed)[agent]
+    places = own_splits(labels[mine], settings, seed=seed, agent=agent)
+    train, validation = (
+        decode(images.select(mine[np.sort(chosen)])) if len(chosen) else None
+        for chosen in (places.train, places.validation)
+    )
     test = test_images(data)
-    own = torch.isin(test.tensors[1], labels).nonzero().flatten()
-    return (images, labels), Subset(test, own.tolist())
+    own = own_tests(test.tensors[1], labels[mine], settings, seed=seed, agent=agent)
+    return train, validation, Subset(test, own.tolist())
 
 
 def decode(split: Dataset) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from flower_mcepl.strategies import make_strategy
-from mcepl_quickstart.task import Net
+from mcepl_quickstart.task import model_fn
+
+APP_KEYS = ["partition", "train-fraction", "validation-fraction", "test-fraction", "stratify", "width"]
 
 app = ServerApp()
 
@@ -12,5 +14,5 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the algorithm that the run config names."""
-    strategy = make_strategy(context, lambda context: Net(), app_keys=["classes-per-agent"], name="quickstart")
+    strategy = make_strategy(context, model_fn, app_keys=APP_KEYS, name="quickstart")
     strategy.start(grid=grid)

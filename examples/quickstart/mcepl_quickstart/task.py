@@ -1,37 +1,43 @@
-"""The task: a small network, and scikit-learn's digits divided so that each agent holds a few classes."""
+"""The task: a small network, and scikit-learn's digits divided over the agents."""
 
 from functools import lru_cache
 
-import numpy as np
 import torch
-from datasets import Dataset
-from flwr_datasets.partitioner import PathologicalPartitioner
+from flwr.app import Context
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+from flower_mcepl.partition import Indices, Partition
+from flower_mcepl.splits import DataSettings, own_splits
+
+GROUPS = 8  # of channels, for the group norm
+Split = tuple[Tensor, Tensor]
 
 
 class Net(nn.Module):
     """Two convolutions and two linear layers for images [batch, 1, 8, 8].
 
     The weights stay random, so their scale matters more than usual: Kaiming initialisation, and a group norm
-    without parameters, keep the signal alive where a mask leaves one weight in ten.
+    without parameters, keep the signal alive where a mask leaves one weight in ten. `width` is a factor on channels
+    and hidden units, rounded to whole groups of the norm.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: float = 1.0) -> None:
         super().__init__()
+        first, second, hidden = (GROUPS * max(1, round(width * size / GROUPS)) for size in (32, 64, 128))
         self.layers = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1, bias=False),
-            nn.GroupNorm(8, 32, affine=False),
+            nn.Conv2d(1, first, 3, padding=1, bias=False),
+            nn.GroupNorm(GROUPS, first, affine=False),
             nn.ELU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1, bias=False),
-            nn.GroupNorm(8, 64, affine=False),
+            nn.Conv2d(first, second, 3, padding=1, bias=False),
+            nn.GroupNorm(GROUPS, second, affine=False),
             nn.ELU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(256, 128),
+            nn.Linear(4 * second, hidden),
             nn.ELU(),
-            nn.Linear(128, 10),
+            nn.Linear(hidden, 10),
         )
         for layer in self.layers:
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -42,28 +48,35 @@ class Net(nn.Module):
         return self.layers(images)
 
 
+def model_fn(context: Context) -> Net:
+    """Return the network of the run."""
+    return Net(width=float(context.run_config["width"]))
+
+
 @lru_cache
-def partitioner(num_agents: int, classes_per_agent: int, seed: int) -> PathologicalPartitioner:
-    """Divide the digits: every agent gets images of `classes_per_agent` classes."""
-    digits = load_digits()
-    parts = PathologicalPartitioner(
-        num_partitions=num_agents,
-        partition_by="label",
-        num_classes_per_partition=classes_per_agent,
-        class_assignment_mode="deterministic",
-        seed=seed,
+def digits() -> tuple[Tensor, Tensor]:
+    """Return all images [1797, 1, 8, 8] with values from -1 to 1, and their labels."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    return images, torch.tensor(data.target, dtype=torch.long)
+
+
+@lru_cache
+def parts(partition: str, num_agents: int, seed: int) -> tuple[Indices, ...]:
+    """Return which images each agent holds."""
+    return Partition.parse(partition).divide(digits()[1], num_agents=num_agents, seed=seed)
+
+
+def load_data(agent: int, *, num_agents: int, settings: DataSettings, seed: int) -> tuple[Split, Split | None, Split]:
+    """Return the agent's training, validation and test split, each ``(images, labels)``, all from its own images.
+
+    A run without a validation split has None.
+    """
+    images, labels = digits()
+    mine = parts(settings.partition, num_agents, seed)[agent]
+    places = own_splits(labels[mine], settings, seed=seed, agent=agent)
+    train, validation, test = (
+        (images[mine[chosen]], labels[mine[chosen]]) if len(chosen) else None
+        for chosen in (places.train, places.validation, places.test)
     )
-    parts.dataset = Dataset.from_dict({"image": digits.images.reshape(-1, 64), "label": digits.target})
-    return parts
-
-
-def load_data(
-    agent: int, *, num_agents: int, classes_per_agent: int, seed: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return the agent's ``(images, labels)`` for training (80 %) and for testing (20 %), both of its own classes."""
-    part = partitioner(num_agents, classes_per_agent, seed).load_partition(agent).with_format("numpy")
-    order = np.random.default_rng([seed, agent]).permutation(len(part))
-    images = torch.tensor(part["image"][order], dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
-    labels = torch.tensor(part["label"][order], dtype=torch.long)
-    cut = len(part) * 4 // 5
-    return (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
+    return train, validation, test
