@@ -1,12 +1,15 @@
 """Names in Flower's messages and states: kebab-case, in one place, with a version."""
 
-MESSAGE_VERSION = 2  # raise it when a record or key changes its meaning
+MESSAGE_VERSION = 3  # raise it when a record or key changes its meaning
 
 # Records of a train or closing message, relay to agent
 FRAMES = (
     "frames"  # ArrayRecord of uint8 arrays: key "3/0" is the first frame of agent 3, "3/1" the one that builds on it
 )
 ORDER = "order"  # ConfigRecord: what to do
+INITIAL = "initial-arrays"  # ArrayRecord: what an app of neighbor_average_mod begins with; only where it may lack them
+IDENTIFY = "identify"  # ConfigRecord, in place of all others: say which agent you are, and do nothing
+TRAIN_CONFIG, EVALUATE_CONFIG = "train-config", "evaluate-config"  # ConfigRecords for such an app; left out if empty
 
 # Records of the answer
 FRAME = "frame"  # ArrayRecord of uint8 arrays: FRAME, and KEY_FRAME where one was asked for
@@ -25,7 +28,11 @@ MAX_STALENESS = "max-staleness"
 ACKNOWLEDGED = "acknowledged"  # round of the agent's newest frame that the relay has; left out if it has none
 WHOLE = "whole"  # bool: send a whole frame, too
 INTRODUCE = "introduce"  # bool: the relay does not know this node's handshake
-AGENTS_DIR = "agents-dir"  # simulation only: where the final states go
+RUN = "run"  # 16 hex digits that stand for the run; the same when it is resumed from its record
+AGENTS_DIR = "agents-dir"  # simulation only: where the final states go, and with STORE each round's
+LAYOUT = "layout"  # JSON text: names, types and shapes of the initial arrays; left out if there are none
+STORE = "store"  # bool, simulation only: keep the state after this round in AGENTS_DIR, too; left out if not
+CHECKPOINTS = "checkpoints"  # list of rounds that the relay could go back to; left out if there are none
 
 # Keys of AGENT beside those of Agent.describe()
 FRESH = "fresh"  # bool: the agent began without a saved state

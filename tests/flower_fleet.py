@@ -4,17 +4,18 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, Context, Message
+from flwr.app import ArrayRecord, Context, Message
 
 from flower_mcepl import Agent, Topology
 from flower_mcepl.clients import make_agent_app, make_client_app
 from flower_mcepl.clients.app import agent_index
+from flower_mcepl.clients.memory import STATE
+from flower_mcepl.generation import Generation
 from flower_mcepl.strategies import GossipStrategy
 
-from .fleet import SEED, make_agent, small_net, split
+from .fleet import make_agent
+from .flower_messages import RUN_CONFIG, data_fn, frame_bytes, model_fn
 from .inprocess_grid import InProcessGrid
-
-RUN_CONFIG = {"seed": SEED, "batch-size": 8, "score-lr": 1.0, "finetune-lr": 1.0}
 
 
 class RecordingGrid(InProcessGrid):
@@ -26,7 +27,7 @@ class RecordingGrid(InProcessGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         replies = list(super().pull_messages(message_ids))
-        self.answers += replies
+        self.answers += [reply for reply in replies if not reply.has_error()]
         return replies
 
 
@@ -40,20 +41,12 @@ def app_grid(num_nodes: int, **run_config: Any) -> RecordingGrid:
     return RecordingGrid(make_client_app(model_fn, data_fn), num_nodes, {**RUN_CONFIG, **run_config})
 
 
-def model_fn(context: Context) -> Any:
-    return small_net()
-
-
-def data_fn(context: Context) -> tuple[Any, Any]:
-    index = agent_index(context)
-    return split(index), split(1000 + index)
-
-
 def gossip(
     grid: InProcessGrid,
     topology: Topology | None = None,
     *,
     rounds: int = 4,
+    timeout: float = 30.0,
     before: Mapping[int, Callable[[], None]] | None = None,
     after: Callable[[int], None] = lambda round: None,
     **options: Any,
@@ -68,17 +61,13 @@ def gossip(
             after(round)
         steps.pop(round + 1, lambda: None)()
 
-    strategy.start(grid, num_rounds=rounds, timeout=30.0, evaluate_fn=between_rounds)
+    strategy.start(grid, num_rounds=rounds, timeout=timeout, evaluate_fn=between_rounds)
     assert not steps
     return strategy
 
 
 def sent_round(message: Message) -> int:
     return int(message.content["order"]["server-round"])
-
-
-def frame_bytes(array: Array) -> bytes:
-    return bytes(array.numpy().tobytes())
 
 
 def down_frames(message: Message) -> dict[int, list[bytes]]:
@@ -98,19 +87,29 @@ def up_frames(reply: Message) -> list[bytes]:
 
 def held_rounds(grid: InProcessGrid, node: int) -> dict[int, int]:
     """Which round of which agent a node holds, as its Context says."""
-    record = grid.contexts[node].state.array_records["mcepl-inbox"]
     return {
-        int(name.partition("/")[0]): int(array.numpy()[0]) for name, array in record.items() if name.endswith("/round")
+        int(name.partition("/")[0]): int(array[0])
+        for name, array in state_of(grid.contexts[node]).inbox.items()
+        if name.endswith("/round")
     }
 
 
 def state_facts(grid: InProcessGrid, node: int) -> dict[str, Any]:
     """The agent's facts in the node's Context."""
-    return dict(json.loads(str(grid.contexts[node].state["mcepl-facts"]["facts"])))
+    return state_of(grid.contexts[node]).state.facts
+
+
+def state_of(context: Context) -> Generation:
+    """What the Context holds of its agent."""
+    return Generation.decode(context.state.array_records[STATE]["generation"].data)
 
 
 def state_bytes(context: Context) -> dict[str, bytes]:
-    """Everything in a Context, bit for bit."""
-    records = context.state.array_records
-    arrays = {f"{name}/{key}": array.data for name, record in records.items() for key, array in record.items()}
-    return {**arrays, "facts": str(context.state.config_records.get("mcepl-facts")).encode()}
+    """Everything that a Context holds of its agent, bit for bit; nothing where it is empty."""
+    if not context.state:
+        return {}
+    found = state_of(context)
+    tensors = {name: tensor.numpy() for name, tensor in found.state.tensors.items()}
+    parts = {"agent": tensors, "inbox": found.inbox, "outbox": found.outbox}
+    arrays = {f"{part}/{name}": array.tobytes() for part, held in parts.items() for name, array in held.items()}
+    return {**arrays, "facts": json.dumps(found.state.facts, sort_keys=True).encode()}

@@ -26,12 +26,14 @@ class InProcessGrid(Grid):
         self.app, self.num_nodes, self.run_config = app, num_nodes, dict(run_config or {})
         self.contexts: dict[int, Context] = {}
         self.down: set[int] = set()  # not online
-        self.silent: set[int] = set()  # online, but the message never arrives
-        self.mute: set[int] = set()  # online and at work, but the answer never arrives
+        self.silent: set[int] = set()  # online, but the message never arrives: the SuperLink answers in the end
+        self.mute: set[int] = set()  # online and at work, but the answer never arrives: the same
+        self.slow: set[int] = set()  # online and at work, but the answer lies there only after `deliver`
         self.unavailable: set[int] = set()  # the SuperLink answers for them with an error
         self.tamper: Callable[[Message], Message] = lambda message: message  # on what goes to a node
         self.log: list[Message] = []  # everything sent to nodes
         self._replies: dict[str, Message] = {}
+        self._kept_back: dict[str, Message] = {}
         for index in range(num_nodes):
             self.add_node(1000 + index, index)
 
@@ -42,7 +44,7 @@ class InProcessGrid(Grid):
             node_id=node,
             state=RecordDict(),
             run_config=self.run_config,
-            node_config={**config, **node_config},
+            node_config={"state-dir": "none", **config, **node_config},  # in the context, as in simulation
         )
 
     def set_run(self, run: Any) -> None: ...
@@ -65,17 +67,29 @@ class InProcessGrid(Grid):
             message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
             self.log.append(message)
             node = message.metadata.dst_node_id
-            if node in self.contexts and node not in self.down | self.silent:
+            if node in self.contexts and node not in self.down:
                 reply = self._reply(node, self.tamper(_travel(message)))
-                if node not in self.mute:
-                    self._replies[message.metadata.message_id] = reply
+                self.answered(message.metadata.message_id, node, reply)
         return [message.metadata.message_id for message in messages]
+
+    def answered(self, message_id: str, node: int, reply: Message) -> None:
+        """Let an answer lie where it is pulled from, or keep it back."""
+        (self._kept_back if node in self.slow else self._replies)[message_id] = reply
+
+    def deliver(self) -> None:
+        """Let all answers arrive that were kept back."""
+        self._replies |= self._kept_back
+        self._kept_back = {}
 
     def _reply(self, node: int, message: Message) -> Message:
         if node in self.unavailable:
-            reply = Message(Error(5, "Node Unavailable"), reply_to=message)
-            reply.metadata.__dict__["_src_node_id"] = SUPERLINK
-            return reply
+            return _error(message, 5, "Node Unavailable")
+        if node in self.silent:
+            return _error(message, 3, "Message Unavailable")
+        reply = self._work(node, message)
+        return _error(message, 4, "Reply Unavailable") if node in self.mute else reply
+
+    def _work(self, node: int, message: Message) -> Message:
         context = copy.deepcopy(self.contexts[node])
         try:
             reply = _travel(self.app(message, context))
@@ -89,6 +103,12 @@ class InProcessGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return self.pull_messages(self.push_messages(messages))
+
+
+def _error(message: Message, code: int, reason: str) -> Message:
+    reply = Message(Error(code, reason), reply_to=message)
+    reply.metadata.__dict__["_src_node_id"] = SUPERLINK
+    return reply
 
 
 def _travel(message: Message) -> Message:

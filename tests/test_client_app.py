@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.supercore.task_identity import TaskIdentity  # private, needed by Message()
 
 from flower_mcepl import (
     AgentData,
@@ -25,6 +24,7 @@ from flower_mcepl import (
 )
 from flower_mcepl.agents import AgentState
 from flower_mcepl.clients import make_agent_app, make_client_app
+from flower_mcepl.clients.memory import STATE
 from flower_mcepl.wire import FrameHeader, read_header
 
 from .fleet import make_agent, small_net, split
@@ -40,53 +40,12 @@ from .flower_fleet import (
     state_bytes,
     up_frames,
 )
-
-run_ids = iter(range(100, 10_000))
+from .flower_messages import a_context, a_message, be_a_node, frame_of, the_app
 
 
 @pytest.fixture(autouse=True)
 def identity() -> None:
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-
-
-def a_context(agent: int = 0, *, run_id: int | None = None, node: dict[str, Any] | None = None, **run: Any) -> Context:
-    return Context(
-        run_id=next(run_ids) if run_id is None else run_id,
-        node_id=1000 + agent,
-        node_config={"partition-id": agent, **(node or {})},
-        state=RecordDict(),
-        run_config={**RUN_CONFIG, **run},
-    )
-
-
-def a_message(
-    round: int, *, frames: dict[int, bytes] | None = None, neighbors: Sequence[int] | None = None, **order: Any
-) -> Message:
-    """What the relay sends; without `neighbors` it is what a node gets that the relay does not know yet."""
-    record = ConfigRecord(
-        {
-            keys.VERSION: keys.MESSAGE_VERSION,
-            keys.ROUND: round,
-            keys.FUSE: neighbors is not None,
-            keys.EVALUATE: False,
-            keys.TRAIN: True,
-            keys.MAX_STALENESS: 5,
-            **{name.replace("_", "-"): value for name, value in order.items()},
-        }
-    )
-    if neighbors:
-        record[keys.NEIGHBORS] = list(neighbors)
-    arrays = {f"{j}/0": Array(np.frombuffer(frame, np.uint8)) for j, frame in (frames or {}).items()}
-    content = RecordDict({keys.ORDER: record, keys.FRAMES: ArrayRecord(arrays)})
-    return Message(content, dst_node_id=1000, message_type="train")
-
-
-def the_app() -> ClientApp:
-    return make_client_app(model_fn, data_fn)
-
-
-def frame_of(answer: Message) -> bytes:
-    return frame_bytes(answer.content[keys.FRAME][keys.FRAME])
+    be_a_node()
 
 
 def three_rounds(apps: Iterable[ClientApp], context: Context) -> list[bytes]:
@@ -125,7 +84,7 @@ def test_closing_message_trains_nothing_and_brings_no_frame() -> None:
     assert {"accuracy", "loss", "num-examples", "density"} <= set(metrics)
     assert keys.FRAME not in answer.content.array_records
     assert keys.REFUSED not in answer.content.config_records[keys.AGENT]
-    assert state_bytes(context)["mcepl-agent/scores/0.weight"] == before["mcepl-agent/scores/0.weight"]
+    assert state_bytes(context)["agent/scores/0.weight"] == before["agent/scores/0.weight"]
 
 
 def test_a_query_says_who_it_is_without_calling_the_app() -> None:
@@ -269,7 +228,7 @@ def test_the_context_stays_as_it_was_where_anything_fails(verb: str) -> None:
     ):
         app(a_message(2, neighbors=(1, 2), evaluate=True), context)
     assert state_bytes(context) == before
-    assert set(context.state) == {"mcepl-agent", "mcepl-inbox", "mcepl-outbox", "mcepl-facts"}
+    assert set(context.state) == {STATE}
 
 
 def test_facts_that_json_cannot_hold_leave_the_context_empty() -> None:
@@ -487,7 +446,7 @@ def test_a_node_must_say_which_agent_it_is(partition: Any) -> None:
 @pytest.mark.parametrize("message_type", ["train", "evaluate"])
 def test_a_message_of_another_strategy_or_version(content: RecordDict, came: str, message_type: str) -> None:
     message = Message(content, dst_node_id=1000, message_type=message_type)
-    expected = rf"agent 2: .*messages of version 2; got {came}\. Use GossipStrategy, and the same release"
+    expected = rf"agent 2: .*messages of version 3; got {came}\. Use GossipStrategy, and the same release"
     with pytest.raises(ConfigError, match=expected):
         the_app()(message, a_context(2))
 
@@ -497,8 +456,8 @@ def test_a_message_of_another_strategy_or_version(content: RecordDict, came: str
     [
         ((split(0, size=0), split(0)), "agent 4's training split is empty.*leave this agent out"),
         ((split(0), split(0, size=0)), "agent 4's test split is empty"),
-        ([split(0), split(0)], r"must return the pair \(train, test\); for agent 4 it gave list"),
-        (None, r"must return the pair \(train, test\); for agent 4 it gave NoneType"),
+        ([split(0), split(0)], r"must return the pair \(train, test\), or .*; for agent 4 it gave list"),
+        (None, r"must return the pair \(train, test\), or .*; for agent 4 it gave NoneType"),
         ((split(0), "test"), "agent 4's test split must be a pair of tensors .*got str"),
         (((split(0)[0], split(0, size=5)[1]), split(0)), "agent 4's training split holds 24 inputs but 5 labels"),
     ],
@@ -506,6 +465,26 @@ def test_a_message_of_another_strategy_or_version(content: RecordDict, came: str
 def test_data_that_are_none(splits: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         make_client_app(model_fn, lambda context: splits)(a_message(1), a_context(4))
+
+
+@pytest.mark.parametrize(("split_name", "size"), [("test", 5), ("validation", 7)])
+def test_the_run_config_says_what_an_agent_is_evaluated_on(split_name: str, size: int) -> None:
+    app = make_client_app(model_fn, lambda context: (split(0), split(1, size=7), split(2, size=5)))
+    context = a_context(4)
+    context.run_config["evaluate-on"] = split_name
+    facts = app(a_message(1), context).content.config_records[keys.AGENT]
+    assert facts[f"num-{split_name}-examples"] == size
+    assert facts["validation-counts"].count(":") == len(set(split(1, size=7)[1].tolist()))
+    metrics = app(a_message(2, evaluate=True), context).content.metric_records[keys.METRICS]
+    assert metrics["num-examples"] == size
+
+
+@pytest.mark.parametrize("splits", [(split(0), split(1)), (split(0), None, split(1))])
+def test_a_validation_split_that_is_asked_for_must_be_there(splits: Any) -> None:
+    context = a_context(4)
+    context.run_config["evaluate-on"] = "validation"
+    with pytest.raises(DataError, match="evaluate-on is 'validation', but agent 4 has no validation split"):
+        make_client_app(model_fn, lambda context: splits)(a_message(1), context)
 
 
 def test_inputs_that_are_not_finite() -> None:

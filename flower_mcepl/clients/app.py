@@ -2,10 +2,10 @@
 
 import contextlib
 import json
-import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -16,21 +16,24 @@ from torch import nn
 
 from flower_mcepl import keys
 from flower_mcepl.agents import Agent, agent_file, make_agent, save_state
-from flower_mcepl.clients.memory import recall, remember, remembers
+from flower_mcepl.clients.guard import answer_to, check_mods
+from flower_mcepl.clients.memory import Memory, in_simulation, open_memory
 from flower_mcepl.config import read_fields
 from flower_mcepl.data import AgentData
 from flower_mcepl.envelope import open_envelope
 from flower_mcepl.errors import ConfigError, DataError, FlowerMceplError, FrameError, names_agent
+from flower_mcepl.generation import Generation
 from flower_mcepl.masked_model import shared_module
 from flower_mcepl.relay import Parcel
-from flower_mcepl.rounds import Mail, Reply, open_mail, play_round, refusal
-from flower_mcepl.settings import DeviceSettings
+from flower_mcepl.rounds import Reply, open_mail, play_round, refusal
+from flower_mcepl.settings import DeviceSettings, RunSettings
 from flower_mcepl.streams import isolated_rng
 from flower_mcepl.threads import torch_threads
 
 ModelFn = Callable[[Context], nn.Module]
 DataFn = Callable[[Context], tuple[object, object]]
 AgentFn = Callable[[Context], Agent]
+Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
 
 AGENTS_KEPT = 32  # in one process, so that not every message builds its agent anew
 _shared: dict[tuple[object, ...], Any] = {}  # modules and data of the present run, for all agents of this process
@@ -41,12 +44,42 @@ _agents: dict[tuple[object, ...], Agent] = {}  # those last used come last
 class AgentApp(ClientApp):
     """A ClientApp that plays one agent; its functions give who runs it without Flower the same agent and network."""
 
-    def __init__(self, agent_fn: AgentFn, module_fn: ModelFn | None) -> None:
-        super().__init__()
+    def __init__(self, agent_fn: AgentFn, module_fn: ModelFn | None, mods: Sequence[Mod] = ()) -> None:
+        check_mods(mods)
+        super().__init__(mods=list(mods))
         self.agent_fn, self.module_fn = agent_fn, module_fn
+        self.id = uuid.uuid4().hex  # Ray pickles the app for every message: identity must travel with it
+        self._open: contextlib.ExitStack | None = None  # what is held until the message is answered
+        self._finish: Callable[[], None] | None = None  # keeps the new state
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer a message, and keep the agent's new state once nothing can fail any more, mods included."""
+        try:
+            with contextlib.ExitStack() as self._open:
+                reply = answer_to(message, context, super().__call__)
+                if self._finish is not None and not reply.has_error():
+                    with _naming_the_agent(context):
+                        self._finish()
+                return reply
+        finally:
+            self._open = self._finish = None
+
+    def play(self, message: Message, context: Context) -> Message:
+        """Play the round that a message orders; `__call__` keeps the state."""
+        assert self._open is not None
+        with _naming_the_agent(context):
+            self._open.close()  # of an earlier call, where a mod calls twice: the round is then played again
+            order = _order(message)
+            settings = _device_settings(context)
+            memory = self._open.enter_context(
+                open_memory(context, order, agent=agent_index(context), settings=settings)
+            )
+            with torch_threads(settings.threads):
+                content, self._finish = _play(self, message, order, context, memory)
+            return Message(content, reply_to=message)
 
 
-def make_client_app(model_fn: ModelFn, data_fn: DataFn) -> ClientApp:
+def make_client_app(model_fn: ModelFn, data_fn: DataFn, *, mods: Sequence[Mod] = ()) -> ClientApp:
     """Make the ClientApp of one agent from what a Flower app has anyway.
 
     Parameters
@@ -55,14 +88,23 @@ def make_client_app(model_fn: ModelFn, data_fn: DataFn) -> ClientApp:
         ``model_fn(context)`` returns the network, freshly initialised. It is called on the run's seed, so that
         every device draws the same weights; they are never sent.
     data_fn : callable
-        ``data_fn(context)`` returns the agent's ``(train, test)`` splits: pairs of tensors, map-style datasets or
-        DataLoaders (see `flower_mcepl.data.AgentData.of`). Which agent it is stands in
+        ``data_fn(context)`` returns the agent's splits ``(train, test)`` or ``(train, validation, test)``: pairs of
+        tensors, map-style datasets or DataLoaders (see `flower_mcepl.data.AgentData.of`). The run-config key
+        ``evaluate-on`` says which of the last two the agent is evaluated on. Which agent it is stands in
         ``context.node_config["partition-id"]``.
+    mods : sequence of callables (default: none)
+        Flower's mods around every message, ``mod(message, context, call_next)``, as for any ClientApp. The agent's
+        new state is kept only after they have let the answer pass.
+
+    Raises
+    ------
+    ConfigError
+        If a mod cannot work here, as Flower's own that clip arrays or add noise.
 
     Notes
     -----
     All parameters are read from the run config (``algorithm``, the parameters of that algorithm, `DeviceSettings`,
-    ``seed``); a SuperNode's node config may set ``retention-conv``, ``retention-linear``, ``device`` and ``threads``
+    ``seed``); a SuperNode's node config may set ``retention-conv``, ``retention-linear`` and the `DeviceSettings`
     for itself. Both functions are called once per process and run, and their results are kept. On a device every
     message is a process of its own; what they draw from a global generator is the same each time.
 
@@ -94,27 +136,26 @@ def make_client_app(model_fn: ModelFn, data_fn: DataFn) -> ClientApp:
             device=_device(context),
         )
 
-    return make_agent_app(agent_fn, module_fn)
+    return make_agent_app(agent_fn, module_fn, mods=mods)
 
 
-def make_agent_app(agent_fn: AgentFn, module_fn: ModelFn | None = None) -> ClientApp:
+def make_agent_app(agent_fn: AgentFn, module_fn: ModelFn | None = None, *, mods: Sequence[Mod] = ()) -> ClientApp:
     """Make a ClientApp from a function that builds the agent of a context.
 
     Where a process gets several messages for one agent it may build it once and `Agent.restore` it for each.
 
     ``module_fn`` gives the network that a server of these agents is made with, where they have one and are run
-    without Flower.
+    without Flower; ``mods`` are as for `make_client_app`.
     """
-    app = AgentApp(agent_fn, module_fn)
-    app_id = uuid.uuid4().hex
+    app = AgentApp(agent_fn, module_fn, mods)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _play(app_id, agent_fn, message, context)
+        return app.play(message, context)
 
     @app.evaluate()
     def close(message: Message, context: Context) -> Message:
-        return _play(app_id, agent_fn, message, context)
+        return app.play(message, context)
 
     @app.query()
     def identify(message: Message, context: Context) -> Message:
@@ -152,12 +193,7 @@ def _naming_the_agent(context: Context) -> Iterator[None]:
         ) from error
 
 
-def _play(app_id: str, agent_fn: AgentFn, message: Message, context: Context) -> Message:
-    with _naming_the_agent(context):
-        return _play_message(app_id, agent_fn, message, context)
-
-
-def _play_message(app_id: str, agent_fn: AgentFn, message: Message, context: Context) -> Message:
+def _order(message: Message) -> ConfigRecord:
     order = message.content.config_records.get(keys.ORDER)
     if order is None or order.get(keys.VERSION) != keys.MESSAGE_VERSION:
         raise ConfigError(
@@ -165,22 +201,30 @@ def _play_message(app_id: str, agent_fn: AgentFn, message: Message, context: Con
             f"{None if order is None else order.get(keys.VERSION)!r}. Use GossipStrategy, and the same release "
             "of flower-mcepl on server and devices."
         )
+    return order
+
+
+def _play(
+    app: AgentApp, message: Message, order: ConfigRecord, context: Context, memory: Memory
+) -> tuple[RecordDict, Callable[[], None]]:
+    """Return what the agent answers, and what keeps its new state."""
     parcel, damaged = _parcel(message, order)
-    with torch_threads(_device_settings(context).threads):
-        place = (context.run_id, app_id, agent_index(context))
-        # Only a state makes a used agent what it has to be; where anything fails below, it is not used again.
-        agent = _agents.pop(place, None) if remembers(context) else None
-        agent = agent or agent_fn(context)
-        mail = open_mail(agent, max_staleness=int(order[keys.MAX_STALENESS]))  # type: ignore[arg-type]
-        fresh = not recall(context, agent, mail)
-        if fresh:  # nothing has been learned yet that could be evaluated
-            parcel = replace(parcel, evaluate=False)
-        reply = play_round(agent, mail, parcel)
+    place = (context.run_id, app.id, agent_index(context))
+    past = memory.recall(before=parcel.round)
+    # Only a state makes a used agent what it has to be; where anything fails below, it is not used again.
+    used = _agents.pop(place, None)
+    agent = used if used is not None and past is not None else app.agent_fn(context)
+    mail = open_mail(agent, max_staleness=int(order[keys.MAX_STALENESS]))  # type: ignore[arg-type]
+    if past is None:  # nothing has been learned yet that could be evaluated
+        parcel = replace(parcel, evaluate=False)
+    else:
+        past.restore(agent, mail)
+    reply = play_round(agent, mail, parcel)
     reply = replace(reply, refused=[*damaged, *reply.refused])
-    content = _answer(agent, reply, fresh=fresh, introduce=bool(order.get(keys.INTRODUCE, True)))
+    content = _answer(agent, reply, fresh=past is None, introduce=bool(order.get(keys.INTRODUCE, True)))
     _keep(place, agent)
-    _finish_round(agent, mail, context, order)  # last: where anything above fails, the old state stays
-    return Message(content, reply_to=message)
+    future = Generation.of(agent, mail, run=str(order[keys.RUN]), round=parcel.round)
+    return content, partial(_finish_round, memory, future, order)
 
 
 def _parcel(message: Message, order: ConfigRecord) -> tuple[Parcel[bytes], list[str]]:
@@ -233,28 +277,31 @@ def _answer(agent: Agent, reply: Reply, *, fresh: bool, introduce: bool) -> Reco
     return content
 
 
-def _finish_round(agent: Agent, mail: Mail, context: Context, order: ConfigRecord) -> None:
+def _finish_round(memory: Memory, future: Generation, order: ConfigRecord) -> None:
     folder = order.get(keys.AGENTS_DIR)
-    if folder and _in_simulation():
-        save_state(agent.state(), Path(str(folder)) / agent_file(agent.index))
-    remember(context, agent, mail)
-
-
-def _in_simulation() -> bool:
-    """Tell whether this process is a worker of Flower's Ray simulation; on devices the state stays on the device."""
-    ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())
+    if folder and not order[keys.TRAIN] and in_simulation():
+        save_state(future.state, Path(str(folder)) / agent_file(future.agent))
+    memory.remember(future)
 
 
 def _load(data_fn: DataFn, context: Context, *, seed: int) -> AgentData:
     index = agent_index(context)
     with isolated_rng(seed, "data", agent=index):
         splits: object = data_fn(context)
-    if not isinstance(splits, tuple) or len(splits) != 2:
+    if not isinstance(splits, tuple) or len(splits) not in (2, 3):
+        got = f"a tuple of {len(splits)}" if isinstance(splits, tuple) else type(splits).__name__
         raise DataError(
-            f"the data function must return the pair (train, test); for agent {index} it gave {type(splits).__name__}."
+            "the data function must return the pair (train, test), or (train, validation, test); for agent "
+            f"{index} it gave {got}."
         )
-    return AgentData.of(*splits, agent=index)
+    train, *validation, test = splits
+    return AgentData.of(
+        train,
+        test,
+        agent=index,
+        validation=validation[0] if validation else None,
+        evaluate_on=read_fields(RunSettings, context.run_config).evaluate_on,
+    )
 
 
 def _keep(place: tuple[object, ...], agent: Agent) -> None:
