@@ -5,14 +5,15 @@ from dataclasses import replace
 from typing import Any, Generic, final
 
 import torch
+from numpy.typing import NDArray
 
-from flower_mcepl.agents.agent import Payload
+from flower_mcepl.agents.agent import AgentState, Payload
 from flower_mcepl.config import check
 from flower_mcepl.errors import CorruptFrameError, ForeignFrameError, FrameError, ReplayedFrameError
 from flower_mcepl.ledger import Ledger
 from flower_mcepl.mailbox import Mailbox
 from flower_mcepl.outbox import Outbox
-from flower_mcepl.relay import FrameT, Parcel, Posted, shipments
+from flower_mcepl.relay import ExchangeState, FrameT, Parcel, Posted, by_number, post_facts, shipments
 from flower_mcepl.rounds import refusal
 from flower_mcepl.servers.server import Server
 from flower_mcepl.topology import Topology
@@ -109,6 +110,52 @@ class Center(Generic[FrameT]):
         except FrameError as error:
             return [refusal(agent, error)]
         return []
+
+    def state(self, *, round: int) -> ExchangeState[FrameT]:
+        """Return all that must survive after ``round``, which the server aggregates first if it has not."""
+        self._close(round)
+        server = self.server.state()
+        arrays = {f"server/{name}": tensor.detach().cpu().numpy() for name, tensor in server.tensors.items()}
+        arrays |= {f"mailbox/{name}": array for name, array in self._mailbox.arrays().items()}
+        for place, outbox in self._outboxes.items():
+            arrays |= {f"outbox-{place}/{name}": array for name, array in outbox.arrays().items()}
+        facts: dict[str, Any] = {
+            "server": server.facts,
+            "outboxes": list(self._outboxes),
+            "facts": {agent: dict(facts) for agent, facts in self._facts.items()},
+            "held": dict(self._held),
+            "newest": self._newest,
+            "for-all": None if self._for_all is None else [self._for_all[0], *post_facts(self._for_all[1])],
+            "ledger": self.ledger.state(),
+        }
+        return ExchangeState(facts, arrays, {} if self._for_all is None else {"for-all": self._for_all[1].frame})
+
+    def restore(self, state: ExchangeState[FrameT]) -> None:
+        """Continue exactly where `state` was taken; the server must be one of the same algorithm, run and fleet.
+
+        Raises
+        ------
+        StateError
+            If the server's state is of another one, or something in it is damaged.
+        """
+        groups: dict[str, dict[str, NDArray[Any]]] = {}
+        for place, array in state.arrays.items():
+            group, _, name = place.partition("/")
+            groups.setdefault(group, {})[name] = array
+        facts = state.facts
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in groups.get("server", {}).items()}
+        self.server.restore(AgentState(tensors, facts["server"]))
+        self._mailbox.restore(groups.get("mailbox", {}))
+        self._outboxes = {}
+        for place in facts["outboxes"]:
+            self._outbox(place).restore(groups.get(f"outbox-{place}", {}))
+        self._facts, self._held = by_number(facts["facts"]), by_number(facts["held"])
+        self._newest, self._inbox = facts["newest"], {}
+        self._for_all = None
+        if facts["for-all"] is not None:
+            round, *rest = facts["for-all"]
+            self._for_all = (round, Posted(state.frames["for-all"], *rest))
+        self.ledger.restore(facts["ledger"])
 
     def _checked(self, found: Mapping[int, Payload], agent: int, round: int) -> Payload:
         """Return the payload that came if the server can make use of it."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from flower_mcepl.ledger import Ledger
-from flower_mcepl.relay import FrameT, Parcel, Posted
+from flower_mcepl.relay import ExchangeState, FrameT, Parcel, Posted
 from flower_mcepl.topology import Topology
 
 
@@ -31,5 +31,16 @@ class Exchange(Protocol[FrameT]):
         ...
 
     def post(self, agent: int, posts: Sequence[Posted[FrameT]], *, round: int) -> Sequence[str] | None:
-        """Take the agent's frames of ``round``; whoever opens them returns why some are refused."""
+        """Take the agent's frames of ``round``; whoever opens them returns why some are refused.
+
+        Frames that come late, in a later round, count as those of their own round.
+        """
+        ...
+
+    def state(self, *, round: int) -> ExchangeState[FrameT]:
+        """Return all that must survive after ``round``, before any parcel of the next one is asked for."""
+        ...
+
+    def restore(self, state: ExchangeState[FrameT]) -> None:
+        """Continue exactly where `state` was taken; graph or server, and settings, must be the same."""
         ...

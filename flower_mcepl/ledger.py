@@ -1,7 +1,7 @@
 """Who sent how many bytes to whom."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,6 +54,7 @@ class Ledger:
         self.deliveries = 0  # payloads handed out: one or several frames over one link in one round
         self.fp32_bytes = 0
         self.paper_convention_bits = 0
+        self.initial_bytes = 0  # of initial arrays, from the server to nodes; over no link
         self._told: dict[tuple[int, ...], list[int]] = {}  # as of the last `changes`
 
     def add_uplink(self, agent: int, frames: Sequence[Shipment]) -> None:
@@ -69,6 +70,10 @@ class Ledger:
         self.deliveries += 1
         self.fp32_bytes += 4 * frames[-1].num_weights
         self.paper_convention_bits += frames[-1].kept_weights
+
+    def add_initial(self, num_bytes: int) -> None:
+        """Count initial arrays that the server hands to one node; they come from no agent and are in no other total."""
+        self.initial_bytes += num_bytes
 
     def sent(self, agent: int) -> int:
         """Return the bytes over the agent's outgoing links."""
@@ -101,6 +106,7 @@ class Ledger:
             "busiest_agent_total": handled.get(busiest, 0) if busiest is not None else 0,
             "fp32_total": self.fp32_bytes,
             "paper_convention_bytes": self.paper_convention_bits / 8,
+            **({"initial_total": self.initial_bytes} if self.initial_bytes else {}),
         }
 
     def link_rows(self) -> list[dict[str, Any]]:
@@ -117,6 +123,32 @@ class Ledger:
             ((agent,), self.uplinks[agent]) for agent in sorted(self.uplinks)
         ]
         return {"links": self._rows(links), "uplinks": self._rows(uplinks)}
+
+    def state(self) -> dict[str, Any]:
+        """Return all counts, JSON-able and in their order, as sums of floats depend on it."""
+        return {
+            "links": [[*ends, *asdict(count).values()] for ends, count in self.links.items()],
+            "uplinks": [[agent, *asdict(count).values()] for agent, count in self.uplinks.items()],
+            "sent": [[agent, count] for agent, count in self._sent.items()],
+            "received": [[agent, count] for agent, count in self._received.items()],
+            "told": [[list(ends), counts] for ends, counts in self._told.items()],
+            "deliveries": self.deliveries,
+            "fp32-bytes": self.fp32_bytes,
+            "paper-convention-bits": self.paper_convention_bits,
+            "initial-bytes": self.initial_bytes,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Count on from where `state` was taken."""
+        self.links = defaultdict(Count, {(row[0], row[1]): Count(*row[2:]) for row in state["links"]})
+        self.uplinks = defaultdict(Count, {row[0]: Count(*row[1:]) for row in state["uplinks"]})
+        self._sent = defaultdict(int, dict(state["sent"]))
+        self._received = defaultdict(int, dict(state["received"]))
+        self._told = {tuple(ends): list(counts) for ends, counts in state["told"]}
+        self.deliveries = state["deliveries"]
+        self.fp32_bytes = state["fp32-bytes"]
+        self.paper_convention_bits = state["paper-convention-bits"]
+        self.initial_bytes = state["initial-bytes"]
 
     def _rows(self, counts: Iterable[tuple[tuple[int, ...], Count]]) -> list[list[int]]:
         rows = []

@@ -8,7 +8,7 @@ from typing import Any, Generic
 
 from flower_mcepl.exchange import Exchange
 from flower_mcepl.ledger import human_bytes
-from flower_mcepl.record import RunRecord, accuracy_summary
+from flower_mcepl.record import Run, RunRecord, accuracy_summary
 from flower_mcepl.relay import FrameT, Posted
 
 
@@ -25,6 +25,7 @@ class Answer(Generic[FrameT]):
     lacking: Sequence[int] = ()  # neighbors whose frames build on some that the agent does not hold
     fresh: bool = False  # the agent began without a saved state
     raw: Sequence[bytes] = ()  # the frames' bytes, for those who keep them for study
+    late_of: int | None = None  # the earlier round that it answers; None: the present one
 
 
 @dataclass
@@ -63,22 +64,26 @@ class RunMonitor(Generic[FrameT]):
         *,
         failed: Mapping[str, str] | None = None,
         missing: Sequence[int] = (),
+        states: Mapping[str, str] | None = None,
     ) -> None:
         """Take in the answers of ``round``; number ``num_rounds + 1`` is the closing exchange.
 
-        ``failed`` holds a reason by agent or node, ``missing`` the agents that did not answer at all.
+        ``failed`` holds a reason by agent or node, ``missing`` the agents that did not answer at all, and ``states``
+        what has changed about agents or nodes since the round before.
         """
         answers = dict(sorted(answers.items()))
         for agent, answer in answers.items():
             spent = answer.metrics.get("seconds", 0.0)
             self._agent_seconds[agent] = self._agent_seconds.get(agent, 0.0) + spent
         # Before the new frames count: a row's bytes are those that led to the model it speaks of.
-        evaluated = [self._row(agent, round - 1, a) for agent, a in answers.items() if "accuracy" in a.metrics]
+        evaluated = [
+            self._row(agent, (a.late_of or round) - 1, a) for agent, a in answers.items() if "accuracy" in a.metrics
+        ]
         self.rows += evaluated
         refused = {agent: list(answer.refused) for agent, answer in answers.items() if answer.refused}
         for agent, answer in answers.items():
             self.relay.answered(agent, answer.facts, answer.held, answer.lacking)
-            for reason in self.relay.post(agent, answer.posts, round=round) or ():
+            for reason in self.relay.post(agent, answer.posts, round=answer.late_of or round) or ():
                 refused.setdefault(self.relay.topology.num_agents, []).append(reason)  # the server's number
                 self.log(f"round {round}: the server refused a frame. {reason}")
             for reason in answer.refused:
@@ -88,10 +93,11 @@ class RunMonitor(Generic[FrameT]):
                     f"round {round}: agent {agent} lacks what the frames of these agents build on, and gets it "
                     f"next: {', '.join(map(str, answer.lacking))}"
                 )
-        losses = [a.metrics["train-loss"] for a in answers.values() if "train-loss" in a.metrics]
+        timely = [a for a in answers.values() if a.late_of is None]
+        losses = [a.metrics["train-loss"] for a in timely if "train-loss" in a.metrics]
         if losses:
             self.train_loss[round] = fmean(losses)
-        closed = _ClosedRound(round, answers, dict(failed or {}), list(missing), refused, evaluated)
+        closed = _ClosedRound(round, answers, dict(failed or {}), list(missing), refused, evaluated, dict(states or {}))
         if self.record is not None:
             self._write(self.record, closed)
         self.log(self._line(closed))
@@ -129,6 +135,18 @@ class RunMonitor(Generic[FrameT]):
             self.record.finish(status, **summary)
         return {"status": status, **summary}
 
+    def state(self) -> dict[str, Any]:
+        """Return what must survive beside the record's lines, JSON-able."""
+        return {"agent-seconds": self._agent_seconds, "seconds": time.perf_counter() - self._start}
+
+    def restore(self, state: Mapping[str, Any], run: Run) -> None:
+        """Go on from where `state` was taken and ``run``, the record, ended."""
+        self._agent_seconds = {int(agent): seconds for agent, seconds in state["agent-seconds"].items()}
+        self._start = time.perf_counter() - state["seconds"]
+        self._introduced = {facts["agent"]: facts for facts in run.config.get("agents", [])}
+        self.rows = list(run.rounds)
+        self.train_loss = {row["round"]: row["train_loss"] for row in run.relay if row["train_loss"] is not None}
+
     def _row(self, agent: int, round: int, answer: Answer[FrameT]) -> dict[str, Any]:
         ledger, metrics = self.relay.ledger, answer.metrics
         return {
@@ -157,7 +175,7 @@ class RunMonitor(Generic[FrameT]):
         record.log_agents(closed.evaluated)
         record.log_traffic({"round": closed.round, **self.relay.ledger.changes()})
         for agent, answer in answers.items():
-            record.keep_frames(closed.round, agent, answer.raw)
+            record.keep_frames(answer.late_of or closed.round, agent, answer.raw)
         totals = self.relay.ledger.totals()
         record.log_round(
             {
@@ -166,10 +184,12 @@ class RunMonitor(Generic[FrameT]):
                 "agents": self.relay.topology.num_agents,
                 "failed": closed.failed,
                 "missing": closed.missing,
+                "states": closed.states,
+                "late": {agent: a.late_of for agent, a in answers.items() if a.late_of is not None},
                 "refused": closed.refused,
                 "fresh": [agent for agent, a in answers.items() if a.fresh],
                 "lacking": {agent: list(a.lacking) for agent, a in answers.items() if a.lacking},
-                "frames": {agent: a.content for agent, a in answers.items() if a.content is not None},
+                "frames": {agent: a.content for agent, a in answers.items() if a.content and not a.late_of},
                 "train_loss": self.train_loss.get(closed.round),
                 "link_bytes": totals["links_total"],
                 "uplink_bytes": totals["uplink_total"],
@@ -184,6 +204,8 @@ class RunMonitor(Generic[FrameT]):
         else:
             parts = [f"round {closed.round}/{self.num_rounds}", f"{self._time_left(closed.round)} left"]
         parts.append(f"{len(closed.answers)}/{self.relay.topology.num_agents} answered")
+        late = sum(answer.late_of is not None for answer in closed.answers.values())
+        parts[-1] += f" ({late} late)" if late else ""
         parts += [f"{len(closed.failed)} failed"] if closed.failed else []
         parts += [f"no answer from {', '.join(map(str, closed.missing))}"] if closed.missing else []
         if closed.round in self.train_loss:
@@ -218,3 +240,4 @@ class _ClosedRound(Generic[FrameT]):
     missing: list[int]
     refused: dict[int, list[str]]  # by who refused
     evaluated: list[dict[str, Any]]  # rows of rounds.jsonl, of the round before
+    states: dict[str, str]  # of agents and nodes, where they changed

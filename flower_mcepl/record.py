@@ -9,6 +9,7 @@
     ├── traffic.jsonl  one line per round: frames and bytes over every link and uplink
     ├── summary.json   written once, at the end; a killed run has none
     ├── agents/        agent-0003.safetensors ...: final states, in simulation only
+    ├── checkpoint/    what a run that breaks off is resumed from; gone when it has finished
     └── frames/        00017-agent-0003.frame ...: every frame, where that was asked for
 
 Every file is standard JSON: a number that is not finite is written as ``null``. Lines are flushed one by one,
@@ -88,8 +89,8 @@ class RunRecord:
         RecordError
             `path` is taken, the folder cannot be written, or `config` holds something JSON cannot.
         """
-        stamped = {**config, "name": name, "started": _now(), "versions": _versions()}
-        text = _dumps(stamped, indent=2)
+        stamped = {**config, "name": name, "started": utc_now(), "versions": package_versions()}
+        text = to_json(stamped, indent=2)
         folder = Path(path).absolute() if path is not None else Path(root).absolute()
         with _writing(folder):
             if path is None:
@@ -105,7 +106,7 @@ class RunRecord:
         """Add to ``config.json`` what is known only after the start, such as ``agents``; in one step."""
         with _writing(self.path / CONFIG):
             config = _read_object(self.path / CONFIG)
-            _replace(self.path / CONFIG, _dumps({**config, **more}, indent=2))
+            _replace(self.path / CONFIG, to_json({**config, **more}, indent=2))
 
     @property
     def agents_dir(self) -> Path:
@@ -146,7 +147,7 @@ class RunRecord:
         if status not in STATUSES:
             raise ConfigError(f"a run ends with one of {', '.join(STATUSES)}; got {status!r}.")
         seconds = time.monotonic() - self._began
-        text = _dumps({"status": status, "seconds": seconds, "ended": _now(), **summary}, indent=2)
+        text = to_json({"status": status, "seconds": seconds, "ended": utc_now(), **summary}, indent=2)
         with _writing(self.path / SUMMARY):
             _replace(self.path / SUMMARY, text)
 
@@ -155,7 +156,7 @@ class RunRecord:
         for row in rows:
             if absent := [key for key in keys if key not in row]:
                 raise RecordError(f"a line of {file} needs {', '.join(keys)}; missing: {', '.join(absent)}.")
-            lines.append(_dumps(row) + "\n")
+            lines.append(to_json(row) + "\n")
         # Opened per call: a record holds no handle, so it can be copied into another process.
         with _writing(self.path / file), open(self.path / file, "a", encoding="utf-8", buffering=1) as sink:
             sink.writelines(lines)
@@ -335,7 +336,8 @@ def _agent_states(folder: Path) -> dict[int, Path]:
 # --- values ---
 
 
-def _dumps(value: Mapping[str, Any], *, indent: int | None = None) -> str:
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Write a value of a run record as standard JSON; a number that is not finite becomes ``null``."""
     return json.dumps(_plain(value), allow_nan=False, indent=indent)
 
 
@@ -358,11 +360,13 @@ def _plain(value: Any) -> Any:
     raise RecordError(f"a run record holds JSON values; got {type(value).__name__}: {value!r:.60}.")
 
 
-def _now() -> str:
+def utc_now() -> str:
+    """Return the time as records tell it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python, the platform and the packages that matter to a run."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from numpy.typing import NDArray
+
 from flower_mcepl.config import check
 from flower_mcepl.ledger import Ledger, Shipment
 from flower_mcepl.topology import Topology
@@ -41,6 +43,15 @@ class Posted(Generic[FrameT]):
     def is_key(self) -> bool:
         """Tell whether everyone can decode it: it is whole, or builds on the common first payload."""
         return not self.builds_on
+
+
+@dataclass(frozen=True)
+class ExchangeState(Generic[FrameT]):
+    """What of a `Relay` or `Center` must survive a round: JSON-able facts, arrays and frames by name."""
+
+    facts: dict[str, Any]
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    frames: dict[str, FrameT] = field(default_factory=dict)
 
 
 class Relay(Generic[FrameT]):
@@ -110,15 +121,52 @@ class Relay(Generic[FrameT]):
         self._broken |= self._began_whole.pop(agent, set()) & set(lacking)
 
     def post(self, agent: int, posts: Sequence[Posted[FrameT]], *, round: int) -> None:
-        """Take the agent's frames of ``round``, each of which suffices, for its neighbors' next parcels."""
+        """Take the agent's frames of ``round``, each of which suffices, for its neighbors' next parcels.
+
+        Frames that come late count as those of their own round; they never replace newer ones.
+        """
         if not posts:
             return
         self.ledger.add_uplink(agent, shipments(posts, self._facts.get(agent, {})))
         kept = self._posted.get(agent, [])
+        if kept and kept[-1][0] >= round:
+            return
         if any(post.is_key for post in posts):  # who lacks more than a few rounds gets the whole frame from now on
             kept = [(r, post) for r, post in kept if not post.is_key and round - r <= self.max_staleness]
             self._broken.discard(agent)
         self._posted[agent] = [*kept, *((round, post) for post in posts)]
+
+    def state(self, *, round: int) -> ExchangeState[FrameT]:
+        """Return all that must survive after ``round``, before any parcel of the next one is asked for."""
+        posted = {agent: [[r, *post_facts(post)] for r, post in posts] for agent, posts in self._posted.items()}
+        return ExchangeState(
+            facts={
+                "posted": posted,
+                "facts": {agent: dict(facts) for agent, facts in self._facts.items()},
+                "held": {agent: dict(held) for agent, held in self._held.items()},
+                "began-whole": {agent: sorted(senders) for agent, senders in self._began_whole.items()},
+                "broken": sorted(self._broken),
+                "ledger": self.ledger.state(),
+            },
+            frames={
+                f"{agent}/{place}": post.frame
+                for agent, posts in self._posted.items()
+                for place, (_, post) in enumerate(posts)
+            },
+        )
+
+    def restore(self, state: ExchangeState[FrameT]) -> None:
+        """Continue exactly where `state` was taken; topology and settings must be the same."""
+        facts = state.facts
+        self._posted = {
+            int(agent): [(r, Posted(state.frames[f"{agent}/{place}"], *rest)) for place, (r, *rest) in enumerate(posts)]
+            for agent, posts in facts["posted"].items()
+        }
+        self._facts = {int(agent): told for agent, told in facts["facts"].items()}
+        self._held = {int(agent): by_number(held) for agent, held in facts["held"].items()}
+        self._began_whole = {int(agent): set(senders) for agent, senders in facts["began-whole"].items()}
+        self._broken = set(facts["broken"])
+        self.ledger.restore(facts["ledger"])
 
     def _missing(self, agent: int, sender: int, previous: int) -> list[Posted[FrameT]]:
         """Return the fewest bytes that bring the agent from what it holds of the sender to the newest frame."""
@@ -154,6 +202,16 @@ def shipments(posts: Sequence[Posted[Any]], facts: Mapping[str, Any]) -> list[Sh
     """Return frames as the ledger counts them; ``facts`` are of the handshake that says what they stand for."""
     weights, kept = int(facts.get("num-weights", 0)), int(facts.get("kept-weights", 0))
     return [Shipment(post.num_bytes, post.header_bytes, post.is_key, weights, kept) for post in posts]
+
+
+def post_facts(post: Posted[Any]) -> list[Any]:
+    """Return all of a posted frame but the frame itself, in the order of its fields."""
+    return [post.num_bytes, post.header_bytes, post.builds_on]
+
+
+def by_number(mapping: Mapping[Any, Any]) -> dict[int, Any]:
+    """Return what JSON made of a mapping by number: its keys are texts there."""
+    return {int(key): value for key, value in mapping.items()}
 
 
 def _num_bytes(chain: Sequence[Posted[Any]]) -> int:

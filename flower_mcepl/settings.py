@@ -1,13 +1,17 @@
 """The settings of a run and of a device, as keys of the run config."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from flower_mcepl.agents.registry import algorithm_keys, find_algorithm
 from flower_mcepl.config import RunConfig, check, field_keys, read_fields, refuse_unknown_keys, with_section
+from flower_mcepl.data import EVALUATED
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.splits import check_data_keys
 from flower_mcepl.topology import Topology
 
 
@@ -17,14 +21,47 @@ class DeviceSettings:
 
     device: str = "auto"  # "auto" (CUDA, else MPS, else CPU), or a torch device such as "cpu" or "cuda:1"
     threads: int = 1  # of torch on the CPU; float sums depend on it. 0: torch's own choice
+    state_dir: str = (
+        ""  # where a device keeps its agent's state: a folder; "": in the user's; "none": in Flower's Context
+    )
+    state_runs: int = 2  # runs whose states stay in state_dir
 
     def __post_init__(self) -> None:
+        check(self.state_runs >= 1, "state-runs must be >= 1", self.state_runs)
+        check(
+            self.state_dir in ("", "none") or self.state_dir.startswith("~") or Path(self.state_dir).is_absolute(),
+            'state-dir must be an absolute path, or "none" to keep the state in Flower\'s Context',
+            self.state_dir,
+        )
         check(self.threads >= 0, "threads must be >= 0 (0: torch's own choice)", self.threads)
         try:
             torch.device("cpu" if self.device == "auto" else self.device)
         except RuntimeError as error:
             raise ConfigError(
                 f"device must be auto, cpu, cuda, cuda:N or mps; got {self.device!r} ({error})."
+            ) from None
+
+    def state_folder(self) -> Path | None:
+        """Return the folder of the device's states, None if they stay in Flower's Context.
+
+        By default it is ``$XDG_STATE_HOME/flower_mcepl``, else ``~/.local/state/flower_mcepl``.
+
+        Raises
+        ------
+        ConfigError
+            If there is no home folder, as for some system users.
+        """
+        if self.state_dir == "none":
+            return None
+        try:
+            if self.state_dir:
+                return Path(self.state_dir).expanduser()
+            home = os.environ.get("XDG_STATE_HOME", "")
+            return (Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "state") / "flower_mcepl"
+        except RuntimeError as error:
+            raise ConfigError(
+                f"this process has no home folder for its agent's state ({error}); state-dir is {self.state_dir!r}. "
+                "Set state-dir to an absolute path in the SuperNode's --node-config."
             ) from None
 
 
@@ -44,19 +81,26 @@ class RunSettings:
     seed: int = 0
     topology: str = "ring"  # see Topology.parse
     evaluate_every: int = 10  # rounds
+    evaluate_on: str = "test"  # the split that accuracy and loss are of: one of flower_mcepl.data.EVALUATED
     max_staleness: int = 5  # rounds for which an absent neighbor's last mask stays in use
     key_interval: int = 0  # rounds between whole frames; 0: when the deltas since the last one have as many bytes
     keep_frames: bool = False  # keep every frame in the run record
     min_agents: int = 0  # agents that must take part in round 1; 0: all
-    round_timeout: float = 600.0  # seconds
+    round_timeout: float = 600.0  # seconds that a round may take
+    timeout_factor: float = 5.0  # times the usual answer time, after which an agent is not waited for; 0: round_timeout
     wait_timeout: float = 120.0  # seconds to wait for the first nodes
     record_dir: str = "runs"  # the run record becomes a folder in here
+    checkpoint_every: int = 25  # rounds between checkpoints in the run record; 0: none
+    resume: str = ""  # the run record of a run that broke off: it goes on in there
 
     def __post_init__(self) -> None:
         for name in ("num_agents", "num_rounds", "evaluate_every"):
             check(getattr(self, name) >= 1, f"{name.replace('_', '-')} must be >= 1", getattr(self, name))
+        check(self.evaluate_on in EVALUATED, f"evaluate-on must be one of {', '.join(EVALUATED)}", self.evaluate_on)
         check(self.max_staleness >= 0, "max-staleness must be >= 0", self.max_staleness)
         check(self.key_interval >= 0, "key-interval must be >= 0", self.key_interval)
+        check(self.checkpoint_every >= 0, "checkpoint-every must be >= 0 (0: none)", self.checkpoint_every)
+        check(self.timeout_factor >= 0, "timeout-factor must be >= 0 (0: off)", self.timeout_factor)
         check(
             0 <= self.min_agents <= self.num_agents,
             f"min-agents must be in 0..{self.num_agents} (num-agents)",
@@ -74,7 +118,7 @@ class RunSettings:
         run_config : mapping
             Flower's ``context.run_config``.
         app_keys : iterable of str
-            Further keys that the app itself reads.
+            Further keys that the app itself reads. Those of `DataSettings` are checked.
 
         Raises
         ------
@@ -83,7 +127,8 @@ class RunSettings:
         TopologyError
             If the graph is impossible.
         """
-        refuse_unknown_keys(run_config, field_keys(cls, DeviceSettings) | algorithm_keys() | set(app_keys))
+        app_keys = set(app_keys)
+        refuse_unknown_keys(run_config, field_keys(cls, DeviceSettings) | algorithm_keys() | app_keys)
         settings = read_fields(cls, run_config)
         algorithm = find_algorithm(settings.algorithm)
         algorithm.config.from_run_config(with_section(run_config, settings.algorithm), agent=0)
@@ -95,6 +140,7 @@ class RunSettings:
             "Use ring, torus, erdos-renyi, small-world or another graph whose links go both ways.",
         )
         read_fields(DeviceSettings, run_config)
+        check_data_keys(run_config, app_keys)
         return settings
 
     def graph(self) -> Topology:

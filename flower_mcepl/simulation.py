@@ -1,20 +1,25 @@
 """Agents over a graph in one process, without Flower: the oracle for everything that runs under it."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flower_mcepl.agents import Agent, agent_file, save_state
 from flower_mcepl.center import Center
-from flower_mcepl.errors import ConfigError, TopologyError
+from flower_mcepl.checkpoint import Checkpoint
+from flower_mcepl.errors import ConfigError, RecordError, TopologyError
 from flower_mcepl.exchange import Exchange
+from flower_mcepl.generation import Generation
 from flower_mcepl.handshake import check_common_ground
 from flower_mcepl.monitor import Answer, RunMonitor
 from flower_mcepl.record import RunRecord
 from flower_mcepl.relay import Parcel, Posted, Relay
-from flower_mcepl.rounds import Reply, open_mail, play_round
+from flower_mcepl.resumption import RUN, RunCheckpoints, new_run_id, only_writer, reopen, run_id_of
+from flower_mcepl.rounds import Mail, Reply, open_mail, play_round
 from flower_mcepl.servers import Server
+from flower_mcepl.store import StateStore
 from flower_mcepl.threads import torch_threads
 from flower_mcepl.topology import Topology
 
@@ -45,6 +50,8 @@ def simulate(
     key_interval: int = 0,
     threads: int = 1,
     record: RunRecord | None = None,
+    checkpoint_every: int = 0,
+    resume: str | Path | None = None,
     log: Callable[[str], None] = lambda line: None,
     on_reply: Callable[[int, int, Reply], None] = lambda round, agent, reply: None,
 ) -> SimulationResult:
@@ -69,6 +76,11 @@ def simulate(
         Threads of torch; float sums depend on it. 0 leaves torch's own choice.
     record : RunRecord, optional
         Where to write the run record, final states of agents and server included.
+    checkpoint_every : int (default: 0)
+        Rounds between checkpoints in the record, agents' states included; 0 writes none.
+    resume : str or Path, optional
+        The record of a simulation that broke off, in place of ``record``: go on from its last checkpoint, with agents,
+        graph and settings as they were made for it.
     log : callable, optional
         Gets one line a round, for example ``print``.
     on_reply : callable, optional
@@ -77,44 +89,120 @@ def simulate(
     Raises
     ------
     ConfigError, TopologyError, FingerprintError
-        If agents, graph or server, and weights do not fit together.
+        If agents, graph or server, and weights do not fit together, or not with the run that is resumed.
+    RecordError
+        If the record cannot be written, or its run not be resumed.
     """
     relay = _exchange(topology, server, evaluate_every, max_staleness, key_interval)
     _check_fleet(agents, relay.topology, num_rounds)
     _check_server(agents[0], server)
     monitor = RunMonitor(relay, num_rounds, record, log)
-    mails = [open_mail(agent, max_staleness=max_staleness) for agent in agents]
-    if record is not None:
-        record.amend_config(
-            seed=agents[0].seed,
-            num_rounds=num_rounds,
-            evaluate_every=evaluate_every,
-            max_staleness=max_staleness,
-            key_interval=relay.key_interval,
-            threads=threads,
-            topology=relay.topology.to_config(),
-            **({} if server is None else {"server": {"number": server.index, **server.parameters()}}),
-        )
+    fleet = _Fleet(agents, [open_mail(agent, max_staleness=max_staleness) for agent in agents])
+    config = {
+        "seed": agents[0].seed,
+        "num_rounds": num_rounds,
+        "evaluate_every": evaluate_every,
+        "max_staleness": max_staleness,
+        "key_interval": relay.key_interval,
+        "threads": threads,
+        "topology": relay.topology.to_config(),
+        **({} if server is None else {"server": {"number": server.index, **server.parameters()}}),
+    }
     status = "failed"
-    try:
-        with torch_threads(threads):
-            for round in range(1, num_rounds + 2):
-                parcels = [relay.parcel(agent.index, round=round, closing=round > num_rounds) for agent in agents]
-                answers = {}
-                for agent, mail, parcel in zip(agents, mails, parcels, strict=True):
-                    answers[agent.index] = _answer(agent, play_round(agent, mail, parcel), parcel, on_reply)
-                monitor.close_round(round, answers)
-            if record is not None:
-                save_agents(agents, record.agents_dir)
-                if server is not None:
-                    save_state(server.state(), record.agents_dir / SERVER_FILE)
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        summary = monitor.finish(status)
+    with contextlib.ExitStack() as held:
+        book = _open_book(monitor, fleet, record, resume, checkpoint_every, config, held)
+        try:
+            with torch_threads(threads):
+                for round in range(book.first if book else 1, num_rounds + 2):
+                    parcels = [relay.parcel(agent.index, round=round, closing=round > num_rounds) for agent in agents]
+                    answers = {}
+                    for agent, mail, parcel in zip(agents, fleet.mails, parcels, strict=True):
+                        answers[agent.index] = _answer(agent, play_round(agent, mail, parcel), parcel, on_reply)
+                    monitor.close_round(round, answers)
+                    if book is not None and round <= num_rounds:
+                        book.keep(round)
+                if book is not None:
+                    save_agents(agents, book.record.agents_dir)
+                    if server is not None:
+                        save_state(server.state(), book.record.agents_dir / SERVER_FILE)
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            summary = monitor.finish(status)
+        if book is not None:
+            book.checkpoints.clear()
     return SimulationResult(monitor.rows, summary)
+
+
+@dataclass(frozen=True)
+class _Fleet:
+    agents: Sequence[Agent]
+    mails: Sequence[Mail]
+
+
+@dataclass(frozen=True)
+class _Book:
+    """The record of a simulation, with the checkpoints of its two sides: the relay, and the agents."""
+
+    record: RunRecord
+    fleet: _Fleet
+    checkpoints: RunCheckpoints[bytes]
+    run: str
+    first: int  # the first round that is still to be played
+
+    def keep(self, round: int) -> None:
+        """Write a checkpoint if one is due; the agents first, so that no relay's side lacks the other one."""
+        if self.checkpoints.due(round):
+            for agent, mail in zip(self.fleet.agents, self.fleet.mails, strict=True):
+                self._states().save(Generation.of(agent, mail, run=self.run, round=round))
+            self.checkpoints.save(round)
+
+    def go_back(self, checkpoint: Checkpoint) -> None:
+        """Let both sides go on from a checkpoint."""
+        self.checkpoints.restore(checkpoint)
+        for agent, mail in zip(self.fleet.agents, self.fleet.mails, strict=True):
+            found = self._states().load(agent.index, run=self.run, before=self.first)
+            if found is None or found.round != checkpoint.round:
+                raise RecordError(
+                    f"{self.record.agents_dir} must hold the state of every agent after round {checkpoint.round}, and "
+                    f"that of agent {agent.index} is missing. Put it back, or start the run anew."
+                )
+            found.restore(agent, mail)
+
+    def _states(self) -> StateStore:
+        return StateStore(self.record.agents_dir)
+
+
+def _open_book(
+    monitor: RunMonitor[bytes],
+    fleet: _Fleet,
+    record: RunRecord | None,
+    resume: str | Path | None,
+    every: int,
+    config: Mapping[str, Any],
+    held: contextlib.ExitStack,
+) -> _Book | None:
+    """Begin the record of a new run, or go back to the checkpoint of the one that is resumed; hold it either way."""
+    checkpoint = None
+    if resume is not None:
+        if record is not None:
+            raise ConfigError("a resumed run goes on in its own record; got another one, too. Leave out record.")
+        record, checkpoint = reopen(Path(resume).absolute(), config, held=held, log=monitor.log)
+    elif record is not None:
+        held.enter_context(only_writer(record.path))
+        record.amend_config(**{RUN: new_run_id()}, **config)
+    if record is None:
+        if every:
+            raise ConfigError(f"checkpoints are part of a run record; got checkpoint_every {every} without one.")
+        return None
+    monitor.record = record
+    checkpoints = RunCheckpoints[bytes](record, monitor.relay, monitor, every=every, pack=bytes, unpack=bytes)
+    book = _Book(record, fleet, checkpoints, run_id_of(record), first=1 if checkpoint is None else checkpoint.round + 1)
+    if checkpoint is not None:
+        book.go_back(checkpoint)
+    return book
 
 
 def _answer(

@@ -12,13 +12,13 @@ from flower_mcepl.clients.app import agent_index
 from flower_mcepl.strategies import GossipStrategy
 
 from .fleet import Reader
+from .flower_fleet import state_of
 from .inprocess_grid import InProcessGrid
 from .reference import LAYERS, NUM_AGENTS, NUM_ROUNDS, VECTORS, recorded_masks, reference_agent
 
 
 def context_tensors(grid: InProcessGrid, agent: int) -> dict[str, torch.Tensor]:
-    record = grid.contexts[1000 + agent].state.array_records["mcepl-agent"]
-    return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
+    return state_of(grid.contexts[1000 + agent]).state.tensors
 
 
 @pytest.fixture(scope="module")

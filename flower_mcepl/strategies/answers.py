@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from flower_mcepl import keys
@@ -36,6 +37,16 @@ def read_answer(node: str, content: RecordDict, known: Mapping[str, Any] | None 
             f"{node} does not answer as an agent ({reason[:300]}); its records are {', '.join(content)}. "
             "Let its ClientApp be one of make_client_app, of the same release of flower-mcepl as here."
         ) from error
+
+
+def frame_bytes(array: Array) -> bytes:
+    """Return the frame in an array as it came."""
+    return open_envelope(array.data)
+
+
+def frame_array(frame: bytes) -> Array:
+    """Put a frame into an array, as the agents do: the same frame makes the same array."""
+    return Array(np.frombuffer(frame, np.uint8))
 
 
 def plain_reason(reason: str | None) -> str:

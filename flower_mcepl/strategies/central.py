@@ -4,20 +4,20 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 from flwr.app import Array, Context
 from torch import nn
 
 from flower_mcepl.agents import find_algorithm, make_server, save_state
 from flower_mcepl.center import Center
-from flower_mcepl.envelope import open_envelope
 from flower_mcepl.handshake import check_common_ground
 from flower_mcepl.masked_model import shared_module
 from flower_mcepl.servers.server import Server
 from flower_mcepl.settings import RunSettings
 from flower_mcepl.simulation import SERVER_FILE
-from flower_mcepl.strategies.exchange import ExchangeStrategy, common_settings
+from flower_mcepl.strategies.answers import frame_array, frame_bytes
+from flower_mcepl.strategies.exchange import ExchangeStrategy
 from flower_mcepl.strategies.gossip import GossipStrategy
+from flower_mcepl.strategies.options import common_settings
 
 
 @final
@@ -45,25 +45,31 @@ class ServerStrategy(ExchangeStrategy):
         max_staleness: int = 5,
         min_agents: int = 0,
         wait_timeout: float = 120.0,
+        timeout_factor: float = 5.0,
         record: str | Path | None = "runs",
         name: str = "server",
         keep_frames: bool = False,
+        checkpoint_every: int = 25,
+        resume: str | Path | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.server = server
         super().__init__(
             Center[Array](
                 server,
-                open_frame=lambda array: open_envelope(array.data),
-                wrap_frame=lambda frame: Array(np.frombuffer(frame, np.uint8)),
+                open_frame=frame_bytes,
+                wrap_frame=frame_array,
                 evaluate_every=evaluate_every,
                 max_staleness=max_staleness,
             ),
             min_agents=min_agents,
             wait_timeout=wait_timeout,
+            timeout_factor=timeout_factor,
             record=record,
             name=name,
             keep_frames=keep_frames,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
             config=config,
         )
 

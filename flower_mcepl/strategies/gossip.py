@@ -10,7 +10,8 @@ from flower_mcepl.agents.registry import find_algorithm
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.relay import Relay
 from flower_mcepl.settings import RunSettings
-from flower_mcepl.strategies.exchange import ExchangeStrategy, common_settings
+from flower_mcepl.strategies.exchange import ExchangeStrategy
+from flower_mcepl.strategies.options import common_settings
 from flower_mcepl.topology import Topology
 
 
@@ -37,12 +38,19 @@ class GossipStrategy(ExchangeStrategy):
         Agents that must take part in round 1; 0 stands for all of the graph. Later rounds go on with those who answer.
     wait_timeout : float (default: 120.0)
         Seconds to wait for the first nodes.
+    timeout_factor : float (default: 5.0)
+        A round goes on without its last agents after so many times the time that most answers took of late, but not
+        before a minute; 0 always waits for the timeout that `start` is given. Late answers count when they come.
     record : str, optional (default: "runs")
         Folder in which the run record is made; None writes none.
     name : str (default: "gossip")
         Name of the run, part of the record's folder.
     keep_frames : bool (default: False)
         Keep every frame in the run record, for study.
+    checkpoint_every : int (default: 25)
+        Rounds between checkpoints in the run record, from which a run that broke off is resumed; 0 writes none.
+    resume : str, optional
+        The run record of a run that broke off: go on from its last checkpoint, in the same record.
     config : mapping, optional
         What else is needed to repeat the run, such as ``dict(context.run_config)``; goes into the record.
 
@@ -61,9 +69,12 @@ class GossipStrategy(ExchangeStrategy):
         key_interval: int = 0,
         min_agents: int = 0,
         wait_timeout: float = 120.0,
+        timeout_factor: float = 5.0,
         record: str | Path | None = "runs",
         name: str = "gossip",
         keep_frames: bool = False,
+        checkpoint_every: int = 25,
+        resume: str | Path | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(topology, Topology):
@@ -74,9 +85,12 @@ class GossipStrategy(ExchangeStrategy):
             ),
             min_agents=min_agents,
             wait_timeout=wait_timeout,
+            timeout_factor=timeout_factor,
             record=record,
             name=name,
             keep_frames=keep_frames,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
             config=config,
         )
 

@@ -20,6 +20,7 @@ class Roster:
         self._agent_of: dict[int, int] = {}  # node id -> agent, former nodes included
         self._facts: dict[int, Mapping[str, Any]] = {}  # handshake of each agent
         self._founder: tuple[int, Mapping[str, Any]] | None = None  # node and handshake of the first agent
+        self._met: set[int] = set()  # nodes whose handshake was checked
 
     def agent_of(self, node: int) -> int | None:
         """Return the agent that the node plays now, or None."""
@@ -29,6 +30,33 @@ class Roster:
     def facts(self, agent: int) -> Mapping[str, Any]:
         """Return the handshake of an agent that was admitted."""
         return self._facts[agent]
+
+    def has_met(self, node: int) -> bool:
+        """Tell whether the node's handshake was checked."""
+        return node in self._met
+
+    def state(self) -> dict[str, Any]:
+        """Return what must survive when the run is resumed: the agents' handshakes, not their nodes."""
+        founder = None if self._founder is None else [self._founder[0], dict(self._founder[1])]
+        return {"facts": {agent: dict(facts) for agent, facts in self._facts.items()}, "founder": founder}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Know the agents as `state` was taken; which nodes they are now must be learned anew (`expect`)."""
+        self._facts = {int(agent): facts for agent, facts in state["facts"].items()}
+        self._founder = None if state["founder"] is None else (state["founder"][0], state["founder"][1])
+
+    def expect(self, node: int, agent: int) -> None:
+        """Believe that the node plays the agent, until its handshake is checked.
+
+        Raises
+        ------
+        RosterError
+            If the graph has no such agent, or another node says the same.
+        """
+        if agent not in self._facts and 0 <= agent < self.num_agents:
+            return  # it joins now: nothing is known that it could go on from
+        self._check_place(node, agent, online={node, *self.node_of.values()})
+        self.node_of[agent], self._agent_of[node] = node, agent
 
     def missing(self) -> list[int]:
         """Return the agents of the graph that no node has ever claimed."""
@@ -48,18 +76,7 @@ class Roster:
             If its model, frozen weights or first mask are not those of the agents already here.
         """
         agent = int(facts["agent"])
-        if not 0 <= agent < self.num_agents:
-            raise RosterError(
-                f"node {node} says it is agent {agent}, but the graph has agents 0..{self.num_agents - 1}. "
-                "Start as many nodes as the graph has agents (num-supernodes = num-agents), with partition-id "
-                "from 0 upwards, or use a larger graph."
-            )
-        holder = self.node_of.get(agent)
-        if holder is not None and holder != node and holder in set(online):
-            raise RosterError(
-                f"nodes {holder} and {node} both say they are agent {agent}. "
-                "Give each SuperNode a partition-id of its own in --node-config."
-            )
+        self._check_place(node, agent, online=online)
         played = self.agent_of(node)
         if played is not None and played != agent:
             raise RosterError(
@@ -75,4 +92,19 @@ class Roster:
         self.node_of[agent] = node
         self._agent_of[node] = agent
         self._facts[agent] = facts
+        self._met.add(node)
         return agent
+
+    def _check_place(self, node: int, agent: int, *, online: Iterable[int]) -> None:
+        if not 0 <= agent < self.num_agents:
+            raise RosterError(
+                f"node {node} says it is agent {agent}, but the graph has agents 0..{self.num_agents - 1}. "
+                "Start as many nodes as the graph has agents (num-supernodes = num-agents), with partition-id "
+                "from 0 upwards, or use a larger graph."
+            )
+        holder = self.node_of.get(agent)
+        if holder is not None and holder != node and holder in set(online):
+            raise RosterError(
+                f"nodes {holder} and {node} both say they are agent {agent}. "
+                "Give each SuperNode a partition-id of its own in --node-config."
+            )

@@ -1,0 +1,162 @@
+"""Who takes part: waiting for nodes, asking who they are, and telling how every agent fares."""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from logging import INFO, WARNING, getLogger
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from flower_mcepl import keys
+from flower_mcepl.errors import RosterError
+from flower_mcepl.strategies.roster import Roster
+
+logger = getLogger("flwr")
+MAX_SILENT_ROUNDS = 3  # so many rounds in which nobody answers end the run
+ASK_TIMEOUT = 60.0  # seconds for a node to say who it is, where only an error message needs it
+RUNNING, LATE, GONE, FAILED = "running", "late", "gone", "failed"
+
+
+class Attendance:
+    """Keeps track of which agents are there.
+
+    Parameters
+    ----------
+    roster : Roster
+        Which node is which agent.
+    min_agents : int
+        Agents that must take part in the first round.
+    wait_timeout : float
+        Seconds to wait for nodes.
+    """
+
+    def __init__(self, roster: Roster, *, min_agents: int, wait_timeout: float) -> None:
+        self.roster, self.min_agents, self.wait_timeout = roster, min_agents, wait_timeout
+        self.online: list[int] = []  # nodes, as of the last look
+        self._states: dict[str, str] = {}  # by agent or node, as of the last round
+        self._silent_rounds = 0
+
+    def wait_for_nodes(self, grid: Grid, *, first: bool) -> list[int]:
+        """Return the nodes that are online, once there are enough for the first round, or any in a later one.
+
+        Raises
+        ------
+        RosterError
+            If there are too few for the first round within the time; it names the agents that are missing. A later
+            round goes on without nodes, and `check` tells how often.
+        """
+        needed = self.min_agents if first else 1
+        deadline = time.monotonic() + self.wait_timeout
+        told = -1
+        while len(nodes := sorted(grid.get_node_ids())) < needed:
+            if len(nodes) != told:
+                logger.log(INFO, "waiting for nodes: %d of %d are here", len(nodes), needed)
+                told = len(nodes)
+            if time.monotonic() > deadline:
+                if first:
+                    raise self._too_few(grid, nodes)
+                break
+            time.sleep(0.2)
+        self.online = nodes
+        return nodes
+
+    def identify(self, grid: Grid, *, timeout: float) -> None:
+        """Ask the nodes who they are, before a run goes on from a checkpoint: what each gets depends on it.
+
+        They have ``timeout`` seconds for it, as for a round: these are their first messages, and processes start.
+
+        Raises
+        ------
+        RosterError
+            If two say that they are the same agent, or too few agents are there.
+        """
+        said = self._ask(grid, self.online, timeout=timeout)
+        for node, agent in sorted(said.items()):
+            self.roster.expect(node, agent)
+        if len(set(said.values())) < self.min_agents:
+            absent = [agent for agent in range(self.roster.num_agents) if agent not in said.values()]
+            raise RosterError(
+                f"{self.min_agents} agents must be there for the run to go on, but of {len(self.online)} nodes "
+                f"{len(said)} said within {timeout:g} s which agent they are; missing agents: "
+                f"{', '.join(map(str, absent))}. Look at the logs of their nodes, or let the run go on with fewer "
+                "(min_agents, run-config key min-agents)."
+            )
+
+    def check(self, round: int, answered: Collection[int], failed: Mapping[str, str], *, first: bool) -> None:
+        """Raise RosterError if too few take part in the first round, or nobody answers for some rounds."""
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())) or "no reason given"
+        if first and len(answered) < self.min_agents:
+            absent = ", ".join(str(agent) for agent in range(self.roster.num_agents) if agent not in answered)
+            raise RosterError(
+                f"round {round} needs {self.min_agents} agents, but {len(answered)} took part; missing: {absent}. "
+                f"{reasons}. Mend these nodes, or let the run begin with fewer (min_agents, run-config key min-agents)."
+            )
+        self._silent_rounds = 0 if answered else self._silent_rounds + 1
+        if self._silent_rounds >= MAX_SILENT_ROUNDS:
+            away = ", ".join(str(a) for a in range(self.roster.num_agents) if not self._is_here(a)) or "none"
+            raise RosterError(
+                f"no agent has answered for {MAX_SILENT_ROUNDS} rounds; nodes online: {len(self.online)}; agents "
+                f"without a node that is online: {away}. Last reasons: {reasons}. Look at the nodes' logs; where they "
+                "need longer for a round, raise the timeout (run-config key round-timeout)."
+            )
+
+    def changes(
+        self, round: int, answered: Collection[int], failed: Mapping[str, str], busy: Collection[int]
+    ) -> dict[str, str]:
+        """Return the states of agents and nodes that are others than in the round before, and log them.
+
+        An agent is ``running`` if it answered, ``late`` if its node owes an answer, ``failed`` with the reason, or
+        ``gone``: no node that is online plays it.
+        """
+        states = {f"agent {agent}": self._state(agent, answered, busy) for agent in range(self.roster.num_agents)}
+        states |= {f"node {node}": LATE for node in sorted(busy) if self.roster.agent_of(node) is None}
+        states |= {name: f"{FAILED}: {reason}" for name, reason in failed.items()}
+        changes = {name: state for name, state in states.items() if self._states.get(name) != state}
+        for name, state in changes.items():
+            before = self._states.get(name)
+            if state == RUNNING and before is not None:
+                logger.log(INFO, "round %d: %s is running again (was %s)", round, name, before.partition(":")[0])
+            elif state in (LATE, GONE):
+                logger.log(WARNING, "round %d: %s is %s", round, name, state)
+        self._states = states
+        return changes
+
+    def _state(self, agent: int, answered: Collection[int], busy: Collection[int]) -> str:
+        if agent in answered:
+            return RUNNING
+        if not self._is_here(agent):
+            return GONE
+        if self.roster.node_of[agent] in busy:
+            return LATE
+        return f"{FAILED}: no message reached it"
+
+    def _is_here(self, agent: int) -> bool:
+        return self.roster.node_of.get(agent) in self.online
+
+    def _ask(self, grid: Grid, nodes: Sequence[int], *, timeout: float = ASK_TIMEOUT) -> dict[int, int]:
+        """Return which agent each node says it is.
+
+        An app with `neighbor_average_mod` has no query function, or one of its own; its mod answers the train message.
+        """
+        said: dict[int, int] = {}
+        for message_type in ("query", "train"):
+            content = RecordDict({keys.IDENTIFY: ConfigRecord()})
+            ask = [Message(content, dst_node_id=n, message_type=message_type, ttl=timeout) for n in nodes]
+            replies = list(grid.send_and_receive(ask, timeout=timeout))
+            for reply in replies:
+                told = None if reply.has_error() else reply.content.config_records.get(keys.AGENT)
+                if told is not None and isinstance(agent := told.get("agent"), int):
+                    said[reply.metadata.src_node_id] = agent
+            nodes = sorted({reply.metadata.src_node_id for reply in replies} & set(nodes) - said.keys())
+        return said
+
+    def _too_few(self, grid: Grid, nodes: Sequence[int]) -> RosterError:
+        """Ask the nodes that are here who they are, so that the error can name who is not."""
+        here = set(self._ask(grid, nodes).values())
+        absent = [agent for agent in range(self.roster.num_agents) if agent not in here]
+        return RosterError(
+            f"the graph has {self.roster.num_agents} agents and {self.min_agents} of them must be there, but after "
+            f"{self.wait_timeout:g} s there are {len(nodes)} nodes; missing agents: {', '.join(map(str, absent))}. "
+            "Start their nodes (in simulation: num-supernodes in --federation-config), use a smaller graph, or let "
+            "the run begin with fewer (min_agents, run-config key min-agents)."
+        )

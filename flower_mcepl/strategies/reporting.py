@@ -1,0 +1,21 @@
+"""What a person sees at the end of a run."""
+
+from logging import INFO, WARNING, getLogger
+
+from flower_mcepl.picture import plot_run
+from flower_mcepl.record import RunRecord, read_run
+from flower_mcepl.report import agent_table
+
+logger = getLogger("flwr")
+
+
+def report(record: RunRecord) -> None:
+    """Log the table of the agents and draw the overview, where the extra `report` is installed."""
+    try:
+        run = read_run(record.path)
+        for line in agent_table(run).splitlines():
+            logger.log(INFO, "%s", line)
+        logger.log(INFO, "Picture: %s", plot_run(run))
+    except Exception as error:  # the run itself is done and recorded: a missing extra or full disk must not fail it
+        logger.log(WARNING, "no report: %s", error)
+    logger.log(INFO, "Run record: %s", record.path)
