@@ -2,6 +2,8 @@
 
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, agent_file, load_state, save_state
 from flower_mcepl.agents.mcepl import MceplAgent, MceplConfig
+from flower_mcepl.agents.neighbor_average import NeighborAverageAgent
+from flower_mcepl.agents.own_loop import OwnLoopAgent
 from flower_mcepl.agents.registry import ALGORITHMS, find_algorithm, make_agent, make_server
 
 __all__ = [
@@ -10,6 +12,8 @@ __all__ = [
     "AgentState",
     "MceplAgent",
     "MceplConfig",
+    "NeighborAverageAgent",
+    "OwnLoopAgent",
     "Payload",
     "agent_file",
     "find_algorithm",

@@ -1,0 +1,1 @@
+"""The same Flower app, gossiping: digits without a server's model."""

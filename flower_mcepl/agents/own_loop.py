@@ -1,0 +1,100 @@
+"""MCE-PL with a user's own train and evaluate functions: only their model becomes a `MaskedModel`."""
+
+from collections.abc import Callable, Mapping
+from typing import final
+
+import torch
+from torch import nn
+
+from flower_mcepl.agents.mcepl import MceplAgent, MceplConfig
+from flower_mcepl.data import AgentData
+from flower_mcepl.errors import ConfigError, DivergedError
+from flower_mcepl.masked_model import MaskedModel
+from flower_mcepl.streams import isolated_rng
+
+OwnTrainFn = Callable[[MaskedModel, int], float]
+OwnEvaluateFn = Callable[[nn.Module], Mapping[str, float]]
+
+
+@final
+class OwnLoopAgent(MceplAgent):
+    """An MCE-PL agent whose local steps and evaluation are functions of the user's.
+
+    Everything else, masks, fusion, fine-tuning and frames, is `MceplAgent`'s. Of the configuration count
+    ``retention``, ``first_retention``, ``finetune_lr`` and ``score_init``; the step size on the scores is what
+    ``train_fn`` chooses (the reference value is 10, with plain SGD).
+
+    Parameters
+    ----------
+    index, module, data, config, seed, device : see `MceplAgent`
+        Of the data only the numbers of examples are used.
+    train_fn : callable
+        ``train_fn(model, round)`` trains a `MaskedModel` as any module and returns the mean loss. Its parameters with
+        a gradient are the scores: ``torch.optim.SGD(model.parameters(), lr=...)`` does what it should. The gradient
+        that the last ``backward`` leaves is the one of the fine-tuning step: do not clear it at the end.
+    evaluate_fn : callable
+        ``evaluate_fn(model)`` gets an ordinary module, the network under the mask, and returns ``accuracy`` (0..1),
+        ``loss`` and ``num-examples``.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        data: AgentData,
+        config: MceplConfig,
+        *,
+        train_fn: OwnTrainFn,
+        evaluate_fn: OwnEvaluateFn,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(index, module, data, config, seed=seed, device=device)
+        self._train_fn, self._evaluate_fn = train_fn, evaluate_fn
+
+    def train(self, *, round: int) -> dict[str, float]:
+        """Let the user's function train; its random draws come from the stream of this agent and round.
+
+        Raises
+        ------
+        ConfigError
+            If it leaves no gradient for the fine-tuning step.
+        DivergedError
+            If it leaves scores that are not finite.
+        """
+        self.model.train()
+        with isolated_rng(self.seed, "local-steps", agent=self.index, round=round):
+            loss = float(self._train_fn(self.model, round))
+        scores = self.model.scores
+        bad = [name for name, z in scores.items() if not bool(z.isfinite().all())]
+        if bad:
+            raise DivergedError(
+                f"agent {self.index}: round {round} left scores that are not finite in {', '.join(bad)}. "
+                "Lower the step size of the train function."
+            )
+        if self.config.finetune_lr and all(z.grad is None for z in scores.values()):
+            raise ConfigError(
+                "the fine-tuning step needs the gradient of the last local step, and the train function left none on "
+                "the scores. Let it call loss.backward() on the model that it gets, and zero_grad() before that, not "
+                "after; or set finetune_lr=0."
+            )
+        self._gradient = {
+            name: torch.zeros_like(z) if z.grad is None else z.grad.detach().clone() for name, z in scores.items()
+        }
+        for z in scores.values():
+            z.grad = None
+        return {"train-loss": loss}
+
+    def evaluate(self) -> dict[str, float]:
+        """Let the user's function evaluate the network under the agent's mask."""
+        masks = self._network_masks()
+        kept = sum(int(mask.count_nonzero()) for mask in masks.values())
+        with isolated_rng(self.seed, "evaluation", agent=self.index):
+            metrics = dict(self._evaluate_fn(self.model.bake(masks)))
+        missing = [key for key in ("accuracy", "loss", "num-examples") if key not in metrics]
+        if missing:
+            raise ConfigError(
+                f"the evaluate function must return accuracy, loss and num-examples; {', '.join(missing)} is missing "
+                f"from {', '.join(metrics) or 'nothing'}. Add it."
+            )
+        return {**metrics, "density": kept / self.model.num_weights}

@@ -1,0 +1,260 @@
+"""A mod with which an app written for FedAvg averages with its neighbors instead: the app itself stays as it is."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp import mod as flowers_mods
+from numpy.typing import NDArray
+
+from flower_mcepl import keys
+from flower_mcepl.agents import Agent
+from flower_mcepl.agents.neighbor_average import NeighborAverageAgent
+from flower_mcepl.array_layout import ArrayLayout, Arrays
+from flower_mcepl.clients.app import AgentApp, agent_index, make_agent_app
+from flower_mcepl.clients.metric_names import read_evaluation, read_training
+from flower_mcepl.errors import AnswerError, ConfigError
+
+CallNext = Callable[[Message, Context], Message]
+
+_WITHOUT_EVALUATE = "No evaluate function registered"  # what Flower says to an app that has none
+# Flower's mods that expect one set of arrays in and the same keys out; outside of this one they see frames.
+_INSIDE_ONLY = {
+    flowers_mods.fixedclipping_mod.__code__: "fixedclipping_mod",
+    flowers_mods.adaptiveclipping_mod.__code__: "adaptiveclipping_mod",
+    flowers_mods.LocalDpMod.__call__.__code__: "LocalDpMod",
+}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class NeighborAverageMod:
+    """Let the neighbors' average stand where an app written for FedAvg expects the global model.
+
+    `neighbor_average_mod` is one with the defaults. The server runs `GossipStrategy`, whose ``start`` gets the
+    ``initial_arrays`` as FedAvg's does. In every round the agent averages its own arrays with those that its neighbors
+    sent (`NeighborAverageAgent`), calls the app's evaluate function on the average if an evaluation is due, then its
+    train function, and sends what that returns.
+
+    Parameters
+    ----------
+    arrays, config : str (default: "arrays", "config")
+        Names of the records in which the app expects the model and the configuration, as in FedAvg
+        (``arrayrecord_key``, ``configrecord_key``).
+    evaluate : bool (default: True)
+        Call the app's evaluate function, if it has one. False for a model that has no accuracy.
+    accuracy, loss : str, optional
+        Names of these in the app's evaluate metrics; by default a known name is looked for (`read_evaluation`).
+
+    Notes
+    -----
+    The mod stands first in the list: mods after it see what they see under FedAvg, one ArrayRecord in and one out with
+    the same keys, and mods before it see frames. The state between two messages is kept as that of every agent of this
+    package; the app's own entries in ``Context.state`` stay as they are. In a train message that also evaluates, the
+    app's lifespan is entered once more around the evaluation.
+
+    Examples
+    --------
+    >>> app = ClientApp(mods=[neighbor_average_mod])
+    """
+
+    arrays: str = "arrays"
+    config: str = "config"
+    evaluate: bool = True
+    accuracy: str | None = None
+    loss: str | None = None
+
+    def __call__(self, message: Message, context: Context, call_next: CallNext) -> Message:
+        """Play the round that the message orders; messages that are not from `GossipStrategy` go to the app.
+
+        Raises
+        ------
+        ConfigError
+            If another strategy sent a train or evaluate message, or a mod stands before this one that cannot.
+        FlowerMceplError
+            If the app or one of its mods fails, or answers what it must not; the message names the agent.
+        """
+        if _call.get() is not None or message.metadata.message_type not in ("train", "evaluate"):
+            return call_next(message, context)
+        if keys.IDENTIFY in message.content:
+            return Message(RecordDict({keys.AGENT: ConfigRecord({"agent": agent_index(context)})}), reply_to=message)
+        if keys.ORDER not in message.content:
+            raise ConfigError(
+                "neighbor_average_mod takes messages of GossipStrategy; this one holds "
+                f"{', '.join(message.content) or 'nothing'}. Use GossipStrategy on the server, or leave the mod out."
+            )
+        app = _running_app()
+        if isinstance(app, AgentApp):
+            raise ConfigError(
+                "an app of make_client_app exchanges with its neighbors by itself; neighbor_average_mod is for an "
+                "ordinary ClientApp with train and evaluate functions. Use one of the two."
+            )
+        call = _Call(self, message, context, call_next, app)
+        player = make_agent_app(call.agent)
+        assert isinstance(player, AgentApp)
+        player.id = f"neighbor-average/{call.layout.fingerprint}"  # an agent built earlier may be used again
+        with _calling(call):
+            return player(message, _plain(context))
+
+
+neighbor_average_mod = NeighborAverageMod()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the app's functions are called with while one message is answered."""
+
+    names: NeighborAverageMod
+    message: Message
+    context: Context
+    call_next: CallNext
+    app: ClientApp | None
+    layout: ArrayLayout = field(init=False)
+
+    def __post_init__(self) -> None:
+        told = self.message.content.config_records[keys.ORDER].get(keys.LAYOUT)
+        if told is None:
+            raise ConfigError(
+                "an app with neighbor_average_mod begins with the server's initial arrays, and there are none. Pass "
+                "them as to FedAvg: strategy.start(grid=grid, initial_arrays=ArrayRecord(...), ...)."
+            )
+        object.__setattr__(self, "layout", ArrayLayout.from_json(str(told)))
+
+    def agent(self, context: Context) -> Agent:
+        """Return the agent whose functions are those of the app that is called at the time."""
+        initial = self.message.content.array_records.get(keys.INITIAL)
+        return NeighborAverageAgent(
+            agent_index(context),
+            self.layout,
+            lambda arrays, round: _current().train(arrays, round),
+            lambda arrays: _current().evaluate(arrays),
+            initial=None if initial is None else _numpy(initial),
+        )
+
+    def train(self, arrays: Arrays, round: int) -> tuple[Arrays, dict[str, float]]:
+        """Call the app's train function."""
+        message = self._inside("train", arrays, round, self._config(keys.TRAIN_CONFIG))
+        reply = self._content("train", self.call_next(message, self.context))
+        found = list(reply.array_records.values())
+        if len(found) != 1:
+            raise AnswerError(
+                f"the app's train function must return one ArrayRecord, as for FedAvg; it returned {len(found)} "
+                f"({', '.join(reply) or 'no records'}). Put all arrays of the model into one."
+            )
+        return _numpy(found[0]), read_training(_metrics("train", reply))
+
+    def evaluate(self, arrays: Arrays) -> dict[str, float]:
+        """Call the app's evaluate function; return nothing where it has none."""
+        if not self.names.evaluate:
+            return {}
+        order = self.message.content.config_records[keys.ORDER]
+        round = int(order[keys.ROUND]) - 1  # type: ignore[arg-type]
+        message = self._inside("evaluate", arrays, round, self._config(keys.EVALUATE_CONFIG))
+        try:
+            if self.message.metadata.message_type == "evaluate":
+                reply = self.call_next(message, self.context)
+            elif self.app is not None:
+                reply = self.app(message, self.context)
+            else:
+                return {}
+        except ValueError as error:
+            if str(error).startswith(_WITHOUT_EVALUATE):
+                return {}
+            raise
+        metrics = _metrics("evaluate", self._content("evaluate", reply))
+        return read_evaluation(metrics, accuracy=self.names.accuracy, loss=self.names.loss)
+
+    def _config(self, record: str) -> ConfigRecord:
+        return self.message.content.config_records.get(record, ConfigRecord())
+
+    def _inside(self, message_type: str, arrays: Arrays, round: int, config: ConfigRecord) -> Message:
+        """Return the message that the app would have got from FedAvg."""
+        blank = copy.copy(self.message)
+        blank.content = RecordDict()
+        message = copy.deepcopy(blank)
+        message.metadata.message_type = message_type
+        message.content = RecordDict(
+            {
+                self.names.arrays: ArrayRecord({name: Array(array) for name, array in arrays.items()}),
+                self.names.config: ConfigRecord({**config, "server-round": round}),
+            }
+        )
+        return message
+
+    def _content(self, function: str, reply: object) -> RecordDict:
+        if not isinstance(reply, Message):
+            raise AnswerError(
+                f"the app's {function} function must return Message(content, reply_to=message); "
+                f"it returned {type(reply).__name__}."
+            )
+        if reply.has_error():
+            raise AnswerError(
+                f"the app or one of its mods answered {function} with error {reply.error.code}: {reply.error.reason}"
+            )
+        return reply.content
+
+
+_call: ContextVar[_Call | None] = ContextVar("call", default=None)
+
+
+@contextmanager
+def _calling(call: _Call) -> Iterator[None]:
+    token = _call.set(call)
+    try:
+        yield
+    finally:
+        _call.reset(token)
+
+
+def _current() -> _Call:
+    call = _call.get()
+    assert call is not None
+    return call
+
+
+def _running_app() -> ClientApp | None:
+    """Return the ClientApp whose call led here, None if the mod was called by hand; look at the mods on the way.
+
+    A mod gets the function that its message is for, and nothing else. Where a train message evaluates too, the
+    app's other function is reached through the app.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code in _INSIDE_ONLY:
+            raise ConfigError(
+                f"{_INSIDE_ONLY[frame.f_code]} stands before neighbor_average_mod and would see neighbors' frames "
+                "instead of a model, and leave the SuperNode waiting for ever. Place it after: "
+                "ClientApp(mods=[neighbor_average_mod, ...])."
+            )
+        if frame.f_code is ClientApp.__call__.__code__:
+            app: ClientApp = frame.f_locals["self"]
+            return app
+        frame = frame.f_back
+    return None
+
+
+def _plain(context: Context) -> Context:
+    """Return the context without what the app may mean by keys of the same name: it calculates as it likes."""
+    ours: dict[str, Any] = {"device": "auto", "threads": 0}
+    node_config, run_config = {**context.node_config, **ours}, {**context.run_config, **ours}
+    return Context(context.run_id, context.node_id, node_config, context.state, run_config, context.series_id)
+
+
+def _numpy(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def _metrics(function: str, content: RecordDict) -> dict[str, Any]:
+    records = list(content.metric_records.values())
+    if len(records) != 1:
+        raise AnswerError(
+            f"the app's {function} function must return one MetricRecord, as for FedAvg; it returned {len(records)} "
+            f"({', '.join(content) or 'no records'})."
+        )
+    return dict(records[0])
