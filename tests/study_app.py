@@ -35,6 +35,7 @@ evaluate-every = 1
 retention-conv = "0.3"
 record-dir = "runs"
 crash = false
+group-lasso = 0.0
 scale = 1.0
 
 [tool.flwr.app.config.dsgd]

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from flower_mcepl.data import _index_batches
 from flower_mcepl.errors import ConfigError, RecordError
+from flower_mcepl.plots.final_masks import final_masks
 from flower_mcepl.record import RunRecord, read_run
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.studies import Study, compare, find_records, read_study, run_study
@@ -183,6 +184,31 @@ def test_slugs_are_readable_and_follow_the_whole_config(study: Callable[..., Stu
     again, changed = study(text), study(f"[config]\nscale = 2\n{text}")
     assert [run.slug for run in again.runs] == [run.slug for run in plan.runs]
     assert not {run.slug for run in changed.runs} & {run.slug for run in plan.runs}
+
+
+def test_settings_of_the_command_line_win_over_the_file(tmp_path: Path, app: Path) -> None:
+    path = write_study(tmp_path, app, "[config]\nnum-rounds = 3\n[grid]\nseed = [1, 2]\n[[runs]]\ntopology = 'path'\n")
+    plan = read_study(path, {"num-rounds": 5, "dsgd": {"lr": 0.3}})
+    assert [(run.config["num-rounds"], run.config["dsgd.lr"]) for run in plan.runs] == [(5, 0.3)] * 3
+    assert {run.digest for run in plan.runs}.isdisjoint({run.digest for run in read_study(path).runs})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num-round": 5}, r"^--run-config: 'num-round' is not in the app's config.*num-rounds"),
+        ({"num-rounds": 0}, r"^--run-config: .*num-rounds must be >= 1"),
+        ({"scale": "big"}, r"^--run-config: scale must be float"),
+        ({"seed": 5}, r"^--run-config: seed varies in this study"),
+        ({"topology": "ring"}, r"^--run-config: topology varies in this study"),
+    ],
+)
+def test_wrong_settings_of_the_command_line_are_told_as_such(
+    settings: dict[str, Any], message: str, tmp_path: Path, app: Path
+) -> None:
+    path = write_study(tmp_path, app, "[grid]\nseed = [1, 2]\n[[runs]]\ntopology = 'path'\n")
+    with pytest.raises(ConfigError, match=message):
+        read_study(path, settings)
 
 
 def test_study_without_a_grid_is_one_run(study: Callable[..., Study]) -> None:
@@ -525,6 +551,22 @@ def test_flower_gives_the_bits_of_in_process(tmp_path: Path, app: Path, monkeypa
 
 
 # --- comparing ---
+
+
+def test_filters_that_are_off_are_counted_where_the_lasso_varies(study: Callable[..., Study]) -> None:
+    plan = study("[config]\nretention-conv = '0.1'\n[grid]\ngroup-lasso = [0.0, 0.5]\n")
+    assert [outcome.error for outcome in run_study(plan)] == [None, None]
+    runs = find_records([plan.out])
+    table = compare(runs)
+    assert "filters off" in titles(table)
+    assert any(note.startswith("filters off:") for note in footnotes(table))
+    for run, row in zip(runs, table.rows, strict=True):
+        masks, _ = final_masks(run)
+        filters = [mask for layers in masks.values() for layer in layers.values() for mask in layer]
+        assert row.mean("filters_off") == sum(not mask.any() for mask in filters) / len(filters)
+    alone = compare(runs[:1])
+    assert "filters off" not in titles(alone)
+    assert alone.rows[0].mean("filters_off") is None
 
 
 def write_record(root: Path, *, accuracies: np.ndarray, sent: int = 100, **run_config: Any) -> Path:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.errors import ConfigError, RecordError
+from flower_mcepl.plots.filters import filter_densities
+from flower_mcepl.plots.final_masks import final_masks
 from flower_mcepl.record import CONFIG, Run, accuracy_summary, read_run
 
 SEED = "seed"
+LASSO = "group-lasso"  # where it varies, the share of filters that are off is measured, too
 LABEL, RUN = "label", "run"  # columns for runs that a study has named, and for runs without a run config
 _NO_SETTING = {SEED, "record-dir", "keep-frames"}  # these change nothing in what a row stands for
 
@@ -26,6 +29,7 @@ class Measures:
     curve: dict[int, float]  # mean accuracy by evaluated round
     link_bytes: int | None  # see `link_bytes`
     target_bytes: int | None  # the same up to the first evaluated round whose mean accuracy reaches the target
+    filters_off: float | None  # share of output filters without a kept weight at the end; None also where not asked
     bits_per_weight: float | None  # mean over all frames
     busiest_bytes: int | None  # up and down, of the agent with most
     images: float | None  # training images processed by an agent, mean over the agents
@@ -119,7 +123,8 @@ def compare(runs: Sequence[Run], *, target: float | None = None) -> Comparison:
     if target is not None and not 0 < target <= 1:
         raise ConfigError(f"the target is an accuracy in (0, 1]; got {target}.")
     pooled = pool(runs)
-    rows = [Row(one.settings, tuple(_measure(run, target) for run in one.runs)) for one in pooled.pools]
+    lasso = LASSO in pooled.keys
+    rows = [Row(one.settings, tuple(_measure(run, target, lasso) for run in one.runs)) for one in pooled.pools]
     return Comparison(pooled.keys, tuple(rows), target, pooled.notes)
 
 
@@ -204,7 +209,7 @@ def link_bytes(run: Run) -> int | None:
     return found + counts["uplink_total"] if found is not None and _has_server(run) else found
 
 
-def _measure(run: Run, target: float | None) -> Measures:
+def _measure(run: Run, target: float | None, lasso: bool) -> Measures:
     assert run.summary is not None
     counts = run.summary.get("bytes") or {}
     last = accuracy_summary(run.rounds)
@@ -216,11 +221,20 @@ def _measure(run: Run, target: float | None) -> Measures:
         curve={round: mean for round, mean, *_ in run.curve()},
         link_bytes=link_bytes(run),
         target_bytes=None if target is None else _bytes_to(run, target),
+        filters_off=_filters_off(run) if lasso else None,
         bits_per_weight=counts.get("bits_per_weight"),
         busiest_bytes=counts.get("busiest_agent_total"),
         images=_images(run),
         seconds=run.summary.get("seconds"),
     )
+
+
+def _filters_off(run: Run) -> float | None:
+    """Return the share of all agents' output filters that keep no weight, from the states at the end."""
+    masks, _ = final_masks(run)
+    layers = filter_densities(masks)
+    filters = sum(layer.shares.size for layer in layers)
+    return float(sum(layer.off.sum() for layer in layers) / filters) if filters else None
 
 
 def _worst_tenth(accuracies: Iterable[float | None]) -> float | None:

@@ -64,21 +64,9 @@ def run_in_process(app: FlowerApp, config: Mapping[str, Any], folder: Path, log:
     FlowerMceplError
         If the agents cannot be built, or the run fails.
     """
-    from flwr.app import Context, RecordDict
-
     settings = RunSettings.from_run_config(config, app_keys=app.config)
     threads = read_fields(DeviceSettings, config).threads
-    number = next(_run_ids)
-    contexts = [
-        Context(
-            run_id=number,
-            node_id=agent,
-            state=RecordDict(),
-            run_config=dict(config),
-            node_config={"partition-id": agent, "num-partitions": settings.num_agents},
-        )
-        for agent in range(settings.num_agents)
-    ]
+    contexts = _contexts(config, settings.num_agents)
     record = RunRecord.create(
         name=app.name,
         path=folder / app.name,
@@ -102,6 +90,36 @@ def run_in_process(app: FlowerApp, config: Mapping[str, Any], folder: Path, log:
             log=log,
         )
     return record.path
+
+
+def introductions(app: FlowerApp, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Build the agents of a run and return what each would say of itself first (`Agent.describe`), without a run.
+
+    Raises
+    ------
+    FlowerMceplError
+        If the settings are wrong, or the agents cannot be built.
+    """
+    settings = RunSettings.from_run_config(config, app_keys=app.config)
+    with imported_client(app) as client, torch_threads(read_fields(DeviceSettings, config).threads):
+        return [client.agent_fn(context).describe() for context in _contexts(config, settings.num_agents)]
+
+
+def _contexts(config: Mapping[str, Any], num_agents: int) -> "list[Context]":
+    """Return a context for each agent of a new run."""
+    from flwr.app import Context, RecordDict
+
+    number = next(_run_ids)
+    return [
+        Context(
+            run_id=number,
+            node_id=agent,
+            state=RecordDict(),
+            run_config=dict(config),
+            node_config={"partition-id": agent, "num-partitions": num_agents},
+        )
+        for agent in range(num_agents)
+    ]
 
 
 def _make_server(app: FlowerApp, client: "AgentApp", context: "Context") -> Server | None:

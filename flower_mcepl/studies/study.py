@@ -46,15 +46,17 @@ class Study:
     runs: tuple[PlannedRun, ...]
 
 
-def read_study(path: Path) -> Study:
+def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
     """Read a study file and check every one of its runs.
+
+    ``overrides`` are run-config keys for every run; they win over those of ``[config]``.
 
     Raises
     ------
     ConfigError
         If anything in it is unknown, impossible or of the wrong type; the message names file and line.
     """
-    file = StudyFile.read(path)
+    file = StudyFile.read(path, overrides)
     name, engine = file.data.get("name", path.stem), file.data.get("engine", "flower")
     if engine not in ENGINES:
         raise file.error(("engine",), f"engine must be one of {', '.join(ENGINES)}; got {engine!r}.")

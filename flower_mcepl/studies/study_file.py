@@ -22,6 +22,7 @@ TYPES = {
     "runs": list,
 }
 SCALARS = (bool, int, float, str)  # what a run config holds in Flower
+COMMAND_LINE = "--run-config"  # first part of the places of settings that do not stand in the file
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,12 @@ class StudyFile:
     path: Path
     data: dict[str, Any]
     lines: dict[Place, int] = field(repr=False)
+    overrides: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # run-config keys for every run, before those of [config]
 
     @classmethod
-    def read(cls, path: Path) -> "StudyFile":
+    def read(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> "StudyFile":
         """Read a study file and check its keys and types.
 
         Raises
@@ -57,7 +61,7 @@ class StudyFile:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"a study is a TOML file; {path} cannot be read: {error}.") from None
         try:
-            file = cls(path, tomllib.loads(text), key_lines(text))
+            file = cls(path, tomllib.loads(text), key_lines(text), overrides or {})
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path}, line {line_of_error(text, error)}: this is no TOML: {error}.") from None
         file._check_top()
@@ -71,6 +75,8 @@ class StudyFile:
 
     def error(self, place: Place, message: str) -> ConfigError:
         """Return the error that says what is wrong where."""
+        if place[:1] == (COMMAND_LINE,):
+            return ConfigError(f"{COMMAND_LINE}: {message}")
         return ConfigError(f"{self.path}, line {self.line(place)}: {message}")
 
     def combinations(self) -> list[Combination]:
@@ -103,11 +109,16 @@ class StudyFile:
         settings, places = {}, {}
         for key, value, place in self._flat(self.data.get("config", {}), ("config",)):
             settings[key], places[key] = self._scalar(key, value, place), place
+        for key, value, _ in _entries(self.overrides, "", ()):
+            place = (COMMAND_LINE, key)
+            settings[key], places[key] = self._scalar(key, value, place), place
         return Combination(settings, places, ("config",))
 
     def _grid(self, config: Combination, grid: Mapping[str, Any]) -> Iterator[Combination]:
         choices, places = {}, {}
         for key, value, place in self._flat(grid, ("grid",)):
+            if key in self.overrides:
+                raise self.error((COMMAND_LINE, key), f"{key} varies in this study. Change it in {self.path}.")
             if key in config.settings:
                 also = self.line(config.places[key])
                 raise self.error(place, f"{key} stands in [grid] and, on line {also}, in [config]. Leave one out.")
@@ -125,6 +136,8 @@ class StudyFile:
             raise self.error((*origin, "label"), f"label must be a string that says something; got {label!r}.")
         fixed = set()
         for key, value, place in self._flat({key: v for key, v in table.items() if key != "label"}, origin):
+            if key in self.overrides:
+                raise self.error((COMMAND_LINE, key), f"{key} varies in this study. Change it in {self.path}.")
             places[key] = place
             if isinstance(value, list):
                 choices[key] = self._choices(key, value, place)

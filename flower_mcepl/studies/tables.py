@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.ledger import human_bytes
-from flower_mcepl.studies.compare import Comparison, Row
+from flower_mcepl.studies.compare import LASSO, Comparison, Row
 
 _EXPLAINED = (
     "accuracy: mean over the agents of their personalised accuracy after the last round; then mean ± sample standard "
     "deviation over the seeds, of which one seed has none. All other columns are means over the seeds.",
     "sd over agents: population standard deviation. worst tenth: mean of the worst tenth of the agents, at least one.",
-    "best: the highest mean accuracy of any evaluated round; picked on the test splits, so it is no result.",
+    "best: the highest mean accuracy of any evaluated round; picked on the evaluated splits, so it is no result.",
     "links: bytes of payload from agent to agent, or both ways between agents and server. busiest agent: all that it "
     "sent up, each frame once, and received.",
     "images: training images that an agent processed; told where every agent trained in every round.",
@@ -36,6 +36,8 @@ def footnotes(comparison: Comparison) -> list[str]:
     notes = list(_EXPLAINED)
     if comparison.target is not None:
         notes.append(f"to {comparison.target:g}: bytes over the links until the mean accuracy was first that high.")
+    if LASSO in comparison.keys:
+        notes.append("filters off: share of output filters and neurons whose weights are all masked out, at the end.")
     return [*notes, *comparison.notes]
 
 
@@ -69,6 +71,9 @@ def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
     to_target: list[tuple[str, Callable[[Row], str]]] = []
     if target is not None:
         to_target.append((f"to {target:g}", _reached))
+    filters_off: list[tuple[str, Callable[[Row], str]]] = []
+    if LASSO in comparison.keys:
+        filters_off.append(("filters off", lambda row: _number(row.mean("filters_off"), ".1%")))
     return [
         ("seeds", lambda row: str(len(row.runs))),
         ("accuracy", _accuracy),
@@ -77,6 +82,7 @@ def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
         ("best (round)", _best),
         ("links", lambda row: human_bytes(row.mean("link_bytes"))),
         *to_target,
+        *filters_off,
         ("bits per weight", lambda row: _number(row.mean("bits_per_weight"), ".3g")),
         ("busiest agent", lambda row: human_bytes(row.mean("busiest_bytes"))),
         ("images", lambda row: _number(row.mean("images"), ",.0f")),
@@ -114,6 +120,7 @@ def _numbers(row: Row) -> dict[str, Any]:
         "link_bytes": row.mean("link_bytes"),
         "target_bytes": row.mean("target_bytes"),
         "seeds_reaching_target": sum(run.target_bytes is not None for run in row.runs),
+        "filters_off": row.mean("filters_off"),
         "bits_per_weight": row.mean("bits_per_weight"),
         "busiest_agent_bytes": row.mean("busiest_bytes"),
         "images_per_agent": row.mean("images"),
