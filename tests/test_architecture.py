@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flower_mcepl"
 SIDES = ("strategies", "clients")
 STUDIES = "studies"  # they run whole apps, so they may use Flower's client side, but load it only for a run
-HEAVY = ("flwr", "ray", "torchvision", "matplotlib", "rich", "pandas")
+HEAVY = ("flwr", "ray", "torchvision", "matplotlib", "rich", "pandas", "datasets")
 FLOWERS_DOORS = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.simulation")
 EVERYWHERE, AT_THE_TOP = False, True
 
@@ -90,9 +90,17 @@ def test_reading_imports_sees_all_their_forms() -> None:
 def test_the_core_knows_neither_flower_nor_ray_nor_the_sides(path: Path) -> None:
     anywhere, at_the_top = set(imports(path)), set(imports(path, when=AT_THE_TOP))
     sides = tuple(f"flower_mcepl.{side}" for side in SIDES)
-    for forbidden in ("flwr", "ray", "torchvision", "flwr_datasets", *sides):
+    divides = path == PACKAGE / "partition.py"  # by flwr-datasets, which it loads only then
+    for forbidden in ("flwr", "ray", "torchvision", *sides, *(() if divides else ("flwr_datasets", "datasets"))):
         assert not {name for name in anywhere if belongs_to(name, forbidden)}
-    for late in ("matplotlib", "sklearn", "pandas", *(() if path in COMMANDS else ("rich", "typer"))):
+    for late in (
+        "matplotlib",
+        "sklearn",
+        "pandas",
+        "flwr_datasets",
+        "datasets",
+        *(() if path in COMMANDS else ("rich", "typer")),
+    ):
         assert not {name for name in at_the_top if belongs_to(name, late)}
 
 
@@ -163,11 +171,37 @@ def test_the_check_for_heavy_packages_can_fail() -> None:
 
 
 def test_third_party_imports_are_declared() -> None:
-    """What the core and both sides import as they load must come with the plain package."""
+    """What the core and both sides import as they load must come with the plain package, and nothing in vain."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         declared = {re.split(r"[\[<>=~!; ]", line)[0] for line in tomllib.load(file)["project"]["dependencies"]}
-    found = {name.partition(".")[0] for path in ALL for name in imports(path, when=AT_THE_TOP)}
-    assert found - set(sys.stdlib_module_names) - {"flower_mcepl"} == declared
+    ours = set(sys.stdlib_module_names) | {"flower_mcepl"}
+    at_the_top = {name.partition(".")[0] for path in ALL for name in imports(path, when=AT_THE_TOP)} - ours
+    anywhere = {name.partition(".")[0] for path in ALL for name in imports(path)}
+    assert at_the_top <= declared <= anywhere
+
+
+def test_a_device_loads_only_what_a_message_needs() -> None:
+    """On a device every message is a process of its own: what loads there is paid for in every round."""
+    ours = "import torch, flwr.app, flwr.clientapp, sys; before = set(sys.modules); import flower_mcepl.clients"
+    added = "{name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)"
+    code = f"{ours}; print('loaded', *({added}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    packages = {name for name in result.stdout.splitlines()[-1].split()[1:] if not name.startswith("_")}
+    assert packages <= {"flower_mcepl", "constriction", "jaxtyping", "numpy", "safetensors", "torch"}
+
+
+def test_a_device_loads_nothing_heavy_when_it_plays_a_round() -> None:
+    one_round = """
+from tests.flower_messages import a_context, a_message, be_a_node, the_app
+be_a_node()
+app, context = the_app(), a_context()
+app(a_message(1), context)
+app(a_message(2, neighbors=(1,), evaluate=True), context)
+"""
+    rooms = tuple(f"flower_mcepl.{room}" for room in ("strategies", "studies", "plots", "page", "cli", "launch"))
+    of_flower = loaded_after("import torch, flwr.app, flwr.clientapp", HEAVY)
+    heavy = (*HEAVY, "networkx", "sklearn", "datasets", "flwr_datasets", "sympy", "torch._dynamo")
+    assert loaded_after(one_round, tuple({*heavy, *rooms} - of_flower - {"flwr"})) == set()
 
 
 # --- names ---

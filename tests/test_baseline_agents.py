@@ -128,9 +128,13 @@ def test_running_statistics_stay_at_home(algorithm: str) -> None:
 @pytest.mark.parametrize("algorithm", DENSE)
 def test_the_handshake_of_dense_agents(algorithm: str) -> None:
     agent = agent_of(algorithm, 3)
+    counts = " ".join(f"{name}:{(agent.data.train.labels == name).sum()}" for name in range(3))
     assert agent.describe() == {
         "agent": 3, "algorithm": algorithm, "fingerprint": agent_of("mcepl").fingerprint, "seed": SEED,
         "num-weights": 51, "kept-weights": 51, "num-examples": 18, "num-test-examples": 18, "classes": "0 1 2",
+        "train-counts": counts, "test-counts": " ".join(
+            f"{name}:{(agent.data.test.labels == name).sum()}" for name in range(3)
+        ),
     }  # fmt: skip
     assert agent.evaluate()["density"] == 1.0
 

@@ -9,6 +9,7 @@ import pytest
 from flower_mcepl import AgentData, MceplAgent, MceplConfig, RunRecord, Topology, read_run, shared_module, simulate
 from flower_mcepl.agents import load_state
 from flower_mcepl.launch import run_app
+from flower_mcepl.splits import DataSettings
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 NUM_AGENTS, NUM_ROUNDS, SEED = 10, 3, 5
@@ -49,18 +50,17 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     defaults = tomllib.loads((QUICKSTART / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     config: dict[str, Any] = {**defaults, **RUN_CONFIG}
     net = shared_module(Net, seed=SEED)
+    settings = DataSettings.from_run_config(config)
+    splits = [load_data(index, num_agents=NUM_AGENTS, settings=settings, seed=SEED) for index in range(NUM_AGENTS)]
     agents = [
         MceplAgent(
             index,
             net,
-            AgentData.of(
-                *load_data(index, num_agents=NUM_AGENTS, classes_per_agent=config["classes-per-agent"], seed=SEED),
-                agent=index,
-            ),
+            AgentData.of(train, test, agent=index, validation=validation),
             MceplConfig.from_run_config(config, agent=index),
             seed=SEED,
         )
-        for index in range(NUM_AGENTS)
+        for index, (train, validation, test) in enumerate(splits)
     ]
     record = RunRecord.create(tmp_path_factory.mktemp("oracle"), name="oracle", config={})
     simulate(agents, Topology.ring(NUM_AGENTS), num_rounds=NUM_ROUNDS, evaluate_every=1, record=record)
