@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import Context, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flower_mcepl import ConfigError, FingerprintError, Topology, shared_module, simulate
 from flower_mcepl.agents import load_state, make_agent, make_server
 from flower_mcepl.data import AgentData
 from flower_mcepl.record import read_run
 from flower_mcepl.strategies import GossipStrategy, ServerStrategy, make_strategy
+from flower_mcepl.strategies.fedavg import FlowerFedavgServer
 
 from .fleet import SEED, same_tensors, small_net, split
 from .flower_fleet import RUN_CONFIG, app_grid, model_fn
@@ -33,6 +37,26 @@ def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(1, 10**6), min_size=1, max_size=6), seed=st.integers(0, 2**31))
+def test_our_mean_is_that_of_flowers_fedavg_bit_for_bit(sizes: list[int], seed: int) -> None:
+    app_grid(1)  # gives this process the identity that Flower's messages need
+    module = shared_module(small_net, seed=SEED)
+    ours = make_server("fedavg", module, len(sizes), {}, seed=SEED)
+    flowers = make_server("fedavg", module, len(sizes), {}, seed=SEED, kind=FlowerFedavgServer)
+    draw = torch.Generator().manual_seed(seed)
+    inbox = {
+        agent: {name: torch.randn(shape, generator=draw) for name, shape in ours.layers.items()}
+        for agent in range(len(sizes))
+    }
+    for server in (ours, flowers):
+        server.receive(inbox, round=1, num_examples=dict(enumerate(sizes)))
+    theirs = flowers.payload_for(0, round=1)
+    assert theirs is not None
+    assert same_tensors(ours.payload_for(0, round=1), theirs)
+    assert all(tensor.dtype == torch.float32 for tensor in theirs.values())
+
+
 @pytest.mark.parametrize("algorithm", SERVED)
 def test_flower_gives_the_rows_bytes_and_server_of_simulate(algorithm: str, tmp_path: Path) -> None:
     config = run_config(algorithm, **{"record-dir": str(tmp_path)})
@@ -47,6 +71,7 @@ def test_flower_gives_the_rows_bytes_and_server_of_simulate(algorithm: str, tmp_
     ]
     server = make_server(algorithm, module, NUM_AGENTS, config, seed=SEED)
     result = simulate(agents, server=server, num_rounds=3, evaluate_every=2)
+    assert isinstance(strategy.server, FlowerFedavgServer) == (algorithm == "fedavg")
     assert untimed(strategy.monitor.rows) == untimed(result.rows)
     assert same_tensors(strategy.server.state().tensors, server.state().tensors)
     assert strategy.relay.ledger.totals() == result.summary["bytes"]

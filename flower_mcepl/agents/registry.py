@@ -123,7 +123,15 @@ def make_agent(
     return make(index, module, data, config, seed=seed, device=device)
 
 
-def make_server(algorithm: str, module: nn.Module, num_agents: int, run_config: RunConfig, *, seed: int) -> Server:
+def make_server(
+    algorithm: str,
+    module: nn.Module,
+    num_agents: int,
+    run_config: RunConfig,
+    *,
+    seed: int,
+    kind: type[Server] | None = None,
+) -> Server:
     """Make the server of the named algorithm.
 
     Parameters
@@ -138,6 +146,8 @@ def make_server(algorithm: str, module: nn.Module, num_agents: int, run_config: 
         Flower's settings of the run, the same as for `make_agent`.
     seed : int
         Seed of the run, the same as on all agents.
+    kind : type[Server], optional
+        A subclass of the algorithm's server to make in place of it.
 
     Raises
     ------
@@ -152,5 +162,5 @@ def make_server(algorithm: str, module: nn.Module, num_agents: int, run_config: 
             "Give it a graph instead."
         )
     config = chosen.config.from_run_config(with_section(run_config, algorithm), agent=0)
-    make: Callable[..., Server] = chosen.server
+    make: Callable[..., Server] = kind or chosen.server
     return make(module, num_agents, config, seed=seed)

@@ -1,9 +1,8 @@
 """FedAvg, the server's side: the mean of all models, weighted by the sizes of the training splits."""
 
-from collections.abc import Mapping
-from typing import Any, final
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Payload
@@ -12,9 +11,10 @@ from flower_mcepl.agents.groups import Shapes
 from flower_mcepl.servers.server import Server, shapes_of, trained_weights
 
 
-@final
 class FedavgServer(Server):
     """``w_{t+1} = Σ_k (n_k / n) w_k``, k over the agents that answered, ``n_k`` their numbers of training examples.
+
+    Under Flower its mean is taken by Flower's own FedAvg (`flower_mcepl.strategies.fedavg`), to the same bits.
 
     Source: McMahan et al. 2017, arXiv:1602.05629, algorithm 1.
     """
@@ -30,12 +30,19 @@ class FedavgServer(Server):
     def receive(self, inbox: Mapping[int, Payload], *, round: int, num_examples: Mapping[int, int]) -> None:
         """Average the models; an agent that does not say how many examples it has counts as having one."""
         sizes = {agent: max(1, num_examples.get(agent, 1)) for agent in sorted(inbox)}  # float sums depend on the order
-        total = sum(sizes.values())
-        for name, w in self.weights.items():
-            mean = torch.zeros_like(w)
-            for agent, size in sizes.items():
-                mean.add_(inbox[agent][name].to_dense(), alpha=size / total)
-            self.weights[name] = mean
+        models = [{name: inbox[agent][name].to_dense() for name in self.weights} for agent in sizes]
+        self.weights = self._mean(models, list(sizes.values()), round=round)
+
+    def _mean(self, models: Sequence[Payload], sizes: Sequence[int], *, round: int) -> dict[str, Tensor]:
+        """Return the weighted mean of the models; products are rounded before they are added, as in NumPy."""
+        shares = [size / sum(sizes) for size in sizes]
+        means = {}
+        for name in self.weights:
+            mean = models[0][name] * shares[0]
+            for model, share in zip(models[1:], shares[1:], strict=True):
+                mean += model[name] * share
+            means[name] = mean
+        return means
 
     def note(self, agent: int, payload: Payload) -> None:
         """Leave it: nothing in it is needed."""

@@ -16,6 +16,7 @@ from flower_mcepl.settings import RunSettings
 from flower_mcepl.simulation import SERVER_FILE
 from flower_mcepl.strategies.answers import frame_array, frame_bytes
 from flower_mcepl.strategies.exchange import ExchangeStrategy
+from flower_mcepl.strategies.fedavg import FlowerFedavgServer
 from flower_mcepl.strategies.gossip import GossipStrategy
 from flower_mcepl.strategies.options import common_settings
 
@@ -23,6 +24,8 @@ from flower_mcepl.strategies.options import common_settings
 @final
 class ServerStrategy(ExchangeStrategy):
     """FedAvg, FedSpa or FedPM in the same messages, frames and records as the gossip methods, for comparison.
+
+    From a run config, FedAvg's mean is that of Flower's own ``FedAvg``.
 
     The train message of a round carries the server's frame of the round before; the answer carries the agent's own,
     which the server opens and aggregates.
@@ -89,7 +92,8 @@ class ServerStrategy(ExchangeStrategy):
         """
         settings = RunSettings.from_run_config(run_config, app_keys=app_keys)
         module = shared_module(model_fn, seed=settings.seed)
-        server = make_server(settings.algorithm, module, settings.num_agents, run_config, seed=settings.seed)
+        kind = FlowerFedavgServer if settings.algorithm == FlowerFedavgServer.algorithm else None
+        server = make_server(settings.algorithm, module, settings.num_agents, run_config, seed=settings.seed, kind=kind)
         strategy = cls(server, max_staleness=settings.max_staleness, **common_settings(settings, run_config, name))
         strategy.begin_from(settings)
         return strategy
