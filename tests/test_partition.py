@@ -334,7 +334,7 @@ def cifar10(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     for task in task_of("cifar10"):
         monkeypatch.setattr(task, "load_split", made_up)
         yield task
-        for cached in (task.training_images, task.test_images, task.parts):
+        for cached in (task.encoded_images, task.parts):
             cached.cache_clear()
 
 
@@ -368,8 +368,24 @@ def test_cifar10s_data_are_what_they_were(cifar10: ModuleType) -> None:
         rules = DataSettings(partition="pathological:classes=3", train_fraction=0.2)
         train, validation, test = cifar10.load_data(agent, data="x", num_agents=6, settings=rules, seed=1)
         assert validation is None
-        tensors += [*train, *(whole[test.indices] for whole in test.dataset.tensors)]
+        tensors += [*train, *test]
     assert digest(*tensors) == "7089c4674b4413e07f8c5c22a48b7b35"
+
+
+def test_cifar10s_data_come_from_the_cache_where_there_is_one(
+    cifar10: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = DataSettings(partition="pathological:classes=3", train_fraction=0.2, validation_fraction=0.1)
+    common: dict[str, Any] = {"data": "x", "num_agents": 6, "settings": rules, "seed": 1}
+    plain = cifar10.load_data(2, **common)
+    first = cifar10.load_data(2, cache=str(tmp_path), **common)
+    monkeypatch.setattr(cifar10, "load_split", None)  # nobody may decode any more
+    cifar10.encoded_images.cache_clear()
+    again = cifar10.load_data(2, cache=str(tmp_path), **common)
+    for splits in (first, again):
+        assert [digest(*split) for split in splits] == [digest(*split) for split in plain]
+    with pytest.raises(TypeError):  # another agent's are not there
+        cifar10.load_data(3, cache=str(tmp_path), **common)
 
 
 def test_cifar10s_validation_images_are_unused_training_images(cifar10: ModuleType) -> None:

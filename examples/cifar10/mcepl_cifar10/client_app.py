@@ -16,6 +16,7 @@ def data_fn(context: Context):
         num_agents=int(run["num-agents"]),
         settings=DataSettings.from_run_config(run),
         seed=int(run["seed"]),
+        cache=str(run["cache"]),
     )
 
 

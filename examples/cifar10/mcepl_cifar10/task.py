@@ -1,5 +1,6 @@
 """The task: the network of the paper, and CIFAR-10 divided over the agents."""
 
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import torch
 from datasets import Dataset, load_dataset
 from flwr.app import Context
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
 
 from flower_mcepl.models import AlexNetCifar
 from flower_mcepl.partition import Indices, Partition
 from flower_mcepl.splits import DataSettings, own_splits, own_tests
+from flower_mcepl.tensor_cache import cached_tensors
 
 Split = tuple[Tensor, Tensor]
 
@@ -37,46 +38,63 @@ def load_split(data: str, split: str) -> Dataset:
 
 
 @lru_cache
-def training_images(data: str) -> tuple[Dataset, np.ndarray]:
-    """Return the training images, still encoded, and their labels."""
-    images = load_split(data, "train")
+def encoded_images(data: str, split: str) -> tuple[Dataset, np.ndarray]:
+    """Return the images of a split, still encoded, and their labels; read once for the agents of this process."""
+    images = load_split(data, split)
     return images, np.asarray(images["label"])
-
-
-@lru_cache
-def test_images(data: str) -> TensorDataset:
-    """Return all test images, decoded once for the agents of this process."""
-    return TensorDataset(*decode(load_split(data, "test")))
 
 
 @lru_cache
 def parts(data: str, partition: str, num_agents: int, seed: int) -> tuple[Indices, ...]:
     """Return which training images each agent holds."""
-    return Partition.parse(partition).divide(training_images(data)[1], num_agents=num_agents, seed=seed)
+    return Partition.parse(partition).divide(encoded_images(data, "train")[1], num_agents=num_agents, seed=seed)
 
 
 def load_data(
-    agent: int, *, data: str, num_agents: int, settings: DataSettings, seed: int
-) -> tuple[Split, Split | None, Subset]:
-    """Return the agent's training, validation and test split.
+    agent: int, *, data: str, num_agents: int, settings: DataSettings, seed: int, cache: str = ""
+) -> tuple[Split, Split | None, Split]:
+    """Return the agent's training, validation and test split, ``(images, labels)`` each.
 
-    Training and validation, ``(images, labels)`` each, are of the training images that the agent holds; a run without
-    a validation split has None. Testing: CIFAR-10's own test images, those of the agent's classes.
+    Training and validation are of the training images that the agent holds; a run without a validation split has None.
+    Testing: CIFAR-10's own test images, those of the agent's classes. ``cache`` is a folder for the decoded pixels, so
+    that on a device, where every message is a process of its own, only the first one decodes; empty for none.
     """
-    images, labels = training_images(data)
+    told = {"data": data, "num-agents": num_agents, "seed": seed, "agent": agent, **asdict(settings), "version": 1}
+
+    def make() -> dict[str, Tensor]:
+        return decode_splits(agent, data=data, num_agents=num_agents, settings=settings, seed=seed)
+
+    found = cached_tensors(cache, told, make) if cache else make()
+    train, validation, test = (
+        (normalized(found[name]), found[f"{name}-labels"].long()) for name in ("train", "validation", "test")
+    )
+    return train, validation if len(validation[1]) else None, test
+
+
+def decode_splits(agent: int, *, data: str, num_agents: int, settings: DataSettings, seed: int) -> dict[str, Tensor]:
+    """Return pixels, uint8 [n, 3, 32, 32], and labels, uint8 [n], of each of an agent's splits."""
+    images, labels = encoded_images(data, "train")
     mine = parts(data, settings.partition, num_agents, seed)[agent]
     places = own_splits(labels[mine], settings, seed=seed, agent=agent)
-    train, validation = (
-        decode(images.select(mine[np.sort(chosen)])) if len(chosen) else None
-        for chosen in (places.train, places.validation)
-    )
-    test = test_images(data)
-    own = own_tests(test.tensors[1], labels[mine], settings, seed=seed, agent=agent)
-    return train, validation, Subset(test, own.tolist())
+    found = {}
+    for name, chosen in (("train", places.train), ("validation", places.validation)):
+        found |= decode(name, images.select(mine[np.sort(chosen)]))
+    tests, their_labels = encoded_images(data, "test")
+    own = own_tests(their_labels, labels[mine], settings, seed=seed, agent=agent)
+    return found | decode("test", tests.select(own))
 
 
-def decode(split: Dataset) -> tuple[Tensor, Tensor]:
-    """Return images [n, 3, 32, 32] normalised to mean 0.5 and deviation 0.5, and labels [n]."""
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in split["img"]])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
-    return images, torch.tensor(split["label"], dtype=torch.long)
+def decode(name: str, split: Dataset) -> dict[str, Tensor]:
+    """Return the pixels and labels of a split under its name."""
+    pixels = np.zeros((len(split), 32, 32, 3), np.uint8)
+    for place, image in enumerate(split["img"]):
+        pixels[place] = image.convert("RGB")
+    return {
+        name: torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+        f"{name}-labels": torch.tensor(split["label"], dtype=torch.uint8),
+    }
+
+
+def normalized(pixels: Tensor) -> Tensor:
+    """Return images of mean 0.5 and deviation 0.5, float [n, 3, 32, 32]."""
+    return pixels.float().div_(127.5).sub_(1)
