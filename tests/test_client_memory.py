@@ -163,7 +163,7 @@ def test_a_failure_after_the_round_leaves_the_disk_as_it_was(tmp_path: Path) -> 
 
 
 def test_a_full_disk_names_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(StateStore, "save", full)

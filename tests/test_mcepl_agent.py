@@ -252,6 +252,11 @@ def test_evaluation_on_the_own_test_split() -> None:
     assert agent.evaluate() == metrics
 
 
+def counts(draw: int) -> str:
+    labels = split(draw)[1].tolist()
+    return " ".join(f"{label}:{labels.count(label)}" for label in sorted(set(labels)))
+
+
 def test_the_handshake_tells_who_this_is() -> None:
     agent = make_agent(3, retention={"conv": 0.5, "linear": 0.25})
     kept = sum(int(mask.sum()) for mask in agent.outgoing().values())
@@ -260,7 +265,7 @@ def test_the_handshake_tells_who_this_is() -> None:
         "prior": agent.prior.digest.hex(),
         "first-mask": agent._first_mask_digest, "num-weights": 36 + 192,
         "kept-weights": kept, "retention": "conv 0.5, linear 0.25", "num-examples": 24, "num-test-examples": 24,
-        "classes": "0 1 2",
+        "classes": "0 1 2", "train-counts": counts(3), "test-counts": counts(1003),
     }  # fmt: skip
 
 
