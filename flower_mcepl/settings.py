@@ -21,10 +21,9 @@ class DeviceSettings:
 
     device: str = "auto"  # "auto" (CUDA, else MPS, else CPU), or a torch device such as "cpu" or "cuda:1"
     threads: int = 1  # of torch on the CPU; float sums depend on it. 0: torch's own choice
-    state_dir: str = (
-        ""  # where a device keeps its agent's state: a folder; "": in the user's; "none": in Flower's Context
-    )
+    state_dir: str = ""  # folder of a device's states; "": below the user's; "none": they stay in Flower's Context
     state_runs: int = 2  # runs whose states stay in state_dir
+    tell_classes: bool = True  # say in the handshake, and so in the record, which classes the agent holds, and how many
 
     def __post_init__(self) -> None:
         check(self.state_runs >= 1, "state-runs must be >= 1", self.state_runs)

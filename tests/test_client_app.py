@@ -99,6 +99,16 @@ def test_a_query_says_who_it_is_without_calling_the_app() -> None:
 HANDSHAKE = {"algorithm", "seed", "fingerprint", "num-weights", "kept-weights", "first-mask", "parameters"}
 
 
+def test_a_device_may_keep_its_classes_to_itself() -> None:
+    classes = {"classes", "train-counts", "test-counts"}
+    told = [
+        set(the_app()(a_message(1), a_context(2, **settings)).content.config_records[keys.AGENT])
+        for settings in ({}, {"tell-classes": False})
+    ]
+    assert told[0] - told[1] == classes
+    assert told[1] < told[0]
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_the_handshake_comes_only_where_it_is_asked_for_or_the_agent_is_fresh(asked: bool) -> None:
     app, context = the_app(), a_context(2)

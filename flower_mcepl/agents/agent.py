@@ -109,6 +109,9 @@ class Agent(abc.ABC):
                 )
 
 
+CLASS_FACTS = ("classes", "train-counts", "validation-counts", "test-counts")  # what `data_facts` tells of classes
+
+
 def data_facts(data: AgentData) -> dict[str, Any]:
     """Return the handshake's facts about an agent's data: the splits' sizes, and their classes where they are known.
 

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_mcepl import keys
-from flower_mcepl.agents import Agent, agent_file, make_agent, save_state
+from flower_mcepl.agents import CLASS_FACTS, Agent, agent_file, make_agent, save_state
 from flower_mcepl.clients.guard import answer_to, check_mods
 from flower_mcepl.clients.memory import Memory, in_simulation, open_memory
 from flower_mcepl.config import read_fields
@@ -221,7 +221,8 @@ def _play(
         past.restore(agent, mail)
     reply = play_round(agent, mail, parcel)
     reply = replace(reply, refused=[*damaged, *reply.refused])
-    content = _answer(agent, reply, fresh=past is None, introduce=bool(order.get(keys.INTRODUCE, True)))
+    introduce = past is None or bool(order.get(keys.INTRODUCE, True))
+    content = _answer(agent, reply, fresh=past is None, facts=_introduction(agent, context) if introduce else {})
     _keep(place, agent)
     future = Generation.of(agent, mail, run=str(order[keys.RUN]), round=parcel.round)
     return content, partial(_finish_round, memory, future, order)
@@ -250,11 +251,15 @@ def _parcel(message: Message, order: ConfigRecord) -> tuple[Parcel[bytes], list[
     return parcel, damaged
 
 
-def _answer(agent: Agent, reply: Reply, *, fresh: bool, introduce: bool) -> RecordDict:
-    facts: dict[str, Any] = {"agent": agent.index, keys.FRESH: fresh}
-    if fresh or introduce:
-        facts.update(agent.describe())
-        facts[keys.PARAMETERS] = json.dumps(agent.parameters())
+def _introduction(agent: Agent, context: Context) -> dict[str, Any]:
+    """Return the handshake's facts, but for those that the device keeps to itself."""
+    secret = () if _device_settings(context).tell_classes else CLASS_FACTS
+    facts = {key: fact for key, fact in agent.describe().items() if key not in secret}
+    return {**facts, keys.PARAMETERS: json.dumps(agent.parameters())}
+
+
+def _answer(agent: Agent, reply: Reply, *, fresh: bool, facts: Mapping[str, Any]) -> RecordDict:
+    facts = {"agent": agent.index, keys.FRESH: fresh, **facts}
     lists = {
         keys.REFUSED: reply.refused,
         keys.LACKING: reply.lacking,
