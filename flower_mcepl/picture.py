@@ -12,7 +12,7 @@ from flower_mcepl.ledger import human_bytes
 from flower_mcepl.plots.canvas import BLUE, GREY, ORANGE, SKY, VERMILION, new_figure, plain, png, say
 from flower_mcepl.plots.graph import draw_graph
 from flower_mcepl.record import Row, Run, accuracy_summary
-from flower_mcepl.report import BYTE_NAMES, against_fp32, byte_counts, headline
+from flower_mcepl.report import BYTE_NAMES, against_fp32, byte_counts, evaluated_on, headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,8 @@ def plot_run(run: Run, out: Path | None = None) -> Path:
 def _draw_accuracy(axes: "Axes", run: Run) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set(title="Personalised accuracy", xlabel="round", ylabel="accuracy on the agent's own test split")
+    axes.set(title="Personalised accuracy", xlabel="round")
+    axes.set_ylabel(f"accuracy on the agent's own {evaluated_on(run)} split")
     axes.set_ylim(0, 1)
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)

@@ -59,7 +59,7 @@ def run(
     Examples:
       flower-mcepl run examples/paper/2-ablation.toml --dry-run
       flower-mcepl run examples/paper/2-ablation.toml --jobs 2
-      flower-mcepl run examples/paper/cifar10-ablation.toml --run-config 'data="/path/to/cifar10"'
+      flower-mcepl run examples/paper/cifar10-methods.toml --run-config 'data="/path/to/cifar10"'
       flower-mcepl compare runs/ablation --target 0.9
     """  # noqa: D301 (click's sign for lines that stay as they are)
     plan = read_study(study, parse_run_config(run_config or []))

@@ -91,12 +91,8 @@ def _toml_value(key: str, value: object) -> str:
 
 def num_agents(app: Path, run_config: Sequence[str]) -> int:
     """Return how many agents the app will have: ``num-agents`` of the overrides, else of its own settings."""
-    found: object = app_settings(app).get("config", {}).get("num-agents")
-    for entry in run_config:
-        if entry.strip().endswith(".toml"):
-            found = _read_toml(Path(entry.strip()).expanduser()).get("num-agents", found)
-        else:
-            found = dict(_PAIR.findall(entry)).get("num-agents", found)
+    own = app_settings(app).get("config", {}).get("num-agents")
+    found: object = parse_run_config(run_config).get("num-agents", own)
     try:
         return int(str(found))
     except ValueError:
@@ -146,4 +142,4 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} must be a readable TOML file: {error}. Give the folder of a Flower app.") from error
+        raise ConfigError(f"{path} must be a readable TOML file: {error}. Look at path and content.") from error
