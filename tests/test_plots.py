@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 from flower_mcepl import Topology, simulate
 from flower_mcepl.cli import app
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.final_masks import Masks, final_masks
 from flower_mcepl.plots.agreement import agreement_of, classes_of
 from flower_mcepl.plots.canvas import plain, wrapped
 from flower_mcepl.plots.charts import draw_by_bytes, draw_by_round, draw_spread
 from flower_mcepl.plots.curves import AGENTS, SEEDS, curve_of, final_accuracies
 from flower_mcepl.plots.filter_charts import off_text
 from flower_mcepl.plots.filters import filter_densities
-from flower_mcepl.plots.final_masks import Masks, final_masks
 from flower_mcepl.plots.gallery import Gallery, _holdings, _masks, draw_gallery, write_gallery
 from flower_mcepl.plots.graph import draw_graphs
 from flower_mcepl.plots.holding_charts import draw_holdings
@@ -105,7 +105,7 @@ def test_final_masks_have_the_density_that_the_record_tells(study: Path) -> None
 
 
 def test_layers_are_in_their_natural_order() -> None:
-    from flower_mcepl.plots.final_masks import _natural
+    from flower_mcepl.final_masks import _natural
 
     assert sorted(["l.11.w", "l.4.w", "fc.w", "l.4.0"], key=_natural) == ["fc.w", "l.4.0", "l.4.w", "l.11.w"]
 

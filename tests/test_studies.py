@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from flower_mcepl.data import _index_batches
 from flower_mcepl.errors import ConfigError, RecordError
-from flower_mcepl.plots.final_masks import final_masks
+from flower_mcepl.final_masks import final_masks
 from flower_mcepl.record import RunRecord, read_run
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.studies import Study, compare, find_records, read_study, run_study

@@ -6,6 +6,7 @@ import typer
 
 from flower_mcepl.cli.compare import compare
 from flower_mcepl.cli.data import data
+from flower_mcepl.cli.doctor import doctor
 from flower_mcepl.cli.frame import frame
 from flower_mcepl.cli.plot import plot
 from flower_mcepl.cli.report import report
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(compare)
 app.command()(data)
+app.command()(doctor)
 app.command()(plot)
 app.command()(report)
 app.command()(show)

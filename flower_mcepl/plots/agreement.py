@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flower_mcepl.plots.final_masks import Masks
+from flower_mcepl.final_masks import Masks
 from flower_mcepl.record import Run
 
 Matrix = NDArray[np.float64]

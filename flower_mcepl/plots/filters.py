@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flower_mcepl.plots.final_masks import Masks
+from flower_mcepl.final_masks import Masks
 
 
 @dataclass(frozen=True)

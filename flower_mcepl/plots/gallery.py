@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flower_mcepl.final_masks import Masks, final_masks
 from flower_mcepl.plots.agreement import agreement_of, classes_of
 from flower_mcepl.plots.charts import draw_by_bytes, draw_by_round, draw_spread
 from flower_mcepl.plots.curves import SEEDS, Curve, curve_of, final_accuracies
 from flower_mcepl.plots.filter_charts import MOST_LAYERS, draw_filters, off_text
 from flower_mcepl.plots.filters import filter_densities
-from flower_mcepl.plots.final_masks import Masks, final_masks
 from flower_mcepl.plots.graph import draw_graphs
 from flower_mcepl.plots.heat_maps import draw_agreement
 from flower_mcepl.plots.holding_charts import draw_holdings

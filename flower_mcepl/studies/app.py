@@ -69,6 +69,24 @@ def imported_client(app: FlowerApp) -> Iterator["AgentApp"]:
     """
     from flower_mcepl.clients.app import AgentApp
 
+    with imported_component(app) as client:
+        if not isinstance(client, AgentApp):
+            raise ConfigError(
+                f"an in-process run needs a ClientApp from make_client_app or make_agent_app; {app.client} of "
+                f'{app.folder} is {type(client).__name__}. Use them, or run the study with engine = "flower".'
+            )
+        yield client
+
+
+@contextlib.contextmanager
+def imported_component(app: FlowerApp) -> Iterator[object]:
+    """Import what the app names as its clientapp, whatever it is; see `imported_client`.
+
+    Raises
+    ------
+    ConfigError
+        If a module of another app bears its name.
+    """
     module_name, _, attribute = app.client.partition(":")
     folder = str(app.folder)
     sys.path.insert(0, folder)
@@ -76,13 +94,7 @@ def imported_client(app: FlowerApp) -> Iterator["AgentApp"]:
         importlib.invalidate_caches()
         module = importlib.import_module(module_name)
         _refuse_foreign(module.__file__, app)
-        client = getattr(module, attribute, None)
-        if not isinstance(client, AgentApp):
-            raise ConfigError(
-                f"an in-process run needs a ClientApp from make_client_app or make_agent_app; {app.client} of "
-                f'{app.folder} is {type(client).__name__}. Use them, or run the study with engine = "flower".'
-            )
-        yield client
+        yield getattr(module, attribute, None)
     finally:
         sys.path.remove(folder)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.errors import ConfigError, RecordError
-from flower_mcepl.plots.filters import filter_densities
-from flower_mcepl.plots.final_masks import final_masks
+from flower_mcepl.final_masks import final_masks
 from flower_mcepl.record import CONFIG, Run, accuracy_summary, read_run
 
 SEED = "seed"
@@ -232,9 +231,9 @@ def _measure(run: Run, target: float | None, lasso: bool) -> Measures:
 def _filters_off(run: Run) -> float | None:
     """Return the share of all agents' output filters that keep no weight, from the states at the end."""
     masks, _ = final_masks(run)
-    layers = filter_densities(masks)
-    filters = sum(layer.shares.size for layer in layers)
-    return float(sum(layer.off.sum() for layer in layers) / filters) if filters else None
+    layers = [mask.reshape(len(mask), -1) for layers in masks.values() for mask in layers.values()]
+    filters = sum(map(len, layers))
+    return sum(int((~layer.any(axis=1)).sum()) for layer in layers) / filters if filters else None
 
 
 def _worst_tenth(accuracies: Iterable[float | None]) -> float | None:

@@ -1,10 +1,12 @@
 """What carries out one run: Flower's simulation, or this process. The same settings give the same bits."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flower_mcepl.agents import Agent
 from flower_mcepl.agents.registry import find_algorithm, make_server
 from flower_mcepl.config import read_fields
 from flower_mcepl.errors import ConfigError, FlowerMceplError, RecordError
@@ -105,21 +107,37 @@ def introductions(app: FlowerApp, config: Mapping[str, Any]) -> list[dict[str, A
         return [client.agent_fn(context).describe() for context in _contexts(config, settings.num_agents)]
 
 
+@contextlib.contextmanager
+def agent_of_node(app: FlowerApp, config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Iterator[Agent]:
+    """Build the agent that a SuperNode with this node config would play; the app's modules are found meanwhile.
+
+    Raises
+    ------
+    ConfigError
+        If the settings are wrong, or the ClientApp is not made by `make_client_app` or `make_agent_app`.
+    """
+    settings = read_fields(DeviceSettings, {**config, **node_config})
+    with imported_client(app) as client:
+        with torch_threads(settings.threads):
+            agent = client.agent_fn(_context(next(_run_ids), config, node_config))
+        yield agent
+
+
 def _contexts(config: Mapping[str, Any], num_agents: int) -> "list[Context]":
     """Return a context for each agent of a new run."""
-    from flwr.app import Context, RecordDict
-
     number = next(_run_ids)
     return [
-        Context(
-            run_id=number,
-            node_id=agent,
-            state=RecordDict(),
-            run_config=dict(config),
-            node_config={"partition-id": agent, "num-partitions": num_agents},
-        )
-        for agent in range(num_agents)
+        _context(number, config, {"partition-id": agent, "num-partitions": num_agents}) for agent in range(num_agents)
     ]
+
+
+def _context(number: int, config: Mapping[str, Any], node_config: Mapping[str, Any]) -> "Context":
+    from flwr.app import Context, RecordDict
+
+    node = node_config.get("partition-id", 0)
+    return Context(
+        run_id=number, node_id=node, state=RecordDict(), run_config=dict(config), node_config=dict(node_config)
+    )
 
 
 def _make_server(app: FlowerApp, client: "AgentApp", context: "Context") -> Server | None:

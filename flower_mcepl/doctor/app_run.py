@@ -1,0 +1,277 @@
+"""One agent of a run before the run: its settings, graph, data and weights, and what a round would cost it."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flower_mcepl.agents import CLASS_FACTS, Agent, find_algorithm
+from flower_mcepl.config import closest, read_fields
+from flower_mcepl.doctor.findings import Examination, Finding
+from flower_mcepl.doctor.machine import existing
+from flower_mcepl.doctor.trial import Trial, try_rounds
+from flower_mcepl.errors import ConfigError
+from flower_mcepl.ledger import human_bytes
+from flower_mcepl.settings import DeviceSettings, RunSettings
+from flower_mcepl.store import KEPT
+from flower_mcepl.studies.app import FlowerApp, flat, imported_component, read_app
+from flower_mcepl.studies.engines import agent_of_node
+from flower_mcepl.threads import torch_threads
+from flower_mcepl.topology import Topology
+
+_SETTINGS = "Correct it in --run-config, or in [tool.flwr.app.config] of the app's pyproject.toml."
+_APP = (
+    "Mend the app's model and data functions, or what they read on this machine; a device's own settings go into "
+    "--node-config."
+)
+
+
+@dataclass(frozen=True)
+class AppRun:
+    """A run of an app, on the device with a certain node config."""
+
+    app: FlowerApp
+    config: Mapping[str, Any]  # the run config as Flower would hand it out
+    node_config: Mapping[str, Any]
+    settings: RunSettings
+
+    @property
+    def agent(self) -> int:
+        """Number of the agent that the device plays."""
+        return int(self.node_config["partition-id"])
+
+
+def examine_run(
+    folder: Path, run_config: Mapping[str, Any], node_config: Mapping[str, Any], *, alone: bool
+) -> Iterator[Finding]:
+    """Check one agent of a run; what builds on a failed check is left out.
+
+    Parameters
+    ----------
+    folder : Path
+        The app.
+    run_config : mapping
+        Settings over those of the app.
+    node_config : mapping
+        The device's.
+    alone : bool
+        Whether this is all of the node config, as on a device; in simulation Flower adds ``num-partitions``.
+    """
+    with Examination("run-config", remedy=_SETTINGS) as check:
+        run = _read(folder, run_config, node_config, alone=alone)
+        check.ok(_run_line(run), agent=run.agent, run_config=dict(run.config), node_config=dict(run.node_config))
+    yield check.finding
+    if check.failed:
+        return
+    with Examination("graph", remedy="Correct topology and num-agents.") as check:
+        graph = run.settings.graph()
+        _judge_graph(check, run, graph)
+    yield check.finding
+    if not check.failed:
+        yield from _examine_agent(run, graph)
+
+
+def _read(folder: Path, run_config: Mapping[str, Any], node_config: Mapping[str, Any], *, alone: bool) -> AppRun:
+    app = read_app(folder.resolve())
+    given = flat(run_config)
+    for key in given:
+        if key not in app.config:
+            raise ConfigError(f"{key!r} is not in the app's config. {closest(key, app.config)}")
+    config = {**app.config, **given}
+    settings = RunSettings.from_run_config(config, app_keys=app.config)
+    read_fields(DeviceSettings, {**config, **node_config})
+    agent = node_config.get("partition-id")
+    if type(agent) is not int or not 0 <= agent < settings.num_agents:
+        raise ConfigError(
+            f"partition-id is a number from 0 to {settings.num_agents - 1} (num-agents - 1); got {agent!r}. Give each "
+            "device one of its own, or raise num-agents."
+        )
+    added = {} if alone else {"num-partitions": settings.num_agents}
+    return AppRun(app, config, {**added, **node_config}, settings)
+
+
+def _run_line(run: AppRun) -> str:
+    settings = run.settings
+    return (
+        f"{run.app.name}: {settings.algorithm}, agent {run.agent} of {settings.num_agents}, {settings.num_rounds} "
+        f"rounds, seed {settings.seed}"
+    )
+
+
+def _judge_graph(check: Examination, run: AppRun, graph: Topology) -> None:
+    if find_algorithm(run.settings.algorithm).agent.server_based:
+        check.ok(f"none: agents of {run.settings.algorithm} hear a server")
+        return
+    heard, told = graph.in_neighbors(run.agent, round=1), graph.out_neighbors(run.agent, round=1)
+    connected = _is_connected(graph, run.settings.num_rounds)
+    degree = f"{len(heard)}" if heard == told else f"{len(heard)} in, {len(told)} out"
+    found = f"{graph.describe()}; degree of agent {run.agent}: {degree}"
+    values = {"connected": connected, "in_degree": len(heard), "out_degree": len(told), "neighbors": list(heard)}
+    if connected:
+        check.ok(found, **values)
+    else:
+        remedy = "Agents of separate parts never learn from each other: add links, or change topology or seed."
+        check.warn(found, remedy, **values)
+
+
+def _is_connected(graph: Topology, num_rounds: int) -> bool:
+    """Say whether everyone reaches everyone; where neighbors change, over the links of all rounds so far."""
+    if not graph.time_varying:
+        return graph.is_connected()
+    links: set[tuple[int, int]] = set()
+    for number in range(1, min(num_rounds, graph.num_agents) + 1):
+        links |= set(graph.links(round=number))
+        if Topology.from_edges(links, num_agents=graph.num_agents, directed=True).is_connected():
+            return True
+    return False
+
+
+def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
+    with Examination("client-app", remedy=_APP) as check:
+        own = _is_own_client(run.app)
+        if own:
+            check.warn(
+                f"{run.app.client} is a ClientApp of the app's own: no agent can be built of it before a run",
+                "Nothing, if it is meant so, as with neighbor_average_mod; else use make_client_app.",
+            )
+        else:
+            check.ok(f"{run.app.client} was imported")
+    yield check.finding
+    if check.failed or own:
+        return
+    device = read_fields(DeviceSettings, {**run.config, **run.node_config})
+    with contextlib.ExitStack() as held:
+        with Examination("agent", remedy=_APP) as check:
+            agent = held.enter_context(agent_of_node(run.app, run.config, run.node_config))
+            facts = agent.describe()
+            check.ok(f"agent {agent.index} was built, algorithm {agent.algorithm}", algorithm=agent.algorithm)
+        yield check.finding
+        if check.failed:
+            return
+        yield _data(facts, device)
+        yield _weights(facts)
+        heard = () if agent.server_based else graph.in_neighbors(run.agent, round=1)
+        with Examination("local-step", remedy=_APP) as check:
+            with torch_threads(device.threads):
+                trial = try_rounds(agent, heard, max_staleness=run.settings.max_staleness)
+            _tell_time(check, trial, agent, device)
+        yield check.finding
+    if not check.failed:
+        yield _frames(trial)
+        yield _state(trial, device, len(heard), server=agent.server_based)
+        yield _traffic(trial, len(heard), server=agent.server_based)
+
+
+def _is_own_client(app: FlowerApp) -> bool:
+    """Tell whether the app's clientapp is one that neither `make_client_app` nor `make_agent_app` made."""
+    with imported_component(app) as client:
+        if not callable(client):
+            raise ConfigError(f"a clientapp is a ClientApp; {app.client} is {type(client).__name__}.")
+        return not hasattr(client, "agent_fn")
+
+
+def _data(facts: Mapping[str, Any], device: DeviceSettings) -> Finding:
+    with Examination("data", remedy=_APP) as check:
+        sizes = {key: value for key, value in facts.items() if key.startswith("num-") and key.endswith("examples")}
+        secret = not device.tell_classes
+        classes = "its classes stay secret (tell-classes)" if secret else f"classes {facts.get('classes', 'not known')}"
+        values = {
+            key.replace("-", "_"): facts[key] for key in (*sizes, *(() if secret else CLASS_FACTS)) if key in facts
+        }
+        check.ok(f"{_sizes(sizes)}; {classes}" if sizes else "the agent does not tell", **values)
+    return check.finding
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    names = {"num-examples": "training"}
+    return ", ".join(f"{count} {names.get(key, key.split('-')[1])} examples" for key, count in sizes.items())
+
+
+def _weights(facts: Mapping[str, Any]) -> Finding:
+    with Examination("weights", remedy=_APP) as check:
+        keys = ("fingerprint", "num-weights", "kept-weights", "retention", "first-mask", "prior")
+        values = {key.replace("-", "_"): facts[key] for key in keys if key in facts}
+        parts = [f"fingerprint {facts['fingerprint']} (the same on all devices of a run)"]
+        if "num-weights" in facts:
+            parts.append(f"{facts['num-weights']:,} weights")
+        if "kept-weights" in facts:
+            parts.append(f"{facts['kept-weights']:,} kept")
+        if "retention" in facts:
+            parts.append(f"retention {facts['retention']}")
+        check.ok(", ".join(parts), **values)
+    return check.finding
+
+
+def _tell_time(check: Examination, trial: Trial, agent: Agent, device: DeviceSettings) -> None:
+    where = f"{getattr(agent, 'device', 'cpu')}, threads = {device.threads}"
+    measured = f"measured now on this machine: {where}, median of {len(trial.seconds)} rounds after a warm-up"
+    values = {"train_seconds": trial.train_seconds, "rounds": len(trial.seconds), "device": where}
+    if trial.steps is None:
+        check.ok(f"{_seconds(trial.train_seconds)} of training a round ({measured})", **values, step_seconds=None)
+        return
+    step = trial.train_seconds / trial.steps
+    check.ok(
+        f"{_seconds(step)} a local step, {trial.steps} a round ({measured})",
+        **values,
+        step_seconds=step,
+        steps=trial.steps,
+    )
+
+
+def _frames(trial: Trial) -> Finding:
+    with Examination("frame", remedy=_APP) as check:
+        if not trial.whole_bytes:
+            check.ok("none: this algorithm sends nothing", whole_bytes=0, delta_bytes=0)
+        else:
+            whole, later = human_bytes(trial.whole_bytes), human_bytes(trial.later_bytes)
+            last = len(trial.delta_bytes) + 1
+            check.ok(
+                f"{whole} the first, whole one; {later} a later one (median of rounds 2 to {last}, tried alone)",
+                whole_bytes=trial.whole_bytes,
+                delta_bytes=trial.later_bytes,
+            )
+    return check.finding
+
+
+def _state(trial: Trial, device: DeviceSettings, neighbors: int, *, server: bool) -> Finding:
+    """Compare what the agent's states take at most with what is free where they go."""
+    with Examination("state", remedy=f"Choose another state-dir. {_APP}") as check:
+        size, folder = trial.state_bytes(neighbors), device.state_folder()
+        most = size * (KEPT * device.state_runs + 1)  # one more while it is written
+        values = {"state_bytes": size, "most_bytes": most}
+        held = "without what it holds of the server" if server else f"with {neighbors} neighbors"
+        found = f"up to {human_bytes(size)} after a round, {held}"
+        if folder is None:
+            check.ok(f"{found}, in Flower's Context", **values)
+            return check.finding
+        free = shutil.disk_usage(existing(folder)).free
+        found += f", at most {human_bytes(most)} for {device.state_runs} runs; {human_bytes(free)} free"
+        if most > free:
+            check.fail(found, "Free some, lower state-runs, or choose a state-dir on a larger disk.", **values)
+        else:
+            check.ok(found, **values)
+    return check.finding
+
+
+def _traffic(trial: Trial, neighbors: int, *, server: bool) -> Finding:
+    with Examination("traffic", remedy=_APP) as check:
+        up = trial.later_bytes
+        if server:
+            check.ok(f"{human_bytes(up)} up a round; down what the server sends (not tried)", up_bytes=up)
+        else:
+            check.ok(
+                f"about {human_bytes(up)} up and {human_bytes(neighbors * up)} down a round, if its {neighbors} "
+                f"neighbors send as much as it does; {human_bytes(trial.whole_bytes)} and "
+                f"{human_bytes(neighbors * trial.whole_bytes)} in the first. Whole frames come now and then, too",
+                up_bytes=up,
+                down_bytes=neighbors * up,
+                first_up_bytes=trial.whole_bytes,
+                first_down_bytes=neighbors * trial.whole_bytes,
+            )
+    return check.finding
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

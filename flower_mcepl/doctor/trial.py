@@ -1,0 +1,110 @@
+"""A few rounds of one agent alone, thrown away afterwards: how long a local step takes, how large what it sends is."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from flower_mcepl.agents import Agent, OwnLoopAgent
+from flower_mcepl.agents.training import TrainingConfig
+from flower_mcepl.generation import Generation
+from flower_mcepl.mailbox import Mailbox
+from flower_mcepl.rounds import Mail, open_mail
+
+TIMED_ROUNDS = 3  # after one that warms up
+_LONGEST = 30.0  # seconds of training, after which no further round is begun
+_SEAL = 26  # bytes of a stored state before its body, see `flower_mcepl.sealed`
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a few rounds of one agent took; its neighbors' masks are those that all agents begin with."""
+
+    seconds: list[float]  # of training in each timed round
+    steps: int | None  # local steps in a round, None where the app's own function takes them
+    whole_bytes: int  # the first frame; 0: the algorithm sends nothing
+    delta_bytes: list[int]  # the later ones, each building on the one before
+    own_state_bytes: int  # the largest stored state, without what neighbors sent
+    neighbor_state_bytes: int  # the most that it holds of each neighbor, if that sends the same as this agent
+
+    @property
+    def train_seconds(self) -> float:
+        """Median training time of a round."""
+        return statistics.median(self.seconds)
+
+    @property
+    def later_bytes(self) -> int:
+        """Median size of a frame that builds on the one before."""
+        return round(statistics.median(self.delta_bytes))
+
+    def state_bytes(self, neighbors: int) -> int:
+        """Size of the largest stored state of an agent with so many neighbors to hear."""
+        return self.own_state_bytes + neighbors * self.neighbor_state_bytes
+
+
+@dataclass
+class _Seen:
+    seconds: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)  # of frames
+    states: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)  # by a neighbor
+
+
+def try_rounds(agent: Agent, neighbors: Sequence[int], *, max_staleness: int) -> Trial:
+    """Let the agent train for some rounds, as in a run in which nobody else answers.
+
+    The first round warms up and gives the whole frame; at most three more follow, fewer where training is slow. The
+    agent is of no further use.
+    """
+    mail, neighbor = open_mail(agent, max_staleness=max_staleness), _neighbor_of(agent, max_staleness)
+    seen = _Seen()
+    for number in range(1, TIMED_ROUNDS + 2):
+        _play(agent, mail, neighbor, neighbors, number, seen)
+        if number >= 2 and sum(seen.seconds) > _LONGEST:
+            break
+    return Trial(
+        seconds=seen.seconds[1:],
+        steps=_steps(agent),
+        whole_bytes=seen.sizes[0],
+        delta_bytes=seen.sizes[1:],
+        own_state_bytes=max(seen.states),
+        neighbor_state_bytes=max(seen.held),
+    )
+
+
+def _play(agent: Agent, mail: Mail, neighbor: Mailbox, neighbors: Sequence[int], number: int, seen: _Seen) -> None:
+    if number > 1:
+        agent.fuse(mail.inbox.current(neighbors, round=number - 1), round=number - 1)
+    began = time.perf_counter()
+    agent.train(round=number)
+    if torch.device(getattr(agent, "device", "cpu")).type == "cuda":
+        torch.cuda.synchronize()
+    seen.seconds.append(time.perf_counter() - began)
+    payload = agent.outgoing()
+    frames = mail.outbox.write(payload, round=number, acknowledged=number - 1 or None) if payload else []
+    neighbor.put(agent.index, [frame.data for frame in frames], latest_round=number)
+    seen.sizes.append(sum(len(frame.data) for frame in frames))
+    seen.states.append(len(Generation.of(agent, mail, run="0" * 16, round=number).encode()) + _SEAL)
+    seen.held.append(sum(array.nbytes for array in neighbor.arrays().values()))
+
+
+def _neighbor_of(agent: Agent, max_staleness: int) -> Mailbox:
+    """Return the mailbox of one who hears this agent."""
+    return Mailbox(
+        owner=agent.index + 1,
+        fingerprint=agent.fingerprint,
+        layers=agent.layers,
+        max_staleness=max_staleness,
+        dtype=None,
+        prior=agent.prior,
+        first=agent.first_payload(),
+    )
+
+
+def _steps(agent: Agent) -> int | None:
+    config, data = getattr(agent, "config", None), getattr(agent, "data", None)
+    if isinstance(agent, OwnLoopAgent) or not isinstance(config, TrainingConfig) or data is None:
+        return None
+    return config.num_steps(data.train.num_examples)
