@@ -13,7 +13,8 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from flower_mcepl.errors import RecordError, StateError
-from flower_mcepl.sealed import DamagedError, Kind, read_sealed, write_sealed
+from flower_mcepl.record import to_json
+from flower_mcepl.sealed import DamagedError, Kind, read_sealed, set_aside, write_sealed
 
 SEAL = Kind(b"FMCECKPT", 1, "a checkpoint")
 KEPT = 2  # the newest and the one before
@@ -27,6 +28,14 @@ class Checkpoint:
     round: int
     facts: dict[str, Any]
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    def group(self, name: str) -> dict[str, NDArray[Any]]:
+        """Return the arrays whose names begin with ``name/``, without that."""
+        return {
+            place.removeprefix(f"{name}/"): array
+            for place, array in self.arrays.items()
+            if place.startswith(f"{name}/")
+        }
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -55,16 +64,17 @@ def newest_checkpoint(folder: Path, log: Callable[[str], None] = lambda line: No
     Raises
     ------
     RecordError
-        If there is none, or none that is whole.
+        If there is none, none that is whole, or a whole one cannot be used: it may not be read, or is of another format
+        version. Going back further would throw away what it holds.
     """
     rounds = sorted(checkpoint_rounds(folder), reverse=True)
     reasons = []
     for round in rounds:
         try:
             return _load(_path(folder, round))
-        except RecordError as error:
-            log(f"{error} Going back to the checkpoint before it.")
-            reasons.append(str(error))
+        except DamagedError as error:
+            reasons.append(f"the checkpoint {_path(folder, round)} is damaged: {error}.")
+            log(f"{reasons[-1]} Going back to the checkpoint before it.")
     if reasons:
         raise RecordError(f"no checkpoint in {folder} is whole: {' '.join(reasons)} Start the run anew.")
     raise RecordError(
@@ -73,16 +83,28 @@ def newest_checkpoint(folder: Path, log: Callable[[str], None] = lambda line: No
     )
 
 
-def drop_checkpoints(folder: Path, *, after: int = -1) -> None:
-    """Delete the checkpoints of rounds ``> after``, and the folder if none is left."""
+def set_damaged_aside(folder: Path, *, after: int) -> None:
+    """Rename the checkpoints of rounds ``> after``, the damaged ones, to ``*.damaged``: they come again.
+
+    Raises
+    ------
+    RecordError
+        If that is impossible.
+    """
     for round in checkpoint_rounds(folder):
-        if round > after:
-            _path(folder, round).unlink()
-    if folder.is_dir():
-        for draft in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            draft.unlink()
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        if round > after and set_aside(_path(folder, round)) is None:
+            raise RecordError(f"cannot rename the damaged checkpoint {_path(folder, round)}. Move it away.")
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Delete all checkpoints, damaged ones included, and the folder if nothing else is in it."""
+    if not folder.is_dir():
+        return
+    for pattern in ("round-*.checkpoint", "round-*.damaged", ".*.tmp"):  # the last: killed while it was written
+        for file in folder.glob(pattern):
+            file.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def checkpoint_rounds(folder: Path) -> list[int]:
@@ -97,19 +119,18 @@ def _path(folder: Path, round: int) -> Path:
 
 def _encode(checkpoint: Checkpoint) -> bytes:
     """Return the length of the facts in 8 bytes, the facts as JSON, and the arrays in the safetensors format."""
-    facts = json.dumps({"round": checkpoint.round, **checkpoint.facts}).encode()
+    facts = to_json({"round": checkpoint.round, **checkpoint.facts}).encode()
     arrays = {name: np.ascontiguousarray(array) for name, array in checkpoint.arrays.items()}
     return len(facts).to_bytes(8, "big") + facts + safetensors.numpy.save(arrays)
 
 
 def _load(path: Path) -> Checkpoint:
+    """Read one checkpoint; raise DamagedError, or RecordError where it is whole and still of no use."""
     try:
         body = read_sealed(path, SEAL)
         end = 8 + int.from_bytes(body[:8], "big")
         facts: dict[str, Any] = json.loads(bytes(body[8:end]))
         arrays = safetensors.numpy.load(bytes(body[end:]))
         return Checkpoint(facts.pop("round"), facts, arrays)
-    except DamagedError as error:
-        raise RecordError(f"the checkpoint {path} is damaged: {error}.") from error
     except (StateError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise RecordError(f"the checkpoint {path} cannot be used: {error}") from error

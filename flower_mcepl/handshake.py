@@ -1,9 +1,21 @@
-"""What all agents of a run must have in common."""
+"""What an agent says of itself at first, and what all agents of a run must have in common."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from flower_mcepl import keys
+from flower_mcepl.agents import CLASS_FACTS, Agent
 from flower_mcepl.errors import FingerprintError
+
+
+def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:
+    """Return what an agent tells the others and the record: its handshake and its algorithm's parameters.
+
+    Without ``tell_classes`` it keeps to itself which classes it holds, and how many examples of each.
+    """
+    secret = () if tell_classes else CLASS_FACTS
+    facts = {key: fact for key, fact in agent.describe().items() if key not in secret}
+    return {**facts, keys.PARAMETERS: agent.parameters()}
 
 
 def check_common_ground(mine: str, my_facts: Mapping[str, Any], other: str, other_facts: Mapping[str, Any]) -> None:

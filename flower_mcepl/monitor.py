@@ -26,6 +26,7 @@ class Answer(Generic[FrameT]):
     fresh: bool = False  # the agent began without a saved state
     raw: Sequence[bytes] = ()  # the frames' bytes, for those who keep them for study
     late_of: int | None = None  # the earlier round that it answers; None: the present one
+    introduces: bool = False  # the facts were told with this answer; else they are those told earlier
 
 
 @dataclass
@@ -164,13 +165,13 @@ class RunMonitor(Generic[FrameT]):
 
     def _write(self, record: RunRecord, closed: "_ClosedRound[FrameT]") -> None:
         answers = closed.answers
-        fresh = {
+        told = {
             agent: {key.replace("-", "_"): value for key, value in a.facts.items()}
             for agent, a in answers.items()
-            if agent not in self._introduced
+            if a.introduces or agent not in self._introduced
         }
-        if fresh:
-            self._introduced.update(fresh)
+        if any(self._introduced.get(agent) != facts for agent, facts in told.items()):
+            self._introduced.update(told)
             record.amend_config(agents=[self._introduced[agent] for agent in sorted(self._introduced)])
         record.log_agents(closed.evaluated)
         record.log_traffic({"round": closed.round, **self.relay.ledger.changes()})

@@ -19,7 +19,6 @@ All counters (bytes, seconds) are totals since the start of the run. ``docs/run-
 
 import json
 import math
-import os
 import platform
 import re
 import statistics
@@ -32,6 +31,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, final
 
+from flower_mcepl.atomic_file import replace_file
 from flower_mcepl.errors import ConfigError, RecordError
 
 CONFIG, SUMMARY, AGENTS, FRAMES = "config.json", "summary.json", "agents", "frames"
@@ -281,15 +281,7 @@ def _claim(folder: Path) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(draft, "w", encoding="utf-8") as sink:
-            sink.write(text + "\n")
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    replace_file(path, text.encode(), b"\n")
 
 
 @contextmanager

@@ -11,13 +11,20 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, final
+from typing import Any, Generic, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flower_mcepl.agents.registry import find_algorithm
-from flower_mcepl.checkpoint import Checkpoint, checkpoint_rounds, drop_checkpoints, newest_checkpoint, save_checkpoint
+from flower_mcepl.checkpoint import (
+    Checkpoint,
+    checkpoint_rounds,
+    drop_checkpoints,
+    newest_checkpoint,
+    save_checkpoint,
+    set_damaged_aside,
+)
 from flower_mcepl.config import check, with_section
 from flower_mcepl.errors import ConfigError, RecordError, StateError
 from flower_mcepl.exchange import Exchange
@@ -29,6 +36,7 @@ from flower_mcepl.record import (
     ROUNDS,
     SUMMARY,
     TRAFFIC,
+    Run,
     RunRecord,
     package_versions,
     read_run,
@@ -40,11 +48,13 @@ from flower_mcepl.sealed import file_lock
 from flower_mcepl.store import StateStore
 
 CHECKPOINT, LOCK = "checkpoint", ".lock"  # in the run record
+INITIAL = "initial"  # group of arrays in a checkpoint
 RUN = "run"  # key of config.json: 16 hex digits that stand for the run, however often it is resumed
 _FILES = (ROUNDS, RELAY, TRAFFIC)
 FREE_KEYS = frozenset(  # of the run config: what may differ when a run is resumed, as it decides nothing about its bits
-    {"resume", "record-dir", "num-rounds", "min-agents", "checkpoint-every"}
+    {"resume", "record-dir", "num-rounds", "min-agents", "checkpoint-every", "keep-frames"}
     | {"round-timeout", "wait-timeout", "timeout-factor"}
+    | {"state-dir", "state-runs", "tell-classes"}
 )
 _FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", RUN})  # the same in config.json
 
@@ -52,6 +62,14 @@ _FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", RUN})  #
 def new_run_id() -> str:
     """Return 16 hex digits that no other run has."""
     return secrets.token_hex(8)
+
+
+class Reopened(NamedTuple):
+    """A run record that was set back to its last checkpoint."""
+
+    record: RunRecord
+    checkpoint: Checkpoint
+    answered: int  # agents that took part in the last round before the run broke off
 
 
 @final
@@ -95,12 +113,16 @@ class RunCheckpoints(Generic[FrameT]):
         """Return the rounds of the checkpoints that are there, ascending."""
         return sorted(checkpoint_rounds(self.folder))
 
-    def save(self, round: int, **more: Any) -> None:
-        """Write the checkpoint of ``round``, whose answers were all taken in; ``more`` are facts to add."""
+    def save(self, round: int, *, initial: Mapping[str, NDArray[Any]] | None = None, **more: Any) -> None:
+        """Write the checkpoint of ``round``, whose answers were all taken in.
+
+        ``initial`` are the arrays that an app with `neighbor_average_mod` began with, ``more`` facts to add.
+        """
         state = self._relay.state(round=round)
         arrays: dict[str, NDArray[Any]] = {f"exchange/{name}": array for name, array in state.arrays.items()}
         for name, frame in state.frames.items():
             arrays[f"frame/{name}"] = np.frombuffer(self._pack(frame), np.uint8)
+        arrays |= {f"{INITIAL}/{name}": array for name, array in (initial or {}).items()}
         facts = {
             "exchange": state.facts,
             "monitor": self._monitor.state(),
@@ -111,12 +133,8 @@ class RunCheckpoints(Generic[FrameT]):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Let relay and monitor go on where `save` was called; the record is as `reopen` left it."""
-        groups: dict[str, dict[str, NDArray[Any]]] = {"exchange": {}, "frame": {}}
-        for place, array in checkpoint.arrays.items():
-            group, _, name = place.partition("/")
-            groups[group][name] = array
-        frames = {name: self._unpack(array.tobytes()) for name, array in groups["frame"].items()}
-        self._relay.restore(ExchangeState(checkpoint.facts["exchange"], groups["exchange"], frames))
+        frames = {name: self._unpack(array.tobytes()) for name, array in checkpoint.group("frame").items()}
+        self._relay.restore(ExchangeState(checkpoint.facts["exchange"], checkpoint.group("exchange"), frames))
         self._monitor.restore(checkpoint.facts["monitor"], read_run(self._record.path))
 
     def clear(self) -> None:
@@ -132,8 +150,8 @@ def reopen(
     held: contextlib.ExitStack,
     with_frames: bool = False,
     log: Callable[[str], None] = lambda line: None,
-) -> tuple[RunRecord, Checkpoint]:
-    """Set a run record back to its last checkpoint, note the resumption in it, and return both.
+) -> Reopened:
+    """Set a run record back to its last checkpoint, and note the resumption in it.
 
     Lines and frames of later rounds go: these rounds come again, and nothing is written twice. Nothing is changed
     before everything has been checked.
@@ -154,7 +172,7 @@ def reopen(
     Raises
     ------
     RecordError
-        If the run has finished, is still going on, or has no checkpoint that is whole.
+        If the run has finished, is still going on, or has no checkpoint that is whole and can be used.
     ConfigError
         If its settings were others.
     """
@@ -176,11 +194,16 @@ def reopen(
         if int(frame.name.partition("-")[0]) > checkpoint.round:
             frame.unlink()
     (path / SUMMARY).unlink(missing_ok=True)
-    drop_checkpoints(path / CHECKPOINT, after=checkpoint.round)  # a damaged one that was passed over
-    record = RunRecord(path, with_frames=with_frames)
-    noted = {"resumed": utc_now(), "after_round": checkpoint.round, "versions": package_versions()}
+    set_damaged_aside(path / CHECKPOINT, after=checkpoint.round)
+    record, answered = RunRecord(path, with_frames=with_frames), _last_answered(run)
+    noted = {
+        "resumed": utc_now(),
+        "after_round": checkpoint.round,
+        "answered": answered,
+        "versions": package_versions(),
+    }
     record.amend_config(num_rounds=config["num_rounds"], resumptions=[*run.config.get("resumptions", []), noted])
-    return record, checkpoint
+    return Reopened(record, checkpoint, answered)
 
 
 def run_id_of(record: RunRecord) -> str:
@@ -208,7 +231,7 @@ def only_writer(path: Path) -> Iterator[None]:
     )
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(file_lock(lock, wait=False, busy=busy))
+            held.enter_context(file_lock(lock, wait=0, busy=busy))
         except StateError as error:
             raise RecordError(str(error)) from None
         try:
@@ -217,10 +240,19 @@ def only_writer(path: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
+def _last_answered(run: Run) -> int:
+    """Return how many agents took part in the last round in which any did, as far as the record goes; 0: none."""
+    resumptions = run.config.get("resumptions", [])
+    if resumptions and resumptions[-1]["after_round"] == (run.relay[-1]["round"] if run.relay else 0):
+        return int(resumptions[-1].get("answered", 0))  # broken off again before a round was over
+    return next((int(line["answered"]) for line in reversed(run.relay) if line.get("answered")), 0)
+
+
 def _check_same_run(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     old, new = recorded.get("run_config", {}), now.get("run_config", {})
-    for key in sorted({*old, *new} - FREE_KEYS):
-        _check_same(f"run-config key {key}", old.get(key), new.get(key))
+    if "run_config" in now:  # a run without Flower is told agents, not a run config
+        for key in sorted({*old, *new} - FREE_KEYS):
+            _check_same(f"run-config key {key}", old.get(key), new.get(key))
     for key in sorted(now.keys() - _FREE):
         _check_same(key, recorded.get(key), json.loads(to_json(now[key])))
     before, after = int(recorded.get("num_rounds", 0)), int(now["num_rounds"])

@@ -9,13 +9,16 @@ import errno
 import hashlib
 import os
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from flower_mcepl.atomic_file import replace_file
 from flower_mcepl.errors import StateError
 
 _HEADER = struct.Struct(">8sH16s")  # kind, version, digest
+_LOOK_AGAIN = 0.05  # seconds between two looks at a lock that another process holds
 
 
 class Kind(NamedTuple):
@@ -31,22 +34,9 @@ class DamagedError(Exception):
 
 
 def write_sealed(path: Path, body: bytes, kind: Kind) -> None:
-    """Write a file for its owner alone, so that at any moment the old one, the new one or none stands under its name.
-
-    When this returns, the file survives a loss of power.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(_HEADER.pack(kind.magic, kind.version, _digest(body, kind.magic, kind.version)))
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    """Write a file for its owner alone, in one step (`replace_file`)."""
+    header = _HEADER.pack(kind.magic, kind.version, _digest(body, kind.magic, kind.version))
+    replace_file(path, header, body, mode=0o600)
 
 
 def read_sealed(path: Path, kind: Kind) -> memoryview:
@@ -81,12 +71,6 @@ def read_sealed(path: Path, kind: Kind) -> memoryview:
     return body
 
 
-def remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove what killed writers of files whose names begin so left behind; call it while nobody else writes them."""
-    for leftover in folder.glob(f".{prefix}*.tmp"):
-        leftover.unlink(missing_ok=True)
-
-
 def set_aside(path: Path) -> Path | None:
     """Rename a damaged file, so that it can be looked at later; return its new name, None if that is impossible."""
     for number in range(1000):
@@ -100,15 +84,24 @@ def set_aside(path: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, *, wait: bool, busy: str = "") -> Iterator[None]:
+def file_lock(path: Path, *, wait: float, busy: str) -> Iterator[None]:
     """Hold a lock; the operating system lets go of it when the process ends, however it ends.
 
     On Windows, which has no such locks, it does nothing.
 
+    Parameters
+    ----------
+    path : Path
+        The file that is locked; it and its folder are made when needed, and stay.
+    wait : float
+        Seconds to wait for another process that holds it.
+    busy : str
+        What to say where that was not long enough; ``{process}`` becomes the other process's id.
+
     Raises
     ------
     StateError
-        If another process holds it and `wait` is False: ``busy``, where ``{process}`` becomes that process's id.
+        If another process still holds it after `wait`: ``busy``.
     """
     try:
         import fcntl
@@ -117,11 +110,16 @@ def file_lock(path: Path, *, wait: bool, busy: str = "") -> Iterator[None]:
         return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.seek(0)
-            raise StateError(busy.replace("{process}", file.read().strip() or "?")) from None
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    raise StateError(busy.replace("{process}", file.read().strip() or "?")) from None
+                time.sleep(_LOOK_AGAIN)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -132,13 +130,3 @@ def _digest(body: bytes | memoryview, magic: bytes, version: int) -> bytes:
     digest = hashlib.blake2b(magic + version.to_bytes(2, "big"), digest_size=16)
     digest.update(body)
     return digest.digest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let a rename survive a loss of power; Windows has no means for it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

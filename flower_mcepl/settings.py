@@ -84,10 +84,10 @@ class RunSettings:
     max_staleness: int = 5  # rounds for which an absent neighbor's last mask stays in use
     key_interval: int = 0  # rounds between whole frames; 0: when the deltas since the last one have as many bytes
     keep_frames: bool = False  # keep every frame in the run record
-    min_agents: int = 0  # agents that must take part in round 1; 0: all
+    min_agents: int = 0  # agents that must take part in round 1 and when a run resumes; 0: all, then as many as last
     round_timeout: float = 600.0  # seconds that a round may take
     timeout_factor: float = 5.0  # times the usual answer time, after which an agent is not waited for; 0: round_timeout
-    wait_timeout: float = 120.0  # seconds to wait for the first nodes
+    wait_timeout: float = 120.0  # seconds to wait for these agents' nodes, and in a later round for any node
     record_dir: str = "runs"  # the run record becomes a folder in here
     checkpoint_every: int = 25  # rounds between checkpoints in the run record; 0: none
     resume: str = ""  # the run record of a run that broke off: it goes on in there

@@ -12,10 +12,10 @@ from flower_mcepl.checkpoint import Checkpoint
 from flower_mcepl.errors import ConfigError, RecordError, TopologyError
 from flower_mcepl.exchange import Exchange
 from flower_mcepl.generation import Generation
-from flower_mcepl.handshake import check_common_ground
+from flower_mcepl.handshake import check_common_ground, introduction
 from flower_mcepl.monitor import Answer, RunMonitor
 from flower_mcepl.record import RunRecord
-from flower_mcepl.relay import Parcel, Posted, Relay
+from flower_mcepl.relay import Posted, Relay
 from flower_mcepl.resumption import RUN, RunCheckpoints, new_run_id, only_writer, reopen, run_id_of
 from flower_mcepl.rounds import Mail, Reply, open_mail, play_round
 from flower_mcepl.servers import Server
@@ -35,7 +35,7 @@ class SimulationResult:
 
     @property
     def personalized_accuracy(self) -> float:
-        """Mean accuracy over the agents on their own test splits after the last round."""
+        """Mean accuracy over the agents on their own evaluated splits after the last round."""
         return float(self.summary["accuracy"]["mean"])
 
 
@@ -49,6 +49,7 @@ def simulate(
     max_staleness: int = 5,
     key_interval: int = 0,
     threads: int = 1,
+    tell_classes: bool = True,
     record: RunRecord | None = None,
     checkpoint_every: int = 0,
     resume: str | Path | None = None,
@@ -74,6 +75,8 @@ def simulate(
         As in `GossipStrategy`; a server needs no ``key_interval``.
     threads : int (default: 1)
         Threads of torch; float sums depend on it. 0 leaves torch's own choice.
+    tell_classes : bool (default: True)
+        Let the record say which classes each agent holds, and how many examples of each.
     record : RunRecord, optional
         Where to write the run record, final states of agents and server included.
     checkpoint_every : int (default: 0)
@@ -117,7 +120,9 @@ def simulate(
                     parcels = [relay.parcel(agent.index, round=round, closing=round > num_rounds) for agent in agents]
                     answers = {}
                     for agent, mail, parcel in zip(agents, fleet.mails, parcels, strict=True):
-                        answers[agent.index] = _answer(agent, play_round(agent, mail, parcel), parcel, on_reply)
+                        reply = play_round(agent, mail, parcel)
+                        on_reply(round, agent.index, reply)
+                        answers[agent.index] = _answer(reply, introduction(agent, tell_classes=tell_classes))
                     monitor.close_round(round, answers)
                     if book is not None and round <= num_rounds:
                         book.keep(round)
@@ -189,7 +194,7 @@ def _open_book(
     if resume is not None:
         if record is not None:
             raise ConfigError("a resumed run goes on in its own record; got another one, too. Leave out record.")
-        record, checkpoint = reopen(Path(resume).absolute(), config, held=held, log=monitor.log)
+        record, checkpoint, _ = reopen(Path(resume).absolute(), config, held=held, log=monitor.log)
     elif record is not None:
         held.enter_context(only_writer(record.path))
         record.amend_config(**{RUN: new_run_id()}, **config)
@@ -205,13 +210,10 @@ def _open_book(
     return book
 
 
-def _answer(
-    agent: Agent, reply: Reply, parcel: Parcel[bytes], on_reply: Callable[[int, int, Reply], None]
-) -> Answer[bytes]:
-    on_reply(parcel.round, agent.index, reply)
+def _answer(reply: Reply, facts: Mapping[str, Any]) -> Answer[bytes]:
     posts = [Posted(frame.data, len(frame.data), frame.header_bytes, frame.reference) for frame in reply.frames]
     return Answer(
-        {**agent.describe(), "parameters": agent.parameters()},
+        facts,
         reply.metrics,
         posts,
         reply.frames[0].content if reply.frames else None,

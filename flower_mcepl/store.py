@@ -5,17 +5,19 @@ writer that is killed leaves a temporary file at most; the next one removes it.
 """
 
 import contextlib
+import math
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 
+from flower_mcepl.atomic_file import remove_leftovers
 from flower_mcepl.errors import StateError
 from flower_mcepl.generation import Generation
-from flower_mcepl.sealed import DamagedError, Kind, file_lock, read_sealed, remove_leftovers, set_aside, write_sealed
+from flower_mcepl.sealed import DamagedError, Kind, file_lock, read_sealed, set_aside, write_sealed
 
 STATE = Kind(b"FMCESTAT", 1, "an agent's state")
 KEPT = 2  # rounds of each agent
@@ -52,7 +54,7 @@ class StateStore:
             f"one process at a time plays agent {agent}; process {{process}} is at it in {self.folder}. Give every "
             "SuperNode a partition-id of its own, or, where several fleets share this machine, a state-dir."
         )
-        return file_lock(self.folder / f".agent-{agent:04d}.lock", wait=wait, busy=busy)
+        return file_lock(self.folder / f".agent-{agent:04d}.lock", wait=math.inf if wait else 0, busy=busy)
 
     def rounds(self, agent: int) -> list[int]:
         """Return the rounds after which a state of the agent is stored, ascending."""
@@ -144,24 +146,48 @@ def device_store(root: Path, *, run: str, agent: int, log: Log | None = None) ->
     return StateStore(root / run / f"agent-{agent:04d}", log=log)
 
 
-def forget_runs(root: Path, *, agent: int, keep: int) -> None:
+def forget_runs(root: Path, *, agent: int, keep: int, log: Log | None = None) -> None:
     """Remove an agent's states of all but the ``keep`` runs written to last; other agents' states stay.
 
-    Nothing is removed that another process holds, nor anything that is not named as states are.
+    Runs that left no state do not count, and their folders go. Nothing is removed that another process holds, nor
+    anything that is not named as states are. What cannot be looked at or removed stays, and ``log`` gets a line on it
+    (default: the warnings of this module's logger).
     """
-    folders = [run / f"agent-{agent:04d}" for run in root.iterdir() if _RUN.fullmatch(run.name)]
-    for folder in sorted(filter(Path.is_dir, folders), key=_last_written, reverse=True)[keep:]:
-        with contextlib.suppress(StateError), StateStore(folder).hold(agent):
-            StateStore(folder).clear()
-            for damaged in folder.glob("*.state*.damaged"):
-                damaged.unlink()
-        for empty in (folder, folder.parent):
-            with contextlib.suppress(OSError):  # it holds something else
-                empty.rmdir()
+    folders: list[Path] = []
+    with _telling_what_stays(root, log):
+        folders = [run / f"agent-{agent:04d}" for run in root.iterdir() if _RUN.fullmatch(run.name)]
+    written: dict[Path, float] = {}
+    for folder in folders:
+        with _telling_what_stays(folder, log):
+            if folder.is_dir():
+                written[folder] = _last_written(folder)
+    with_states = sorted((folder for folder in written if written[folder]), key=written.__getitem__, reverse=True)
+    for folder in written.keys() - set(with_states[:keep]):
+        with _telling_what_stays(folder, log):
+            _forget(folder, agent)
+
+
+@contextlib.contextmanager
+def _telling_what_stays(folder: Path, log: Log | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        (log or getLogger(__name__).warning)(f"states of earlier runs in {folder} stay there: {error}.")
+
+
+def _forget(folder: Path, agent: int) -> None:
+    with contextlib.suppress(StateError), StateStore(folder).hold(agent):  # another process may hold them
+        StateStore(folder).clear()
+        for damaged in folder.glob("*.state*.damaged"):
+            damaged.unlink()
+    for empty in (folder, folder.parent):
+        with contextlib.suppress(OSError):  # it holds something else
+            empty.rmdir()
 
 
 def _last_written(folder: Path) -> float:
-    return max([file.stat().st_mtime for file in folder.glob("*.state")], default=folder.stat().st_mtime)
+    """Return when the newest state in a folder was written, 0 if there is none."""
+    return max((file.stat().st_mtime for file in folder.glob("*.state")), default=0.0)
 
 
 def _check(generation: Generation, path: Path, *, run: str, agent: int, round: int) -> None:

@@ -1,10 +1,12 @@
 """examples/deployment: a fleet of real SuperLink and SuperNodes, and what can be checked of its files without one."""
 
 import configparser
+import os
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Context, RecordDict
+from flwr.common.config import parse_config_args
 
 from flower_mcepl import AgentData, RunRecord, Topology, read_run, simulate
 from flower_mcepl.agents import load_state
+from flower_mcepl.config import field_keys
 from flower_mcepl.record import Run
+from flower_mcepl.settings import DeviceSettings
 from flower_mcepl.studies.app import imported_client, read_app
 
 from .deployment import NODES, SCRIPTS, Fleet
@@ -246,6 +251,36 @@ def test_the_scripts_are_sound_and_tell_what_they_do(name: str) -> None:
     assert name in told
     assert "#!" not in told
     assert "set -euo" not in told
+
+
+def joined_by_the_script(folder: Path, node_config: str) -> str:
+    """The node config with which supernode.sh starts Flower's program."""
+    (folder / "bin").mkdir()
+    program = folder / "bin" / "flower-supernode"
+    program.write_text('#!/bin/sh\nfor last; do :; done\nprintf %s "$last"\n')
+    program.chmod(0o755)
+    (folder / "node.env").write_text(f"SUPERLINK='relay.example.org:9443'\nNODE_CONFIG='{node_config}'\n")
+    path = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    started = subprocess.run([SCRIPTS / "supernode.sh", folder], env=path, capture_output=True, text=True, check=True)
+    return started.stdout
+
+
+def joined_by_the_unit(folder: Path, node_config: str) -> str:
+    """The node config of the systemd unit."""
+    (told,) = re.findall(r"--node-config (.+)$", page("systemd/flower-supernode@.service"), re.MULTILINE)
+    return shlex.split(told)[0].replace("%S/flower-supernode/%i", str(folder)).replace("${NODE_CONFIG}", node_config)
+
+
+@pytest.mark.parametrize("joined", [joined_by_the_script, joined_by_the_unit])
+def test_a_device_may_set_what_the_readme_says(joined: Callable[[Path, str], str], tmp_path: Path) -> None:
+    """Flower refuses a key that comes twice, as one would that the scripts set, too."""
+    (told,) = re.findall(r"`NODE_CONFIG` takes (.+?), and whatever", page("README.md"), re.DOTALL)
+    keys = re.findall(r"`([a-z-]+)`", told)
+    assert set(keys) == {"partition-id", "retention-conv", "retention-linear"} | field_keys(DeviceSettings) - {
+        "state-dir"
+    }
+    found = parse_config_args([joined(tmp_path, " ".join(f"{key}={number}" for number, key in enumerate(keys)))])
+    assert found == {"state-dir": str(tmp_path / "state"), **{key: number for number, key in enumerate(keys)}}
 
 
 def test_certificates_are_made_once_and_are_good_for_the_names(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from flower_mcepl.agents import NeighborAverageAgent
 from flower_mcepl.array_layout import ArrayLayout
 from flower_mcepl.clients import NeighborAverageMod, make_client_app, neighbor_average_mod
 from flower_mcepl.clients.metric_names import read_evaluation, read_training
-from flower_mcepl.strategies import GossipStrategy
+from flower_mcepl.strategies import GossipStrategy, reporting
 
 from .flower_messages import data_fn, model_fn
 from .inprocess_grid import InProcessGrid
@@ -212,6 +212,38 @@ def test_a_late_joiner_begins_from_the_initial_arrays() -> None:
     strategy = run(grid, before={3: lambda: grid.down.discard(1003)}, min_agents=3)
     check_against(strategy, oracle(Topology.ring(4), 5, absent={1: [3], 2: [3]}))
     assert {agent for round, agent in told_losses(strategy) if round == 5} == {0, 1, 2, 3}
+
+
+def test_a_resumed_run_goes_on_from_the_arrays_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with an app whose network is drawn anew at each start."""
+    monkeypatch.setattr(reporting, "plot_run", lambda run: "picture")
+    grid = Nodes(numpy_app(), 4)
+
+    def stumble() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(grid, record=tmp_path, checkpoint_every=1, before={4: stumble})
+    (path,) = tmp_path.glob("*-gossip")
+    with pytest.raises(ConfigError, match=r"initial_arrays was .*'w'.* and is now \[\['b', '<f8', \[3\]\]\]"):
+        run(grid, initial={"b": np.zeros(3)}, resume=path)
+    sent = len(grid.log)
+    grid.contexts[1002].state = RecordDict()  # this node has lost its state: it begins from the initial arrays
+    strategy = run(grid, initial={name: -x for name, x in INITIAL.items()}, resume=path)
+    assert strategy.record is not None
+    assert [line["fresh"] for line in read_run(path).relay[3:]] == [[2], [], []]
+    averages, told = oracle(Topology.ring(4), 5), told_losses(strategy)
+    assert {agent for round, agent in told if round == 3} == {0, 1, 3}
+    for agent in (0, 1, 3):  # the average of round 3 is taken in round 4, with the states of before
+        assert told[3, agent] == pytest.approx(averages[2][agent]["w"].sum(), rel=1e-12)
+    again = [m.content[keys.INITIAL] for m in grid.log[sent:] if keys.INITIAL in m.content]
+    assert len(again) == 4
+    for arrays in again:
+        assert {name: array.numpy().tolist() for name, array in arrays.items()} == {
+            name: x.tolist() for name, x in INITIAL.items()
+        }
 
 
 def test_a_neighbor_with_other_shapes_is_refused_and_the_agent_lives() -> None:
@@ -483,6 +515,21 @@ def test_the_apps_state_configuration_and_messages_are_left_alone() -> None:
     assert app(hello_there, grid.contexts[1000]).content["said"]["text"] == "hello"
     warmth = Message(RecordDict({"x": ConfigRecord({"y": 1})}), 1000, "train.warm_up")
     assert app(warmth, grid.contexts[1000]).content["x"]["y"] == 1
+
+
+def test_the_relays_question_never_reaches_the_apps_own_query_function() -> None:
+    app = numpy_app()
+
+    @app.query()
+    def health(msg: Message, context: Context) -> Message:
+        assert keys.IDENTIFY not in msg.content
+        return Message(RecordDict({"health": ConfigRecord({"good": True})}), reply_to=msg)
+
+    grid = Nodes(app, 3)
+    question = Message(RecordDict({keys.IDENTIFY: ConfigRecord()}), 1001, "query")
+    assert app(question, grid.contexts[1001]).content.config_records[keys.AGENT]["agent"] == 1
+    own = Message(RecordDict(), 1001, "query")
+    assert app(own, grid.contexts[1001]).content.config_records["health"]["good"] is True
 
 
 def test_an_app_without_an_evaluate_function_is_not_evaluated() -> None:
@@ -856,10 +903,25 @@ def test_a_numpy_client_moves_over_as_documented() -> None:
     check_against(strategy, oracle(Topology.ring(4), 3))
 
 
-def test_the_mods_line_in_the_docs_builds_an_app() -> None:
+def test_the_mods_line_in_the_docs_clips_and_adds_noise() -> None:
     (code,) = python_blocks("Flower's mods and strategy wrappers")
-    names = {"ClientApp": ClientApp, "neighbor_average_mod": neighbor_average_mod, "LocalDpMod": LocalDpMod}
-    exec(code, names)
+    begins: list[NDArray[Any]] = []  # what the agent, which is alone, trains from
+
+    def train(msg: Message) -> Message:
+        arrays = {name: array.numpy() for name, array in msg.content["arrays"].items()}
+        begins.append(np.concatenate([array.ravel() for array in arrays.values()]))
+        new = record({name: array + 10 for name, array in arrays.items()})  # a move of norm 20
+        return Message(RecordDict({"a": new, "m": MetricRecord({"num-examples": 1})}), reply_to=msg)
+
+    names: dict[str, Any] = {"ClientApp": ClientApp, "LocalDpMod": LocalDpMod, "step": train}
+    names["neighbor_average_mod"] = neighbor_average_mod
+    whole = code.replace("def train(msg, context): ...", "def train(msg, context): return step(msg)")
+    assert whole != code
+    exec(whole, names)
+    run(Nodes(names["app"], 1), Topology.from_edges([], num_agents=1), rounds=2, initial=FLAT)
+    move = np.linalg.norm(begins[1] - begins[0])
+    assert 0.5 < move < 1.5  # clipped to 1; the noise's deviation is 0.05 a number
+    assert move != pytest.approx(1.0, abs=1e-7)
 
 
 def test_the_readme_shows_exactly_what_differs_between_the_two_apps() -> None:

@@ -24,6 +24,7 @@ from flower_mcepl import (
     encode_frame,
     read_run,
 )
+from flower_mcepl.clients import app as client_module
 from flower_mcepl.clients import make_agent_app, make_client_app
 from flower_mcepl.clients.app import agent_index
 from flower_mcepl.record import Run
@@ -385,6 +386,26 @@ def test_the_handshake_is_asked_for_until_the_node_is_known() -> None:
     ]
     assert [agent for _, agent in told] == [0, 1, 2, 2]  # who starts afresh introduces itself anyway
     assert strategy.roster.facts(2)["num-weights"] == make_agent(2).model.num_weights
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize("way", ["down", "silent"])  # it is seen to leave, or only does not answer
+def test_a_node_that_is_back_with_another_node_config_introduces_itself_anew(way: str, tmp_path: Path) -> None:
+    grid = app_grid(3, **{"retention-conv": 0.3})
+    away: set[int] = getattr(grid, way)
+
+    def come_back() -> None:
+        away.clear()
+        client_module._agents.clear()  # its process is a new one
+        grid.contexts[1001].node_config |= {"retention-conv": 0.5, "tell-classes": False}
+
+    strategy = gossip(grid, rounds=6, record=tmp_path, before={3: lambda: away.add(1001), 4: come_back})
+    agents = the_run(tmp_path).config["agents"]
+    assert [agent["retention"].partition(",")[0] for agent in agents] == ["conv 0.3", "conv 0.5", "conv 0.3"]
+    assert agents[1]["kept_weights"] > agents[0]["kept_weights"]
+    assert ["classes" in agent for agent in agents] == [True, False, True]
+    assert strategy.roster.facts(1)["kept-weights"] == agents[1]["kept_weights"]
+    assert [sent_round(m) for m in grid.log if m.content["order"]["introduce"]] == [1, 1, 1, 4]
 
 
 @pytest.mark.usefixtures("no_report")

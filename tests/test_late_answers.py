@@ -222,6 +222,19 @@ def test_a_node_that_leaves_and_returns_owes_nothing(clock: Clock, tmp_path: Pat
     assert states == {1: "running", 5: "late", 6: "gone", 8: "running"}
 
 
+def test_an_answer_of_long_ago_does_not_hide_that_the_present_one_is_owed(clock: Clock, tmp_path: Path) -> None:
+    """Agent 1 leaves in round 5 and is back in round 8, in which its answer of round 5 comes, and no other."""
+    takes = {(1001, 5): 70.0, (1001, 8): 100.0}
+    grid = delayed_grid(4, clock, lambda node, round: takes.get((node, round), 2.0))
+    steps = {6: lambda: grid.down.add(1001), 8: grid.down.clear}
+    strategy = gossip(grid, rounds=10, evaluate_every=99, timeout=600.0, record=tmp_path, before=steps)
+    assert strategy.record is not None
+    back = read_run(strategy.record.path).relay[7]
+    assert (back["late"], back["missing"], back["states"]) == ({"1": 5}, [1], {"agent 1": "late"})
+    later = read_run(strategy.record.path).relay[8:]
+    assert [line["round"] for line in later if line["late"] == {"1": 8} and line["missing"] == []] == [10]
+
+
 def test_a_node_that_was_never_heard_of_may_be_late(clock: Clock, tmp_path: Path) -> None:
     grid = delayed_grid(3, clock, lambda node, round: 70.0 if (node, round) == (1002, 1) else 20.0)
     strategy = gossip(grid, rounds=6, evaluate_every=99, timeout=60.0, min_agents=2, record=tmp_path)

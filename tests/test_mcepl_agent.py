@@ -353,7 +353,10 @@ def in_memory(state: AgentState, tmp_path: Path) -> AgentState:
 
 def through_a_file(state: AgentState, tmp_path: Path) -> AgentState:
     path = tmp_path / "deep" / "agent.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    (path.parent / ".agent.safetensors.123.tmp").write_bytes(b"of a writer that was killed")
     save_state(state, path)
+    assert path.stat().st_mode & 0o777 == 0o600
     assert [file.name for file in path.parent.iterdir()] == ["agent.safetensors"]
     return load_state(path)
 

@@ -388,6 +388,26 @@ def test_cifar10s_data_come_from_the_cache_where_there_is_one(
         cifar10.load_data(3, cache=str(tmp_path), **common)
 
 
+def test_cifar10s_cache_knows_a_folder_by_its_files(
+    cifar10: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+
+    def cached(below: str) -> int:
+        monkeypatch.chdir(tmp_path / below)
+        settings = DataSettings(partition="pathological:classes=3", train_fraction=0.2)
+        cifar10.load_data(0, data="mine", num_agents=6, settings=settings, seed=1, cache=str(cache))
+        return len(list(cache.glob("*.tensors")))
+
+    for below in ("one", "other"):
+        (tmp_path / below / "mine").mkdir(parents=True)
+        (tmp_path / below / "mine" / "train.parquet").write_bytes(b"images")
+    assert [cached("one"), cached("other"), cached("one")] == [1, 2, 2]
+    (tmp_path / "one" / "mine" / "train.parquet").write_bytes(b"more images")
+    assert [cached("one"), cached("other")] == [3, 3]
+    assert cifar10.source_of("uoft-cs/cifar10") == "uoft-cs/cifar10"
+
+
 def test_cifar10s_validation_images_are_unused_training_images(cifar10: ModuleType) -> None:
     rules = {"partition": "pathological:classes=3", "train_fraction": 0.2}
     before, _, _ = cifar10.load_data(0, data="x", num_agents=6, settings=DataSettings(**rules), seed=1)

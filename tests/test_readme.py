@@ -106,6 +106,24 @@ def test_the_configuration_table_tells_the_keys_and_their_defaults() -> None:
     assert ours == MceplConfig(first_retention={"conv": 0.3, "linear": 0.9})
 
 
+def test_cifar10s_readme_tells_its_own_keys_and_presets() -> None:
+    folder = ROOT / "examples" / "cifar10"
+    text = (folder / "README.md").read_text()
+    config = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    (own,) = re.findall(
+        r"^APP_KEYS = \[(.+)\]$", (folder / "mcepl_cifar10" / "server_app.py").read_text(), re.MULTILINE
+    )
+    rows = re.findall(r"^\| ((?:`[a-z-]+`(?:, )?)+) \| ([^|]+) \|", text, re.MULTILINE)
+    told = {
+        key: tomllib.loads(f"x = {value}")["x"]
+        for keys, values in rows
+        for key, value in zip(re.findall(r"`([a-z-]+)`", keys), values.replace("`", "").split(", "), strict=True)
+    }
+    assert told == {key: config[key] for key in re.findall(r'"([a-z-]+)"', own)}
+    presets = {path.name for path in (folder / "presets").iterdir()}
+    assert set(re.findall(r"\(presets/([a-z]+\.toml)\)", text)) == presets
+
+
 @pytest.mark.parametrize("app", ["quickstart", "cifar10"])
 def test_the_examples_settings_are_all_known(app: str) -> None:
     folder = ROOT / "examples" / app

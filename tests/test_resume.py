@@ -11,12 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flower_mcepl import ConfigError, RunRecord, Topology, read_run, simulate
+from flower_mcepl import ConfigError, RunRecord, Topology, checkpoint, read_run, simulate
 from flower_mcepl.agents import load_state
-from flower_mcepl.checkpoint import Checkpoint, checkpoint_rounds, newest_checkpoint, save_checkpoint
+from flower_mcepl.checkpoint import (
+    Checkpoint,
+    checkpoint_rounds,
+    drop_checkpoints,
+    newest_checkpoint,
+    save_checkpoint,
+    set_damaged_aside,
+)
 from flower_mcepl.clients import app as client_module
 from flower_mcepl.clients import make_agent_app, memory
 from flower_mcepl.clients.app import agent_index
@@ -139,6 +147,32 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
         newest_checkpoint(tmp_path)
 
 
+def test_numbers_of_numpy_are_facts_as_in_the_record(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, Checkpoint(1, {"num-examples": np.int64(20), "held": {3: np.arange(2)}}))
+    assert newest_checkpoint(tmp_path).facts == {"num-examples": 20, "held": {"3": [0, 1]}}
+
+
+def test_a_sound_checkpoint_that_cannot_be_used_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, Checkpoint(1, {}))
+    with monkeypatch.context() as newer_release:
+        newer_release.setattr(checkpoint, "SEAL", checkpoint.SEAL._replace(version=checkpoint.SEAL.version + 1))
+        save_checkpoint(tmp_path, Checkpoint(2, {}))
+    with pytest.raises(RecordError, match=r"000002.checkpoint cannot be used: .*Use the release that wrote it"):
+        newest_checkpoint(tmp_path)
+
+
+def test_damaged_checkpoints_are_set_aside_and_deleted_with_the_others(tmp_path: Path) -> None:
+    for round in (1, 2):
+        save_checkpoint(tmp_path / "checkpoint", Checkpoint(round, {}))
+    set_damaged_aside(tmp_path / "checkpoint", after=1)
+    assert checkpoint_rounds(tmp_path / "checkpoint") == [1]
+    assert (tmp_path / "checkpoint" / "round-000002.checkpoint.damaged").is_file()
+    drop_checkpoints(tmp_path / "checkpoint")
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- whole runs in one process ---
 
 Fleet = Callable[[], dict[str, Any]]
@@ -190,14 +224,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-def break_off(fleet: dict[str, Any], folder: Path, *, at: tuple[int, int], every: int = 1) -> Path:
+def break_off(fleet: dict[str, Any], folder: Path, *, at: tuple[int, int], every: int = 1, **config: Any) -> Path:
     """Begin a run that ends when an agent has answered in a round."""
 
     def stumble(round: int, agent: int, reply: object) -> None:
         if (round, agent) == at:
             raise Interruption
 
-    record = RunRecord.create(folder, name="broken", config={})
+    record = RunRecord.create(folder, name="broken", config=config)
     with pytest.raises(Interruption):
         simulate(**fleet, num_rounds=ROUNDS, evaluate_every=2, record=record, checkpoint_every=every, on_reply=stumble)
     return record.path
@@ -249,6 +283,14 @@ def test_a_damaged_checkpoint_costs_the_rounds_since_the_one_before(
     options = {"num_rounds": ROUNDS, "evaluate_every": 2, "checkpoint_every": 1, "resume": path}
     simulate(**FLEETS["mcepl"](), **options, log=told.append)
     assert "is damaged" in told[0]
+    assert_same_records(path, whole("mcepl"))
+
+
+def test_a_record_may_hold_the_run_config_that_the_agents_were_made_from(
+    whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = break_off(FLEETS["mcepl"](), tmp_path, at=(4, 2), run_config={"algorithm": "mcepl", "score-lr": 1.0})
+    simulate(**FLEETS["mcepl"](), num_rounds=ROUNDS, evaluate_every=2, resume=path)
     assert_same_records(path, whole("mcepl"))
 
 
@@ -433,6 +475,38 @@ def test_an_agent_that_is_missing_when_a_run_resumes_is_named(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("simulated")
+def test_a_run_goes_on_without_the_agent_that_had_died_before_it_broke_off(tmp_path: Path) -> None:
+    """All were there at the checkpoint, after round 3; one died in round 4."""
+    grid = new_grid("mcepl")
+    strategy = strategy_of("mcepl", record=tmp_path, checkpoint_every=3)
+
+    def look(round: int, _: object) -> None:
+        if round == 3:
+            grid.down.add(strategy.roster.node_of[3])
+        if round == 4:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        strategy.start(grid, num_rounds=ROUNDS, evaluate_fn=look)
+    assert strategy.record is not None
+    path = strategy.record.path
+
+    def die(message: Message) -> Message:
+        if message.metadata.message_type == "train":
+            raise Interruption
+        return message
+
+    dying = new_grid("mcepl", 3)
+    dying.tamper = die
+    with pytest.raises(Interruption):  # it breaks off again before a round is over, when round 4 is forgotten
+        strategy_of("mcepl", resume=path).start(dying, num_rounds=ROUNDS)
+    run_flower("mcepl", resume=path, grid=new_grid("mcepl", 3))
+    run = read_run(path)
+    assert [noted["answered"] for noted in run.config["resumptions"]] == [3, 3]
+    assert [line["missing"] for line in run.relay] == [[]] * 3 + [[3]] * 3
+
+
+@pytest.mark.usefixtures("simulated")
 def test_a_resumed_run_needs_the_same_run_config(tmp_path: Path) -> None:
     config = {
         "algorithm": "dispfl",
@@ -462,6 +536,7 @@ def test_a_resumed_run_needs_the_same_run_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="anneal-rounds would change from 5 to 6"):
         start(resume=resume, num_rounds=6)
     free = {"round_timeout": 9.0, "wait_timeout": 3.0, "timeout_factor": 2.0, "checkpoint_every": 2}
+    free |= {"keep_frames": True, "tell_classes": False, "state_dir": str(tmp_path / "states"), "state_runs": 1}
     start(resume=resume, record_dir="elsewhere", **free)
     assert read_run(path).summary is not None
 

@@ -27,7 +27,7 @@ def test_nodes_become_the_agents_they_say_they_are() -> None:
     roster = Roster(3)
     assert roster.admit(77, facts(2), online=[77]) == 2
     assert roster.admit(77, facts(2), online=[77]) == 2
-    assert (roster.agent_of(77), roster.agent_of(78), roster.missing()) == (2, None, [0, 1])
+    assert (roster.agent_of(77), roster.agent_of(78), roster.absent(roster.node_of)) == (2, None, [0, 1])
 
 
 def test_a_node_takes_over_from_one_that_left() -> None:
@@ -59,7 +59,7 @@ def test_other_weights_are_refused_and_both_are_named() -> None:
         roster.admit(78, facts(1, fingerprint="b" * 32), online=[77, 78])
     with pytest.raises(FingerprintError, match=r"different models .*: 101 and 100\. Use the same model"):
         roster.admit(78, facts(1, fingerprint="b" * 32, num_weights=101), online=[77, 78])
-    assert (roster.missing(), roster.agent_of(78)) == ([1], None)
+    assert (roster.absent(roster.node_of), roster.agent_of(78)) == ([1], None)
 
 
 def test_a_node_plays_one_agent() -> None:
@@ -68,7 +68,7 @@ def test_a_node_plays_one_agent() -> None:
     assert roster.admit(77, facts(0), online=[77]) == 0
     with pytest.raises(RosterError, match=r"node 77 is agent 0 and now says it is agent 2\. A node plays one agent"):
         roster.admit(77, facts(2), online=[77])
-    assert roster.missing() == [1, 2]
+    assert roster.absent(roster.node_of) == [1, 2]
 
 
 def test_another_first_mask_is_refused() -> None:
@@ -148,7 +148,7 @@ def test_a_late_node_with_other_weights_is_turned_away(model_fn: Any, caplog: py
     grid = agent_grid(4, lambda index: odd_one(index, 3, model_fn))
     grid.down = {1003}
     strategy = gossip(grid, rounds=4, min_agents=3, before={3: grid.down.clear})
-    assert strategy.roster.missing() == [3]
+    assert strategy.roster.absent(strategy.roster.node_of) == [3]
     assert [m.metadata.dst_node_id for m in grid.log].count(1003) == 1  # turned away once, then left alone
     assert {row["agent"] for row in strategy.monitor.rows} == {0, 1, 2}
 

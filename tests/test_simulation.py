@@ -161,6 +161,18 @@ def test_the_record_is_what_the_result_says_and_agents_come_back(tmp_path: Path)
         assert later.evaluate()["accuracy"] == result.rows[-3 + index]["accuracy"]
 
 
+def test_classes_stay_out_of_the_record_where_they_are_not_to_be_told(tmp_path: Path) -> None:
+    told = []
+    for tell in (True, False):
+        record = RunRecord.create(name="test", config={}, path=tmp_path / str(tell))
+        simulate(make_fleet(3), RING, num_rounds=1, tell_classes=tell, record=record)
+        told.append(read_run(record.path).config["agents"])
+    for open_, discreet in zip(*told, strict=True):
+        assert open_.keys() - discreet.keys() == {"classes", "train_counts", "test_counts"}
+        assert open_ == {**open_, **discreet}
+    assert "_counts" not in (tmp_path / "False" / "config.json").read_text()
+
+
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (DivergedError, "failed")])
 def test_a_stopped_run_leaves_a_readable_record(error: type[BaseException], status: str, tmp_path: Path) -> None:
     def stop(round: int, agent: int, reply: Reply) -> None:

@@ -396,6 +396,39 @@ def test_old_runs_go_but_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / runs[3]).is_dir()
 
 
+def test_a_run_that_left_no_state_takes_no_other_runs_place(tmp_path: Path) -> None:
+    """Its first round failed: there is a lock, no state, and a folder newer than all others."""
+    older, failed, newest = (f"{number:016x}" for number in range(3))
+    older_runs(tmp_path, [newest, older])
+    folder = tmp_path / failed / "agent-0000"
+    with StateStore(folder).hold(0):
+        forget_runs(tmp_path, agent=0, keep=2)
+        assert folder.is_dir()  # another process is at it
+    forget_runs(tmp_path, agent=0, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [older, newest]
+    assert device_store(tmp_path, run=older, agent=0).rounds(0) == [1]
+
+
+@pytest.mark.parametrize("call", ["is_dir", "unlink"])
+def test_what_cannot_be_removed_stays_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    runs = [f"{number:016x}" for number in range(4)]  # the newest first
+    older_runs(tmp_path, runs)
+    theirs = tmp_path / runs[2] / "agent-0000"
+    does = getattr(Path, call)
+
+    def denied(path: Path, **options: Any) -> Any:
+        if path.is_relative_to(theirs):
+            raise PermissionError(13, "Permission denied", str(path))
+        return does(path, **options)
+
+    monkeypatch.setattr(Path, call, denied)
+    lines: list[str] = []
+    forget_runs(tmp_path, agent=0, keep=1, log=lines.append)
+    assert [line.partition(": ")[0] for line in lines] == [f"states of earlier runs in {theirs} stay there"]
+    assert "Permission denied" in lines[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [runs[0], runs[2]]
+
+
 HOLDER = """
 import sys, time
 from pathlib import Path

@@ -28,6 +28,7 @@ from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.studies import Study, compare, find_records, read_study, run_study
 from flower_mcepl.studies.app import imported_client
 from flower_mcepl.studies.compare import _images_a_round
+from flower_mcepl.studies.engines import run_in_process
 from flower_mcepl.studies.lines import key_lines, line_of_error
 from flower_mcepl.studies.lock import study_lock
 from flower_mcepl.studies.processes import side_by_side
@@ -383,6 +384,19 @@ def test_the_same_bits_as_through_flowers_messages(study: Callable[..., Study], 
             assert facts(task.record) == facts(strategy.record.path)
             assert read_run(task.record).config["run_config"] == task.run.config
             assert not any(line["failed"] for line in read_run(task.record).relay)
+
+
+def test_both_engines_keep_the_agents_classes_secret(study: Callable[..., Study], tmp_path: Path) -> None:
+    app = study("").app
+    config = {**app.config, "tell-classes": False, "record-dir": str(tmp_path / "flower")}
+    alone = run_in_process(app, config, tmp_path / "alone", print)
+    with imported_client(app) as client:
+        strategy = GossipStrategy.from_run_config(config, app_keys=app.config)
+        strategy.start(grid=InProcessGrid(client, 4, config))
+    assert strategy.record is not None
+    in_process, in_flower = (read_run(path).config["agents"] for path in (alone, strategy.record.path))
+    assert [agent.keys() for agent in in_process] == [agent.keys() for agent in in_flower]
+    assert not any({"classes", "train_counts", "test_counts"} & agent.keys() for agent in in_process)
 
 
 def test_server_based_algorithm_runs_around_its_server(study: Callable[..., Study]) -> None:

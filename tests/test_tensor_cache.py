@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from flower_mcepl import ConfigError, DataError
-from flower_mcepl.tensor_cache import cached_tensors
+from flower_mcepl.sealed import write_sealed
+from flower_mcepl.tensor_cache import TENSORS, cached_tensors
 
 from .fleet import same_tensors
 
@@ -102,6 +103,57 @@ def test_only_tensors_by_name_are_kept(tmp_path: Path, made: Any) -> None:
     with pytest.raises(DataError, match="must come as a dict of name to tensor; got"):
         cached_tensors(tmp_path, SETTINGS, lambda: made)
     assert list(tmp_path.glob("*.tensors")) == []
+
+
+def test_tensors_may_share_memory(tmp_path: Path) -> None:
+    pixels = torch.arange(6.0)
+    made = {"all": pixels, "again": pixels, "half": pixels[:3]}
+    for _ in range(2):
+        assert same_tensors(cached_tensors(tmp_path, SETTINGS, lambda: made), made)
+
+
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_where_nothing_can_be_written_what_was_made_is_returned(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if place == "folder":
+        folder = tmp_path / "no-folder" / "cache"
+        folder.parent.write_text("a file")
+    else:
+        folder = tmp_path
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.fsync", full)
+    decode = Decoder()
+    for calls in (1, 2):
+        assert same_tensors(cached_tensors(folder, SETTINGS, decode), Decoder()())
+        assert decode.calls == calls
+    assert f"tensors are not kept in {folder}" in caplog.text
+    assert list(tmp_path.rglob("*.tensors")) == list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_nobody_waits_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flower_mcepl.tensor_cache.PATIENCE", 0.1)
+    decode = Decoder()
+
+    def hang() -> dict[str, Tensor]:
+        return cached_tensors(tmp_path, SETTINGS, decode)  # another one's lock, as far as flock goes
+
+    assert same_tensors(cached_tensors(tmp_path, SETTINGS, hang), Decoder()())
+    assert "has been making them for too long" in caplog.text
+    assert decode.calls == 1
+
+
+def test_a_file_of_another_version_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cached_tensors(tmp_path, SETTINGS, Decoder())
+    (file,) = tmp_path.glob("*.tensors")
+    write_sealed(file, b"", TENSORS._replace(version=99))
+    assert same_tensors(cached_tensors(tmp_path, SETTINGS, Decoder()), Decoder()())
+    assert "format version 99" in caplog.text
 
 
 WORKER = """

@@ -10,7 +10,7 @@
 #   node.env   three lines, in quotes as a shell (and systemd) reads them:
 #                SUPERLINK='relay.example.org:9443'
 #                RUNTIME_PORT=9094        a free port on loopback, for the node's own processes
-#                NODE_CONFIG='partition-id=0 retention-conv=0.3'
+#                NODE_CONFIG='partition-id=0 retention-conv=0.3'      without state-dir: it is set below
 #   state/     the agent's state: its scores. Secret; the node goes on from it after a restart
 set -euo pipefail
 umask 077

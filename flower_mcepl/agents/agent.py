@@ -2,7 +2,6 @@
 
 import abc
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from flower_mcepl.atomic_file import remove_leftovers, replace_file
 from flower_mcepl.data import AgentData
 from flower_mcepl.errors import StateError
 from flower_mcepl.wire import Prior
@@ -133,12 +133,12 @@ def data_facts(data: AgentData) -> dict[str, Any]:
 
 
 def save_state(state: AgentState, path: Path) -> None:
-    """Write a state as one safetensors file, atomically; the facts stand in its metadata."""
+    """Write a state as one safetensors file for its owner alone, in one step; the facts stand in its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    safetensors.torch.save_file(tensors, temporary, metadata={"facts": json.dumps(state.facts, sort_keys=True)})
-    os.replace(temporary, path)
+    data = safetensors.torch.save(tensors, metadata={"facts": json.dumps(state.facts, sort_keys=True)})
+    replace_file(path, data, mode=0o600)
+    remove_leftovers(path.parent, path.name)
 
 
 def load_state(path: Path) -> AgentState:

@@ -55,7 +55,6 @@ class NeighborAverageAgent(Agent):
     """
 
     algorithm = "neighbor-average"
-    undirected_only = True
 
     def __init__(
         self,

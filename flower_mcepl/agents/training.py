@@ -32,7 +32,7 @@ class TrainingConfig:
     local_epochs: int = 0  # passes over the training split a round; if > 0 it replaces local_steps
     lr_schedule: str = "constant"  # "cosine": the step sizes fall to zero over lr_rounds
     lr_rounds: int = 0  # length of the cosine in rounds
-    eval_batch_size: int = 500
+    eval_batch_size: int = 64  # large ones are slower on a CPU: activations that leave the cache
 
     def __post_init__(self) -> None:
         self._check_not_negative("weight_decay")

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_mcepl import keys
-from flower_mcepl.agents import CLASS_FACTS, Agent, agent_file, make_agent, save_state
+from flower_mcepl.agents import Agent, agent_file, make_agent, save_state
 from flower_mcepl.clients.guard import answer_to, check_mods
 from flower_mcepl.clients.memory import Memory, in_simulation, open_memory
 from flower_mcepl.config import read_fields
@@ -23,6 +23,7 @@ from flower_mcepl.data import AgentData
 from flower_mcepl.envelope import open_envelope
 from flower_mcepl.errors import ConfigError, DataError, FlowerMceplError, FrameError, names_agent
 from flower_mcepl.generation import Generation
+from flower_mcepl.handshake import introduction
 from flower_mcepl.masked_model import shared_module
 from flower_mcepl.relay import Parcel
 from flower_mcepl.rounds import Reply, open_mail, play_round, refusal
@@ -252,10 +253,8 @@ def _parcel(message: Message, order: ConfigRecord) -> tuple[Parcel[bytes], list[
 
 
 def _introduction(agent: Agent, context: Context) -> dict[str, Any]:
-    """Return the handshake's facts, but for those that the device keeps to itself."""
-    secret = () if _device_settings(context).tell_classes else CLASS_FACTS
-    facts = {key: fact for key, fact in agent.describe().items() if key not in secret}
-    return {**facts, keys.PARAMETERS: json.dumps(agent.parameters())}
+    facts = introduction(agent, tell_classes=_device_settings(context).tell_classes)
+    return {**facts, keys.PARAMETERS: json.dumps(facts[keys.PARAMETERS])}
 
 
 def _answer(agent: Agent, reply: Reply, *, fresh: bool, facts: Mapping[str, Any]) -> RecordDict:

@@ -91,7 +91,7 @@ class DiskMemory:
         first = not self._store.rounds(self._agent)
         self._store.save(generation, checkpoints=self._checkpoints)
         if first:
-            forget_runs(self._root, agent=self._agent, keep=self._keep_runs)
+            forget_runs(self._root, agent=self._agent, keep=self._keep_runs, log=logger.warning)
 
 
 @final

@@ -80,10 +80,13 @@ class NeighborAverageMod:
         FlowerMceplError
             If the app or one of its mods fails, or answers what it must not; the message names the agent.
         """
-        if _call.get() is not None or message.metadata.message_type not in ("train", "evaluate"):
+        kind = message.metadata.message_type
+        if _call.get() is not None or kind not in ("train", "evaluate", "query"):
             return call_next(message, context)
         if keys.IDENTIFY in message.content:
             return Message(RecordDict({keys.AGENT: ConfigRecord({"agent": agent_index(context)})}), reply_to=message)
+        if kind == "query":
+            return call_next(message, context)
         if keys.ORDER not in message.content:
             raise ConfigError(
                 "neighbor_average_mod takes messages of GossipStrategy; this one holds "

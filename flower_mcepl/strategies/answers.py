@@ -22,7 +22,7 @@ _EVALUATION = ("accuracy", "loss", "num-examples", "density")
 def read_answer(node: str, content: RecordDict, known: Mapping[str, Any] | None = None) -> tuple[int, Answer[Array]]:
     """Check and read the answer of ``node`` (how to call it in an error): which agent it is, and the answer.
 
-    ``known`` is the node's handshake from an earlier answer, which it need not repeat.
+    ``known`` is the node's handshake from an earlier answer, which it need not repeat; if it does, the new one counts.
 
     Raises
     ------
@@ -62,9 +62,10 @@ def _read(content: RecordDict, known: Mapping[str, Any]) -> tuple[int, Answer[Ar
     lists = {key: _list(told, key, kind) for key, kind in _LISTS.items()}
     text = told.pop(keys.CONTENT, None)
     _check(text is None or (isinstance(text, str) and len(text) <= 64), f"{keys.CONTENT} must be short text", text)
-    if keys.PARAMETERS in told:
+    introduces = keys.PARAMETERS in told
+    if introduces:
         told[keys.PARAMETERS] = json.loads(told[keys.PARAMETERS])
-    facts = {**(known if known.get("agent") == agent else {}), **told}
+    facts = {**({} if introduces or known.get("agent") != agent else known), **told}
     for key in ("num-weights", "kept-weights", "num-examples"):
         if key in facts:
             _natural(facts, key)
@@ -88,6 +89,7 @@ def _read(content: RecordDict, known: Mapping[str, Any]) -> tuple[int, Answer[Ar
         lists[keys.LACKING],
         fresh,
         raw,
+        introduces=introduces,
     )
 
 

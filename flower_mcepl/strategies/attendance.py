@@ -25,9 +25,9 @@ class Attendance:
     roster : Roster
         Which node is which agent.
     min_agents : int
-        Agents that must take part in the first round.
+        Agents that must take part in the first round, and in the first one after a resumption.
     wait_timeout : float
-        Seconds to wait for nodes.
+        Seconds to wait for nodes: for these agents, and in any later round in which no node is online.
     """
 
     def __init__(self, roster: Roster, *, min_agents: int, wait_timeout: float) -> None:
@@ -74,11 +74,10 @@ class Attendance:
         for node, agent in sorted(said.items()):
             self.roster.expect(node, agent)
         if len(set(said.values())) < self.min_agents:
-            absent = [agent for agent in range(self.roster.num_agents) if agent not in said.values()]
             raise RosterError(
                 f"{self.min_agents} agents must be there for the run to go on, but of {len(self.online)} nodes "
                 f"{len(said)} said within {timeout:g} s which agent they are; missing agents: "
-                f"{', '.join(map(str, absent))}. Look at the logs of their nodes, or let the run go on with fewer "
+                f"{self._absent(said.values())}. Look at the logs of their nodes, or let the run go on with fewer "
                 "(min_agents, run-config key min-agents)."
             )
 
@@ -86,18 +85,18 @@ class Attendance:
         """Raise RosterError if too few take part in the first round, or nobody answers for some rounds."""
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())) or "no reason given"
         if first and len(answered) < self.min_agents:
-            absent = ", ".join(str(agent) for agent in range(self.roster.num_agents) if agent not in answered)
             raise RosterError(
-                f"round {round} needs {self.min_agents} agents, but {len(answered)} took part; missing: {absent}. "
-                f"{reasons}. Mend these nodes, or let the run begin with fewer (min_agents, run-config key min-agents)."
+                f"round {round} needs {self.min_agents} agents, but {len(answered)} took part; missing: "
+                f"{self._absent(answered)}. {reasons}. Mend these nodes, or let the run begin with fewer (min_agents, "
+                "run-config key min-agents)."
             )
         self._silent_rounds = 0 if answered else self._silent_rounds + 1
         if self._silent_rounds >= MAX_SILENT_ROUNDS:
-            away = ", ".join(str(a) for a in range(self.roster.num_agents) if not self._is_here(a)) or "none"
+            here = [agent for agent, node in self.roster.node_of.items() if node in self.online]
             raise RosterError(
                 f"no agent has answered for {MAX_SILENT_ROUNDS} rounds; nodes online: {len(self.online)}; agents "
-                f"without a node that is online: {away}. Last reasons: {reasons}. Look at the nodes' logs; where they "
-                "need longer for a round, raise the timeout (run-config key round-timeout)."
+                f"without a node that is online: {self._absent(here)}. Last reasons: {reasons}. Look at the "
+                "nodes' logs; where they need longer for a round, raise the timeout (run-config key round-timeout)."
             )
 
     def changes(
@@ -105,8 +104,8 @@ class Attendance:
     ) -> dict[str, str]:
         """Return the states of agents and nodes that are others than in the round before, and log them.
 
-        An agent is ``running`` if it answered, ``late`` if its node owes an answer, ``failed`` with the reason, or
-        ``gone``: no node that is online plays it.
+        An agent is ``late`` if its node owes an answer (also where an earlier one has just come), ``running`` if it
+        answered, ``failed`` with the reason, or ``gone``: no node that is online plays it.
         """
         states = {f"agent {agent}": self._state(agent, answered, busy) for agent in range(self.roster.num_agents)}
         states |= {f"node {node}": LATE for node in sorted(busy) if self.roster.agent_of(node) is None}
@@ -122,16 +121,15 @@ class Attendance:
         return changes
 
     def _state(self, agent: int, answered: Collection[int], busy: Collection[int]) -> str:
+        node = self.roster.node_of.get(agent)
+        if node in busy:
+            return LATE
         if agent in answered:
             return RUNNING
-        if not self._is_here(agent):
-            return GONE
-        if self.roster.node_of[agent] in busy:
-            return LATE
-        return f"{FAILED}: no message reached it"
+        return f"{FAILED}: no message reached it" if node in self.online else GONE
 
-    def _is_here(self, agent: int) -> bool:
-        return self.roster.node_of.get(agent) in self.online
+    def _absent(self, here: Collection[int]) -> str:
+        return ", ".join(map(str, self.roster.absent(here))) or "none"
 
     def _ask(self, grid: Grid, nodes: Sequence[int], *, timeout: float = ASK_TIMEOUT) -> dict[int, int]:
         """Return which agent each node says it is.
@@ -152,11 +150,10 @@ class Attendance:
 
     def _too_few(self, grid: Grid, nodes: Sequence[int]) -> RosterError:
         """Ask the nodes that are here who they are, so that the error can name who is not."""
-        here = set(self._ask(grid, nodes).values())
-        absent = [agent for agent in range(self.roster.num_agents) if agent not in here]
+        here = self._ask(grid, nodes).values()
         return RosterError(
             f"the graph has {self.roster.num_agents} agents and {self.min_agents} of them must be there, but after "
-            f"{self.wait_timeout:g} s there are {len(nodes)} nodes; missing agents: {', '.join(map(str, absent))}. "
+            f"{self.wait_timeout:g} s there are {len(nodes)} nodes; missing agents: {self._absent(here)}. "
             "Start their nodes (in simulation: num-supernodes in --federation-config), use a smaller graph, or let "
             "the run begin with fewer (min_agents, run-config key min-agents)."
         )

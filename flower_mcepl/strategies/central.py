@@ -34,10 +34,12 @@ class ServerStrategy(ExchangeStrategy):
     ----------
     server : Server
         As from `make_server`; agent i is the node whose node config says ``partition-id = i``.
-    evaluate_every, min_agents, wait_timeout, record, name, keep_frames, config
+    evaluate_every, min_agents, wait_timeout, timeout_factor, record, name, keep_frames, config
         As in `GossipStrategy`.
     max_staleness : int (default: 5)
         For how many rounds an agent that hears nothing goes on with the server's last model.
+    checkpoint_every, resume
+        As in `GossipStrategy`; a checkpoint holds the server's model, too.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from flower_mcepl.exchange import Exchange
 from flower_mcepl.monitor import Answer, RunMonitor
 from flower_mcepl.record import RunRecord
 from flower_mcepl.relay import Parcel
-from flower_mcepl.resumption import RUN, RunCheckpoints, new_run_id, only_writer, reopen, run_id_of
+from flower_mcepl.resumption import INITIAL, RUN, RunCheckpoints, new_run_id, only_writer, reopen, run_id_of
 from flower_mcepl.settings import RunSettings
 from flower_mcepl.strategies.answers import frame_array, frame_bytes, plain_reason, read_answer
 from flower_mcepl.strategies.attendance import Attendance
@@ -62,6 +62,7 @@ class ExchangeStrategy(Strategy):
         check(timeout_factor >= 0, "timeout_factor must be >= 0 (0: off)", timeout_factor)
         check(checkpoint_every >= 0, "checkpoint_every must be >= 0 (0: none)", checkpoint_every)
         self.min_agents = min_agents or self.topology.num_agents
+        self._asks_for_all = min_agents == 0  # but where the run is resumed, for as many as took part last
         self.record_root, self.name = record, name
         self.keep_frames, self.checkpoint_every = keep_frames, checkpoint_every
         self.resume = Path(resume).absolute() if resume else None
@@ -112,7 +113,8 @@ class ExchangeStrategy(Strategy):
         ``num_rounds`` and ``timeout`` (seconds for a round) are by default those of the run config after
         `from_run_config`, else 3 and 3600.
 
-        ``initial_arrays`` are for apps with `neighbor_average_mod`: every node gets them with its first message, and
+        ``initial_arrays`` are for apps with `neighbor_average_mod`: every node gets them with its first message; a run
+        that is resumed takes those it began with from its checkpoint, and these need the same names, types and shapes.
         ``train_config`` and ``evaluate_config`` are what such an app is told. Agents of `make_client_app` make their
         own weights from the run's seed and read none of these.
 
@@ -200,13 +202,18 @@ class ExchangeStrategy(Strategy):
             messages = self.configure_train(round, arrays, train_config, grid)
             self.aggregate_train(round, self._exchange(grid, messages, round))
             if self._checkpoints is not None and self._checkpoints.due(round):
-                self._checkpoints.save(round, roster=self.roster.state())
+                self._save_checkpoint(self._checkpoints, round)
             if round < num_rounds:
                 look(round)
         messages = self.configure_evaluate(num_rounds, arrays, evaluate_config, grid)
         self.aggregate_evaluate(num_rounds, self._exchange(grid, messages, num_rounds + 1))
         look(num_rounds)
         return result
+
+    def _save_checkpoint(self, checkpoints: RunCheckpoints[Array], round: int) -> None:
+        assert self._initial is not None
+        facts, arrays = self._initial.state()
+        checkpoints.save(round, initial=arrays, roster=self.roster.state(), **facts)
 
     def _exchange(self, grid: Grid, messages: Iterable[Message], round: int) -> list[Message]:
         """Send the messages and return what was answered in time, late answers to earlier messages included.
@@ -252,8 +259,9 @@ class ExchangeStrategy(Strategy):
             )
         before = self.attendance.online
         online = self.attendance.wait_for_nodes(grid, first=server_round == self._first)
-        if not set(before) <= set(online):
+        if left := set(before) - set(online):
             self._refused.clear()
+            self.roster.doubt(left)
         self._in_flight.lose(online)
         busy = self._in_flight.busy()
         messages = []
@@ -337,6 +345,7 @@ class ExchangeStrategy(Strategy):
             if self._initial is not None:
                 self._initial.note(node, sound=not reply.has_error())
             if reply.has_error():
+                self.roster.doubt([node])
                 failed[self._name(node)] = f"error {reply.error.code}: {plain_reason(reply.error.reason)}"
                 continue
             try:
@@ -352,14 +361,16 @@ class ExchangeStrategy(Strategy):
                 continue
             answers[agent] = replace(answer, late_of=None if of_round == round else of_round)
         for sent in self._in_flight.expire():
+            self.roster.doubt([sent.node])
             failed.setdefault(self._name(sent.node), f"no answer to the message of round {sent.round} within its time")
         failed = {name: reason for name, reason in failed.items() if name not in {f"agent {a}" for a in answers}}
         for name, reason in sorted(failed.items()):
             logger.log(WARNING, "round %d: %s failed. %s", round, name, reason)
         self.attendance.check(round, answers, failed, first=round == self._first)
-        agents = range(self.topology.num_agents)
-        missing = [agent for agent in agents if agent not in answers and f"agent {agent}" not in failed]
-        states = self.attendance.changes(round, answers, failed, self._in_flight.busy())
+        busy = self._in_flight.busy()
+        prompt = [agent for agent in answers if self.roster.node_of[agent] not in busy]  # no other answer is owed
+        missing = [agent for agent in self.roster.absent(prompt) if f"agent {agent}" not in failed]
+        states = self.attendance.changes(round, answers, failed, busy)
         self.monitor.close_round(round, answers, failed=failed, missing=missing, states=states)
 
     def _origin(self, reply: Message, round: int) -> tuple[int, int]:
@@ -390,6 +401,7 @@ class ExchangeStrategy(Strategy):
 
     def _open_record(self, num_rounds: int, timeout: float, held: contextlib.ExitStack) -> None:
         """Begin the record, or go back to the checkpoint of the run that is resumed; hold the record either way."""
+        assert self._initial is not None
         config = {
             **self.config,
             "num_rounds": num_rounds,
@@ -400,13 +412,16 @@ class ExchangeStrategy(Strategy):
             "min_agents": self.min_agents,
             "topology": self.topology.to_config(),
             **self._about(),
+            **self._initial.about(),
         }
         checkpoint: Checkpoint | None = None
         if self.resume is not None:
-            self.record, checkpoint = reopen(
+            self.record, checkpoint, answered = reopen(
                 self.resume, config, held=held, with_frames=self.keep_frames, log=logger.warning
             )
             self.run_id = run_id_of(self.record)
+            if self._asks_for_all:  # an agent that died earlier holds up nothing, as it held up nothing then
+                self.min_agents = self.attendance.min_agents = max(1, answered)
         elif self.record_root is not None:
             config[RUN] = self.run_id
             self.record = RunRecord.create(
@@ -423,6 +438,8 @@ class ExchangeStrategy(Strategy):
             self._first = checkpoint.round + 1
             self._checkpoints.restore(checkpoint)
             self.roster.restore(checkpoint.facts["roster"])
+            if not self._initial.restore(checkpoint.facts, checkpoint.group(INITIAL)):
+                _log("The initial arrays are those that the run began with; the ones given now have other bits.")
 
 
 def _log(line: str) -> None:

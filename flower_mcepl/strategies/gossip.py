@@ -35,9 +35,10 @@ class GossipStrategy(ExchangeStrategy):
         Rounds after which an agent sends a whole frame beside its delta; 0: when the deltas since the last whole
         frame have as many bytes as that.
     min_agents : int (default: 0)
-        Agents that must take part in round 1; 0 stands for all of the graph. Later rounds go on with those who answer.
+        Agents that must take part in round 1, and in the first round after a resumption; 0 stands for all of the graph,
+        and after a resumption for as many as took part last. Other rounds go on with those who answer.
     wait_timeout : float (default: 120.0)
-        Seconds to wait for the first nodes.
+        Seconds to wait for these agents' nodes, and in any other round in which no node is online for the first one.
     timeout_factor : float (default: 5.0)
         A round goes on without its last agents after so many times the time that most answers took of late, but not
         before a minute; 0 always waits for the timeout that `start` is given. Late answers count when they come.

@@ -1,6 +1,11 @@
 """What a Flower app written for FedAvg begins with: the server's initial arrays, and the configuration it is told."""
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
 
 from flower_mcepl import keys
 from flower_mcepl.array_layout import ArrayLayout
@@ -28,18 +33,38 @@ class InitialArrays:
     ) -> None:
         self._arrays, self._ledger = arrays, ledger
         self._configs = {keys.TRAIN_CONFIG: train_config, keys.EVALUATE_CONFIG: evaluate_config}
-        self._layout = ArrayLayout.of({name: array.numpy() for name, array in arrays.items()}).to_json()
+        self._layout = ArrayLayout.of(_numpy(arrays))
         self._have: set[int] = set()  # nodes whose last answer was sound
 
     def add_to(self, content: RecordDict, *, node: int) -> None:
         """Add to a message for ``node`` what it needs of this."""
         if not self._arrays:
             return
-        content.config_records[keys.ORDER][keys.LAYOUT] = self._layout
+        content.config_records[keys.ORDER][keys.LAYOUT] = self._layout.to_json()
         content.update({name: config for name, config in self._configs.items() if config})
         if node not in self._have:
             content[keys.INITIAL] = self._arrays
             self._ledger.add_initial(sum(len(array.data) for array in self._arrays.values()))
+
+    def about(self) -> dict[str, Any]:
+        """Return what belongs into the record's config: names, types and shapes; nothing where there are no arrays."""
+        return {"initial_arrays": json.loads(self._layout.to_json())["arrays"]} if self._arrays else {}
+
+    def state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Return the facts and arrays that must survive when the run is resumed; none where there are no arrays."""
+        return ({"layout": self._layout.to_json()} if self._arrays else {}), _numpy(self._arrays)
+
+    def restore(self, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bool:
+        """Take back what the run began with, in place of what it was given now; tell whether these were the same bits.
+
+        The agents' states were learned from the former and bear their fingerprint.
+        """
+        if "layout" not in facts:
+            return True
+        given, self._layout = self._layout, ArrayLayout.from_json(facts["layout"])
+        shapes = {name: shape for name, (_, shape) in self._layout.arrays.items()}
+        self._arrays = ArrayRecord({name: Array(arrays[name].reshape(shape)) for name, shape in shapes.items()})
+        return given == self._layout
 
     def note(self, node: int, *, sound: bool) -> None:
         """Note that the node answered as an agent, or that it failed."""
@@ -47,3 +72,7 @@ class InitialArrays:
             self._have.add(node)
         else:
             self._have.discard(node)
+
+
+def _numpy(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    return {name: array.numpy() for name, array in record.items()}

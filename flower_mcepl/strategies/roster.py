@@ -1,6 +1,6 @@
 """Which Flower node is which agent."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from flower_mcepl.errors import RosterError
@@ -20,7 +20,7 @@ class Roster:
         self._agent_of: dict[int, int] = {}  # node id -> agent, former nodes included
         self._facts: dict[int, Mapping[str, Any]] = {}  # handshake of each agent
         self._founder: tuple[int, Mapping[str, Any]] | None = None  # node and handshake of the first agent
-        self._met: set[int] = set()  # nodes whose handshake was checked
+        self._met: set[int] = set()  # nodes whose handshake was checked, unless in doubt
 
     def agent_of(self, node: int) -> int | None:
         """Return the agent that the node plays now, or None."""
@@ -32,7 +32,7 @@ class Roster:
         return self._facts[agent]
 
     def has_met(self, node: int) -> bool:
-        """Tell whether the node's handshake was checked."""
+        """Tell whether the node's handshake was checked, and nothing has happened to the node since."""
         return node in self._met
 
     def state(self) -> dict[str, Any]:
@@ -58,9 +58,13 @@ class Roster:
         self._check_place(node, agent, online={node, *self.node_of.values()})
         self.node_of[agent], self._agent_of[node] = node, agent
 
-    def missing(self) -> list[int]:
-        """Return the agents of the graph that no node has ever claimed."""
-        return [agent for agent in range(self.num_agents) if agent not in self.node_of]
+    def absent(self, here: Collection[int]) -> list[int]:
+        """Return the agents of the graph that are not among those ``here``."""
+        return [agent for agent in range(self.num_agents) if agent not in here]
+
+    def doubt(self, nodes: Iterable[int]) -> None:
+        """Want the handshake of these nodes again: they may have been restarted with another node config."""
+        self._met -= set(nodes)
 
     def admit(self, node: int, facts: Mapping[str, Any], *, online: Iterable[int]) -> int:
         """Take the node in as the agent that its handshake names, and return that agent.

@@ -67,7 +67,7 @@ def run_in_process(app: FlowerApp, config: Mapping[str, Any], folder: Path, log:
         If the agents cannot be built, or the run fails.
     """
     settings = RunSettings.from_run_config(config, app_keys=app.config)
-    threads = read_fields(DeviceSettings, config).threads
+    device = read_fields(DeviceSettings, config)
     contexts = _contexts(config, settings.num_agents)
     record = RunRecord.create(
         name=app.name,
@@ -76,7 +76,7 @@ def run_in_process(app: FlowerApp, config: Mapping[str, Any], folder: Path, log:
         with_frames=settings.keep_frames,
     )
     with imported_client(app) as client:
-        with torch_threads(threads):
+        with torch_threads(device.threads):
             agents = [client.agent_fn(context) for context in contexts]
             server = _make_server(app, client, contexts[0])
         simulate(
@@ -87,7 +87,8 @@ def run_in_process(app: FlowerApp, config: Mapping[str, Any], folder: Path, log:
             evaluate_every=settings.evaluate_every,
             max_staleness=settings.max_staleness,
             key_interval=settings.key_interval,
-            threads=threads,
+            threads=device.threads,
+            tell_classes=device.tell_classes,
             record=record,
             log=log,
         )

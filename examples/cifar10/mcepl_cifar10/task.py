@@ -25,16 +25,29 @@ def model_fn(context: Context) -> AlexNetCifar:
 
 def load_split(data: str, split: str) -> Dataset:
     """Return one split with the columns ``img`` and ``label``, from a folder of parquet files or the hub."""
-    folder = Path(data)
-    if not folder.is_absolute() and data.count("/") == 1 and not folder.exists():
+    if is_on_the_hub(data):
         return load_dataset(data, split=split)
-    files = sorted(map(str, folder.rglob(f"{split}*.parquet")))
+    files = sorted(map(str, Path(data).rglob(f"{split}*.parquet")))
     if not files:
         raise FileNotFoundError(
             f"data = {data!r}: no {split}*.parquet in that folder or below. Give the absolute path of a folder with "
             "CIFAR-10 as parquet, or a name on the Hugging Face hub: --run-config 'data=\"uoft-cs/cifar10\"'."
         )
     return load_dataset("parquet", data_files=files, split="train")
+
+
+def is_on_the_hub(data: str) -> bool:
+    """Tell whether ``data`` is a name on the hub, no folder."""
+    folder = Path(data)
+    return not folder.is_absolute() and data.count("/") == 1 and not folder.exists()
+
+
+def source_of(data: str) -> str | list[list[str | int]]:
+    """Return what the cache knows the data by: a name on the hub, or a folder's files with their sizes and times."""
+    if is_on_the_hub(data):
+        return data
+    files = [(file, file.stat()) for file in sorted(Path(data).resolve().rglob("*.parquet"))]
+    return [[str(file), seen.st_size, seen.st_mtime_ns] for file, seen in files]
 
 
 @lru_cache
@@ -59,12 +72,15 @@ def load_data(
     Testing: CIFAR-10's own test images, those of the agent's classes. ``cache`` is a folder for the decoded pixels, so
     that on a device, where every message is a process of its own, only the first one decodes; empty for none.
     """
-    told = {"data": data, "num-agents": num_agents, "seed": seed, "agent": agent, **asdict(settings), "version": 1}
 
     def make() -> dict[str, Tensor]:
         return decode_splits(agent, data=data, num_agents=num_agents, settings=settings, seed=seed)
 
-    found = cached_tensors(cache, told, make) if cache else make()
+    if cache:
+        told = {"num-agents": num_agents, "seed": seed, "agent": agent, **asdict(settings), "version": 1}
+        found = cached_tensors(cache, {**told, "data": source_of(data)}, make)
+    else:
+        found = make()
     train, validation, test = (
         (normalized(found[name]), found[f"{name}-labels"].long()) for name in ("train", "validation", "test")
     )

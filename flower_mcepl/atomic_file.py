@@ -1,0 +1,52 @@
+"""Files that are replaced in one step: whoever reads one finds the old one whole or the new one whole."""
+
+import os
+from pathlib import Path
+
+
+def replace_file(path: Path, *parts: bytes, mode: int = 0o666) -> None:
+    """Write a file, so that at any moment the old one, the new one or none stands under its name.
+
+    When this returns, the file survives a loss of power.
+
+    Parameters
+    ----------
+    path : Path
+        The file; its folder must be there.
+    *parts : bytes
+        What it is to hold, one behind the other.
+    mode : int (default: 0o666)
+        Who may read and write it, less the process's umask.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; what stood there before stands there still.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(draft, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove what killed writers of files whose names begin so left behind; call it while nobody else writes them."""
+    for leftover in folder.glob(f".{prefix}*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a rename survive a loss of power; Windows has no means for it."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
