@@ -9,10 +9,9 @@ delta frame, reading it, and the same for a whole frame; medians are compared.
 import argparse
 
 import torch
-from step_time import measure
+from step_time import measure, one_agent
 
-from flower_mcepl import AgentData, MceplAgent, MceplConfig, shared_module
-from flower_mcepl.models import AlexNetCifar
+from flower_mcepl import MceplAgent
 from flower_mcepl.wire import Reference, WrittenFrame, decode_frame, write_frame
 
 
@@ -26,16 +25,7 @@ def main() -> None:
     )
     args = options.parse_args()
     torch.set_num_threads(args.threads)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(args.batch_size, 3, 32, 32, generator=generator)
-    labels = torch.randint(0, 10, (args.batch_size,), generator=generator)
-    agent = MceplAgent(
-        0,
-        shared_module(AlexNetCifar, seed=0),
-        AgentData.of((images, labels), (images, labels), agent=0),
-        MceplConfig(batch_size=args.batch_size),
-        seed=0,
-    )
+    agent, _, _ = one_agent(args.batch_size)
     held = Reference(0, agent.first_payload())
     for round in range(1, args.rounds + 1):
         agent.train(round=round)

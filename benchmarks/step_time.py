@@ -24,17 +24,7 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(args.batch_size, 3, 32, 32, generator=generator)
-    labels = torch.randint(0, 10, (args.batch_size,), generator=generator)
-
-    agent = MceplAgent(
-        0,
-        shared_module(AlexNetCifar, seed=0),
-        AgentData.of((images, labels), (images, labels), agent=0),
-        MceplConfig(batch_size=args.batch_size),
-        seed=0,
-    )
+    agent, images, labels = one_agent(args.batch_size)
     kinds = {
         "dense step": dense_step(images, labels),
         "masked step": lambda: agent.train(round=1),
@@ -49,6 +39,16 @@ def main() -> None:
     for name, seconds in times.items():
         print(f"  {name:<42} {1000 * seconds:8.1f} ms   {seconds / times['dense step']:6.3f} of the dense step")
     print(f"masked / dense: {times['masked step'] / times['dense step']:.3f}   (goal: at most 1.10)")
+
+
+def one_agent(batch_size: int) -> tuple[MceplAgent, torch.Tensor, torch.Tensor]:
+    """Return an agent of the paper's network, its images [batch_size, 3, 32, 32], one batch of noise, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, 3, 32, 32, generator=generator)
+    labels = torch.randint(0, 10, (batch_size,), generator=generator)
+    data = AgentData.of((images, labels), (images, labels), agent=0)
+    agent = MceplAgent(0, shared_module(AlexNetCifar, seed=0), data, MceplConfig(batch_size=batch_size), seed=0)
+    return agent, images, labels
 
 
 def dense_step(images: torch.Tensor, labels: torch.Tensor) -> Callable[[], object]:

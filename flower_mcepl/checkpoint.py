@@ -12,6 +12,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from flower_mcepl.atomic_file import remove_leftovers
 from flower_mcepl.errors import RecordError, StateError
 from flower_mcepl.record import to_json
 from flower_mcepl.sealed import DamagedError, Kind, read_sealed, set_aside, write_sealed
@@ -100,9 +101,10 @@ def drop_checkpoints(folder: Path) -> None:
     """Delete all checkpoints, damaged ones included, and the folder if nothing else is in it."""
     if not folder.is_dir():
         return
-    for pattern in ("round-*.checkpoint", "round-*.damaged", ".*.tmp"):  # the last: killed while it was written
+    for pattern in ("round-*.checkpoint", "round-*.damaged"):
         for file in folder.glob(pattern):
             file.unlink()
+    remove_leftovers(folder, "round-")
     if not any(folder.iterdir()):
         folder.rmdir()
 
