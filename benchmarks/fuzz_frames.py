@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from flower_mcepl.errors import FrameError
-from flower_mcepl.mailbox import Mailbox
+from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.wire import FrameHeader, Prior, Reference, decode_frame, read_header, reading, write_frame
 from flower_mcepl.wire.layout import FIXED, FREE_WEIGHTS, WEIGHTS_PER_BYTE, varint
 from flower_mcepl.wire.values import BY_CODE

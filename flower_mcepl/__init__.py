@@ -8,7 +8,7 @@ The Flower sides are imported on their own: ``flower_mcepl.strategies`` (the rel
 """
 
 from flower_mcepl.agents import Agent, MceplAgent, MceplConfig
-from flower_mcepl.data import AgentData
+from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import (
     AnswerError,
     ConfigError,
@@ -30,10 +30,10 @@ from flower_mcepl.errors import (
     TruncatedFrameError,
     UnsupportedLayerError,
 )
-from flower_mcepl.masked_model import MaskedModel, shared_module
-from flower_mcepl.masks import aggregate_scores, group_lasso, neighbor_step, topk_mask
-from flower_mcepl.record import RunRecord, read_run
-from flower_mcepl.simulation import simulate
+from flower_mcepl.masks.formulas import aggregate_scores, group_lasso, neighbor_step, topk_mask
+from flower_mcepl.masks.model import MaskedModel, shared_module
+from flower_mcepl.record.writing import RunRecord, read_run
+from flower_mcepl.runs.simulation import simulate
 from flower_mcepl.topology import Topology
 from flower_mcepl.wire import decode_frame, encode_frame
 

@@ -42,7 +42,7 @@ def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_study_page(small_study: Path) -> Path:
     """The page of that study."""
-    from flower_mcepl.page.report_page import report_page
+    from flower_mcepl.report.page.report_page import report_page
     from flower_mcepl.studies.sources import read_source
 
     page = small_study.parent / "page.html"

@@ -14,10 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from flower_mcepl.generation import Generation
 from flower_mcepl.launch.processes import ProcessFamily
-from flower_mcepl.record import read_run
-from flower_mcepl.store import device_store
+from flower_mcepl.record.writing import read_run
+from flower_mcepl.runs.generation import Generation
+from flower_mcepl.runs.store import device_store
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "deployment"
 NODES = ("node-0", "node-1", "node-2")

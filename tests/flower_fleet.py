@@ -10,7 +10,7 @@ from flower_mcepl import Agent, Topology
 from flower_mcepl.clients import make_agent_app, make_client_app
 from flower_mcepl.clients.app import agent_index
 from flower_mcepl.clients.memory import STATE
-from flower_mcepl.generation import Generation
+from flower_mcepl.runs.generation import Generation
 from flower_mcepl.strategies import GossipStrategy
 
 from .fleet import make_agent

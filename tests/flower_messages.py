@@ -8,9 +8,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity  # private, needed by Message()
 
-from flower_mcepl import keys
 from flower_mcepl.clients import make_client_app
 from flower_mcepl.clients.app import agent_index
+from flower_mcepl.messages import keys
 
 from .fleet import SEED, small_net, split
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents import AgentState, MceplAgent, MceplConfig
-from flower_mcepl.data import AgentData
+from flower_mcepl.data.batches import AgentData
 
 VECTORS = dict(np.load(Path(__file__).parent / "vectors" / "mcepl_tiny.npz"))
 NUM_AGENTS, NUM_ROUNDS = 4, 6

@@ -90,7 +90,7 @@ def test_reading_imports_sees_all_their_forms() -> None:
 def test_the_core_knows_neither_flower_nor_ray_nor_the_sides(path: Path) -> None:
     anywhere, at_the_top = set(imports(path)), set(imports(path, when=AT_THE_TOP))
     sides = tuple(f"flower_mcepl.{side}" for side in SIDES)
-    divides = path == PACKAGE / "partition.py"  # by flwr-datasets, which it loads only then
+    divides = path == PACKAGE / "data" / "partition.py"  # by flwr-datasets, which it loads only then
     for forbidden in ("flwr", "ray", "torchvision", *sides, *(() if divides else ("flwr_datasets", "datasets"))):
         assert not {name for name in anywhere if belongs_to(name, forbidden)}
     for late in (
@@ -153,7 +153,7 @@ def loaded_after(statement: str, packages: tuple[str, ...]) -> set[str]:
 def test_the_core_loads_nothing_heavy() -> None:
     core = [path for path in CORE if path.name != "__main__.py" and path not in COMMANDS]
     everything = "\n".join(f"import {module_name(path)}" for path in core)
-    assert "import flower_mcepl.simulation\n" in everything
+    assert "import flower_mcepl.runs.simulation\n" in everything
     assert loaded_after(everything, (*HEAVY, "typer")) == set()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flower_mcepl import ConfigError, DivergedError, StateError, UnsupportedLayerError
 from flower_mcepl.agents import ALGORITHMS, AgentState, find_algorithm, load_state, save_state
-from flower_mcepl.agents.metropolis import DEGREE
+from flower_mcepl.agents.parts.averaging import DEGREE
 
 from .baselines import PAW, RING, SEED, agent_of, blobs, fleet_of, play
 from .fleet import noisy_net, same_tensors, split

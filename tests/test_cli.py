@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from flower_mcepl import Topology, encode_frame, simulate
 from flower_mcepl.cli import app, main
-from flower_mcepl.record import RunRecord
+from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.wire import Reference
 from tests.fleet import make_fleet
 from tests.study_app import write_app, write_study

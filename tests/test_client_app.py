@@ -20,11 +20,11 @@ from flower_mcepl import (
     MceplAgent,
     StateError,
     Topology,
-    keys,
 )
 from flower_mcepl.agents import AgentState
 from flower_mcepl.clients import make_agent_app, make_client_app
 from flower_mcepl.clients.memory import STATE
+from flower_mcepl.messages import keys
 from flower_mcepl.wire import FrameHeader, read_header
 
 from .fleet import make_agent, small_net, split

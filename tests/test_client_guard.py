@@ -17,8 +17,9 @@ from flwr.clientapp.mod import (  # what users are tempted to add
     message_size_mod,
 )
 
-from flower_mcepl import ConfigError, FlowerMceplError, keys
+from flower_mcepl import ConfigError, FlowerMceplError
 from flower_mcepl.clients import make_agent_app
+from flower_mcepl.messages import keys
 
 from .fleet import make_agent
 from .flower_fleet import state_bytes

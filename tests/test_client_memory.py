@@ -9,12 +9,13 @@ import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from flower_mcepl import ConfigError, StateError, keys
+from flower_mcepl import ConfigError, StateError
 from flower_mcepl.agents import load_state
 from flower_mcepl.clients import app as client_app
 from flower_mcepl.clients import make_client_app, memory
-from flower_mcepl.settings import DeviceSettings
-from flower_mcepl.store import StateStore
+from flower_mcepl.messages import keys
+from flower_mcepl.runs.settings import DeviceSettings
+from flower_mcepl.runs.store import StateStore
 
 from .fleet import noisy_net, same_tensors
 from .flower_fleet import state_of

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from flower_mcepl import AgentData, ConfigError, DataError
 from flower_mcepl.agents.agent import data_facts
-from flower_mcepl.data import BatchSource, DatasetBatches, TensorBatches, class_counts
+from flower_mcepl.data.batches import BatchSource, DatasetBatches, TensorBatches, class_counts
 
 INPUTS, LABELS = torch.arange(10.0).view(10, 1), torch.arange(10)
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from flower_mcepl import Topology, errors, mailbox, simulate
-from flower_mcepl.mailbox import Mailbox
+from flower_mcepl import Topology, errors, simulate
+from flower_mcepl.exchange import mailbox
+from flower_mcepl.exchange.decoded import DecodedFrames
+from flower_mcepl.exchange.held import Held
+from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.wire import FrameHeader, Reference, read_header, unpack_frame, write_frame
-from flower_mcepl.wire.decoded import DecodedFrames
-from flower_mcepl.wire.held import Held
 
 from .fleet import make_fleet, same_tensors
 

@@ -18,10 +18,10 @@ from flwr.common.config import parse_config_args
 
 from flower_mcepl import AgentData, RunRecord, Topology, read_run, simulate
 from flower_mcepl.agents import load_state
-from flower_mcepl.config import field_keys
-from flower_mcepl.record import Run
-from flower_mcepl.settings import DeviceSettings
-from flower_mcepl.studies.app import imported_client, read_app
+from flower_mcepl.config.fields import field_keys
+from flower_mcepl.record.writing import Run
+from flower_mcepl.runs.settings import DeviceSettings
+from flower_mcepl.studies.flower_app import imported_client, read_app
 
 from .deployment import NODES, SCRIPTS, Fleet
 from .flower_fleet import RecordingGrid, gossip

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flower_mcepl import AgentData, ConfigError, UnsupportedLayerError, shared_module
 from flower_mcepl.agents import make_agent
 from flower_mcepl.agents.dispfl import DispflConfig
-from flower_mcepl.agents.sparsity import (
+from flower_mcepl.masks.sparsity import (
     drop_share,
     drop_smallest,
     erk_densities,

@@ -28,14 +28,14 @@ from flower_mcepl.doctor.packages import check_extras, check_packages, check_pyt
 from flower_mcepl.doctor.superlink import check_superlink, split_address
 from flower_mcepl.doctor.trial import try_rounds
 from flower_mcepl.errors import ConfigError, DataError
-from flower_mcepl.generation import Generation
-from flower_mcepl.relay import Parcel
-from flower_mcepl.rounds import open_mail, play_round
-from flower_mcepl.settings import DeviceSettings
-from flower_mcepl.simulation import simulate
-from flower_mcepl.store import StateStore
-from flower_mcepl.studies.app import read_app
+from flower_mcepl.exchange.relay import Parcel
+from flower_mcepl.exchange.turn import open_mail, play_round
+from flower_mcepl.runs.generation import Generation
+from flower_mcepl.runs.settings import DeviceSettings
+from flower_mcepl.runs.simulation import simulate
+from flower_mcepl.runs.store import StateStore
 from flower_mcepl.studies.engines import agent_of_node, introductions
+from flower_mcepl.studies.flower_app import read_app
 from flower_mcepl.topology import Topology
 from tests.fleet import make_agent, make_fleet
 from tests.study_app import write_app

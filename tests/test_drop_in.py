@@ -17,11 +17,12 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, 
 from numpy.typing import NDArray
 from torch import nn
 
-from flower_mcepl import AnswerError, ConfigError, RosterError, Topology, encode_frame, keys, read_run, simulate
+from flower_mcepl import AnswerError, ConfigError, RosterError, Topology, encode_frame, read_run, simulate
 from flower_mcepl.agents import NeighborAverageAgent
-from flower_mcepl.array_layout import ArrayLayout
+from flower_mcepl.agents.array_layout import ArrayLayout
 from flower_mcepl.clients import NeighborAverageMod, make_client_app, neighbor_average_mod
 from flower_mcepl.clients.metric_names import read_evaluation, read_training
+from flower_mcepl.messages import keys
 from flower_mcepl.strategies import GossipStrategy, reporting
 
 from .flower_messages import data_fn, model_fn

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flower_mcepl.envelope import open_envelope
 from flower_mcepl.errors import CorruptFrameError
+from flower_mcepl.messages.envelope import open_envelope
 
 
 def npy(array: np.ndarray) -> bytes:

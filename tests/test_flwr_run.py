@@ -8,8 +8,8 @@ import pytest
 
 from flower_mcepl import AgentData, MceplAgent, MceplConfig, RunRecord, Topology, read_run, shared_module, simulate
 from flower_mcepl.agents import load_state
+from flower_mcepl.data.splits import DataSettings
 from flower_mcepl.launch import run_app
-from flower_mcepl.splits import DataSettings
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 NUM_AGENTS, NUM_ROUNDS, SEED = 10, 3, 5

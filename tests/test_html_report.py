@@ -11,15 +11,15 @@ from typer.testing import CliRunner
 
 from flower_mcepl import Topology, simulate
 from flower_mcepl.cli import app
-from flower_mcepl.page.elements import Html, element
-from flower_mcepl.page.report_page import report_page
-from flower_mcepl.page.style import CSS
-from flower_mcepl.plots.gallery import Gallery
-from flower_mcepl.plots.subjects import subjects_of
-from flower_mcepl.record import RunRecord
+from flower_mcepl.record.writing import RunRecord
+from flower_mcepl.report.page.elements import Html, element
+from flower_mcepl.report.page.report_page import report_page
+from flower_mcepl.report.page.style import CSS
+from flower_mcepl.report.plots.gallery import Gallery
+from flower_mcepl.report.plots.subjects import subjects_of
+from flower_mcepl.report.tables import cells, footnotes, titles
 from flower_mcepl.studies import compare
 from flower_mcepl.studies.sources import read_source
-from flower_mcepl.studies.tables import cells, footnotes, titles
 from tests.fleet import make_fleet
 from tests.html_page import Page
 
@@ -51,7 +51,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the drawing out, which takes most of the time."""
-    monkeypatch.setattr("flower_mcepl.page.report_page.draw_gallery", lambda runs: Gallery(subjects_of(runs)[0]))
+    monkeypatch.setattr("flower_mcepl.report.page.report_page.draw_gallery", lambda runs: Gallery(subjects_of(runs)[0]))
 
 
 def report(source: Path, out: Path) -> str:

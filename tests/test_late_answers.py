@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flower_mcepl import ConfigError, RosterError, Topology, read_run
-from flower_mcepl.center import Center
-from flower_mcepl.relay import Posted
+from flower_mcepl.exchange.center import Center
+from flower_mcepl.exchange.relay import Posted
 from flower_mcepl.strategies import reporting, waiting
 from flower_mcepl.strategies.waiting import FLOOR, Patience
 
@@ -262,7 +262,7 @@ def test_failures_are_told_when_they_change(tmp_path: Path, monkeypatch: pytest.
 def test_a_server_leaves_a_late_answer_out_if_it_has_a_newer_model() -> None:
     agents, server = fleet_of("fedavg", 3), server_of("fedavg", 3)
     center = Center[bytes](server, open_frame=bytes, wrap_frame=bytes)
-    from flower_mcepl.rounds import open_mail, play_round
+    from flower_mcepl.exchange.turn import open_mail, play_round
 
     mails = [open_mail(agent, max_staleness=5) for agent in agents]
     replies = [play_round(a, m, center.parcel(a.index, round=1)) for a, m in zip(agents, mails, strict=True)]

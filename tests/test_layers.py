@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch import nn
 
-from flower_mcepl import layers
 from flower_mcepl.errors import UnsupportedLayerError
-from flower_mcepl.layers import CONV, LINEAR, find_maskable, maskable
+from flower_mcepl.masks import layers
+from flower_mcepl.masks.layers import CONV, LINEAR, find_maskable, maskable
 
 from . import oracles
 

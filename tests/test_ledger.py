@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flower_mcepl.ledger import TRAFFIC_COLUMNS, Ledger, Shipment
+from flower_mcepl.exchange.ledger import TRAFFIC_COLUMNS, Ledger, Shipment
 
 shipments = st.builds(
     lambda size, header, key, weights, kept: Shipment(size + header, header, key, weights, kept),

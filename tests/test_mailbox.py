@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flower_mcepl import errors
-from flower_mcepl.mailbox import Mailbox
+from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.wire import Prior, Reference, encode_frame, write_frame
 
 quick = settings(deadline=None, max_examples=60)

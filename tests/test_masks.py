@@ -9,9 +9,16 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from flower_mcepl import masks
 from flower_mcepl.errors import ConfigError, DivergedError
-from flower_mcepl.masks import aggregate_scores, group_lasso, kept_weights, neighbor_mean, neighbor_step, topk_mask
+from flower_mcepl.masks import formulas as masks
+from flower_mcepl.masks.formulas import (
+    aggregate_scores,
+    group_lasso,
+    kept_weights,
+    neighbor_mean,
+    neighbor_step,
+    topk_mask,
+)
 
 from . import oracles
 

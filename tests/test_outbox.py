@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flower_mcepl import errors
-from flower_mcepl.mailbox import Mailbox
-from flower_mcepl.outbox import Outbox
+from flower_mcepl.exchange.mailbox import Mailbox
+from flower_mcepl.exchange.outbox import Outbox
 from flower_mcepl.wire import PRECISIONS, Prior, WrittenFrame, read_header
 
 FINGERPRINT = "0123456789abcdef" * 2

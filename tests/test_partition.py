@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flower_mcepl.data import AgentData
+from flower_mcepl.data.batches import AgentData
+from flower_mcepl.data.partition import Partition
+from flower_mcepl.data.splits import DataSettings, own_splits, own_tests
 from flower_mcepl.errors import ConfigError, DataError
-from flower_mcepl.partition import Partition
-from flower_mcepl.settings import RunSettings
-from flower_mcepl.splits import DataSettings, own_splits, own_tests
+from flower_mcepl.runs.settings import RunSettings
 from flower_mcepl.streams import isolated_rng, torch_stream
 from flower_mcepl.studies import read_study
 from tests.study_app import write_study

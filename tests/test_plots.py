@@ -18,19 +18,19 @@ from typer.testing import CliRunner
 from flower_mcepl import Topology, simulate
 from flower_mcepl.cli import app
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.final_masks import Masks, final_masks
-from flower_mcepl.plots.agreement import agreement_of, classes_of
-from flower_mcepl.plots.canvas import new_figure, plain, wrapped
-from flower_mcepl.plots.charts import _stacked, draw_by_bytes, draw_by_round, draw_spread
-from flower_mcepl.plots.curves import AGENTS, SEEDS, curve_of, final_accuracies
-from flower_mcepl.plots.filter_charts import off_text
-from flower_mcepl.plots.filters import filter_densities
-from flower_mcepl.plots.gallery import Gallery, _holdings, _masks, draw_gallery, write_gallery
-from flower_mcepl.plots.graph import draw_graph, draw_graphs
-from flower_mcepl.plots.holding_charts import draw_holdings
-from flower_mcepl.plots.holdings import Holdings, holdings_of
-from flower_mcepl.plots.subjects import Subject, subjects_of
-from flower_mcepl.record import Run, RunRecord, read_run
+from flower_mcepl.record.writing import Run, RunRecord, read_run
+from flower_mcepl.report.final_masks import Masks, final_masks
+from flower_mcepl.report.plots.agreement import agreement_of, classes_of
+from flower_mcepl.report.plots.canvas import new_figure, plain, wrapped
+from flower_mcepl.report.plots.charts import _stacked, draw_by_bytes, draw_by_round, draw_spread
+from flower_mcepl.report.plots.curves import AGENTS, SEEDS, curve_of, final_accuracies
+from flower_mcepl.report.plots.filter_charts import off_text
+from flower_mcepl.report.plots.filters import filter_densities
+from flower_mcepl.report.plots.gallery import Gallery, _holdings, _masks, draw_gallery, write_gallery
+from flower_mcepl.report.plots.graph import draw_graph, draw_graphs
+from flower_mcepl.report.plots.holding_charts import draw_holdings
+from flower_mcepl.report.plots.holdings import Holdings, holdings_of
+from flower_mcepl.report.plots.subjects import Subject, subjects_of
 from flower_mcepl.studies.sources import read_source, read_sources
 from tests.baselines import fleet_of, server_of
 from tests.fleet import make_agent, small_net, split
@@ -107,7 +107,7 @@ def test_final_masks_have_the_density_that_the_record_tells(study: Path) -> None
 
 
 def test_layers_are_in_their_natural_order() -> None:
-    from flower_mcepl.final_masks import _natural
+    from flower_mcepl.report.final_masks import _natural
 
     assert sorted(["l.11.w", "l.4.w", "fc.w", "l.4.0"], key=_natural) == ["fc.w", "l.4.0", "l.4.w", "l.11.w"]
 
@@ -388,7 +388,7 @@ def test_who_sends_nothing_has_no_links(study: Path, tmp_path: Path, monkeypatch
         assert axes.get_title() == "Agents without links: nothing is sent"
 
     figures = []
-    monkeypatch.setattr("flower_mcepl.plots.graph.png", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr("flower_mcepl.report.plots.graph.png", lambda figure: figures.append(figure) or b"")
     draw_graphs([("a", silent), ("b", dsgd)])
     assert [axes.get_title() for axes in figures[0].axes] == ["a (sends nothing)", "b"]
 
@@ -502,7 +502,7 @@ def test_a_record_that_says_nothing_is_drawn_as_far_as_it_goes(tmp_path: Path) -
 
 
 def test_any_name_can_be_drawn(copied: Path) -> None:
-    from flower_mcepl.picture import plot_run
+    from flower_mcepl.report.overview import plot_run
 
     names = ["_hidden", "$\\frac{", "$a$ <b>", "\ud800", "名前", "x" * 300, "\n\t"]
     run = read_run(copied)

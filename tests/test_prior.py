@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from flower_mcepl import ForeignFrameError, MaskedModel, MceplAgent, Topology, simulate
-from flower_mcepl.agents import prior as module
-from flower_mcepl.agents.prior import SCORE_CLASSES, WEIGHT_CLASSES, shared_prior
-from flower_mcepl.rounds import open_mail
+from flower_mcepl.agents.parts import prior as module
+from flower_mcepl.agents.parts.prior import SCORE_CLASSES, WEIGHT_CLASSES, shared_prior
+from flower_mcepl.exchange.turn import open_mail
 from flower_mcepl.streams import torch_stream
 from flower_mcepl.wire import Prior, encode_frame
 

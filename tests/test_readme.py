@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from flower_mcepl import AgentData, MceplAgent, MceplConfig, Topology, shared_module, simulate
 from flower_mcepl.agents import ALGORITHMS
 from flower_mcepl.clients import make_client_app
-from flower_mcepl.settings import RunSettings
+from flower_mcepl.runs.settings import RunSettings
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.studies import read_study
 

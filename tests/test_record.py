@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flower_mcepl.errors import ConfigError, RecordError
-from flower_mcepl.ledger import TRAFFIC_COLUMNS
-from flower_mcepl.record import AGENT_KEYS, RELAY_KEYS, TRAFFIC_KEYS, RunRecord, accuracy_summary, read_run
+from flower_mcepl.exchange.ledger import TRAFFIC_COLUMNS
+from flower_mcepl.record.writing import AGENT_KEYS, RELAY_KEYS, TRAFFIC_KEYS, RunRecord, accuracy_summary, read_run
 
 
 def agent_row(agent: int, round: int, accuracy: float = 0.5, **more: Any) -> dict[str, Any]:

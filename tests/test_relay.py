@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flower_mcepl import ConfigError, Topology
-from flower_mcepl.relay import Parcel, Posted, Relay
+from flower_mcepl.exchange.relay import Parcel, Posted, Relay
 
 
 @dataclass(frozen=True)

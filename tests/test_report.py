@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.picture import plot_run
-from flower_mcepl.record import Run, RunRecord, accuracy_summary, read_run
-from flower_mcepl.report import agent_table, human_bytes, main
+from flower_mcepl.record.writing import Run, RunRecord, accuracy_summary, read_run
+from flower_mcepl.report.overview import plot_run
+from flower_mcepl.report.table import agent_table, human_bytes, main
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")

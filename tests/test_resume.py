@@ -15,9 +15,15 @@ from flwr.app import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flower_mcepl import ConfigError, RunRecord, Topology, checkpoint, read_run, simulate
+from flower_mcepl import ConfigError, RunRecord, Topology, read_run, simulate
 from flower_mcepl.agents import load_state
-from flower_mcepl.checkpoint import (
+from flower_mcepl.clients import app as client_module
+from flower_mcepl.clients import make_agent_app, memory
+from flower_mcepl.clients.app import agent_index
+from flower_mcepl.errors import RecordError, RosterError
+from flower_mcepl.exchange.relay import ExchangeState, Posted, Relay
+from flower_mcepl.runs import checkpoint
+from flower_mcepl.runs.checkpoint import (
     Checkpoint,
     checkpoint_rounds,
     drop_checkpoints,
@@ -25,11 +31,6 @@ from flower_mcepl.checkpoint import (
     save_checkpoint,
     set_damaged_aside,
 )
-from flower_mcepl.clients import app as client_module
-from flower_mcepl.clients import make_agent_app, memory
-from flower_mcepl.clients.app import agent_index
-from flower_mcepl.errors import RecordError, RosterError
-from flower_mcepl.relay import ExchangeState, Posted, Relay
 from flower_mcepl.strategies import GossipStrategy, ServerStrategy, reporting
 
 from .baselines import agent_of, fleet_of, server_of

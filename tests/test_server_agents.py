@@ -13,7 +13,7 @@ from flower_mcepl import ConfigError, DivergedError, StateError, UnsupportedLaye
 from flower_mcepl.agents import ALGORITHMS, AgentState, find_algorithm, load_state, make_server, save_state
 from flower_mcepl.agents.fedpm import FedpmConfig
 from flower_mcepl.agents.fedspa import NEXT_MASK
-from flower_mcepl.agents.sparsity import from_sparse
+from flower_mcepl.masks.sparsity import from_sparse
 from flower_mcepl.streams import torch_stream
 
 from . import slow_servers

@@ -8,10 +8,10 @@ import torch
 
 from flower_mcepl import ConfigError, MceplConfig, Topology, TopologyError
 from flower_mcepl.agents.registry import ALGORITHMS, read_config
-from flower_mcepl.config import field_keys, per_agent, read_fields, refuse_unknown_keys, with_section
-from flower_mcepl.masked_model import MaskedModel
+from flower_mcepl.config.fields import field_keys, per_agent, read_fields, refuse_unknown_keys, with_section
+from flower_mcepl.masks.model import MaskedModel
 from flower_mcepl.models import AlexNetCifar
-from flower_mcepl.settings import DeviceSettings, RunSettings
+from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from flower_mcepl import StateError
 from flower_mcepl.agents import AgentState
-from flower_mcepl.generation import Generation
-from flower_mcepl.rounds import open_mail
-from flower_mcepl.sealed import Kind, write_sealed
-from flower_mcepl.store import STATE, StateStore, device_store, forget_runs
+from flower_mcepl.exchange.turn import open_mail
+from flower_mcepl.files.sealed import Kind, write_sealed
+from flower_mcepl.runs.generation import Generation
+from flower_mcepl.runs.store import STATE, StateStore, device_store, forget_runs
 
 from .fleet import SEED, make_agent, noisy_net, same_tensors
 
@@ -432,7 +432,7 @@ def test_what_cannot_be_removed_stays_and_is_told(tmp_path: Path, monkeypatch: p
 HOLDER = """
 import sys, time
 from pathlib import Path
-from flower_mcepl.store import StateStore
+from flower_mcepl.runs.store import StateStore
 with StateStore(Path(sys.argv[1])).hold(0):
     print("held", flush=True)
     sys.stdin.read()
@@ -476,7 +476,7 @@ def test_a_finished_runs_states_can_be_cleared(tmp_path: Path) -> None:
 WRITERS = """
 import os, sys
 from pathlib import Path
-from flower_mcepl.store import StateStore
+from flower_mcepl.runs.store import StateStore
 from tests.test_store import RUN, generation
 store = StateStore(Path(sys.argv[1]))
 for line in sys.stdin:  # one writer after the other, each a process of its own

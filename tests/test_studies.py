@@ -20,21 +20,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flower_mcepl.data import _index_batches
+from flower_mcepl.data.batches import _index_batches
 from flower_mcepl.errors import ConfigError, RecordError
-from flower_mcepl.final_masks import final_masks
-from flower_mcepl.record import RunRecord, read_run
+from flower_mcepl.record.writing import RunRecord, read_run
+from flower_mcepl.report.compare import _images_a_round
+from flower_mcepl.report.final_masks import final_masks
+from flower_mcepl.report.tables import cells, footnotes, markdown, titles, write_csv
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.studies import Study, compare, find_records, read_study, run_study, runner
-from flower_mcepl.studies.app import FlowerApp, imported_client
-from flower_mcepl.studies.compare import _images_a_round
 from flower_mcepl.studies.engines import run_in_process
+from flower_mcepl.studies.flower_app import FlowerApp, imported_client
 from flower_mcepl.studies.lines import key_lines, line_of_error
 from flower_mcepl.studies.lock import study_lock
 from flower_mcepl.studies.processes import side_by_side
 from flower_mcepl.studies.runner import CSV, MARKDOWN, UNFINISHED, Outcome, finished_runs, strangers, tasks_of
 from flower_mcepl.studies.sources import read_source, read_sources
-from flower_mcepl.studies.tables import cells, footnotes, markdown, titles, write_csv
 
 from .inprocess_grid import InProcessGrid
 from .study_app import write_app, write_study
@@ -479,7 +479,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 
-from flower_mcepl.record import RunRecord
+from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.studies import read_study, run_study, runner
 
 left = int(sys.argv[3])

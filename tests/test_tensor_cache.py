@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from flower_mcepl import ConfigError, DataError
-from flower_mcepl.sealed import write_sealed
-from flower_mcepl.tensor_cache import TENSORS, cached_tensors
+from flower_mcepl.data.cache import TENSORS, cached_tensors
+from flower_mcepl.files.sealed import write_sealed
 
 from .fleet import same_tensors
 
@@ -137,7 +137,7 @@ def test_where_nothing_can_be_written_what_was_made_is_returned(
 def test_nobody_waits_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("flower_mcepl.tensor_cache.PATIENCE", 0.1)
+    monkeypatch.setattr("flower_mcepl.data.cache.PATIENCE", 0.1)
     decode = Decoder()
 
     def hang() -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ def test_a_file_of_another_version_is_made_anew(tmp_path: Path, caplog: pytest.L
 
 WORKER = """
 import sys, time, torch
-from flower_mcepl.tensor_cache import cached_tensors
+from flower_mcepl.data.cache import cached_tensors
 
 def decode():
     with open(sys.argv[2], "a") as file:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from flower_mcepl import MceplAgent, Topology, simulate
-from flower_mcepl.rounds import Reply
+from flower_mcepl.exchange.turn import Reply
 
 from .fleet import Reader, same_tensors
 from .reference import LAYERS, NUM_AGENTS, NUM_ROUNDS, VECTORS, FrozenBatches, recorded_masks, reference_agent

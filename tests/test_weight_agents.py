@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flower_mcepl import Topology, simulate
-from flower_mcepl.agents.metropolis import DEGREE, metropolis_pull
-from flower_mcepl.rounds import Reply, open_mail
+from flower_mcepl.agents.parts.averaging import DEGREE, metropolis_pull
+from flower_mcepl.exchange.turn import Reply, open_mail
 
 from . import slow_weights
 from .baselines import CLOSE, NAMES, PAW, RING, agent_of, arrays, assert_same, data_of, fleet_of, play

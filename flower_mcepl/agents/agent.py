@@ -11,9 +11,9 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from flower_mcepl.atomic_file import remove_leftovers, replace_file
-from flower_mcepl.data import AgentData
+from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import StateError
+from flower_mcepl.files.atomic import remove_leftovers, replace_file
 from flower_mcepl.wire import Prior
 
 Payload = Mapping[str, Tensor]

@@ -6,9 +6,9 @@ from typing import Any, final
 
 from torch import Tensor
 
-from flower_mcepl.agents.dense import SgdConfig
-from flower_mcepl.agents.metropolis import MixingAgent
-from flower_mcepl.config import check
+from flower_mcepl.agents.parts.averaging import MixingAgent
+from flower_mcepl.agents.parts.dense import SgdConfig
+from flower_mcepl.config.fields import check
 from flower_mcepl.wire import PRECISIONS
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flower_mcepl.agents.agent import Payload
-from flower_mcepl.agents.sparse import SparseAgent, SparseConfig
-from flower_mcepl.agents.sparsity import from_sparse, overlap_mean
+from flower_mcepl.agents.parts.sparse import SparseAgent, SparseConfig
+from flower_mcepl.masks.sparsity import from_sparse, overlap_mean
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from typing import final
 from torch import Tensor
 
 from flower_mcepl.agents.agent import Payload
-from flower_mcepl.agents.dense import SgdConfig
-from flower_mcepl.agents.groups import Shapes
-from flower_mcepl.agents.metropolis import MixingAgent
+from flower_mcepl.agents.parts.averaging import MixingAgent
+from flower_mcepl.agents.parts.dense import SgdConfig
+from flower_mcepl.agents.parts.groups import Shapes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
-from flower_mcepl.agents.evaluation import evaluate_classifier
-from flower_mcepl.agents.groups import check_group, join_groups, split_groups
-from flower_mcepl.agents.training import TrainingConfig, descent_direction, finite_loss, train_locally
-from flower_mcepl.config import check
-from flower_mcepl.data import AgentData
+from flower_mcepl.agents.parts.evaluation import evaluate_classifier
+from flower_mcepl.agents.parts.groups import check_group, join_groups, split_groups
+from flower_mcepl.agents.parts.training import TrainingConfig, descent_direction, finite_loss, train_locally
+from flower_mcepl.config.fields import check
+from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import DivergedError
-from flower_mcepl.layers import find_maskable
-from flower_mcepl.masked_model import fingerprint
+from flower_mcepl.masks.layers import find_maskable
+from flower_mcepl.masks.model import fingerprint
 from flower_mcepl.streams import isolated_rng, torch_stream
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from flower_mcepl.agents.agent import Payload
-from flower_mcepl.agents.groups import Shapes
-from flower_mcepl.agents.sparse import SparseAgent, SparseConfig
-from flower_mcepl.agents.sparsity import from_sparse
+from flower_mcepl.agents.parts.groups import Shapes
+from flower_mcepl.agents.parts.sparse import SparseAgent, SparseConfig
+from flower_mcepl.masks.sparsity import from_sparse
 
 NEXT_MASK = "next-mask/"  # before a layer's name in an agent's payload: its mask of the next round, where masks move
 

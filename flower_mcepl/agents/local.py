@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from flower_mcepl.agents.agent import Payload
-from flower_mcepl.agents.dense import DenseAgent, SgdConfig
+from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor, nn
 
-from flower_mcepl import masks as maths
 from flower_mcepl.agents.agent import Payload
 from flower_mcepl.agents.mcepl import MceplAgent, MceplConfig
-from flower_mcepl.config import RunConfig, check
-from flower_mcepl.masked_model import MaskedModel
+from flower_mcepl.config.fields import RunConfig, check
+from flower_mcepl.masks import formulas as maths
+from flower_mcepl.masks.model import MaskedModel
 
 
 @dataclass(frozen=True, kw_only=True)

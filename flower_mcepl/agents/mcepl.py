@@ -11,16 +11,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from flower_mcepl import masks as maths
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
-from flower_mcepl.agents.evaluation import evaluate_classifier
-from flower_mcepl.agents.groups import check_group, join_groups, split_groups
-from flower_mcepl.agents.prior import shared_prior
-from flower_mcepl.agents.training import TrainingConfig, descent_direction, finite_loss, train_locally
-from flower_mcepl.config import RunConfig, check, per_agent, per_layer, read_fields
-from flower_mcepl.data import AgentData
+from flower_mcepl.agents.parts.evaluation import evaluate_classifier
+from flower_mcepl.agents.parts.groups import check_group, join_groups, split_groups
+from flower_mcepl.agents.parts.prior import shared_prior
+from flower_mcepl.agents.parts.training import TrainingConfig, descent_direction, finite_loss, train_locally
+from flower_mcepl.config.fields import RunConfig, check, per_agent, per_layer, read_fields
+from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import StateError
-from flower_mcepl.masked_model import MaskedModel, Retention, check_retentions, resolve_retention
+from flower_mcepl.masks import formulas as maths
+from flower_mcepl.masks.model import MaskedModel, Retention, check_retentions, resolve_retention
 from flower_mcepl.streams import isolated_rng, torch_stream
 
 SCORE_INITS = ("shared", "independent")

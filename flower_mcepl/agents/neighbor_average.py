@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flower_mcepl.agents.agent import Agent, AgentState, Payload
-from flower_mcepl.agents.groups import check_group, join_groups, split_groups
-from flower_mcepl.agents.metropolis import DEGREE, metropolis_pull
-from flower_mcepl.array_layout import ArrayLayout, Arrays
+from flower_mcepl.agents.array_layout import ArrayLayout, Arrays
+from flower_mcepl.agents.parts.averaging import DEGREE, metropolis_pull
+from flower_mcepl.agents.parts.groups import check_group, join_groups, split_groups
 from flower_mcepl.errors import ConfigError, DivergedError, StateError
 
 Metrics = Mapping[str, float]

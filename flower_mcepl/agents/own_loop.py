@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from flower_mcepl.agents.mcepl import MceplAgent, MceplConfig
-from flower_mcepl.data import AgentData
+from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError, DivergedError
-from flower_mcepl.masked_model import MaskedModel
+from flower_mcepl.masks.model import MaskedModel
 from flower_mcepl.streams import isolated_rng
 
 OwnTrainFn = Callable[[MaskedModel, int], float]

@@ -21,14 +21,14 @@ from flower_mcepl.agents.mask_variants import (
     NoFinetuningConfig,
 )
 from flower_mcepl.agents.mcepl import MceplAgent, MceplConfig
-from flower_mcepl.agents.training import TrainingConfig
-from flower_mcepl.config import RunConfig, field_keys, with_section
-from flower_mcepl.data import AgentData
+from flower_mcepl.agents.parts.training import TrainingConfig
+from flower_mcepl.agents.server import Server
+from flower_mcepl.config.fields import RunConfig, field_keys, with_section
+from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.servers.fedavg import FedavgServer
 from flower_mcepl.servers.fedpm import FedpmServer
 from flower_mcepl.servers.fedspa import FedspaServer
-from flower_mcepl.servers.server import Server
 
 
 class Algorithm(NamedTuple):

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from flower_mcepl.cli.wide import print_table, wide_console
+from flower_mcepl.report.tables import cells, footnotes, titles, write_csv, write_markdown
 from flower_mcepl.studies import Comparison
 from flower_mcepl.studies import compare as compare_runs
 from flower_mcepl.studies.sources import read_sources
-from flower_mcepl.studies.tables import cells, footnotes, titles, write_csv, write_markdown
 
 
 def compare(

@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from flower_mcepl.cli.wide import print_holdings, wide_console
-from flower_mcepl.config import closest
+from flower_mcepl.config.fields import closest
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.launch.plan import parse_run_config
-from flower_mcepl.plots.holding_charts import draw_holdings
-from flower_mcepl.plots.holdings import holdings_of
-from flower_mcepl.studies.app import flat, read_app
+from flower_mcepl.report.plots.holding_charts import draw_holdings
+from flower_mcepl.report.plots.holdings import holdings_of
 from flower_mcepl.studies.engines import introductions
+from flower_mcepl.studies.flower_app import flat, read_app
 
 
 def data(

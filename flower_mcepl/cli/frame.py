@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flower_mcepl.errors import FrameError
-from flower_mcepl.ledger import human_bytes
+from flower_mcepl.exchange.ledger import human_bytes
 from flower_mcepl.wire import FrameHeader, LayerEntry, read_header
 
 _KINDS = {0: "every weight", 1: "1 bit a weight", 2: "range-coded, on its own", 3: "range-coded flips"}

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flower_mcepl.cli.wide import wide_console
-from flower_mcepl.plots.gallery import draw_gallery, write_gallery
+from flower_mcepl.report.plots.gallery import draw_gallery, write_gallery
 from flower_mcepl.studies.sources import read_sources
 
 

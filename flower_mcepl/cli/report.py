@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flower_mcepl.page.report_page import report_page
+from flower_mcepl.report.page.report_page import report_page
 from flower_mcepl.studies.sources import read_source
 
 

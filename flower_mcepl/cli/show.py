@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from flower_mcepl.cli.wide import print_holdings, wide_console
-from flower_mcepl.plots.holdings import holdings_of
-from flower_mcepl.record import read_run
-from flower_mcepl.report import agent_table
+from flower_mcepl.record.writing import read_run
+from flower_mcepl.report.plots.holdings import holdings_of
+from flower_mcepl.report.table import agent_table
 
 
 def show(run: Annotated[Path, typer.Argument(help="A run record: the folder with config.json.")]) -> None:

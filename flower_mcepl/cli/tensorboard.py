@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from flower_mcepl.report.tensorboard import ScalarWriter
 from flower_mcepl.studies import find_records
-from flower_mcepl.tensorboard import ScalarWriter
 
 
 def tensorboard(

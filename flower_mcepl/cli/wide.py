@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from flower_mcepl.plots.holdings import Holdings
+from flower_mcepl.report.plots.holdings import Holdings
 
 _WIDEST = 1000  # columns of a table
 

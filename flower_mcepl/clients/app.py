@@ -14,20 +14,20 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from flower_mcepl import keys
 from flower_mcepl.agents import Agent, agent_file, make_agent, save_state
 from flower_mcepl.clients.guard import answer_to, check_mods
 from flower_mcepl.clients.memory import Memory, in_simulation, open_memory
-from flower_mcepl.config import read_fields
-from flower_mcepl.data import AgentData
-from flower_mcepl.envelope import open_envelope
+from flower_mcepl.config.fields import read_fields
+from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError, DataError, FlowerMceplError, FrameError, names_agent
-from flower_mcepl.generation import Generation
-from flower_mcepl.handshake import introduction
-from flower_mcepl.masked_model import shared_module
-from flower_mcepl.relay import Parcel
-from flower_mcepl.rounds import Reply, open_mail, play_round, refusal
-from flower_mcepl.settings import DeviceSettings, RunSettings
+from flower_mcepl.exchange.relay import Parcel
+from flower_mcepl.exchange.turn import Reply, open_mail, play_round, refusal
+from flower_mcepl.masks.model import shared_module
+from flower_mcepl.messages import keys
+from flower_mcepl.messages.envelope import open_envelope
+from flower_mcepl.messages.handshake import introduction
+from flower_mcepl.runs.generation import Generation
+from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.streams import isolated_rng
 from flower_mcepl.threads import torch_threads
 
@@ -90,7 +90,7 @@ def make_client_app(model_fn: ModelFn, data_fn: DataFn, *, mods: Sequence[Mod] =
         every device draws the same weights; they are never sent.
     data_fn : callable
         ``data_fn(context)`` returns the agent's splits ``(train, test)`` or ``(train, validation, test)``: pairs of
-        tensors, map-style datasets or DataLoaders (see `flower_mcepl.data.AgentData.of`). The run-config key
+        tensors, map-style datasets or DataLoaders (see `flower_mcepl.data.batches.AgentData.of`). The run-config key
         ``evaluate-on`` says which of the last two the agent is evaluated on. Which agent it is stands in
         ``context.node_config["partition-id"]``.
     mods : sequence of callables (default: none)

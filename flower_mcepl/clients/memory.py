@@ -9,11 +9,11 @@ from typing import Any, Protocol, final
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 
-from flower_mcepl import keys
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.generation import Generation
-from flower_mcepl.settings import DeviceSettings
-from flower_mcepl.store import StateStore, device_store, forget_runs
+from flower_mcepl.messages import keys
+from flower_mcepl.runs.generation import Generation
+from flower_mcepl.runs.settings import DeviceSettings
+from flower_mcepl.runs.store import StateStore, device_store, forget_runs
 
 STATE = "mcepl-state"  # the record in Context.state
 logger = getLogger("flwr")

@@ -13,13 +13,13 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp import mod as flowers_mods
 from numpy.typing import NDArray
 
-from flower_mcepl import keys
 from flower_mcepl.agents import Agent
+from flower_mcepl.agents.array_layout import ArrayLayout, Arrays
 from flower_mcepl.agents.neighbor_average import NeighborAverageAgent
-from flower_mcepl.array_layout import ArrayLayout, Arrays
 from flower_mcepl.clients.app import AgentApp, agent_index, make_agent_app
 from flower_mcepl.clients.metric_names import read_evaluation, read_training
 from flower_mcepl.errors import AnswerError, ConfigError
+from flower_mcepl.messages import keys
 
 CallNext = Callable[[Message, Context], Message]
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flower_mcepl.config import read_fields
+from flower_mcepl.config.fields import read_fields
 from flower_mcepl.doctor.app_run import examine_run
 from flower_mcepl.doctor.findings import Examination, Finding
 from flower_mcepl.doctor.machine import check_disk, check_shared_memory, check_state_folder, check_torch
 from flower_mcepl.doctor.packages import check_extras, check_packages, check_python
 from flower_mcepl.doctor.superlink import SuperLink, check_superlink
 from flower_mcepl.launch.plan import parse_run_config
-from flower_mcepl.settings import DeviceSettings, RunSettings
-from flower_mcepl.studies.app import read_app
+from flower_mcepl.runs.settings import DeviceSettings, RunSettings
+from flower_mcepl.studies.flower_app import read_app
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch
 
 from flower_mcepl.agents import AgentState
 from flower_mcepl.doctor.findings import Examination, Finding
-from flower_mcepl.generation import Generation
-from flower_mcepl.ledger import human_bytes
-from flower_mcepl.settings import DeviceSettings
-from flower_mcepl.store import StateStore
+from flower_mcepl.exchange.ledger import human_bytes
+from flower_mcepl.runs.generation import Generation
+from flower_mcepl.runs.settings import DeviceSettings
+from flower_mcepl.runs.store import StateStore
 
 LEAST_FREE, ENOUGH_FREE = 50_000_000, 1_000_000_000  # bytes: below the first nothing runs, below the second not long
 _ENOUGH_SHARED = 200_000_000  # bytes; a container has 64 MB unless told otherwise

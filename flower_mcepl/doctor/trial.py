@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import torch
 
 from flower_mcepl.agents import Agent, OwnLoopAgent
-from flower_mcepl.agents.training import TrainingConfig
-from flower_mcepl.generation import Generation
-from flower_mcepl.mailbox import Mailbox
-from flower_mcepl.rounds import Mail, open_mail
+from flower_mcepl.agents.parts.training import TrainingConfig
+from flower_mcepl.exchange.mailbox import Mailbox
+from flower_mcepl.exchange.turn import Mail, open_mail
+from flower_mcepl.runs.generation import Generation
 
 TIMED_ROUNDS = 3  # after one that warms up
 _LONGEST = 30.0  # seconds of training, after which no further round is begun
-_SEAL = 26  # bytes of a stored state before its body, see `flower_mcepl.sealed`
+_SEAL = 26  # bytes of a stored state before its body, see `flower_mcepl.files.sealed`
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Payload
 from flower_mcepl.agents.fedavg import FedavgConfig
-from flower_mcepl.agents.groups import Shapes
-from flower_mcepl.servers.server import Server, shapes_of, trained_weights
+from flower_mcepl.agents.parts.groups import Shapes
+from flower_mcepl.agents.server import Server, shapes_of, trained_weights
 
 
 class FedavgServer(Server):

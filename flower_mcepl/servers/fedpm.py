@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Payload
 from flower_mcepl.agents.fedpm import FedpmConfig
-from flower_mcepl.agents.groups import Shapes
-from flower_mcepl.layers import find_maskable
-from flower_mcepl.servers.server import Server
+from flower_mcepl.agents.parts.groups import Shapes
+from flower_mcepl.agents.server import Server
+from flower_mcepl.masks.layers import find_maskable
 
 EPSILON = 0.01  # a bit counts as 0.99 or 0.01, so that θ stays between them and its score finite
 

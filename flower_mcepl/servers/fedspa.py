@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Payload
 from flower_mcepl.agents.fedspa import NEXT_MASK, FedspaConfig, payload_layers
-from flower_mcepl.agents.groups import Shapes
-from flower_mcepl.agents.sparse import masked_names
-from flower_mcepl.agents.sparsity import from_sparse, to_sparse
-from flower_mcepl.servers.server import Server, shapes_of, trained_weights
+from flower_mcepl.agents.parts.groups import Shapes
+from flower_mcepl.agents.parts.sparse import masked_names
+from flower_mcepl.agents.server import Server, shapes_of, trained_weights
+from flower_mcepl.masks.sparsity import from_sparse, to_sparse
 
 
 @final

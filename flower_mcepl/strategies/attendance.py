@@ -7,8 +7,8 @@ from logging import INFO, WARNING, getLogger
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from flower_mcepl import keys
 from flower_mcepl.errors import RosterError
+from flower_mcepl.messages import keys
 from flower_mcepl.strategies.roster import Roster
 
 logger = getLogger("flwr")

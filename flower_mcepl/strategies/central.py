@@ -8,17 +8,17 @@ from flwr.app import Array, Context
 from torch import nn
 
 from flower_mcepl.agents import find_algorithm, make_server, save_state
-from flower_mcepl.center import Center
-from flower_mcepl.handshake import check_common_ground
-from flower_mcepl.masked_model import shared_module
-from flower_mcepl.servers.server import Server
-from flower_mcepl.settings import RunSettings
-from flower_mcepl.simulation import SERVER_FILE
+from flower_mcepl.agents.server import Server
+from flower_mcepl.exchange.center import Center
+from flower_mcepl.masks.model import shared_module
+from flower_mcepl.messages.handshake import check_common_ground
+from flower_mcepl.runs.settings import RunSettings
+from flower_mcepl.runs.simulation import SERVER_FILE
 from flower_mcepl.strategies.answers import frame_array, frame_bytes
-from flower_mcepl.strategies.exchange import ExchangeStrategy
 from flower_mcepl.strategies.fedavg import FlowerFedavgServer
 from flower_mcepl.strategies.gossip import GossipStrategy
 from flower_mcepl.strategies.options import common_settings
+from flower_mcepl.strategies.rounds import ExchangeStrategy
 
 
 @final

@@ -7,9 +7,9 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
-from flower_mcepl import keys
-from flower_mcepl.array_layout import ArrayLayout
-from flower_mcepl.ledger import Ledger
+from flower_mcepl.agents.array_layout import ArrayLayout
+from flower_mcepl.exchange.ledger import Ledger
+from flower_mcepl.messages import keys
 
 
 class InitialArrays:

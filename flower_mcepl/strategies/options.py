@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flower_mcepl.settings import RunSettings
+from flower_mcepl.runs.settings import RunSettings
 
 
 def common_settings(settings: RunSettings, run_config: Mapping[str, Any], name: str) -> dict[str, Any]:

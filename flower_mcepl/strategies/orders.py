@@ -2,8 +2,8 @@
 
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
-from flower_mcepl import keys
-from flower_mcepl.relay import Parcel
+from flower_mcepl.exchange.relay import Parcel
+from flower_mcepl.messages import keys
 
 
 def order_of(

@@ -2,9 +2,9 @@
 
 from logging import INFO, WARNING, getLogger
 
-from flower_mcepl.picture import plot_run
-from flower_mcepl.record import RunRecord, read_run
-from flower_mcepl.report import agent_table
+from flower_mcepl.record.writing import RunRecord, read_run
+from flower_mcepl.report.overview import plot_run
+from flower_mcepl.report.table import agent_table
 
 logger = getLogger("flwr")
 

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flower_mcepl.errors import ConfigError, FlowerMceplError, RecordError
-from flower_mcepl.record import Run, RunRecord, read_run
-from flower_mcepl.studies.app import FlowerApp
-from flower_mcepl.studies.compare import compare
+from flower_mcepl.record.writing import Run, RunRecord, read_run
+from flower_mcepl.report.compare import compare
+from flower_mcepl.report.tables import write_csv, write_markdown
 from flower_mcepl.studies.engines import ENGINES
+from flower_mcepl.studies.flower_app import FlowerApp
 from flower_mcepl.studies.lock import study_lock
 from flower_mcepl.studies.processes import side_by_side
 from flower_mcepl.studies.study import PlannedRun, Study
-from flower_mcepl.studies.tables import write_csv, write_markdown
 
 UNFINISHED, LOGS = ".unfinished", "logs"
 Attempts = Generator[tuple["Task", str | None], None, None]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flower_mcepl.errors import ConfigError, RecordError
-from flower_mcepl.record import CONFIG, Run
-from flower_mcepl.studies.compare import LABEL, find_records
+from flower_mcepl.record.writing import CONFIG, Run
+from flower_mcepl.report.compare import LABEL, find_records
 from flower_mcepl.studies.runner import STUDY_COPY, finished_runs, strangers
 from flower_mcepl.studies.study import read_study
 from flower_mcepl.studies.study_file import Combination, StudyFile

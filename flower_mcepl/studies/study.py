@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.agents.registry import algorithm_keys
-from flower_mcepl.config import closest, field_keys
+from flower_mcepl.config.fields import closest, field_keys
 from flower_mcepl.errors import ConfigError, FlowerMceplError
 from flower_mcepl.launch.plan import format_run_config
-from flower_mcepl.settings import DeviceSettings, RunSettings
-from flower_mcepl.studies.app import FlowerApp, read_app
+from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.studies.engines import ENGINES
+from flower_mcepl.studies.flower_app import FlowerApp, read_app
 from flower_mcepl.studies.study_file import Combination, StudyFile
 
 OWN_KEY = "record-dir"  # the study says where the records go

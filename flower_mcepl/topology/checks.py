@@ -4,7 +4,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from flower_mcepl import specs
+from flower_mcepl.config import specs
 from flower_mcepl.errors import TopologyError
 
 T = TypeVar("T")

@@ -14,8 +14,8 @@ from typing import Any, Literal, final
 import numpy as np
 import numpy.typing as npt
 
+from flower_mcepl.config.specs import parse_spec
 from flower_mcepl.errors import TopologyError
-from flower_mcepl.specs import parse_spec
 from flower_mcepl.streams import stream_seed
 from flower_mcepl.topology import checks
 from flower_mcepl.topology.files import read_graph

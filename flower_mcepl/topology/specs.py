@@ -2,8 +2,8 @@
 
 import math
 
+from flower_mcepl.config.specs import NUMBER, PATH, WHOLE, Spec
 from flower_mcepl.errors import TopologyError
-from flower_mcepl.specs import NUMBER, PATH, WHOLE, Spec
 from flower_mcepl.topology import checks
 from flower_mcepl.topology.graph import Topology
 

@@ -11,10 +11,8 @@ from flwr.app import Context
 from torch import Tensor
 from torchvision.transforms import v2
 
+from flower_mcepl.data import DataSettings, Indices, Partition, cached_tensors, own_splits, own_tests
 from flower_mcepl.models import AlexNetCifar
-from flower_mcepl.partition import Indices, Partition
-from flower_mcepl.splits import DataSettings, own_splits, own_tests
-from flower_mcepl.tensor_cache import cached_tensors
 
 Split = tuple[Tensor, Tensor]
 

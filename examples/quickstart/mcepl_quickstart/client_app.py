@@ -3,7 +3,7 @@
 from flwr.app import Context
 
 from flower_mcepl.clients import make_client_app
-from flower_mcepl.splits import DataSettings
+from flower_mcepl.data import DataSettings
 from mcepl_quickstart.task import load_data, model_fn
 
 

@@ -7,8 +7,7 @@ from flwr.app import Context
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from flower_mcepl.partition import Indices, Partition
-from flower_mcepl.splits import DataSettings, own_splits
+from flower_mcepl.data import DataSettings, Indices, Partition, own_splits
 
 GROUPS = 8  # of channels, for the group norm
 Split = tuple[Tensor, Tensor]

@@ -1,0 +1,49 @@
+"""What every agent knows of every mask before a bit is sent, for the range coder."""
+
+import torch
+from torch import Tensor
+
+from flower_mcepl.masks.model import MaskedModel
+from flower_mcepl.wire import Prior
+
+SCORE_CLASSES, WEIGHT_CLASSES = 16, 2
+_cache: dict[tuple[object, ...], Prior] = {}  # agents are built anew for every message
+
+
+def shared_prior(model: MaskedModel, *, seed: int, shared_scores: bool) -> Prior:
+    """Return the classes of weights that flip about equally often, as a model's weights and first scores tell them.
+
+    A weight's bit depends on the size of its score, and its score moves in proportion to the size of the weight. Both
+    are common knowledge at the start: the weights always, the scores where all agents start from the same.
+
+    Parameters
+    ----------
+    model : MaskedModel
+        The model as it begins, before the first training step.
+    seed : int
+        Seed of the run.
+    shared_scores : bool
+        Whether all agents start from this model's scores. If not, the weights alone make the classes.
+    """
+    key = (model.fingerprint, seed, shared_scores)
+    if key not in _cache:
+        labels = {}
+        for name, scores in model.scores.items():
+            weights = model.module.get_parameter(name)
+            if shared_scores:
+                labels[name] = _levels(scores, SCORE_CLASSES) * WEIGHT_CLASSES + _levels(weights, WEIGHT_CLASSES)
+            else:
+                labels[name] = _levels(weights, SCORE_CLASSES)
+        while len(_cache) > 3:
+            _cache.pop(next(iter(_cache)))
+        _cache[key] = Prior(labels)
+    return _cache[key]
+
+
+def _levels(tensor: Tensor, count: int) -> Tensor:
+    """Divide the sizes of a tensor's elements into ``count`` equally wide levels, uint8."""
+    sizes = tensor.detach().cpu().abs()
+    largest = sizes.max() if sizes.numel() else torch.zeros(())
+    if not largest > 0:
+        return torch.zeros(sizes.shape, dtype=torch.uint8)
+    return (sizes / largest * count).clamp(max=count - 1).to(torch.uint8)

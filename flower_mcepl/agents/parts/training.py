@@ -1,0 +1,142 @@
+"""Local training, whatever is trained: how long, at which step size, on which batches, and when it has diverged."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor
+
+from flower_mcepl.config.fields import RunConfig, check, read_fields
+from flower_mcepl.data.batches import BatchSource
+from flower_mcepl.errors import DataError, DivergedError
+from flower_mcepl.streams import isolated_rng, torch_stream
+
+LR_SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Parameters of local training that every algorithm has; the defaults are the reference setting of MCE-PL.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of range.
+    """
+
+    weight_decay: float = 5e-4  # μ >= 0, on what is trained
+    momentum: float = 0.0  # of the local steps, 0 <= momentum < 1; the paper has none
+    batch_size: int = 128
+    local_steps: int = 1  # mini-batches a round
+    local_epochs: int = 0  # passes over the training split a round; if > 0 it replaces local_steps
+    lr_schedule: str = "constant"  # "cosine": the step sizes fall to zero over lr_rounds
+    lr_rounds: int = 0  # length of the cosine in rounds; a run config that has none means its num-rounds
+    eval_batch_size: int = 64  # large ones are slower on a CPU: activations that leave the cache
+
+    def __post_init__(self) -> None:
+        self._check_not_negative("weight_decay")
+        check(0 <= self.momentum < 1, "momentum must be in [0, 1)", self.momentum)
+        for name in ("batch_size", "local_steps", "eval_batch_size"):
+            check(getattr(self, name) >= 1, f"{_key(name)} must be >= 1", getattr(self, name))
+        for name in ("local_epochs", "lr_rounds"):
+            check(getattr(self, name) >= 0, f"{_key(name)} must be >= 0", getattr(self, name))
+        check(
+            self.lr_schedule in LR_SCHEDULES, f"lr-schedule must be one of {', '.join(LR_SCHEDULES)}", self.lr_schedule
+        )
+        check(
+            self.lr_schedule == "constant" or self.lr_rounds > 0,
+            "lr-schedule cosine needs lr-rounds >= 1, the rounds after which the step size is zero",
+            self.lr_rounds,
+        )
+
+    @classmethod
+    def from_run_config(cls, run_config: RunConfig, *, agent: int, node_config: RunConfig | None = None) -> Self:
+        """Read the settings of one agent from Flower's run config, whose keys are the fields in kebab-case."""
+        return read_fields(cls, run_config)
+
+    def lr_factor(self, round: int) -> float:
+        """Return what the step sizes are multiplied by in ``round`` (from 1)."""
+        if self.lr_schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min((round - 1) / self.lr_rounds, 1.0)))  # zero after lr_rounds rounds
+
+    def num_steps(self, num_examples: int) -> int:
+        """Return the number of mini-batches in one round over a training split of that size."""
+        if not self.local_epochs:
+            return self.local_steps
+        return self.local_epochs * math.ceil(num_examples / self.batch_size)
+
+    def _check_not_negative(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            check(math.isfinite(value) and value >= 0, f"{_key(name)} must be a finite number >= 0", value)
+
+
+def _key(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def train_locally(
+    step: Callable[[Any, Tensor], float],
+    split: BatchSource,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    agent: int,
+    round: int,
+) -> dict[str, float]:
+    """Take one round's local steps, ``step(inputs, labels) -> loss``, and return their mean as ``train-loss``.
+
+    The batches come from the stream "batches"; what the model and the split's transforms draw from global
+    generators comes from the stream "training".
+
+    Raises
+    ------
+    DataError
+        If the split gives no batch.
+    """
+    with isolated_rng(seed, "training", agent=agent, round=round):
+        batches: Iterator[tuple[Any, Tensor]] = split.training_batches(
+            round=round,
+            steps=config.num_steps(split.num_examples),
+            batch_size=config.batch_size,
+            generator=torch_stream(seed, "batches", agent=agent, round=round),
+        )
+        losses = [step(inputs, labels) for inputs, labels in batches]
+    if not losses:
+        raise DataError(f"agent {agent}'s training split gave no batch in round {round}.")
+    return {"train-loss": sum(losses) / len(losses)}
+
+
+def finite_loss(loss: Tensor, *, agent: int, round: int, key: str, lr: float) -> float:
+    """Return the loss as a number.
+
+    Raises
+    ------
+    DivergedError
+        If it is not finite; the message names the agent and ``key``, the run-config key of the step size ``lr``.
+    """
+    value = loss.item()
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"agent {agent}: the training loss of round {round} is {value}. Lower {key} "
+            f"(now {lr:g}), and check the inputs for values that are not finite."
+        )
+    return value
+
+
+def descent_direction(
+    name: str, value: Tensor, gradient: Tensor, *, velocity: dict[str, Tensor], config: TrainingConfig
+) -> Tensor:
+    """Return what one SGD step subtracts, up to the step size: ``v = momentum * v + (g + μ * x)``.
+
+    ``velocity`` holds ``v`` by name, is updated in place, and stays empty without momentum.
+    """
+    direction = gradient.add(value, alpha=config.weight_decay)
+    if not config.momentum:
+        return direction
+    if name in velocity:
+        direction = velocity[name].mul(config.momentum).add(direction)
+    velocity[name] = direction
+    return direction

@@ -1,0 +1,1 @@
+"""Reading settings, and refusing wrong ones by name."""

@@ -1,0 +1,1 @@
+"""What goes between agents, and who holds what of whom."""

@@ -1,0 +1,221 @@
+"""The center of a star: where a server-based algorithm opens what the agents send, and frames what they get."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Generic, final
+
+import torch
+from numpy.typing import NDArray
+
+from flower_mcepl.agents.agent import AgentState, Payload
+from flower_mcepl.agents.server import Server
+from flower_mcepl.config.fields import check
+from flower_mcepl.errors import CorruptFrameError, ForeignFrameError, FrameError, ReplayedFrameError
+from flower_mcepl.exchange.ledger import Ledger
+from flower_mcepl.exchange.mailbox import Mailbox
+from flower_mcepl.exchange.outbox import Outbox
+from flower_mcepl.exchange.relay import ExchangeState, FrameT, Parcel, Posted, by_number, post_facts, shipments
+from flower_mcepl.exchange.turn import refusal
+from flower_mcepl.topology import Topology
+
+
+@final
+class Center(Generic[FrameT]):
+    """Stands between the agents as a `Relay` does, with a server in its midst: participant number N.
+
+    An answer of round t counts if its agent began from the newest model that the server has made; all begin round 1
+    from what they have in common. Agents that are missing, whose frame is refused, or that began from something else
+    are left out of the round. When the parcels of round t+1 are asked for, the server aggregates round t.
+
+    Parameters
+    ----------
+    server : Server
+        Aggregates.
+    open_frame : callable
+        Gives the bytes of a frame as it came; may raise FrameError.
+    wrap_frame : callable
+        Gives the frame as it goes out, from its bytes.
+    evaluate_every : int (default: 10)
+        Personal models are evaluated after each such number of rounds, and after the last one.
+    max_staleness : int (default: 5)
+        For how many rounds an agent goes on from the last model that it got when no newer one came.
+
+    Notes
+    -----
+    In the ledger an agent's answers are its uplink, and what the server sends is the link from N to the agent. Every
+    frame is counted where Flower carries it, once up or once down, in the terms of its agent: the weights it has and
+    keeps. ``topology`` is over the agents alone and has no
+    link: they do not hear each other.
+    """
+
+    key_interval = 0  # no agent ever needs a whole frame of another one
+
+    def __init__(
+        self,
+        server: Server,
+        *,
+        open_frame: Callable[[FrameT], bytes],
+        wrap_frame: Callable[[bytes], FrameT],
+        evaluate_every: int = 10,
+        max_staleness: int = 5,
+    ) -> None:
+        check(evaluate_every >= 1, "evaluate-every is a number of rounds and must be >= 1", evaluate_every)
+        check(max_staleness >= 0, "max-staleness is a number of rounds and must be >= 0", max_staleness)
+        self.server, self.evaluate_every, self.max_staleness = server, evaluate_every, max_staleness
+        self.topology = replace(Topology.from_edges([], num_agents=server.num_agents), name="server")
+        self.ledger = Ledger()
+        self._open, self._wrap = open_frame, wrap_frame
+        self._mailbox = Mailbox(
+            owner=server.index, fingerprint=server.fingerprint, layers=server.layers, max_staleness=0, dtype=None
+        )
+        self._outboxes: dict[int, Outbox] = {}
+        self._facts: dict[int, Mapping[str, Any]] = {}
+        self._held: dict[int, int] = {}  # agent -> round of the model that it holds, as it last said; 0: the common one
+        self._newest = 0  # round of the newest model
+        self._inbox: dict[int, Payload] = {}  # of the round that is under way
+        self._for_all: tuple[int, Posted[FrameT]] | None = None  # the frame that all get, and its model's round
+
+    def parcel(self, agent: int, *, round: int, closing: bool = False) -> Parcel[FrameT]:
+        """Return the agent's parcel for ``round`` and count its frames as sent."""
+        previous = round - 1
+        self._close(previous)
+        if not (self._newest or agent in self._held or closing):
+            return Parcel(round, None)
+        posts = self._missing(agent)
+        if posts:
+            self.ledger.add_delivery(self.server.index, agent, shipments(posts, self._facts.get(agent, {})))
+        return Parcel(
+            round,
+            (self.server.index,),
+            {self.server.index: [post.frame for post in posts]} if posts else {},
+            evaluate=closing or previous % self.evaluate_every == 0,
+            train=not closing,
+            acknowledged=self._mailbox.rounds().get(agent),
+        )
+
+    def answered(
+        self, agent: int, facts: Mapping[str, Any], held: Mapping[int, int], lacking: Sequence[int] = ()
+    ) -> None:
+        """Note that the agent answered: the facts of its handshake, and the model that it holds."""
+        self._facts[agent], self._held[agent] = facts, held.get(self.server.index, 0)
+
+    def post(self, agent: int, posts: Sequence[Posted[FrameT]], *, round: int) -> list[str]:
+        """Open the agent's frame of ``round``; return why it is refused, if it is."""
+        if not posts:
+            return []
+        self.ledger.add_uplink(agent, shipments(posts, self._facts.get(agent, {})))
+        try:
+            self._mailbox.put(agent, [self._open(post.frame) for post in posts], latest_round=round)
+            self._inbox[agent] = self._checked(self._mailbox.current([agent], round=round), agent, round)
+        except FrameError as error:
+            return [refusal(agent, error)]
+        return []
+
+    def state(self, *, round: int) -> ExchangeState[FrameT]:
+        """Return all that must survive after ``round``, which the server aggregates first if it has not."""
+        self._close(round)
+        server = self.server.state()
+        arrays = {f"server/{name}": tensor.detach().cpu().numpy() for name, tensor in server.tensors.items()}
+        arrays |= {f"mailbox/{name}": array for name, array in self._mailbox.arrays().items()}
+        for place, outbox in self._outboxes.items():
+            arrays |= {f"outbox-{place}/{name}": array for name, array in outbox.arrays().items()}
+        facts: dict[str, Any] = {
+            "server": server.facts,
+            "outboxes": list(self._outboxes),
+            "facts": {agent: dict(facts) for agent, facts in self._facts.items()},
+            "held": dict(self._held),
+            "newest": self._newest,
+            "for-all": None if self._for_all is None else [self._for_all[0], *post_facts(self._for_all[1])],
+            "ledger": self.ledger.state(),
+        }
+        return ExchangeState(facts, arrays, {} if self._for_all is None else {"for-all": self._for_all[1].frame})
+
+    def restore(self, state: ExchangeState[FrameT]) -> None:
+        """Continue exactly where `state` was taken; the server must be one of the same algorithm, run and fleet.
+
+        Raises
+        ------
+        StateError
+            If the server's state is of another one, or something in it is damaged.
+        """
+        groups: dict[str, dict[str, NDArray[Any]]] = {}
+        for place, array in state.arrays.items():
+            group, _, name = place.partition("/")
+            groups.setdefault(group, {})[name] = array
+        facts = state.facts
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in groups.get("server", {}).items()}
+        self.server.restore(AgentState(tensors, facts["server"]))
+        self._mailbox.restore(groups.get("mailbox", {}))
+        self._outboxes = {}
+        for place in facts["outboxes"]:
+            self._outbox(place).restore(groups.get(f"outbox-{place}", {}))
+        self._facts, self._held = by_number(facts["facts"]), by_number(facts["held"])
+        self._newest, self._inbox = facts["newest"], {}
+        self._for_all = None
+        if facts["for-all"] is not None:
+            round, *rest = facts["for-all"]
+            self._for_all = (round, Posted(state.frames["for-all"], *rest))
+        self.ledger.restore(facts["ledger"])
+
+    def _checked(self, found: Mapping[int, Payload], agent: int, round: int) -> Payload:
+        """Return the payload that came if the server can make use of it."""
+        if agent not in found:
+            raise ReplayedFrameError(
+                f"the server takes frames of the present round, {round}; agent {agent} sent one of round "
+                f"{self._mailbox.rounds().get(agent)}. Nothing is lost: it sends a new one every round."
+            )
+        for name, tensor in found[agent].items():
+            is_mask = name in self.server.mask_layers
+            if (tensor.dtype == torch.bool) != is_mask:
+                raise ForeignFrameError(
+                    f"layer {name!r} must hold {'a mask' if is_mask else 'floats'} in algorithm "
+                    f"{self.server.algorithm}; agent {agent} sent {tensor.dtype}. Run the same release on both sides."
+                )
+            if tensor.dtype != torch.bool and not bool(tensor.to_dense().isfinite().all()):
+                raise CorruptFrameError(
+                    f"the server takes finite values only; agent {agent} sent some in layer {name!r} that are "
+                    "infinite or not a number. Look at why its training left the finite numbers."
+                )
+        return found[agent]
+
+    def _close(self, round: int) -> None:
+        """Let the server aggregate what came in ``round``; a second call finds nothing."""
+        timely = {
+            agent: self._inbox[agent] for agent in sorted(self._inbox) if self._held.get(agent, 0) == self._newest
+        }
+        for agent in sorted(self._inbox.keys() - timely.keys()):
+            self.server.note(agent, self._inbox[agent])
+        if timely:
+            sizes = {agent: int(self._facts[agent].get("num-examples", 1)) for agent in timely}
+            self.server.receive(timely, round=round, num_examples=sizes)
+            self._newest = round
+        self._inbox = {}
+
+    def _missing(self, agent: int) -> list[Posted[FrameT]]:
+        """Return the frame of the newest model, unless the agent holds it or the server cannot make one for it."""
+        held = self._held.get(agent, 0)
+        if held == self._newest:
+            return []
+        if self.server.shared and self._for_all is not None and self._for_all[0] == self._newest:
+            return [self._for_all[1]]
+        payload = self.server.payload_for(agent, round=self._newest)
+        if payload is None:
+            return []
+        (frame,) = self._outbox(agent).write(payload, round=self._newest, acknowledged=self._builds_on(held))
+        post = Posted(self._wrap(frame.data), len(frame.data), frame.header_bytes, frame.reference)
+        if self.server.shared:
+            self._for_all = (self._newest, post)
+        return [post]
+
+    def _builds_on(self, held: int) -> int | None:
+        """Return the round that the frame may build on; one for all stands alone, as all hold different ones."""
+        return None if self.server.shared else held
+
+    def _outbox(self, agent: int) -> Outbox:
+        server = self.server
+        place = server.index if server.shared else agent
+        if place not in self._outboxes:
+            self._outboxes[place] = Outbox(
+                owner=server.index, fingerprint=server.fingerprint, layers=server.layers_down
+            )
+        return self._outboxes[place]

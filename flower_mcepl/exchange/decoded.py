@@ -1,0 +1,73 @@
+"""What this process has decoded lately: agents that live together need not decode the same frame once each."""
+
+import threading
+from collections import OrderedDict
+from typing import final
+
+from flower_mcepl.exchange.held import Held
+from flower_mcepl.wire.layout import FrameBytes, FrameHeader, digest
+from flower_mcepl.wire.payload import Reference
+
+Key = tuple[bytes, str]
+
+
+@final
+class DecodedFrames:
+    """The last payloads that came out of frames, each under its frame's bytes and what the frame builds on.
+
+    A frame says by digest which weights, layers and classes it presumes, so equal bytes on an equal reference decode
+    to equal payloads. Only frames with range-coded bits are kept: the others decode as fast as they are found.
+
+    Parameters
+    ----------
+    most_bytes : int (default: 64 MiB)
+        Bytes of frames and payloads to keep; the least recently used go first.
+    """
+
+    def __init__(self, most_bytes: int = 1 << 26) -> None:
+        self._most_bytes = most_bytes
+        self._num_bytes = 0
+        self._found: OrderedDict[Key, Held] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def key(data: FrameBytes, header: FrameHeader, known: Reference | None) -> Key | None:
+        """Return what a checked frame is kept under; None if it is not to be kept.
+
+        ``known`` is what the receiver holds of the sender.
+        """
+        if not header.coded_bytes:
+            return None
+        if header.reference is None:
+            return bytes(data), ""
+        if known is None or known.round != header.reference or not known.content:
+            return None
+        flips = digest(part for name in sorted(known.flips) for part in (name.encode(), known.flips[name].data))
+        return bytes(data), known.content + flips.hex()
+
+    def get(self, key: Key | None) -> Held | None:
+        """Return the payload under that key, if it is still there."""
+        with self._lock:
+            if key is None or key not in self._found:
+                return None
+            self._found.move_to_end(key)
+            return self._found[key]
+
+    def put(self, key: Key | None, held: Held) -> None:
+        """Keep a payload."""
+        if key is None:
+            return
+        with self._lock:
+            self._drop(key)
+            self._found[key] = held
+            self._num_bytes += _num_bytes(key, held)
+            while self._num_bytes > self._most_bytes:
+                self._drop(next(iter(self._found)))
+
+    def _drop(self, key: Key) -> None:
+        if key in self._found:
+            self._num_bytes -= _num_bytes(key, self._found.pop(key))
+
+
+def _num_bytes(key: Key, held: Held) -> int:
+    return len(key[0]) + sum(array.nbytes for array in held.arrays().values())

@@ -1,0 +1,218 @@
+"""The relay: which frames go to which agent. It never opens a frame."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from numpy.typing import NDArray
+
+from flower_mcepl.config.fields import check
+from flower_mcepl.exchange.ledger import Ledger, Shipment
+from flower_mcepl.topology import Topology
+
+FrameT = TypeVar("FrameT")
+
+
+@dataclass(frozen=True)
+class Parcel(Generic[FrameT]):
+    """What one agent gets for one round: last round's frames of its in-neighbors, and what to do.
+
+    ``round`` begins with this parcel; the frames are of ``round - 1`` or older, those of one sender oldest first.
+    ``neighbors`` is None where the agent has not exchanged anything yet: it keeps what it has.
+    """
+
+    round: int
+    neighbors: tuple[int, ...] | None
+    frames: Mapping[int, Sequence[FrameT]] = field(default_factory=dict)
+    evaluate: bool = False  # evaluate the personal model as of round - 1
+    train: bool = True  # False in the closing parcel
+    acknowledged: int | None = None  # round of the agent's newest frame that the relay has
+    whole: bool = False  # send a whole frame, too
+
+
+@dataclass(frozen=True)
+class Posted(Generic[FrameT]):
+    """A frame as its sender announced it."""
+
+    frame: FrameT
+    num_bytes: int
+    header_bytes: int
+    builds_on: int | None  # round of the frame it needs; None or 0: it stands alone
+
+    @property
+    def is_key(self) -> bool:
+        """Tell whether everyone can decode it: it is whole, or builds on the common first payload."""
+        return not self.builds_on
+
+
+@dataclass(frozen=True)
+class ExchangeState(Generic[FrameT]):
+    """What of a `Relay` or `Center` must survive a round: JSON-able facts, arrays and frames by name."""
+
+    facts: dict[str, Any]
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    frames: dict[str, FrameT] = field(default_factory=dict)
+
+
+class Relay(Generic[FrameT]):
+    """Keeps each agent's frames since its last whole one, and hands its neighbors just those that they lack.
+
+    Parameters
+    ----------
+    topology : Topology
+        Who is whose neighbor in which round.
+    evaluate_every : int (default: 10)
+        Personal models are evaluated after each such number of rounds, and after the last one.
+    max_staleness : int (default: 5)
+        For how many rounds a neighbor's last mask stays in use when no newer one came; 0 uses fresh ones alone.
+    key_interval : int (default: 0)
+        Rounds after which an agent sends a whole frame beside its delta; 0: only when the deltas since the last whole
+        frame have as many bytes as that.
+
+    Notes
+    -----
+    Frames are opaque: in `simulate` they are bytes, in Flower the received Array objects, handed on as they came.
+    """
+
+    def __init__(
+        self, topology: Topology, *, evaluate_every: int = 10, max_staleness: int = 5, key_interval: int = 0
+    ) -> None:
+        check(evaluate_every >= 1, "evaluate-every is a number of rounds and must be >= 1", evaluate_every)
+        check(max_staleness >= 0, "max-staleness is a number of rounds and must be >= 0", max_staleness)
+        check(key_interval >= 0, "key-interval is a number of rounds, or 0 for as few as pay", key_interval)
+        self.topology, self.evaluate_every, self.max_staleness = topology, evaluate_every, max_staleness
+        self.key_interval = key_interval
+        self.ledger = Ledger()
+        self._posted: dict[int, list[tuple[int, Posted[FrameT]]]] = {}  # with the round, oldest first
+        self._facts: dict[int, Mapping[str, Any]] = {}
+        self._held: dict[int, Mapping[int, int]] = {}  # agent -> sender -> round, as it last said
+        self._began_whole: dict[int, set[int]] = {}  # agent -> senders whose chain in its parcel began with a key
+        self._broken: set[int] = set()  # senders of whom even such a chain could not be decoded
+
+    def parcel(self, agent: int, *, round: int, closing: bool = False) -> Parcel[FrameT]:
+        """Return the agent's parcel for ``round`` and count its frames as sent."""
+        if agent not in self._held and not closing:
+            return Parcel(round, None)
+        previous = round - 1
+        neighbors = self.topology.in_neighbors(agent, round=previous)
+        chains = {j: self._missing(agent, j, previous) for j in neighbors}
+        chains = {j: chain for j, chain in chains.items() if chain}
+        self._began_whole[agent] = {j for j, chain in chains.items() if chain[0].is_key}
+        for j, chain in chains.items():
+            self.ledger.add_delivery(j, agent, shipments(chain, self._facts.get(j, {})))
+        return Parcel(
+            round,
+            neighbors,
+            {j: [post.frame for post in chain] for j, chain in chains.items()},
+            evaluate=closing or previous % self.evaluate_every == 0,
+            train=not closing,
+            acknowledged=self._newest(agent),
+            whole=not closing and self._whole_is_due(agent, round),
+        )
+
+    def answered(
+        self, agent: int, facts: Mapping[str, Any], held: Mapping[int, int], lacking: Sequence[int] = ()
+    ) -> None:
+        """Note that the agent answered: the facts of its handshake, and which round of which sender it holds.
+
+        ``lacking`` are senders whose frames it could not decode.
+        """
+        self._facts[agent], self._held[agent] = facts, held
+        self._broken |= self._began_whole.pop(agent, set()) & set(lacking)
+
+    def post(self, agent: int, posts: Sequence[Posted[FrameT]], *, round: int) -> None:
+        """Take the agent's frames of ``round``, each of which suffices, for its neighbors' next parcels.
+
+        Frames that come late count as those of their own round; they never replace newer ones.
+        """
+        if not posts:
+            return
+        self.ledger.add_uplink(agent, shipments(posts, self._facts.get(agent, {})))
+        kept = self._posted.get(agent, [])
+        if kept and kept[-1][0] >= round:
+            return
+        if any(post.is_key for post in posts):  # who lacks more than a few rounds gets the whole frame from now on
+            kept = [(r, post) for r, post in kept if not post.is_key and round - r <= self.max_staleness]
+            self._broken.discard(agent)
+        self._posted[agent] = [*kept, *((round, post) for post in posts)]
+
+    def state(self, *, round: int) -> ExchangeState[FrameT]:
+        """Return all that must survive after ``round``, before any parcel of the next one is asked for."""
+        posted = {agent: [[r, *post_facts(post)] for r, post in posts] for agent, posts in self._posted.items()}
+        return ExchangeState(
+            facts={
+                "posted": posted,
+                "facts": {agent: dict(facts) for agent, facts in self._facts.items()},
+                "held": {agent: dict(held) for agent, held in self._held.items()},
+                "began-whole": {agent: sorted(senders) for agent, senders in self._began_whole.items()},
+                "broken": sorted(self._broken),
+                "ledger": self.ledger.state(),
+            },
+            frames={
+                f"{agent}/{place}": post.frame
+                for agent, posts in self._posted.items()
+                for place, (_, post) in enumerate(posts)
+            },
+        )
+
+    def restore(self, state: ExchangeState[FrameT]) -> None:
+        """Continue exactly where `state` was taken; topology and settings must be the same."""
+        facts = state.facts
+        self._posted = {
+            int(agent): [(r, Posted(state.frames[f"{agent}/{place}"], *rest)) for place, (r, *rest) in enumerate(posts)]
+            for agent, posts in facts["posted"].items()
+        }
+        self._facts = {int(agent): told for agent, told in facts["facts"].items()}
+        self._held = {int(agent): by_number(held) for agent, held in facts["held"].items()}
+        self._began_whole = {int(agent): set(senders) for agent, senders in facts["began-whole"].items()}
+        self._broken = set(facts["broken"])
+        self.ledger.restore(facts["ledger"])
+
+    def _missing(self, agent: int, sender: int, previous: int) -> list[Posted[FrameT]]:
+        """Return the fewest bytes that bring the agent from what it holds of the sender to the newest frame."""
+        newest = self._newest(sender)
+        held = self._held.get(agent, {}).get(sender)
+        if newest is None or previous - newest > self.max_staleness or held == newest:
+            return []
+        chains: dict[int, list[Posted[FrameT]]] = {} if held is None else {held: []}
+        for round, post in self._posted[sender]:
+            start = [] if post.is_key else chains.get(post.builds_on or 0)
+            if start is not None:
+                chain = [*start, post]
+                if round not in chains or _num_bytes(chain) < _num_bytes(chains[round]):
+                    chains[round] = chain
+        return chains.get(newest, [])
+
+    def _newest(self, agent: int) -> int | None:
+        posted = self._posted.get(agent)
+        return posted[-1][0] if posted else None
+
+    def _whole_is_due(self, agent: int, round: int) -> bool:
+        posted = self._posted.get(agent, [])
+        keys = [(r, post.num_bytes) for r, post in posted if post.is_key]
+        if not keys or agent in self._broken:
+            return bool(posted)
+        last, size = keys[-1]
+        if self.key_interval and round - last >= self.key_interval:
+            return True
+        return sum(post.num_bytes for r, post in posted if r > last) >= size
+
+
+def shipments(posts: Sequence[Posted[Any]], facts: Mapping[str, Any]) -> list[Shipment]:
+    """Return frames as the ledger counts them; ``facts`` are of the handshake that says what they stand for."""
+    weights, kept = int(facts.get("num-weights", 0)), int(facts.get("kept-weights", 0))
+    return [Shipment(post.num_bytes, post.header_bytes, post.is_key, weights, kept) for post in posts]
+
+
+def post_facts(post: Posted[Any]) -> list[Any]:
+    """Return all of a posted frame but the frame itself, in the order of its fields."""
+    return [post.num_bytes, post.header_bytes, post.builds_on]
+
+
+def by_number(mapping: Mapping[Any, Any]) -> dict[int, Any]:
+    """Return what JSON made of a mapping by number: its keys are texts there."""
+    return {int(key): value for key, value in mapping.items()}
+
+
+def _num_bytes(chain: Sequence[Posted[Any]]) -> int:
+    return sum(post.num_bytes for post in chain)

@@ -1,0 +1,116 @@
+"""One agent's part in one round; the same under `simulate` and under Flower."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from flower_mcepl.agents import Agent
+from flower_mcepl.agents.agent import Payload
+from flower_mcepl.errors import DivergedError, FrameError, MissingReferenceError, names_agent
+from flower_mcepl.exchange.mailbox import Mailbox
+from flower_mcepl.exchange.outbox import Outbox
+from flower_mcepl.exchange.relay import Parcel
+from flower_mcepl.wire import WrittenFrame
+from flower_mcepl.wire.values import find_precision
+
+
+@dataclass(frozen=True)
+class Mail:
+    """What an agent holds of its neighbors, and what it has sent."""
+
+    inbox: Mailbox
+    outbox: Outbox
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an agent answers."""
+
+    frames: Sequence[WrittenFrame]  # of its payload: none, one, or two of which each suffices
+    metrics: dict[str, float]
+    held: dict[int, int]  # which round of which neighbor the next frame may build on
+    refused: list[str] = field(default_factory=list)  # which frames, and why
+    lacking: list[int] = field(default_factory=list)  # neighbors whose frames build on some that are not held
+    payload: Payload = field(default_factory=dict)  # what the frames hold, for those who watch a simulation
+
+
+def open_mail(agent: Agent, *, max_staleness: int) -> Mail:
+    """Return what ``agent`` begins with: nothing held, nothing sent."""
+    first = agent.first_payload()
+    only_masks = first is not None and all(tensor.dtype == torch.bool for tensor in first.values())
+    inbox = Mailbox(
+        owner=agent.index,
+        fingerprint=agent.fingerprint,
+        layers=agent.layers if agent.layers_down is None else agent.layers_down,
+        max_staleness=max_staleness,
+        dtype=torch.bool if only_masks else None,
+        prior=agent.prior,
+        first=first,
+    )
+    outbox = Outbox(
+        owner=agent.index,
+        fingerprint=agent.fingerprint,
+        layers=agent.layers,
+        prior=agent.prior,
+        first=first if only_masks or find_precision(agent.precision).of_differences else None,
+        precision=agent.precision,
+    )
+    return Mail(inbox, outbox)
+
+
+def play_round(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
+    """Fuse the frames of the last round, evaluate if due, train, and encode what goes out.
+
+    A bad frame is refused and reported; its sender's last good mask stays in use.
+
+    Raises
+    ------
+    DivergedError
+        If training leaves the finite numbers; the message names the agent.
+    """
+    try:
+        return _play(agent, mail, parcel)
+    except DivergedError as error:
+        if names_agent(error, agent.index):
+            raise
+        raise DivergedError(f"agent {agent.index}, round {parcel.round}: {error}") from error
+
+
+def _play(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
+    start = time.perf_counter()
+    metrics: dict[str, float] = {}
+    previous = parcel.round - 1
+    refused, lacking = _take_in(mail.inbox, parcel, latest_round=previous)
+    if parcel.neighbors is not None:
+        agent.fuse(mail.inbox.current(parcel.neighbors, round=previous), round=previous)
+        mail.inbox.forget(older_than=previous)
+    if parcel.evaluate:
+        metrics.update(agent.evaluate())
+    frames: Sequence[WrittenFrame] = ()
+    payload: Payload = {}
+    if parcel.train:
+        metrics.update(agent.train(round=parcel.round))
+        payload = agent.outgoing()
+        if payload:  # some algorithms have no neighbors
+            frames = mail.outbox.write(payload, round=parcel.round, acknowledged=parcel.acknowledged, key=parcel.whole)
+    metrics["seconds"] = time.perf_counter() - start
+    return Reply(frames, metrics, mail.inbox.rounds(), refused, lacking, payload)
+
+
+def _take_in(inbox: Mailbox, parcel: Parcel[bytes], *, latest_round: int) -> tuple[list[str], list[int]]:
+    refused, lacking = [], []
+    for sender, frames in parcel.frames.items():
+        try:
+            inbox.put(sender, frames, latest_round=latest_round)
+        except MissingReferenceError:
+            lacking.append(sender)
+        except FrameError as error:
+            refused.append(refusal(sender, error))
+    return refused, lacking
+
+
+def refusal(sender: int | str, error: FrameError) -> str:
+    """Say whose frame was refused and why, as the relay logs and records it."""
+    return f"{type(error).__name__}, frame of agent {sender}: {error}"

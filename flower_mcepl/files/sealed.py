@@ -1,0 +1,132 @@
+"""Files that are whole or refused: written atomically, under a checksum over all that they hold.
+
+A sealed file is a header (8 bytes that say of which kind it is, its format version, a digest) and a body. The digest
+covers everything else, so a file that was cut off or has a flipped bit anywhere shows.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from flower_mcepl.errors import StateError
+from flower_mcepl.files.atomic import replace_file
+
+_HEADER = struct.Struct(">8sH16s")  # kind, version, digest
+_LOOK_AGAIN = 0.05  # seconds between two looks at a lock that another process holds
+
+
+class Kind(NamedTuple):
+    """What a sealed file holds."""
+
+    magic: bytes  # 8 bytes
+    version: int  # raise it when the body changes its meaning
+    name: str  # for messages
+
+
+class DamagedError(Exception):
+    """A sealed file is not what was written; the message completes "the file is damaged: ...". Callers catch it."""
+
+
+def write_sealed(path: Path, body: bytes, kind: Kind) -> None:
+    """Write a file for its owner alone, in one step (`replace_file`)."""
+    header = _HEADER.pack(kind.magic, kind.version, _digest(body, kind.magic, kind.version))
+    replace_file(path, header, body, mode=0o600)
+
+
+def read_sealed(path: Path, kind: Kind) -> memoryview:
+    """Return the body of a sealed file.
+
+    Raises
+    ------
+    DamagedError
+        If the file is not what was written.
+    StateError
+        If it cannot be read, or is sound and has another format version.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise DamagedError(f"the disk cannot read it ({error})") from error
+        raise StateError(f"{path} cannot be read ({error}). Give this process the right to read it.") from error
+    if len(data) < _HEADER.size:
+        raise DamagedError(f"it has {len(data)} bytes and ends within its header of {_HEADER.size}")
+    magic, version, digest = _HEADER.unpack_from(data)
+    body = memoryview(data)[_HEADER.size :]
+    if magic != kind.magic:
+        raise DamagedError(f"it does not begin as {kind.name} does")
+    if digest != _digest(body, magic, version):
+        raise DamagedError(f"the checksum over its {len(data)} bytes is wrong")
+    if version != kind.version:
+        raise StateError(
+            f"{path} is {kind.name} of format version {version}, but this release of flower-mcepl writes and reads "
+            f"version {kind.version}. Use the release that wrote it, or move the file away."
+        )
+    return body
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename a damaged file, so that it can be looked at later; return its new name, None if that is impossible."""
+    for number in range(1000):
+        aside = path.with_name(f"{path.name}{f'-{number}' if number else ''}.damaged")
+        if not aside.exists():
+            with contextlib.suppress(OSError):
+                os.replace(path, aside)
+                return aside
+            break
+    return None
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, *, wait: float, busy: str) -> Iterator[None]:
+    """Hold a lock; the operating system lets go of it when the process ends, however it ends.
+
+    On Windows, which has no such locks, it does nothing.
+
+    Parameters
+    ----------
+    path : Path
+        The file that is locked; it and its folder are made when needed, and stay.
+    wait : float
+        Seconds to wait for another process that holds it.
+    busy : str
+        What to say where that was not long enough; ``{process}`` becomes the other process's id.
+
+    Raises
+    ------
+    StateError
+        If another process still holds it after `wait`: ``busy``.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    raise StateError(busy.replace("{process}", file.read().strip() or "?")) from None
+                time.sleep(_LOOK_AGAIN)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _digest(body: bytes | memoryview, magic: bytes, version: int) -> bytes:
+    digest = hashlib.blake2b(magic + version.to_bytes(2, "big"), digest_size=16)
+    digest.update(body)
+    return digest.digest()

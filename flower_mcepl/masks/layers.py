@@ -1,0 +1,116 @@
+"""Which weights of a module can be masked: a registry by layer type."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flower_mcepl.errors import UnsupportedLayerError
+
+CONV, LINEAR = "conv", "linear"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One maskable weight: its parameter name in the model, its kind, and how its filters lie in memory."""
+
+    name: str  # "layer1.0.conv1.weight", as in named_parameters()
+    kind: str  # CONV or LINEAR: the kinds that may have their own retention
+    shape: torch.Size
+    transposed_groups: int = 0  # 0: filters are rows; else the groups of a transposed convolution
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """View a tensor of the weight's shape as [filters, weights of one filter]."""
+        if not self.transposed_groups:
+            return weight.flatten(1)
+        groups = self.transposed_groups  # a transposed convolution stores [in, out / groups, *kernel]
+        split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+        return split.transpose(1, 2).reshape(groups * weight.shape[1], -1)
+
+
+_Finder = Callable[[nn.Module], Iterator[tuple[str, str, int]]]
+_FINDERS: dict[type[nn.Module], _Finder] = {}
+
+
+def maskable(*types: type[nn.Module]) -> Callable[[_Finder], _Finder]:
+    """Register how to find the maskable weights of some layer types (and of their subclasses).
+
+    The decorated function yields, for one layer, ``(parameter name, kind, groups if transposed else 0)``.
+    """
+
+    def register(finder: _Finder) -> _Finder:
+        _FINDERS.update(dict.fromkeys(types, finder))
+        return finder
+
+    return register
+
+
+@maskable(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _convolution(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
+    yield "weight", CONV, 0
+
+
+@maskable(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _transposed_convolution(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
+    yield "weight", CONV, int(layer.groups)  # type: ignore[arg-type]
+
+
+@maskable(nn.Linear)
+def _linear(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
+    yield "weight", LINEAR, 0
+
+
+@maskable(nn.MultiheadAttention)
+def _attention(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
+    for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        if getattr(layer, name) is not None:  # its output projection is a Linear layer of its own
+            yield name, LINEAR, 0
+
+
+def find_maskable(module: nn.Module) -> dict[str, LayerSpec]:
+    """Return every maskable weight of ``module`` once, by parameter name, in the module's own order.
+
+    A weight that several layers share appears under its first name.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        If nothing can be masked, or a weight is not an ordinary initialised float parameter.
+    """
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise UnsupportedLayerError(
+                f"{name} has no shape yet. Run one batch through the lazy module before masking."
+            )
+    specs: dict[str, LayerSpec] = {}
+    seen: set[int] = set()
+    for prefix, layer in module.named_modules():
+        finder = next((_FINDERS[base] for base in type(layer).__mro__ if base in _FINDERS), None)
+        for local_name, kind, groups in finder(layer) if finder else ():
+            name = f"{prefix}.{local_name}" if prefix else local_name
+            weight = _ordinary_parameter(layer, local_name, name)
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                specs[name] = LayerSpec(name, kind, weight.shape, groups)
+    if not specs:
+        known = ", ".join(sorted(base.__name__ for base in _FINDERS))
+        raise UnsupportedLayerError(
+            f"{type(module).__name__} has nothing to mask: it holds none of the layers {known}. "
+            "Pass a module with at least one of them, or register your layer type with flower_mcepl.masks.maskable."
+        )
+    return specs
+
+
+def _ordinary_parameter(layer: nn.Module, local_name: str, name: str) -> nn.Parameter:
+    weight = layer._parameters.get(local_name)
+    if weight is None:
+        raise UnsupportedLayerError(
+            f"{name} of {type(layer).__name__} is not a plain parameter (weight norm or another parametrization?). "
+            "Remove the parametrization (torch.nn.utils.parametrize.remove_parametrizations) before masking."
+        )
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise UnsupportedLayerError(
+            f"{name} has dtype {weight.dtype}; scores train in float32. Call .float() on the module before masking."
+        )
+    return weight

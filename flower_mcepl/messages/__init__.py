@@ -1,0 +1,1 @@
+"""What relay and agents say to each other under Flower."""

@@ -1,0 +1,58 @@
+"""What an agent says of itself at first, and what all agents of a run must have in common."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flower_mcepl.agents import CLASS_FACTS, Agent
+from flower_mcepl.errors import FingerprintError
+from flower_mcepl.messages import keys
+
+
+def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:
+    """Return what an agent tells the others and the record: its handshake and its algorithm's parameters.
+
+    Without ``tell_classes`` it keeps to itself which classes it holds, and how many examples of each.
+    """
+    secret = () if tell_classes else CLASS_FACTS
+    facts = {key: fact for key, fact in agent.describe().items() if key not in secret}
+    return {**facts, keys.PARAMETERS: agent.parameters()}
+
+
+def check_common_ground(mine: str, my_facts: Mapping[str, Any], other: str, other_facts: Mapping[str, Any]) -> None:
+    """Compare two agents' handshakes (`Agent.describe`).
+
+    Parameters
+    ----------
+    mine, other : str
+        How to call the two in an error, such as ``"agent 3 (node 17)"``.
+    my_facts, other_facts : mapping
+        Their handshakes.
+
+    Raises
+    ------
+    FingerprintError
+        If model, frozen weights or common first mask differ.
+    """
+    both = f"{mine} and {other}"
+    for key, what, way_out in _MUST_AGREE:
+        one, two = my_facts.get(key), other_facts.get(key)
+        if one != two:
+            raise FingerprintError(f"{both} have different {what}: {one} and {two}. {way_out}")
+
+
+_MUST_AGREE = (
+    ("algorithm", "algorithms", "Run the same algorithm on all devices."),
+    ("num-weights", "models (numbers of maskable weights)", "Use the same model function and settings on all devices."),
+    (
+        "fingerprint",
+        "frozen weights (fingerprints)",
+        "Use the same seed, model function and torch release on all devices; every random draw of the model function "
+        "must come from torch, NumPy or Python's random module.",
+    ),
+    (
+        "first-mask",
+        "common first masks (digests)",
+        "Use the same seed on all devices, and where retention differs from agent to agent, the same first_retention.",
+    ),
+    ("prior", "classes of weights for the wire (digests)", "Use the same score_init and torch release on all devices."),
+)

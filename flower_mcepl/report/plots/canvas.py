@@ -1,0 +1,83 @@
+"""What all pictures share: colors, figures without anything global, and their way into a file.
+
+Needs the extra ``report`` (matplotlib), which is imported only when something is drawn.
+"""
+
+import io
+import textwrap
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from flower_mcepl.report.table import report_extra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe-Ito: told apart with every kind of color vision, and in grey.
+BLUE, ORANGE, SKY, VERMILION, GREY = "#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#8C8C8C"
+_GREEN, _PURPLE = "#009E73", "#CC79A7"  # the palette's yellow is left out: too faint for a line on white
+COLORS = (BLUE, VERMILION, _GREEN, ORANGE, _PURPLE, SKY, "#000000")
+_DASHES = ("-", "--", ":", "-.")
+_MARKERS = "osD^vPX"
+
+
+def line_style(place: int) -> dict[str, str]:
+    """Return color, dashes and marker of a picture's line number `place`; 28 of them differ."""
+    color, again = place % len(COLORS), place // len(COLORS)
+    return {
+        "color": COLORS[color],
+        "linestyle": _DASHES[again % len(_DASHES)],
+        "marker": _MARKERS[place % len(_MARKERS)],
+    }
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty white figure of this size in inches, without pyplot: nothing global, no window."""
+    with report_extra():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=140, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", w_pad=0.14, h_pad=0.1, wspace=0.04)
+    return figure
+
+
+def png(figure: "Figure") -> bytes:
+    """Return a figure as a PNG."""
+    sink = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in another script shows boxes
+        figure.savefig(sink, format="png")
+    return sink.getvalue()
+
+
+def columns(panels: int) -> int:
+    """Return how many of several panels stand side by side."""
+    return panels if panels < 4 else 2 if panels == 4 else 3
+
+
+def accuracy_scale(scores: Iterable[float]) -> tuple[float, float]:
+    """Return where the scale of colors begins and ends."""
+    found = list(scores)
+    low, high = min(found, default=0.0), max(found, default=1.0)
+    low = max(0.0, min(low, high - 0.2))  # so that a difference of one point does not look like the whole scale
+    return low, max(high, low + 0.2)
+
+
+def plain(text: str) -> str:
+    """Return a text of a record such that matplotlib shows it as it is: no formula, and in legends, too."""
+    shown = text.encode("utf-8", "replace").decode().replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def wrapped(text: str, width: int = 46) -> str:
+    """Return a text of a record in lines of at most `width` characters."""
+    return "\n".join(plain(line) for line in textwrap.wrap(text, width, max_lines=3, placeholder=" …")) or "-"
+
+
+def say(axes: "Axes", text: str) -> None:
+    """Write a text into the middle of axes that have nothing else to show."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.4", fontsize=12)

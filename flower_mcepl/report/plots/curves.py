@@ -1,0 +1,42 @@
+"""The numbers behind the curves: accuracy by round and by bytes, and each agent's accuracy at the end."""
+
+import statistics
+from dataclasses import dataclass
+
+from flower_mcepl.record.writing import Run
+from flower_mcepl.report.compare import bytes_by_round
+from flower_mcepl.report.plots.subjects import Subject
+
+SEEDS, AGENTS = "seeds", "agents"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy at the evaluated rounds that all seeds have."""
+
+    label: str
+    rounds: tuple[int, ...]
+    bytes: tuple[float, ...]  # over the links since the start; mean over the seeds
+    mean: tuple[float, ...]  # over the seeds of the mean over the agents
+    sd: tuple[float, ...] | None  # of what `over` says
+    over: str | None  # SEEDS: sample standard deviation; AGENTS: population standard deviation; None: no band
+
+
+def curve_of(subject: Subject, *, alone: bool) -> Curve:
+    """Return a subject's curve; of one run `alone` the band is over its agents, of several seeds over these."""
+    found = [{number: (mean, std) for number, mean, std, *_ in run.curve()} for run in subject.runs]
+    rounds = tuple(sorted(set.intersection(*map(set, found))))
+    traffic = [bytes_by_round(run) for run in subject.runs]
+    means = [[one[number][0] for one in found] for number in rounds]
+    sd, over = None, None
+    if len(found) > 1:
+        sd, over = tuple(map(statistics.stdev, means)), SEEDS
+    elif alone:
+        sd, over = tuple(found[0][number][1] for number in rounds), AGENTS
+    counts = tuple(statistics.fmean(one[number] for one in traffic) for number in rounds)
+    return Curve(subject.label, rounds, counts, tuple(map(statistics.fmean, means)), sd, over)
+
+
+def final_accuracies(run: Run) -> dict[int, float]:
+    """Return each agent's last accuracy; agents that were never evaluated are absent."""
+    return {agent: float(row["accuracy"]) for agent, row in run.final().items() if row["accuracy"] is not None}

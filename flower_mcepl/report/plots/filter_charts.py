@@ -1,0 +1,63 @@
+"""Draw the share of kept weights in every filter, layer by layer."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flower_mcepl.report.plots.canvas import COLORS, columns, new_figure, plain, png
+from flower_mcepl.report.plots.filters import LayerDensity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_LAYERS = 12  # panels in one picture
+_GROUPS = 5  # more different densities than this get one color
+
+
+def draw_filters(layers: Sequence[LayerDensity]) -> bytes:
+    """Draw a panel for each of the first layers: its filters' densities, sorted, a line for each agent."""
+    shown = layers[:MOST_LAYERS]
+    across = columns(len(shown))
+    down = -(-len(shown) // across)
+    figure = new_figure(max(4.4 * across, 6), 3.6 * down)
+    panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    for place, (axes, layer) in enumerate(zip(panels, shown, strict=False)):
+        _draw_layer(axes, layer)
+        if place % across == 0:
+            axes.set_ylabel("share of kept weights in a filter")
+    return png(figure)
+
+
+def off_text(layer: LayerDensity) -> str:
+    """Say how many of a layer's filters are entirely off."""
+    fewest, most = int(layer.off.min()), int(layer.off.max())
+    if fewest == most:
+        return f"{most} of {layer.num_filters} filters off" + (" in every agent" if most else "")
+    return f"{fewest} to {most} of {layer.num_filters} filters off, {layer.off.mean():.1f} on average"
+
+
+def _draw_layer(axes: "Axes", layer: LayerDensity) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    places = np.arange(1, layer.num_filters + 1)
+    densities = np.round(layer.density, 2)
+    levels = sorted(set(densities.tolist()))
+    grouped = len(levels) <= _GROUPS
+    for agent, shares in enumerate(layer.shares):
+        color = COLORS[levels.index(densities[agent])] if grouped else COLORS[0]
+        axes.plot(places, shares, color=color, lw=1.2, alpha=max(0.25, 0.8 - len(layer.agents) / 60))
+    for place, level in enumerate(levels if grouped else ()):
+        number = int((densities == level).sum())
+        axes.plot(
+            [], [], color=COLORS[place], lw=2, label=f"{level:g} of the layer: {number} agent{'s' * (number > 1)}"
+        )
+    if grouped:
+        axes.legend(loc="best", frameon=False, fontsize=8)
+    axes.set_title(f"{plain(layer.name)}\n{off_text(layer)}", fontsize=10)
+    axes.set(xlabel="filter, by its density", ylim=(-0.02, 1.02))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.grid(color="0.92")
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,48 @@
+"""The numbers behind the densities: what share of its weights each output filter keeps.
+
+A filter is a row of a weight: of a convolution what makes one output channel, of a linear layer one neuron. States do
+not tell transposed convolutions, which store input channels first: of these a row is an input channel.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flower_mcepl.report.final_masks import Masks
+
+
+@dataclass(frozen=True)
+class LayerDensity:
+    """One layer's filters, agent by agent."""
+
+    name: str
+    agents: tuple[int, ...]
+    shares: NDArray[np.float64]  # [agents, filters], each row sorted downwards
+
+    @property
+    def num_filters(self) -> int:
+        """How many filters the layer has."""
+        return int(self.shares.shape[1])
+
+    @property
+    def density(self) -> NDArray[np.float64]:
+        """Share of kept weights in the whole layer, by agent; all filters have the same size."""
+        return np.asarray(self.shares.mean(axis=1), dtype=np.float64)
+
+    @property
+    def off(self) -> NDArray[np.int64]:
+        """Number of filters that keep no weight at all, by agent."""
+        return np.asarray((self.shares == 0).sum(axis=1), dtype=np.int64)
+
+
+def filter_densities(masks: Mapping[int, Masks]) -> list[LayerDensity]:
+    """Return the share of kept weights of every filter, layer by layer."""
+    agents = tuple(sorted(masks))
+    names = list(masks[agents[0]]) if agents else []
+    layers = []
+    for name in names:
+        kept = np.stack([masks[agent][name].reshape(len(masks[agent][name]), -1).mean(axis=1) for agent in agents])
+        layers.append(LayerDensity(name, agents, np.asarray(-np.sort(-kept, axis=1), dtype=np.float64)))
+    return layers

@@ -1,0 +1,229 @@
+"""All pictures that run records can give, and why the others are missing."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flower_mcepl.record.writing import Run
+from flower_mcepl.report.final_masks import Masks, final_masks
+from flower_mcepl.report.plots.agreement import agreement_of, classes_of
+from flower_mcepl.report.plots.charts import draw_by_bytes, draw_by_round, draw_spread
+from flower_mcepl.report.plots.curves import SEEDS, Curve, curve_of, final_accuracies
+from flower_mcepl.report.plots.filter_charts import MOST_LAYERS, draw_filters, off_text
+from flower_mcepl.report.plots.filters import filter_densities
+from flower_mcepl.report.plots.graph import draw_graphs
+from flower_mcepl.report.plots.heat_maps import draw_agreement
+from flower_mcepl.report.plots.holding_charts import draw_holdings
+from flower_mcepl.report.plots.holdings import Holdings, holdings_of
+from flower_mcepl.report.plots.subjects import Subject, subjects_of
+from flower_mcepl.report.table import report_extra
+from flower_mcepl.threads import torch_threads
+
+_GRAPHS = 12  # graphs in one picture
+_MASKS = 12  # combinations whose masks are drawn
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture."""
+
+    file: str  # name of its PNG
+    title: str
+    caption: str  # what it shows, and how to read it
+    png: bytes
+    subject: int | None = None  # place of the subject it is about, where it is not about all of them
+
+
+@dataclass
+class Gallery:
+    """The pictures of some run records."""
+
+    subjects: list[Subject]
+    pictures: list[Picture] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # which pictures there are not, and why
+    notes: tuple[str, ...] = ()  # which records were left out, and why
+
+
+def draw_gallery(runs: Sequence[Run]) -> Gallery:
+    """Draw everything that the records allow.
+
+    Raises
+    ------
+    ConfigError
+        If there are several records, and none is finished; or if matplotlib is missing.
+    """
+    with report_extra():
+        import matplotlib  # noqa: F401 (missing it is told at once)
+
+    subjects, notes = subjects_of(runs)
+    gallery = Gallery(subjects, notes=notes)
+    _curves(gallery)
+    _spread(gallery)
+    _graphs(gallery)
+    _holdings(gallery)
+    for subject in subjects[_MASKS:]:
+        gallery.missing.append(f"masks of {subject.label}: they are drawn for the first {_MASKS} combinations")
+    with torch_threads(1):  # more of them gain nothing here, and fight with what else the machine does
+        for place in range(min(len(subjects), _MASKS)):
+            _masks(gallery, place)
+    return gallery
+
+
+def write_gallery(gallery: Gallery, folder: Path) -> list[Path]:
+    """Write the pictures as PNGs into a folder, which is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / picture.file for picture in gallery.pictures]
+    for file, picture in zip(files, gallery.pictures, strict=True):
+        file.write_bytes(picture.png)
+    return files
+
+
+def _curves(gallery: Gallery) -> None:
+    alone = len(gallery.subjects) == 1
+    every = [curve_of(subject, alone=alone) for subject in gallery.subjects]
+    curves = [curve for curve in every if curve.rounds]
+    for curve in every:
+        if not curve.rounds:
+            gallery.missing.append(f"curves of {curve.label}: no evaluated round that all its seeds have")
+    if not curves:
+        return
+    band = _band(curves)
+    caption = f"A line for each combination of settings, at the evaluated rounds. {band}"
+    gallery.pictures.append(Picture("accuracy-rounds.png", "Accuracy by round", caption, draw_by_round(curves)))
+    if not any(any(curve.bytes) for curve in curves):
+        gallery.missing.append("accuracy by bytes: the records tell of no bytes over links")
+        return
+    caption = (
+        "The same against the bytes of payload that had gone over all links by then, or both ways between agents and "
+        f"server. A level dotted line sends nothing. {band}"
+    )
+    gallery.pictures.append(Picture("accuracy-bytes.png", "Accuracy by bytes", caption, draw_by_bytes(curves)))
+
+
+def _band(curves: Sequence[Curve]) -> str:
+    over = {curve.over for curve in curves}
+    if SEEDS in over:
+        return "Mean over the seeds; bands: sample standard deviation over them" + (
+            ", where there are several." if None in over else "."
+        )
+    return "" if over == {None} else "Band: population standard deviation over the agents."
+
+
+def _spread(gallery: Gallery) -> None:
+    spread = []
+    for subject in gallery.subjects:
+        values = [accuracy for run in subject.runs for accuracy in final_accuracies(run).values()]
+        if values:
+            spread.append((subject.label, values))
+        else:
+            gallery.missing.append(f"spread over the agents of {subject.label}: no agent was evaluated")
+    if spread:
+        caption = (
+            "Every agent's last accuracy, of all seeds together. Black: median; box: quartiles; whiskers: the "
+            "outermost within 1.5 box widths of it."
+        )
+        gallery.pictures.append(Picture("spread.png", "Spread over the agents", caption, draw_spread(spread)))
+
+
+def _graphs(gallery: Gallery) -> None:
+    shown = gallery.subjects[:_GRAPHS]
+    for subject in gallery.subjects[_GRAPHS:]:
+        gallery.missing.append(f"graph of {subject.label}: {_GRAPHS} graphs fit into one picture")
+    several = len(gallery.subjects) > 1
+    caption = "Agents and links, colored by last accuracy" + (
+        " on one scale; the first seed of each." if several else "."
+    )
+    picture = draw_graphs([(subject.label, subject.run) for subject in shown])
+    gallery.pictures.append(Picture("graph.png", "Communication graph", caption, picture))
+
+
+def holdings_by_subject(subjects: Sequence[Subject]) -> list[tuple[Holdings | None, list[int]]]:
+    """Return who holds what in the subjects' first runs, once each, with the places of the subjects that have it."""
+    found: list[tuple[Holdings | None, list[int]]] = []
+    for place, subject in enumerate(subjects):
+        holdings = holdings_of(subject.run.config.get("agents") or [])
+        alike = [places for other, places in found if other == holdings]
+        if alike:
+            alike[0].append(place)
+        else:
+            found.append((holdings, [place]))
+    return found
+
+
+def _holdings(gallery: Gallery) -> None:
+    for holdings, places in holdings_by_subject(gallery.subjects):
+        labels = [gallery.subjects[place].label for place in places]
+        if holdings is None:
+            gallery.missing += [
+                f"who holds what of {label}: the record does not tell examples by class" for label in labels
+            ]
+            continue
+        everyone = len(places) == len(gallery.subjects)
+        first = gallery.subjects[places[0]]
+        if places[0] >= _MASKS:
+            gallery.missing.append(f"who holds what of {labels[0]}: it is drawn for the first {_MASKS} combinations")
+            continue
+        also = f" The same in {', '.join(labels[1:])}." if len(labels) > 1 and not everyone else ""
+        caption = f"The agents' {holdings.legend()}{_about(first)}; a disc's area is their number.{also}"
+        file = "holdings.png" if everyone else f"holdings{_suffix(gallery, places[0])}.png"
+        subject = None if everyone else places[0]
+        gallery.pictures.append(Picture(file, "Who holds what", caption, draw_holdings(holdings), subject))
+
+
+def _about(subject: Subject) -> str:
+    several = len(subject.runs) > 1
+    return f" of {subject.run.path.name}, the first of {len(subject.runs)} seeds" if several else ""
+
+
+def _suffix(gallery: Gallery, place: int) -> str:
+    """Return what the name of a picture about one subject ends with."""
+    return "" if len(gallery.subjects) == 1 else f"-{place + 1:02d}-{_plain(gallery.subjects[place].label)}"
+
+
+def _masks(gallery: Gallery, place: int) -> None:
+    subject = gallery.subjects[place]
+    suffix, about = _suffix(gallery, place), _about(subject)
+    masks, problem = final_masks(subject.run)
+    if problem is not None:
+        gallery.missing.append(f"mask agreement and filter densities of {subject.label}: {problem}")
+        return
+    if len(masks) > 1:
+        agreement = agreement_of(masks, classes_of(subject.run))
+        if agreement.classes is None:
+            gallery.missing.append(
+                f"overlap of classes of {subject.label}: the record does not tell every agent's classes"
+            )
+        order = "of their classes" if agreement.classes is not None else "of their numbers"
+        caption = (
+            f"Final masks{about}. Jaccard index: of the weights that at least one of two agents keeps, the share that "
+            "both keep, and for classes likewise. Masks with as many kept weights in each layer, drawn at random, "
+            f"would have {agreement.by_chance:.2f} off the diagonal; equal first scores make for more. "
+            f"Agents in the order {order}, both matrices on one scale."
+            f"{_uneven(masks)}"
+        )
+        png = draw_agreement(agreement)
+        gallery.pictures.append(Picture(f"agreement{suffix}.png", "Agreement of masks", caption, png, place))
+    else:
+        gallery.missing.append(f"mask agreement of {subject.label}: it takes two agents")
+    layers = filter_densities(masks)
+    left_out = f" The first {MOST_LAYERS} of {len(layers)} layers." if len(layers) > MOST_LAYERS else ""
+    caption = (
+        f"Share of kept weights in each output filter{about}, sorted, a line for each agent; one color for agents that "
+        f"keep the same share of the layer. Entirely off: {'; '.join(f'{one.name} {off_text(one)}' for one in layers)}."
+        f"{left_out}"
+    )
+    picture = Picture(f"filters{suffix}.png", "Density of filters", caption, draw_filters(layers), place)
+    gallery.pictures.append(picture)
+
+
+def _uneven(masks: Mapping[int, Masks]) -> str:
+    shares = [sum(int(one.sum()) for one in layers.values()) for layers in masks.values()]
+    if max(shares) <= 1.01 * min(shares):
+        return ""
+    return " The agents keep unequal shares of the weights, which alone lowers the agreement of some pairs."
+
+
+def _plain(label: str) -> str:
+    """Return a label as it may stand in the name of a file."""
+    return re.sub(r"[^\w.+-]+", "-", label).strip("-.")[:60] or "run"

@@ -1,0 +1,140 @@
+"""A comparison as a table: for people, as Markdown, and as CSV with plain numbers."""
+
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flower_mcepl.exchange.ledger import human_bytes
+from flower_mcepl.report.compare import LASSO, Comparison, Row
+
+_EXPLAINED = (
+    "accuracy: mean over the agents of their personalized accuracy after the last round; then mean ± sample standard "
+    "deviation over the seeds, of which one seed has none. All other columns are means over the seeds.",
+    "sd over agents: population standard deviation. worst tenth: mean of the worst tenth of the agents, at least one.",
+    "best: the highest mean accuracy of any evaluated round; picked on the evaluated splits, so it is no result.",
+    "links: bytes of payload from agent to agent, or both ways between agents and server. busiest agent: all that it "
+    "sent up, each frame once, and received.",
+    "images: training images that an agent processed; told where every agent trained in every round.",
+)
+
+
+def titles(comparison: Comparison) -> list[str]:
+    """Return the titles of the columns that `cells` fills: the varied keys, then the measures."""
+    return [*comparison.keys, *(title for title, _ in _columns(comparison))]
+
+
+def cells(comparison: Comparison) -> Iterator[list[str]]:
+    """Yield the cells of each row, for people."""
+    for row in comparison.rows:
+        settings = [_text(row.settings[key]) for key in comparison.keys]
+        yield [*settings, *(cell(row) for _, cell in _columns(comparison))]
+
+
+def footnotes(comparison: Comparison) -> list[str]:
+    """Return what a reader of the table must know."""
+    notes = list(_EXPLAINED)
+    if comparison.target is not None:
+        notes.append(f"to {comparison.target:g}: bytes over the links until the mean accuracy was first that high.")
+    if LASSO in comparison.keys:
+        notes.append("filters off: share of output filters and neurons whose weights are all masked out, at the end.")
+    return [*notes, *comparison.notes]
+
+
+def markdown(comparison: Comparison) -> str:
+    """Return the table as Markdown."""
+    heads = [_escaped(title) for title in titles(comparison)]
+    rules = ["---"] * len(comparison.keys) + ["---:"] * (len(heads) - len(comparison.keys))
+    lines = [heads, rules, *([_escaped(cell) for cell in row] for row in cells(comparison))]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    notes = "\n".join(f"- {note}" for note in footnotes(comparison))
+    return f"{table}\n\n{notes}\n"
+
+
+def write_markdown(comparison: Comparison, path: Path) -> None:
+    """Write the table as a Markdown file."""
+    path.write_text(markdown(comparison), encoding="utf-8")
+
+
+def write_csv(comparison: Comparison, path: Path) -> None:
+    """Write the table as CSV: numbers as they are, an empty field for what is not known or not reached."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        numbers = [_numbers(row) for row in comparison.rows]
+        writer.writerow([*comparison.keys, *numbers[0]])
+        for row, values in zip(comparison.rows, numbers, strict=True):
+            writer.writerow([*(row.settings[key] for key in comparison.keys), *values.values()])
+
+
+def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
+    target = comparison.target
+    to_target: list[tuple[str, Callable[[Row], str]]] = []
+    if target is not None:
+        to_target.append((f"to {target:g}", _reached))
+    filters_off: list[tuple[str, Callable[[Row], str]]] = []
+    if LASSO in comparison.keys:
+        filters_off.append(("filters off", lambda row: _number(row.mean("filters_off"), ".1%")))
+    return [
+        ("seeds", lambda row: str(len(row.runs))),
+        ("accuracy", _accuracy),
+        ("sd over agents", lambda row: _number(row.mean("agent_sd"), ".4f")),
+        ("worst tenth", lambda row: _number(row.mean("worst_tenth"), ".4f")),
+        ("best (round)", _best),
+        ("links", lambda row: human_bytes(row.mean("link_bytes"))),
+        *to_target,
+        *filters_off,
+        ("bits per weight", lambda row: _number(row.mean("bits_per_weight"), ".3g")),
+        ("busiest agent", lambda row: human_bytes(row.mean("busiest_bytes"))),
+        ("images", lambda row: _number(row.mean("images"), ",.0f")),
+        ("seconds", lambda row: _number(row.mean("seconds"), ".1f")),
+    ]
+
+
+def _accuracy(row: Row) -> str:
+    sd = row.sd("accuracy")
+    return _number(row.mean("accuracy"), ".4f") + ("" if sd is None else f" ± {sd:.4f}")
+
+
+def _best(row: Row) -> str:
+    best = row.best()
+    return "-" if best is None else f"{best[1]:.4f} ({best[0]})"
+
+
+def _reached(row: Row) -> str:
+    reached = [run.target_bytes for run in row.runs if run.target_bytes is not None]
+    if len(reached) == len(row.runs):
+        return human_bytes(row.mean("target_bytes"))
+    return f"not reached ({len(reached)} of {len(row.runs)} seeds did)" if reached else "not reached"
+
+
+def _numbers(row: Row) -> dict[str, Any]:
+    best_round, best = row.best() or (None, None)
+    return {
+        "seeds": len(row.runs),
+        "accuracy_mean": row.mean("accuracy"),
+        "accuracy_sd": row.sd("accuracy"),
+        "agent_sd": row.mean("agent_sd"),
+        "worst_tenth": row.mean("worst_tenth"),
+        "best_accuracy": best,
+        "best_round": best_round,
+        "link_bytes": row.mean("link_bytes"),
+        "target_bytes": row.mean("target_bytes"),
+        "seeds_reaching_target": sum(run.target_bytes is not None for run in row.runs),
+        "filters_off": row.mean("filters_off"),
+        "bits_per_weight": row.mean("bits_per_weight"),
+        "busiest_agent_bytes": row.mean("busiest_bytes"),
+        "images_per_agent": row.mean("images"),
+        "seconds": row.mean("seconds"),
+    }
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

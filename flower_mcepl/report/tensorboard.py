@@ -1,0 +1,92 @@
+"""Run records as TensorBoard scalars: written from the record, of a finished run or while it goes on."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any, final
+
+from flower_mcepl.errors import ConfigError
+from flower_mcepl.record.writing import Row, Run, accuracy_summary, read_run
+
+SPREAD = ("mean", "std", "worst", "best")
+BYTES = {"link_bytes": "links", "uplink_bytes": "uplinks"}
+
+
+@final
+class ScalarWriter:
+    """Writes a record's scalars into an event folder; each `update` adds the rounds that are new.
+
+    The step is the round. Written are ``accuracy/mean``, ``std``, ``worst``, ``best`` over the agents, ``loss/mean``,
+    ``agents/3`` (accuracy of agent 3), and ``bytes/links`` and ``bytes/uplinks``, totals since the start.
+
+    Parameters
+    ----------
+    record : Path
+        A run record.
+    folder : Path
+        Folder of its event file; event files of an earlier call in it are replaced.
+
+    Raises
+    ------
+    ConfigError
+        If tensorboard is not installed.
+    RecordError
+        If `record` is no run record.
+    """
+
+    def __init__(self, record: Path, folder: Path) -> None:
+        self.record = record
+        self._began = datetime.fromisoformat(str(read_run(record).config["started"])).timestamp()
+        self._rounds: set[int] = set()
+        self._relay = 0
+        writer = _event_writer()
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._events = writer(folder)
+
+    def update(self) -> Run:
+        """Write what the record holds by now, and return it; a round whose evaluation is still going on waits."""
+        run = read_run(self.record)
+        rounds: dict[int, list[Row]] = {}
+        for row in run.rounds:
+            rounds.setdefault(int(row["round"]), []).append(row)
+        newest = max(rounds, default=0)
+        for round in sorted(rounds.keys() - self._rounds):
+            if round < newest or run.summary is not None:
+                self._rounds.add(round)
+                self._write_round(round, rounds[round])
+        for row in run.relay[self._relay :]:
+            for key, name in BYTES.items():
+                self._add(f"bytes/{name}", row.get(key), row)
+        self._relay = len(run.relay)
+        self._events.flush()
+        return run
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._events.close()
+
+    def _write_round(self, round: int, rows: list[Row]) -> None:
+        whole = accuracy_summary(rows)
+        last = max(rows, key=lambda row: float(row.get("seconds") or 0))
+        for name in SPREAD:
+            self._add(f"accuracy/{name}", whole[name], last)
+        losses = [row["loss"] for row in rows if row.get("loss") is not None]
+        if losses:
+            self._add("loss/mean", sum(losses) / len(losses), last)
+        for row in rows:
+            self._add(f"agents/{row['agent']}", row["accuracy"], row)
+
+    def _add(self, tag: str, value: Any, row: Row) -> None:
+        if value is not None:
+            when = self._began + float(row.get("seconds") or 0)
+            self._events.add_scalar(tag, value, global_step=int(row["round"]), walltime=when)
+
+
+def _event_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            'TensorBoard scalars need the package tensorboard. Install it: pip install "flower-mcepl[tensorboard]".'
+        ) from None
+    return SummaryWriter

@@ -1,0 +1,310 @@
+"""Runs that resume: the relay's side is kept in the run record, and a later run goes on from there.
+
+A checkpoint of round t is written after all answers of round t were taken in, and only where the order of round t
+asked every agent to store its state, too: else the two would not fit together.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flower_mcepl.agents.registry import read_config
+from flower_mcepl.config.fields import check
+from flower_mcepl.errors import ConfigError, RecordError, StateError
+from flower_mcepl.exchange.exchange import Exchange
+from flower_mcepl.exchange.relay import ExchangeState, FrameT
+from flower_mcepl.files.sealed import file_lock
+from flower_mcepl.record.writing import (
+    CONFIG,
+    FRAMES,
+    RELAY,
+    ROUNDS,
+    SUMMARY,
+    TRAFFIC,
+    Run,
+    RunRecord,
+    package_versions,
+    read_run,
+    to_json,
+    utc_now,
+)
+from flower_mcepl.runs.checkpoint import (
+    Checkpoint,
+    checkpoint_rounds,
+    drop_checkpoints,
+    newest_checkpoint,
+    save_checkpoint,
+    set_damaged_aside,
+)
+from flower_mcepl.runs.monitor import RunMonitor
+from flower_mcepl.runs.store import StateStore
+
+CHECKPOINT, LOCK = "checkpoint", ".lock"  # in the run record
+INITIAL = "initial"  # group of arrays in a checkpoint
+RUN = "run"  # key of config.json: 16 hex digits that stand for the run, however often it is resumed
+_FILES = (ROUNDS, RELAY, TRAFFIC)
+FREE_KEYS = frozenset(  # of the run config: what may differ when a run is resumed, as it decides nothing about its bits
+    {"resume", "record-dir", "num-rounds", "min-agents", "checkpoint-every", "keep-frames"}
+    | {"round-timeout", "wait-timeout", "timeout-factor"}
+    | {"state-dir", "state-runs", "tell-classes"}
+)
+_FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", RUN})  # the same in config.json
+
+
+def new_run_id() -> str:
+    """Return 16 hex digits that no other run has."""
+    return secrets.token_hex(8)
+
+
+class Reopened(NamedTuple):
+    """A run record that was set back to its last checkpoint."""
+
+    record: RunRecord
+    checkpoint: Checkpoint
+    answered: int  # agents that took part in the last round before the run broke off
+
+
+@final
+class RunCheckpoints(Generic[FrameT]):
+    """Writes checkpoints of the relay's side of a run into its record, and takes one back.
+
+    Parameters
+    ----------
+    record : RunRecord
+        The record of the run.
+    relay : Relay or Center
+        What stands between the agents.
+    monitor : RunMonitor
+        What has told of the run so far.
+    every : int
+        Rounds between checkpoints; 0 writes none.
+    pack, unpack : callable
+        A frame's bytes from the frame as it came, and back.
+    """
+
+    def __init__(
+        self,
+        record: RunRecord,
+        relay: Exchange[FrameT],
+        monitor: RunMonitor[FrameT],
+        *,
+        every: int,
+        pack: Callable[[FrameT], bytes],
+        unpack: Callable[[bytes], FrameT],
+    ) -> None:
+        check(every >= 0, "checkpoint-every is a number of rounds, or 0 for no checkpoints; it must be >= 0", every)
+        self.folder, self.every = record.path / CHECKPOINT, every
+        self._record, self._relay, self._monitor = record, relay, monitor
+        self._pack, self._unpack = pack, unpack
+
+    def due(self, round: int) -> bool:
+        """Tell whether the agents must store their states in ``round``, so that a checkpoint can follow it."""
+        return self.every > 0 and round % self.every == 0
+
+    def rounds(self) -> list[int]:
+        """Return the rounds of the checkpoints that are there, ascending."""
+        return sorted(checkpoint_rounds(self.folder))
+
+    def save(self, round: int, *, initial: Mapping[str, NDArray[Any]] | None = None, **more: Any) -> None:
+        """Write the checkpoint of ``round``, whose answers were all taken in.
+
+        ``initial`` are the arrays that an app with `neighbor_average_mod` began with, ``more`` facts to add.
+        """
+        state = self._relay.state(round=round)
+        arrays: dict[str, NDArray[Any]] = {f"exchange/{name}": array for name, array in state.arrays.items()}
+        for name, frame in state.frames.items():
+            arrays[f"frame/{name}"] = np.frombuffer(self._pack(frame), np.uint8)
+        arrays |= {f"{INITIAL}/{name}": array for name, array in (initial or {}).items()}
+        facts = {
+            "exchange": state.facts,
+            "monitor": self._monitor.state(),
+            "files": {file: _synced_size(self._record.path / file) for file in _FILES},
+            **more,
+        }
+        save_checkpoint(self.folder, Checkpoint(round, facts, arrays))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Let relay and monitor go on where `save` was called; the record is as `reopen` left it."""
+        frames = {name: self._unpack(array.tobytes()) for name, array in checkpoint.group("frame").items()}
+        self._relay.restore(ExchangeState(checkpoint.facts["exchange"], checkpoint.group("exchange"), frames))
+        self._monitor.restore(checkpoint.facts["monitor"], read_run(self._record.path))
+
+    def clear(self) -> None:
+        """Delete the checkpoints, the agents' side included, where it lies in the record: the run has finished."""
+        drop_checkpoints(self.folder)
+        StateStore(self._record.agents_dir).clear()
+
+
+def reopen(
+    path: Path,
+    config: Mapping[str, Any],
+    *,
+    held: contextlib.ExitStack,
+    with_frames: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> Reopened:
+    """Set a run record back to its last checkpoint, and note the resumption in it.
+
+    Lines and frames of later rounds go: these rounds come again, and nothing is written twice. Nothing is changed
+    before everything has been checked.
+
+    Parameters
+    ----------
+    path : Path
+        The record.
+    config : mapping
+        What `RunRecord.create` would get for the new run.
+    held : ExitStack
+        Gets the hold on the record, see `only_writer`.
+    with_frames : bool (default: False)
+        As in `RunRecord.create`.
+    log : callable
+        Is told of damaged checkpoints that were passed over.
+
+    Raises
+    ------
+    RecordError
+        If the run has finished, is still going on, or has no checkpoint that is whole and can be used.
+    ConfigError
+        If its settings were others.
+    """
+    held.enter_context(only_writer(path))
+    run = read_run(path)
+    if run.summary is not None and run.summary.get("status") == "finished":
+        raise RecordError(
+            f"a run can be resumed until it has finished, and the one in {path} has, after round "
+            f"{run.summary.get('num_rounds')}. Start a new run (without resume)."
+        )
+    _check_same_run(run.config, config)
+    checkpoint = newest_checkpoint(path / CHECKPOINT, log)
+    sizes: Mapping[str, int] = checkpoint.facts["files"]
+    for file, size in sizes.items():
+        _check_size(path / file, size)
+    for file, size in sizes.items():
+        os.truncate(path / file, size)
+    for frame in (path / FRAMES).glob("*.frame"):
+        if int(frame.name.partition("-")[0]) > checkpoint.round:
+            frame.unlink()
+    (path / SUMMARY).unlink(missing_ok=True)
+    set_damaged_aside(path / CHECKPOINT, after=checkpoint.round)
+    record, answered = RunRecord(path, with_frames=with_frames), _last_answered(run)
+    noted = {
+        "resumed": utc_now(),
+        "after_round": checkpoint.round,
+        "answered": answered,
+        "versions": package_versions(),
+    }
+    record.amend_config(num_rounds=config["num_rounds"], resumptions=[*run.config.get("resumptions", []), noted])
+    return Reopened(record, checkpoint, answered)
+
+
+def run_id_of(record: RunRecord) -> str:
+    """Return the run id that its config holds."""
+    return str(read_run(record.path).config[RUN])
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Hold the run record at ``path`` for this process; the operating system lets go of it when the process ends.
+
+    Where the system has no such locks (Windows), nothing is held.
+
+    Raises
+    ------
+    RecordError
+        If it is no run record, or a run that is still going on writes it.
+    """
+    if not (path / CONFIG).is_file():
+        raise RecordError(f"a run record is a folder with {CONFIG}; {path} has none. Check the path.")
+    lock = path / LOCK
+    busy = (
+        f"a record is written by one run at a time, and the run in {path} is still going on, in process {{process}}. "
+        "Wait for its end, or stop it first."
+    )
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(file_lock(lock, wait=0, busy=busy))
+        except StateError as error:
+            raise RecordError(str(error)) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _last_answered(run: Run) -> int:
+    """Return how many agents took part in the last round in which any did, as far as the record goes; 0: none."""
+    resumptions = run.config.get("resumptions", [])
+    if resumptions and resumptions[-1]["after_round"] == (run.relay[-1]["round"] if run.relay else 0):
+        return int(resumptions[-1].get("answered", 0))  # broken off again before a round was over
+    return next((int(line["answered"]) for line in reversed(run.relay) if line.get("answered")), 0)
+
+
+def _check_same_run(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    old, new = recorded.get("run_config", {}), now.get("run_config", {})
+    if "run_config" in now:  # a run without Flower is told agents, not a run config
+        for key in sorted({*old, *new} - FREE_KEYS):
+            _check_same(f"run-config key {key}", old.get(key), new.get(key))
+    for key in sorted(now.keys() - _FREE):
+        _check_same(key, recorded.get(key), json.loads(to_json(now[key])))
+    before, after = int(recorded.get("num_rounds", 0)), int(now["num_rounds"])
+    check(
+        after >= before,
+        f"num-rounds may grow when a run is resumed, not shrink; it was {before}",
+        after,
+        "Resume it with as many rounds as it had, or more.",
+    )
+    if old.get("num-rounds") != new.get("num-rounds") and "algorithm" in new:
+        _check_no_schedule_moves(old, new)
+
+
+def _check_no_schedule_moves(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse more rounds where the algorithm takes the length of a schedule from them."""
+    before, after = (dataclasses.asdict(read_config(str(new["algorithm"]), config, agent=0)) for config in (old, new))
+    for name, value in before.items():
+        if value != after[name]:
+            key = name.replace("_", "-")
+            raise ConfigError(
+                f"with num-rounds = {new['num-rounds']} in place of {old['num-rounds']}, {key} would change from "
+                f"{value} to {after[name]}, and what was learned so far would be of another run. Resume it with "
+                f"num-rounds = {old['num-rounds']}."
+            )
+
+
+def _check_same(what: str, old: Any, new: Any) -> None:
+    if old != new:
+        raise ConfigError(
+            f"a run is resumed with the settings it began with; {what} was {_shown(old)} and is now {_shown(new)}. "
+            "Resume it as it was, or start a new run (without resume)."
+        )
+
+
+def _shown(value: Any) -> str:
+    text = "not set" if value is None else repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _synced_size(path: Path) -> int:
+    """Return the file's size after it has reached the disk: the checkpoint counts on that."""
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
+def _check_size(path: Path, size: int) -> None:
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
+        raise RecordError(
+            f"{path} had {size} bytes when the checkpoint was written and has {found} now: lines are missing. "
+            "Put back the whole file, or start the run anew."
+        )
