@@ -1,9 +1,11 @@
 """Time to encode and decode a mask of 1.2 million weights against one training step of that network, in one process.
 
-Takes a few training steps to get two neighbouring rounds' real masks, then times in turn: a training step, writing the
-delta frame, reading it, and the same for a whole frame; medians are compared.
+Takes a few training steps to get two neighbouring rounds' real masks, then times in
+turn: a training step, writing the delta frame, reading it, and the same for a whole
+frame; medians are compared.
 
-    python benchmarks/codec_time.py [--repeats 20] [--batch-size 128] [--threads 1] [--rounds 4]
+    python benchmarks/codec_time.py [--repeats 20] [--batch-size 128] [--threads 1]
+    [--rounds 4]
 """
 
 import argparse
@@ -16,12 +18,17 @@ from flower_mcepl.wire import Reference, WrittenFrame, decode_frame, write_frame
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--repeats", type=int, default=20, help="runs of each kind (default: 20)")
     options.add_argument("--batch-size", type=int, default=128, help="images a step (default: 128)")
     options.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     options.add_argument(
-        "--rounds", type=int, default=4, help="training rounds before the masks are taken (default: 4)"
+        "--rounds",
+        type=int,
+        default=4,
+        help="training rounds before the masks are taken (default: 4)",
     )
     args = options.parse_args()
     torch.set_num_threads(args.threads)
@@ -44,18 +51,23 @@ def main() -> None:
     times = measure(kinds, repeats=args.repeats)
     step = times["training step"]
     print(
-        f"AlexNet-CIFAR, {agent.model.num_weights:,} maskable weights, batch {args.batch_size}, {args.threads} "
-        f"thread(s), median of {args.repeats} runs in turn; delta of {len(frame.data):,} bytes, whole frame of "
-        f"{len(whole.data):,}"
+        f"AlexNet-CIFAR, {agent.model.num_weights:,} maskable weights, batch {args.batch_size}, "
+        f"{args.threads} thread(s), median of {args.repeats} runs in turn; delta of "
+        f"{len(frame.data):,} bytes, whole frame of {len(whole.data):,}"
     )
     for name, seconds in times.items():
         print(f"  {name:<22} {1000 * seconds:8.1f} ms   {seconds / step:7.4f} of the step")
-    print(f"delta, written and read: {(times['write the delta'] + times['read the delta']) / step:.4f} of the step   "
-          "(goal: at most 0.05)")  # fmt: skip
+    print(
+        f"delta, written and read: "
+        f"{(times['write the delta'] + times['read the delta']) / step:.4f} of the step   (goal: "
+        "at most 0.05)")  # fmt: skip
 
 
 def write(
-    agent: MceplAgent, round: int, reference: Reference | None, masks: dict[str, torch.Tensor] | None = None
+    agent: MceplAgent,
+    round: int,
+    reference: Reference | None,
+    masks: dict[str, torch.Tensor] | None = None,
 ) -> WrittenFrame:
     return write_frame(
         agent.outgoing() if masks is None else masks,

@@ -2,13 +2,17 @@
 
 python benchmarks/fuzz_frames.py --frames 1000000 --seed 0
 
-Half of the mutants get a checksum that fits again, so that they reach the decoder behind it, and some of these the
-digest of what they decode to as well. It ends with exit code 1 if
+Half of the mutants get a checksum that fits again, so that they reach the decoder
+behind it, and some of these the digest of what they decode to as well. It ends with
+exit code 1 if
 
 - anything but a FrameError is raised;
-- tensors come out that are not those encoded, although the fuzzer did not forge the digest of the content;
-- reading one frame takes over a second of processor time and over 100 times as long as the slowest honest frame; or
-- it allocates over 4 times as much as the most demanding honest frame (looked at on one mutant in 50).
+- tensors come out that are not those encoded, although the fuzzer did not forge the
+  digest of the content;
+- reading one frame takes over a second of processor time and over 100 times as long as
+  the slowest honest frame; or
+- it allocates over 4 times as much as the most demanding honest frame (looked at on one
+  mutant in 50).
 """
 
 import argparse
@@ -31,16 +35,33 @@ from torch import Tensor
 
 from flower_mcepl.errors import FrameError
 from flower_mcepl.exchange.mailbox import Mailbox
-from flower_mcepl.wire import FrameHeader, Prior, Reference, decode_frame, read_header, reading, write_frame
+from flower_mcepl.wire import (
+    FrameHeader,
+    Prior,
+    Reference,
+    decode_frame,
+    read_header,
+    reading,
+    write_frame,
+)
 from flower_mcepl.wire.layout import FIXED, FREE_WEIGHTS, WEIGHTS_PER_BYTE, varint
 from flower_mcepl.wire.values import BY_CODE
 
 FINGERPRINT = "000102030405060708090a0b0c0d0e0f"
-LAYERS: dict[str, tuple[int, ...]] = {"conv": (12, 3, 3, 3), "fc": (50, 60), "head": (10, 7), "none": (0, 4), "one": ()}
+LAYERS: dict[str, tuple[int, ...]] = {
+    "conv": (12, 3, 3, 3),
+    "fc": (50, 60),
+    "head": (10, 7),
+    "none": (0, 4),
+    "one": (),
+}
 SENDER, ROUND = 3, 7
 CONTENT = slice(28, 36)  # where the digest of the content lies
 CLASSES = Prior(
-    {name: (torch.arange(int(np.prod(shape))) % 5).to(torch.uint8).reshape(shape) for name, shape in LAYERS.items()}
+    {
+        name: (torch.arange(int(np.prod(shape))) % 5).to(torch.uint8).reshape(shape)
+        for name, shape in LAYERS.items()
+    }
 )
 EXAMINE = 50  # the memory of one mutant in so many is looked at
 MEMORY, SLOWER, SECONDS = 4, 100, 1.0
@@ -62,7 +83,11 @@ class Honest:
     @property
     def dtype(self) -> torch.dtype | None:
         """What the receiver takes."""
-        return torch.bool if all(tensor.dtype == torch.bool for tensor in self.tensors.values()) else None
+        return (
+            torch.bool
+            if all(tensor.dtype == torch.bool for tensor in self.tensors.values())
+            else None
+        )
 
     def expected(self) -> dict[str, Any]:
         """Return what the receiver passes to `decode_frame`."""
@@ -101,16 +126,23 @@ def honest_frames(seed: int) -> list[Honest]:
     generator = torch.Generator().manual_seed(seed)
 
     def masks(density: float) -> dict[str, Tensor]:
-        return {name: torch.rand(shape, generator=generator) < density for name, shape in LAYERS.items()}
+        return {
+            name: torch.rand(shape, generator=generator) < density for name, shape in LAYERS.items()
+        }
 
     def changed(old: Tensors, rate: float) -> dict[str, Tensor]:
-        return {name: mask ^ (torch.rand(mask.shape, generator=generator) < rate) for name, mask in old.items()}
+        return {
+            name: mask ^ (torch.rand(mask.shape, generator=generator) < rate)
+            for name, mask in old.items()
+        }
 
     def floats() -> dict[str, Tensor]:
         return {name: torch.randn(shape, generator=generator) for name, shape in LAYERS.items()}
 
     def under(support: Tensors) -> dict[str, Tensor]:
-        return {name: values.sparse_mask(_sparse(support[name])) for name, values in floats().items()}
+        return {
+            name: values.sparse_mask(_sparse(support[name])) for name, values in floats().items()
+        }
 
     found: list[Honest] = []
 
@@ -145,7 +177,9 @@ def honest_frames(seed: int) -> list[Honest]:
     add("masks with one side rare", {**masks(0.01), "fc": ~masks(0.02)["fc"]}, prior=CLASSES)
     add("masks by classes", masks(0.2), prior=CLASSES)
     start = add("masks against the first", changed(common, 0.02), first=common, prior=CLASSES)
-    delta = add("flips by classes", changed(start.tensors, 0.02), last=start, first=common, prior=CLASSES)
+    delta = add(
+        "flips by classes", changed(start.tensors, 0.02), last=start, first=common, prior=CLASSES
+    )
     add("flips of flips", changed(delta.tensors, 0.02), last=delta, first=common, prior=CLASSES)
     plain = add("plain masks", masks(0.3))
     flips = add("plain flips", changed(plain.tensors, 0.01), last=plain)
@@ -154,20 +188,33 @@ def honest_frames(seed: int) -> list[Honest]:
         add(f"{precision} values", floats(), precision=precision)
         support = masks(0.1)
         sparse = add(f"sparse {precision} values", under(support), precision=precision)
-        add(f"changed sparse {precision} values", under(changed(support, 0.01)), last=sparse, precision=precision)
+        add(
+            f"changed sparse {precision} values",
+            under(changed(support, 0.01)),
+            last=sparse,
+            precision=precision,
+        )
     begun = floats()
     key = add("differences from the first", floats(), first=begun, precision="int8-differences")
     add("differences", floats(), last=key, first=begun, precision="int8-differences")
     beside = {**changed(common, 0.01), "fc": floats()["fc"]}
     older = add("masks and values", {**common, "fc": floats()["fc"]}, prior=CLASSES)
     add("flips and differences", beside, last=older, prior=CLASSES, precision="int8-differences")
-    add("a mixture", {**masks(0.2), "conv": floats()["conv"], "head": under(masks(0.2))["head"]}, prior=CLASSES)
+    add(
+        "a mixture",
+        {**masks(0.2), "conv": floats()["conv"], "head": under(masks(0.2))["head"]},
+        prior=CLASSES,
+    )
     return found
 
 
 def _sparse(support: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(
-        support.nonzero().t(), torch.ones(int(support.sum())), support.shape, is_coalesced=True, check_invariants=False
+        support.nonzero().t(),
+        torch.ones(int(support.sum())),
+        support.shape,
+        is_coalesced=True,
+        check_invariants=False,
     )
 
 
@@ -206,7 +253,12 @@ class Mutants:
         """Return a place in a frame, as often in its short header as in its long payload."""
         header = self.headers[case.name]
         begin = header.header_bytes - 8
-        ranges = [(0, FIXED.size), (FIXED.size, begin), (begin, len(case.data)), (begin, len(case.data))]
+        ranges = [
+            (0, FIXED.size),
+            (FIXED.size, begin),
+            (begin, len(case.data)),
+            (begin, len(case.data)),
+        ]
         low, high = self.rng.choice(ranges)
         return min(self.rng.randrange(low, max(high, low + 1)), max(len(case.data) - 1, 0))
 
@@ -284,7 +336,9 @@ class Mutants:
         raw, coded = payload[:split], payload[split:]
         wanted = sum(entry.raw_bytes() for entry in entries)
         raw = (raw + rng.choice([bytes(wanted), rng.randbytes(wanted)]))[:wanted]
-        coded = rng.choice([coded, coded, b"", coded[: len(coded) // 8 * 4], rng.randbytes(len(coded))])
+        coded = rng.choice(
+            [coded, coded, b"", coded[: len(coded) // 8 * 4], rng.randbytes(len(coded))]
+        )
         described = case.data[FIXED.size : header.header_bytes - 8 - self._lines(header)]
         lines = b"".join(entry.line() for entry in entries) + varint(len(coded))
         return case.data[: FIXED.size] + described + lines + raw + coded + case.data[-8:]
@@ -307,7 +361,9 @@ def with_content(data: bytes, expected: Mapping[str, Any]) -> bytes:
     digests = []
 
     def note(parts: Any) -> bytes:
-        digests.append(hashlib.blake2b(b"".join(bytes(part) for part in parts), digest_size=8).digest())
+        digests.append(
+            hashlib.blake2b(b"".join(bytes(part) for part in parts), digest_size=8).digest()
+        )
         return digests[-1]
 
     try:
@@ -331,7 +387,8 @@ class Outcome:
     reached: bool = False  # the present one is among them
     slowest: float = 0.0  # seconds of processor time for one mutant
     honest_seconds: float = 0.0
-    largest: float = 0.0  # bytes allocated for one mutant whose shapes were known, of those looked at
+    # bytes allocated for one mutant whose shapes were known, of those looked at
+    largest: float = 0.0
     honest_bytes: float = 0.0
 
 
@@ -341,7 +398,8 @@ class Receiver:
     def __init__(self, case: Honest) -> None:
         self.case = case
         self.expected = case.expected()
-        self.open = {key: self.expected[key] for key in ("references", "prior")}  # no expectation of names and shapes
+        # no expectation of names and shapes
+        self.open = {key: self.expected[key] for key in ("references", "prior")}
         self.box = case.mailbox()
         self.state = self.box.arrays()
         self.held = self.box.current([SENDER], round=ROUND).get(SENDER, {})
@@ -411,7 +469,16 @@ def _try_all(
             continue
         how = rng.choice(["decode", "decode", "open", "mailbox"])
         outcome.reached = False
-        _judge(outcome, receiver, data, how, encoded, forged=forged, fits=fits, examine=number % EXAMINE == 0)
+        _judge(
+            outcome,
+            receiver,
+            data,
+            how,
+            encoded,
+            forged=forged,
+            fits=fits,
+            examine=number % EXAMINE == 0,
+        )
         outcome.deep += outcome.reached
         number += 1
 
@@ -419,7 +486,9 @@ def _try_all(
 def _reading(receiver: Receiver, data: bytes, how: str) -> Callable[[], Tensors | None]:
     if how == "mailbox":
         return lambda: receiver.put(data)
-    return lambda: decode_frame(data, **(receiver.open if how == "open" else receiver.expected)).tensors
+    return lambda: (
+        decode_frame(data, **(receiver.open if how == "open" else receiver.expected)).tensors
+    )
 
 
 def _judge(
@@ -458,7 +527,11 @@ def _judge(
         fail(repr(error)[:300])
         return
     found = tensors[0] if tensors else None
-    if found is not None and not forged and not _as_encoded(found, encoded.get(data[CONTENT]), strict=how != "open"):
+    if (
+        found is not None
+        and not forged
+        and not _as_encoded(found, encoded.get(data[CONTENT]), strict=how != "open")
+    ):
         fail("other tensors than were encoded")
     if found is not None and forged:
         result = "accepted with a forged digest"
@@ -496,39 +569,60 @@ def _as_encoded(found: Tensors, wanted: Tensors | None, *, strict: bool) -> bool
     """Compare with the tensors encoded; names and shapes only where the receiver knew them (``strict``)."""
     if wanted is None or (strict and not _same(found, wanted)):
         return False
-    return [_told(found[name]) for name in sorted(found)] == [_told(wanted[name]) for name in sorted(wanted)]
+    return [_told(found[name]) for name in sorted(found)] == [
+        _told(wanted[name]) for name in sorted(wanted)
+    ]
 
 
 def _same(left: Tensors, right: Tensors) -> bool:
     if left.keys() != right.keys():
         return False
     pairs = [(left[name], right[name]) for name in left]
-    return all(a.shape == b.shape and a.layout == b.layout and _told(a) == _told(b) for a, b in pairs)
+    return all(
+        a.shape == b.shape and a.layout == b.layout and _told(a) == _told(b) for a, b in pairs
+    )
 
 
 def _told(tensor: Tensor) -> tuple[bytes, bytes]:
     """Return which elements are on, and the values of those."""
     if tensor.layout is torch.strided:
         return b"", tensor.numpy().tobytes()
-    places = np.ravel_multi_index(tuple(tensor.indices().numpy()), tensor.shape) if tensor.shape else np.zeros(0)
+    places = (
+        np.ravel_multi_index(tuple(tensor.indices().numpy()), tensor.shape)
+        if tensor.shape
+        else np.zeros(0)
+    )
     return places.tobytes(), tensor.values().numpy().tobytes()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=1_000_000, help="mutants to try (default: 1000000)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other mutants (default: 0)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long (default: never)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--frames", type=int, default=1_000_000, help="mutants to try (default: 1000000)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another seed, other mutants (default: 0)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after so long (default: never)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.monotonic()
     outcome = fuzz(options.frames, seed=options.seed, seconds=options.seconds)
-    print(f"{sum(outcome.counts.values()):,} mutants, seed {options.seed}, {time.monotonic() - start:.0f} s")
+    print(
+        f"{sum(outcome.counts.values()):,} mutants, seed {options.seed}, "
+        f"{time.monotonic() - start:.0f} s"
+    )
     for result, count in sorted(outcome.counts.items()):
         print(f"  {count:>9,}  {result}")
     print(f"{outcome.deep:,} of them came as far as the decoding of a layer")
-    print(f"slowest: {1000 * outcome.slowest:.1f} ms; honest {1000 * outcome.honest_seconds:.1f} ms")
+    print(
+        f"slowest: {1000 * outcome.slowest:.1f} ms; honest {1000 * outcome.honest_seconds:.1f} ms"
+    )
     print(f"largest: {outcome.largest / 1000:.0f} kB; honest {outcome.honest_bytes / 1000:.0f} kB")
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"the process: {before / 1000:.0f} MB before, {after / 1000:.0f} MB at most")

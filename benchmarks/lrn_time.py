@@ -23,8 +23,9 @@ def main() -> None:
 
     times = measure({"torch": stock, "ours": ours}, repeats=7)
     print(
-        f"local response norm of {list(x.shape)}, forward and backward: torch {1000 * times['torch']:.0f} ms, "
-        f"ours {1000 * times['ours']:.0f} ms; ours / torch: {times['ours'] / times['torch']:.3f}"
+        f"local response norm of {list(x.shape)}, forward and backward: torch "
+        f"{1000 * times['torch']:.0f} ms, ours {1000 * times['ours']:.0f} ms; ours / torch: "
+        f"{times['ours'] / times['torch']:.3f}"
     )
 
 

@@ -1,8 +1,8 @@
 """Time of a round of agents under `flwr run` against the bare sum of their steps divided by the cores.
 
-The agents train the CIFAR-10 network on made-up images of its shape: no data set is needed. The bare step is timed
-in this command too: in one process alone, and in as many processes at once as there are cores (they share caches and
-memory bandwidth).
+The agents train the CIFAR-10 network on made-up images of its shape: no data set is
+needed. The bare step is timed in this command too: in one process alone, and in as many
+processes at once as there are cores (they share caches and memory bandwidth).
 
     python benchmarks/round_time.py [--agents 20] [--rounds 6]
 """
@@ -31,12 +31,18 @@ CIFAR10 = Path(__file__).parents[1] / "examples" / "cifar10"
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--agents", type=int, default=20, help="number of agents (default: 20)")
-    options.add_argument("--rounds", type=int, default=6, help="rounds; the first is left out (default: 6)")
+    options.add_argument(
+        "--rounds", type=int, default=6, help="rounds; the first is left out (default: 6)"
+    )
     options.add_argument("--steps", type=int, default=12, help="bare steps to time (default: 12)")
     args = options.parse_args()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
 
     print("bare steps, one process ...", file=sys.stderr)
     alone = step_seconds(args.steps)
@@ -56,7 +62,10 @@ def main() -> None:
     )
     for name, step in (("alone", alone), ("all cores busy", together)):
         bare = args.agents * step / cores
-        print(f"  round / (steps / cores), steps timed {name}: {measured / bare:.3f}   (goal: at most 1.25)")
+        print(
+            f"  round / (steps / cores), steps timed {name}: {measured / bare:.3f}   (goal: at "
+            f"most 1.25)"
+        )
     busy = inside / cores
     print(
         f"  inside the agents' own code (fuse, train, encode): {busy:.2f} s a round; "
@@ -97,7 +106,9 @@ def round_seconds(agents: int, rounds: int) -> tuple[list[float], float]:
         if not outcome.ok:
             raise SystemExit(f"the run failed: {outcome.details}\n{outcome.log[-3000:]}")
         (record,) = Path(folder, "runs").iterdir()
-        lines = [json.loads(line) for line in (record / "relay.jsonl").read_text().splitlines()][:rounds]
+        lines = [json.loads(line) for line in (record / "relay.jsonl").read_text().splitlines()][
+            :rounds
+        ]
     ends = [line["seconds"] for line in lines]
     own = statistics.mean(line["agent_seconds"] for line in lines[1:])
     return [after - before for before, after in itertools.pairwise(ends)], own

@@ -18,7 +18,9 @@ from flower_mcepl.models import AlexNetCifar
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--repeats", type=int, default=20, help="steps of each kind (default: 20)")
     options.add_argument("--batch-size", type=int, default=128, help="images a step (default: 128)")
     options.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
@@ -37,8 +39,13 @@ def main() -> None:
         f"{args.threads} thread(s), median of {args.repeats} alternating runs"
     )
     for name, seconds in times.items():
-        print(f"  {name:<42} {1000 * seconds:8.1f} ms   {seconds / times['dense step']:6.3f} of the dense step")
-    print(f"masked / dense: {times['masked step'] / times['dense step']:.3f}   (goal: at most 1.10)")
+        print(
+            f"  {name:<42} {1000 * seconds:8.1f} ms   {seconds / times['dense step']:6.3f} of the "
+            f"dense step"
+        )
+    print(
+        f"masked / dense: {times['masked step'] / times['dense step']:.3f}   (goal: at most 1.10)"
+    )
 
 
 def one_agent(batch_size: int) -> tuple[MceplAgent, torch.Tensor, torch.Tensor]:
@@ -47,14 +54,18 @@ def one_agent(batch_size: int) -> tuple[MceplAgent, torch.Tensor, torch.Tensor]:
     images = torch.randn(batch_size, 3, 32, 32, generator=generator)
     labels = torch.randint(0, 10, (batch_size,), generator=generator)
     data = AgentData.of((images, labels), (images, labels), agent=0)
-    agent = MceplAgent(0, shared_module(AlexNetCifar, seed=0), data, MceplConfig(batch_size=batch_size), seed=0)
+    agent = MceplAgent(
+        0, shared_module(AlexNetCifar, seed=0), data, MceplConfig(batch_size=batch_size), seed=0
+    )
     return agent, images, labels
 
 
 def dense_step(images: torch.Tensor, labels: torch.Tensor) -> Callable[[], object]:
     """Return one step of plain SGD on the weights that the masks cover."""
     net = shared_module(AlexNetCifar, seed=0)
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.dim() > 1], lr=0.01, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        [p for p in net.parameters() if p.dim() > 1], lr=0.01, weight_decay=5e-4
+    )
 
     def step() -> float:
         optimizer.zero_grad()

@@ -1,10 +1,12 @@
 """Personal models by mask gossip: decentralized, communication-efficient learning on Flower (MCE-PL).
 
-Every agent holds the same frozen random network and learns a binary mask over it; agents exchange masks with
-their neighbors in a graph, far less than one bit per weight, fuse them, and fine-tune towards their own data.
+Every agent holds the same frozen random network and learns a binary mask over it;
+agents exchange masks with their neighbors in a graph, far less than one bit per weight,
+fuse them, and fine-tune towards their own data.
 
-The Flower sides are imported on their own: ``flower_mcepl.strategies`` (the relay) and ``flower_mcepl.clients``
-(one agent inside a ClientApp). This package never loads Flower, Ray or torchvision.
+The Flower sides are imported on their own: ``flower_mcepl.strategies`` (the relay) and
+``flower_mcepl.clients`` (one agent inside a ClientApp). This package never loads
+Flower, Ray or torchvision.
 """
 
 from flower_mcepl.agents import Agent, MceplAgent, MceplConfig

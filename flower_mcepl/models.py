@@ -31,7 +31,9 @@ class AlexNetCifar(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [batch, num_classes]; the paper's network puts an ELU on them too."""
-        for conv, alpha, pad in zip((self.conv1, self.conv2, self.conv3), LRN_ALPHAS, (0, 0, 1), strict=True):
+        for conv, alpha, pad in zip(
+            (self.conv1, self.conv2, self.conv3), LRN_ALPHAS, (0, 0, 1), strict=True
+        ):
             x = local_response_norm(nn.functional.elu(conv(x)), size=LRN_SIZE, alpha=alpha)
             x = nn.functional.max_pool2d(x, 3, stride=2, padding=pad)
         return nn.functional.elu(self.fc2(nn.functional.elu(self.fc1(x.flatten(1)))))
@@ -40,8 +42,9 @@ class AlexNetCifar(nn.Module):
 def local_response_norm(x: Tensor, *, size: int, alpha: float) -> Tensor:
     """Normalise over neighboring channels, ``x * (1 + alpha/size * Σ x²)^(-3/4)``; x is [batch, channels, *space].
 
-    The window of channel c covers ``c - size//2 .. c + (size-1)//2``: torch.nn.LocalResponseNorm with k = 1 and
-    beta = 0.75, to float32 rounding (not bit for bit), in a tenth of its time on a CPU (benchmarks/).
+    The window of channel c covers ``c - size//2 .. c + (size-1)//2``:
+    torch.nn.LocalResponseNorm with k = 1 and beta = 0.75, to float32 rounding (not bit
+    for bit), in a tenth of its time on a CPU (benchmarks/).
     """
     result: Tensor = _LocalResponseNorm.apply(x, size, alpha)
     return result
@@ -52,7 +55,11 @@ class _LocalResponseNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, alpha: float) -> Tensor:
-        d = _window_sum(x.square(), before=size // 2, after=(size - 1) // 2).mul_(alpha / size).add_(1.0)
+        d = (
+            _window_sum(x.square(), before=size // 2, after=(size - 1) // 2)
+            .mul_(alpha / size)
+            .add_(1.0)
+        )
         root = d.rsqrt()
         scale = root.sqrt().mul_(root)  # d^(-3/4)
         ctx.save_for_backward(x, d, scale)
@@ -64,7 +71,8 @@ class _LocalResponseNorm(torch.autograd.Function):
         x, d, scale = ctx.saved_tensors
         through_x = grads[0] * scale
         pull = (through_x * x).div_(d)  # dL/dd up to the factor -3/4
-        pull = _window_sum(pull, before=(ctx.size - 1) // 2, after=ctx.size // 2)  # the window, mirrored
+        # the window, mirrored
+        pull = _window_sum(pull, before=(ctx.size - 1) // 2, after=ctx.size // 2)
         return through_x.addcmul_(x, pull, value=-1.5 * ctx.alpha / ctx.size), None, None
 
 

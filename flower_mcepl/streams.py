@@ -9,32 +9,42 @@ import numpy as np
 import torch
 
 
-def stream_seed(seed: int, purpose: str, *, agent: int | None = None, round: int | None = None) -> int:
+def stream_seed(
+    seed: int, purpose: str, *, agent: int | None = None, round: int | None = None
+) -> int:
     """Return the 63-bit seed of one named stream.
 
-    It is the head of ``blake2b("seed/purpose/agent/round")``, so it is the same on every machine, Python
-    version and process, and neighboring names give unrelated streams.
+    It is the head of ``blake2b("seed/purpose/agent/round")``, so it is the same on
+    every machine, Python version and process, and neighboring names give unrelated
+    streams.
     """
     name = f"{int(seed)}/{purpose}/{'-' if agent is None else int(agent)}/{'-' if round is None else int(round)}"
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def torch_stream(seed: int, purpose: str, *, agent: int | None = None, round: int | None = None) -> torch.Generator:
+def torch_stream(
+    seed: int, purpose: str, *, agent: int | None = None, round: int | None = None
+) -> torch.Generator:
     """Return a CPU generator at the start of one named stream."""
     return torch.Generator().manual_seed(stream_seed(seed, purpose, agent=agent, round=round))
 
 
-def numpy_stream(seed: int, purpose: str, *, agent: int | None = None, round: int | None = None) -> np.random.Generator:
+def numpy_stream(
+    seed: int, purpose: str, *, agent: int | None = None, round: int | None = None
+) -> np.random.Generator:
     """Return a NumPy generator at the start of one named stream."""
     return np.random.default_rng(stream_seed(seed, purpose, agent=agent, round=round))
 
 
 @contextlib.contextmanager
-def isolated_rng(seed: int, purpose: str, *, agent: int | None = None, round: int | None = None) -> Iterator[None]:
+def isolated_rng(
+    seed: int, purpose: str, *, agent: int | None = None, round: int | None = None
+) -> Iterator[None]:
     """Run a block of other people's code (initialisers, dropout, transforms) on one named stream.
 
-    Such code draws from the global generators of torch, NumPy and Python. Inside the block these stand at the
-    start of the named stream; afterwards they are where they were before.
+    Such code draws from the global generators of torch, NumPy and Python. Inside the
+    block these stand at the start of the named stream; afterwards they are where they
+    were before.
     """
     start = stream_seed(seed, purpose, agent=agent, round=round)
     used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

@@ -35,7 +35,9 @@ def agent_of(algorithm: str, index: int = 0, *, model_fn: Callable[[], nn.Module
              split: Callable[[int], tuple[Tensor, Tensor]] = blobs, **settings: Any) -> Any:  # fmt: skip
     """One agent, its settings as run-config keys with underscores; it takes all its data in one batch."""
     data = AgentData.of(split(index), split(1000 + index), agent=index)
-    return make_agent(algorithm, index, shared_module(model_fn, seed=seed), data, run_config(settings), seed=seed)
+    return make_agent(
+        algorithm, index, shared_module(model_fn, seed=seed), data, run_config(settings), seed=seed
+    )
 
 
 def run_config(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,14 +48,18 @@ def server_of(algorithm: str, size: int = 4, *, model_fn: Callable[[], nn.Module
               **settings: Any) -> Any:  # fmt: skip
     """The server of a fleet from `agent_of` with the same settings."""
     settings.pop("split", None)
-    return make_server(algorithm, shared_module(model_fn, seed=seed), size, run_config(settings), seed=seed)
+    return make_server(
+        algorithm, shared_module(model_fn, seed=seed), size, run_config(settings), seed=seed
+    )
 
 
 def fleet_of(algorithm: str, size: int = 4, **settings: Any) -> list[Any]:
     return [agent_of(algorithm, index, **settings) for index in range(size)]
 
 
-def play(agents: Sequence[Agent], neighbors: Sequence[Sequence[int]], *rounds: int) -> list[dict[str, float]]:
+def play(
+    agents: Sequence[Agent], neighbors: Sequence[Sequence[int]], *rounds: int
+) -> list[dict[str, float]]:
     """Whole rounds as under `simulate`: everyone trains, everyone sends, everyone fuses."""
     metrics = []
     for round in rounds:
@@ -64,7 +70,9 @@ def play(agents: Sequence[Agent], neighbors: Sequence[Sequence[int]], *rounds: i
     return metrics
 
 
-def serve(server: Any, agents: Sequence[Agent], *rounds: int, absent: Collection[int] = ()) -> list[dict[str, float]]:
+def serve(
+    server: Any, agents: Sequence[Agent], *rounds: int, absent: Collection[int] = ()
+) -> list[dict[str, float]]:
     """Whole rounds as under `simulate`: everyone trains, the server aggregates, everyone gets its part.
 
     Who is absent does nothing in these rounds.
@@ -83,7 +91,9 @@ def serve(server: Any, agents: Sequence[Agent], *rounds: int, absent: Collection
 
 def arrays(agent: Any) -> Weights:
     """The weights of a two-layer agent, for `slow_weights`."""
-    return {short: agent.weights[name].detach().double().numpy().copy() for short, name in NAMES.items()}
+    return {
+        short: agent.weights[name].detach().double().numpy().copy() for short, name in NAMES.items()
+    }
 
 
 def data_of(agents: Sequence[Agent]) -> list[Data]:
@@ -93,4 +103,6 @@ def data_of(agents: Sequence[Agent]) -> list[Data]:
 def assert_same(agents: Sequence[Any], expected: Sequence[Weights]) -> None:
     for agent, model in zip(agents, expected, strict=True):
         for short, value in arrays(agent).items():
-            np.testing.assert_allclose(value, model[short], **CLOSE, err_msg=f"agent {agent.index}, {short}")
+            np.testing.assert_allclose(
+                value, model[short], **CLOSE, err_msg=f"agent {agent.index}, {short}"
+            )

@@ -15,7 +15,8 @@ settings.load_profile("flower_mcepl")
 with contextlib.suppress(ImportError):
     import torch
 
-    torch.set_num_threads(1)  # small tensors; and workers of one machine do not fight over its cores
+    # small tensors; and workers of one machine do not fight over its cores
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -33,7 +34,9 @@ def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.study_app import write_app, write_study
 
     folder = tmp_path_factory.mktemp("study")
-    head = "target = 0.2\n[[runs]]\nalgorithm = 'mcepl'\nseed = [1, 2]\n[[runs]]\nalgorithm = 'dsgd'\n"
+    head = (
+        "target = 0.2\n[[runs]]\nalgorithm = 'mcepl'\nseed = [1, 2]\n[[runs]]\nalgorithm = 'dsgd'\n"
+    )
     file = write_study(folder, write_app(folder, "page"), head)
     assert all(outcome.error is None for outcome in run_study(read_study(file)))
     return file

@@ -32,7 +32,12 @@ class Fleet:
         self.port = _free_ports(2 + len(NODES))
         programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self._started: list[subprocess.Popen[bytes]] = []
-        self._env = {**os.environ, "FLEET": str(folder), "FLEET_PORT": str(self.port), "PATH": programs}
+        self._env = {
+            **os.environ,
+            "FLEET": str(folder),
+            "FLEET_PORT": str(self.port),
+            "PATH": programs,
+        }
 
     def __enter__(self) -> "Fleet":
         return self
@@ -63,7 +68,8 @@ class Fleet:
 
     def kill(self, member: str) -> None:
         """Kill a member and all that it has started at once, as a loss of power does."""
-        # Asked once only: it would take in the process group, which all members share, the second time.
+        # Asked once only: it would take in the process group, which all members share,
+        # the second time.
         victims = ProcessFamily(mark=f"FLWR_HOME={self.folder / member / 'flwr'}").members()
         assert self.pid(member) in victims
         for pid in victims:
@@ -73,7 +79,10 @@ class Fleet:
         """Start a SuperNode with a key of its own that nobody has registered."""
         folder = self.folder / "stranger"
         folder.mkdir()
-        subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", folder / "key"], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", folder / "key"],
+            check=True,
+        )
         (folder / "ca.crt").write_bytes((self.folder / "ca" / "ca.crt").read_bytes())
         (folder / "node.env").write_text(
             f"SUPERLINK='127.0.0.1:{self.port}'\nRUNTIME_PORT={self.port + 1 + len(NODES)}\n"
@@ -126,21 +135,34 @@ class Fleet:
         return int((self.folder / member / "pid").read_text())
 
     def wait_until(
-        self, holds: Callable[[], bool], what: str, *, of: "subprocess.Popen[bytes] | None", seconds: float = START
+        self,
+        holds: Callable[[], bool],
+        what: str,
+        *,
+        of: "subprocess.Popen[bytes] | None",
+        seconds: float = START,
     ) -> None:
         """Look twice a second; where the run that it is about ends first, fail at once."""
         end = time.monotonic() + seconds
         while not holds():
-            assert of is None or of.poll() is None, f"the run has ended before {what}\n{self.logs()}"
+            assert of is None or of.poll() is None, (
+                f"the run has ended before {what}\n{self.logs()}"
+            )
             assert time.monotonic() < end, f"waited {seconds} s in vain for {what}\n{self.logs()}"
             time.sleep(0.5)
 
     def logs(self) -> str:
         """The ends of all logs, for a failure's message."""
         files = [self.folder / "run.log", *sorted(self.folder.glob("*/log"))]
-        return "\n".join(f"--- {file}\n{file.read_text(errors='replace')[-3000:]}" for file in files if file.exists())
+        return "\n".join(
+            f"--- {file}\n{file.read_text(errors='replace')[-3000:]}"
+            for file in files
+            if file.exists()
+        )
 
-    def _spawn(self, script: str, *arguments: str, log: Path, **env: str) -> "subprocess.Popen[bytes]":
+    def _spawn(
+        self, script: str, *arguments: str, log: Path, **env: str
+    ) -> "subprocess.Popen[bytes]":
         with log.open("ab") as file:
             process = subprocess.Popen(
                 [SCRIPTS / script, *arguments],

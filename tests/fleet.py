@@ -18,7 +18,12 @@ def small_net() -> nn.Module:
 def noisy_net() -> nn.Module:
     """A network with everything that has a state or draws at random: batch norm and dropout."""
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, 3)
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(64, 3),
     )
 
 
@@ -29,7 +34,9 @@ def split(agent: int, *, size: int = 24) -> tuple[Tensor, Tensor]:
     return inputs, labels
 
 
-def make_agent(index: int, *, model_fn: Any = small_net, seed: int = SEED, **config: Any) -> MceplAgent:
+def make_agent(
+    index: int, *, model_fn: Any = small_net, seed: int = SEED, **config: Any
+) -> MceplAgent:
     settings = MceplConfig(**{"batch_size": 8, "score_lr": 1.0, "finetune_lr": 1.0, **config})
     data = AgentData.of(split(index), split(1000 + index), agent=index)
     return MceplAgent(index, shared_module(model_fn, seed=seed), data, settings, seed=seed)
@@ -40,7 +47,9 @@ def make_fleet(size: int, **options: Any) -> list[MceplAgent]:
 
 
 def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 class Reader:

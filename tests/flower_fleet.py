@@ -38,7 +38,9 @@ def agent_grid(num_nodes: int, agent_fn: Callable[[int], Agent] = make_agent) ->
 
 def app_grid(num_nodes: int, **run_config: Any) -> RecordingGrid:
     """Nodes that run `make_client_app`."""
-    return RecordingGrid(make_client_app(model_fn, data_fn), num_nodes, {**RUN_CONFIG, **run_config})
+    return RecordingGrid(
+        make_client_app(model_fn, data_fn), num_nodes, {**RUN_CONFIG, **run_config}
+    )
 
 
 def gossip(
@@ -82,7 +84,10 @@ def down_frames(message: Message) -> dict[int, list[bytes]]:
 
 def up_frames(reply: Message) -> list[bytes]:
     """The frames in what a node answers."""
-    return [frame_bytes(array) for array in reply.content.array_records.get("frame", ArrayRecord()).values()]
+    return [
+        frame_bytes(array)
+        for array in reply.content.array_records.get("frame", ArrayRecord()).values()
+    ]
 
 
 def held_rounds(grid: InProcessGrid, node: int) -> dict[int, int]:
@@ -111,5 +116,9 @@ def state_bytes(context: Context) -> dict[str, bytes]:
     found = state_of(context)
     tensors = {name: tensor.numpy() for name, tensor in found.state.tensors.items()}
     parts = {"agent": tensors, "inbox": found.inbox, "outbox": found.outbox}
-    arrays = {f"{part}/{name}": array.tobytes() for part, held in parts.items() for name, array in held.items()}
+    arrays = {
+        f"{part}/{name}": array.tobytes()
+        for part, held in parts.items()
+        for name, array in held.items()
+    }
     return {**arrays, "facts": json.dumps(found.state.facts, sort_keys=True).encode()}

@@ -33,7 +33,9 @@ def be_a_node() -> None:
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
 
 
-def a_context(agent: int = 0, *, run_id: int | None = None, node: dict[str, Any] | None = None, **run: Any) -> Context:
+def a_context(
+    agent: int = 0, *, run_id: int | None = None, node: dict[str, Any] | None = None, **run: Any
+) -> Context:
     """The Context of a node that keeps its agent's state in it, unless `node` says otherwise."""
     return Context(
         run_id=next(run_ids) if run_id is None else run_id,
@@ -45,7 +47,11 @@ def a_context(agent: int = 0, *, run_id: int | None = None, node: dict[str, Any]
 
 
 def a_message(
-    round: int, *, frames: dict[int, bytes] | None = None, neighbors: Sequence[int] | None = None, **order: Any
+    round: int,
+    *,
+    frames: dict[int, bytes] | None = None,
+    neighbors: Sequence[int] | None = None,
+    **order: Any,
 ) -> Message:
     """What the relay sends; without `neighbors` it is what a node gets that the relay does not know yet."""
     record = ConfigRecord(
@@ -62,7 +68,9 @@ def a_message(
     )
     if neighbors:
         record[keys.NEIGHBORS] = list(neighbors)
-    arrays = {f"{j}/0": Array(np.frombuffer(frame, np.uint8)) for j, frame in (frames or {}).items()}
+    arrays = {
+        f"{j}/0": Array(np.frombuffer(frame, np.uint8)) for j, frame in (frames or {}).items()
+    }
     content = RecordDict({keys.ORDER: record, keys.FRAMES: ArrayRecord(arrays)})
     return Message(content, dst_node_id=1000, message_type="train")
 

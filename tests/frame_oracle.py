@@ -1,7 +1,8 @@
 """A slow, obvious second encoder and decoder of frames, written from docs/wire-format.md alone.
 
-Everything is plain Python: bits are lists of 0 and 1, values lists of floats, the range coder counts with integers of
-any length. What the page leaves to the encoder (how a layer is told) is an argument here.
+Everything is plain Python: bits are lists of 0 and 1, values lists of floats, the range
+coder counts with integers of any length. What the page leaves to the encoder (how a
+layer is told) is an argument here.
 """
 
 import hashlib
@@ -88,11 +89,17 @@ def encode(
                 assert reference
                 assert base
                 builds_on = reference.round
-                values = pack_values([single(v - b) for v, b in zip(layer.values, base, strict=True)], precision)
-                canonical += b"\1" + pack_values(add(base, unpack_values(values, precision)), "float32")
+                values = pack_values(
+                    [single(v - b) for v, b in zip(layer.values, base, strict=True)], precision
+                )
+                canonical += b"\1" + pack_values(
+                    add(base, unpack_values(values, precision)), "float32"
+                )
             else:
                 values = pack_values(layer.values, precision)
-                canonical += bytes([PRECISIONS[precision] + (8 if layer.bits is not None else 0)]) + values
+                canonical += (
+                    bytes([PRECISIONS[precision] + (8 if layer.bits is not None else 0)]) + values
+                )
             raw += values
         lines += bytes([coding]) + line
     coded = coder.finish()
@@ -101,7 +108,9 @@ def encode(
     head = b"MCPL" + bytes([2, 0 if builds_on else 1]) + len(names).to_bytes(2, "little")
     head += sender.to_bytes(4, "little") + round.to_bytes(4, "little")
     head += (0xFFFFFFFF if builds_on is None else builds_on).to_bytes(4, "little")
-    head += blake(description + (b"" if classes is None else prior_digest(classes))) + blake(canonical)
+    head += blake(description + (b"" if classes is None else prior_digest(classes))) + blake(
+        canonical
+    )
     head += (40 + len(middle) + len(raw) + len(coded) + 8).to_bytes(4, "little")
     body = head + middle + raw + coded
     return body + blake(body)
@@ -116,7 +125,11 @@ def decode(
 ) -> dict[str, Layer]:
     """Read a frame that is known to be good; anything odd is an AssertionError."""
     assert data[:5] == b"MCPL\x02"
-    flags, count, total = data[5], int.from_bytes(data[6:8], "little"), int.from_bytes(data[36:40], "little")
+    flags, count, total = (
+        data[5],
+        int.from_bytes(data[6:8], "little"),
+        int.from_bytes(data[36:40], "little"),
+    )
     builds_on = int.from_bytes(data[16:20], "little")
     assert total == len(data)
     assert blake(data[:-8]) == data[-8:]
@@ -152,9 +165,13 @@ def decode(
                 assert reference.round == builds_on
                 last = reference.bits[name]
             recent = reference.flips[name] if reference and coding & 0x40 else None
-            groups = sort_weights(numel, last, recent, classes[name] if classes and coding & 0x20 else None)
+            groups = sort_weights(
+                numel, last, recent, classes[name] if classes and coding & 0x20 else None
+            )
             bits = list(last or [0] * numel)
-            for group, taken in zip(groups, read_positions(coder.read, list(map(len, groups)), told), strict=True):
+            for group, taken in zip(
+                groups, read_positions(coder.read, list(map(len, groups)), told), strict=True
+            ):
                 for weight, flip in zip(group, taken, strict=True):
                     bits[weight] ^= flip
         if bits is not None:
@@ -199,7 +216,9 @@ def describe(fingerprint: str, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
 def prior_digest(classes: Classes) -> bytes:
     data = b""
     for name in sorted(classes, key=str.encode):
-        data += name.encode() + b"\0" + len(classes[name]).to_bytes(8, "little") + bytes(classes[name])
+        data += (
+            name.encode() + b"\0" + len(classes[name]).to_bytes(8, "little") + bytes(classes[name])
+        )
     return blake(data)
 
 
@@ -254,7 +273,9 @@ def pack_values(values: Sequence[float], precision: str | None) -> bytes:
     if precision == "bfloat16":
         words = struct.unpack(f"<{len(values)}I", struct.pack(f"<{len(values)}f", *values))
         # to the nearest, ties to the even one
-        return struct.pack(f"<{len(values)}H", *((word + 0x7FFF + (word >> 16 & 1)) >> 16 for word in words))
+        return struct.pack(
+            f"<{len(values)}H", *((word + 0x7FFF + (word >> 16 & 1)) >> 16 for word in words)
+        )
     scale = single(max(map(abs, values), default=0.0) / 127)
     steps = [round(single(value / scale)) if scale else 0 for value in values]
     return struct.pack(f"<f{len(values)}b", scale, *(max(-127, min(127, step)) for step in steps))
@@ -267,7 +288,11 @@ def unpack_values(data: bytes, precision: str) -> list[float]:
         return list(struct.unpack(f"<{len(data) // 2}e", data))
     if precision == "bfloat16":
         words = struct.unpack(f"<{len(data) // 2}H", data)
-        return list(struct.unpack(f"<{len(words)}f", b"".join((word << 16).to_bytes(4, "little") for word in words)))
+        return list(
+            struct.unpack(
+                f"<{len(words)}f", b"".join((word << 16).to_bytes(4, "little") for word in words)
+            )
+        )
     scale, *steps = struct.unpack(f"<f{len(data) - 4}b", data)
     return [single(scale * step) for step in steps]
 
@@ -280,7 +305,10 @@ def add(base: Sequence[float], differences: Sequence[float]) -> list[float]:
 
 
 def sort_weights(
-    numel: int, last: Sequence[int] | None, recent: Sequence[int] | None, classes: Sequence[int] | None
+    numel: int,
+    last: Sequence[int] | None,
+    recent: Sequence[int] | None,
+    classes: Sequence[int] | None,
 ) -> list[list[int]]:
     """Return the weights of each group."""
     groups = []
@@ -307,7 +335,10 @@ def frequencies(ratio: int, largest: int) -> list[int]:
 
 def count_frequencies(sizes: Sequence[int], total: int) -> list[list[int]]:
     everything = sum(sizes)
-    return [frequencies((total * size << 32) // max(everything + total * size, 1), min(size, total)) for size in sizes]
+    return [
+        frequencies((total * size << 32) // max(everything + total * size, 1), min(size, total))
+        for size in sizes
+    ]
 
 
 def gap_frequencies(size: int, rare: int) -> list[int]:
@@ -325,7 +356,10 @@ def write_positions(write: Callable[[int, int], None], groups: Sequence[Sequence
         for count, digits in zip(counts, count_frequencies(sizes, sum(counts)), strict=True):
             for b, frequency in enumerate(digits):
                 write(count >> b & 1, frequency)
-    rarer = [[1 - bit for bit in g] if 2 * count > len(g) else list(g) for g, count in zip(groups, counts, strict=True)]
+    rarer = [
+        [1 - bit for bit in g] if 2 * count > len(g) else list(g)
+        for g, count in zip(groups, counts, strict=True)
+    ]
     for group in rarer:
         if 16 * sum(group) <= len(group):
             previous = -1
@@ -361,7 +395,10 @@ def read_positions(read: Callable[[int], int], sizes: Sequence[int], total: int)
         if 16 * few > len(group):
             group[:] = [read(share(few, len(group))) for _ in group]
             assert sum(group) == few
-    return [[1 - bit for bit in g] if 2 * count > len(g) else g for g, count in zip(groups, counts, strict=True)]
+    return [
+        [1 - bit for bit in g] if 2 * count > len(g) else g
+        for g, count in zip(groups, counts, strict=True)
+    ]
 
 
 # ---- the range coder --------------------------------------------------------------------------------------
@@ -387,7 +424,9 @@ class Encoder:
         if self.range == 2**64 - 1:
             return b""
         first, beyond = (self.lower + 2**32 - 1) >> 32, (self.lower + self.range) >> 32
-        words = [first >> 32 * k & 0xFFFFFFFF for k in range(self.words, -1, -1)] + [0] * (first == beyond)
+        words = [first >> 32 * k & 0xFFFFFFFF for k in range(self.words, -1, -1)] + [0] * (
+            first == beyond
+        )
         return struct.pack(f"<{len(words)}I", *words)
 
 
@@ -413,4 +452,6 @@ class Decoder:
 
     def all_read(self) -> bool:
         untouched = self.range == 2**64 - 1
-        return next(self.words, None) is None and (untouched or (self.point - self.lower) % 2**64 < 2**33 - 1)
+        return next(self.words, None) is None and (
+            untouched or (self.point - self.lower) % 2**64 < 2**33 - 1
+        )

@@ -1,8 +1,8 @@
 """An in-process Grid: runs a ClientApp on N virtual nodes without Ray, SuperLink or polling.
 
-Semantics of flwr 1.41 simulation: exceptions become error replies (code 2) and discard the context; messages
-travel through deflate and inflate, so a payload that cannot be serialised fails. Nodes can be down, added,
-tampered with and given other ids.
+Semantics of flwr 1.41 simulation: exceptions become error replies (code 2) and discard
+the context; messages travel through deflate and inflate, so a payload that cannot be
+serialised fails. Nodes can be down, added, tampered with and given other ids.
 """
 
 import copy
@@ -13,24 +13,33 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects  # private: tests only
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents  # private: tests only
+
+# private: tests only
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+# private: tests only
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity  # private, needed by Message()
 
 SUPERLINK = 1  # node id that the SuperLink's own error replies bear
 
 
 class InProcessGrid(Grid):
-    def __init__(self, app: ClientApp, num_nodes: int, run_config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, app: ClientApp, num_nodes: int, run_config: dict[str, Any] | None = None
+    ) -> None:
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self.app, self.num_nodes, self.run_config = app, num_nodes, dict(run_config or {})
         self.contexts: dict[int, Context] = {}
         self.down: set[int] = set()  # not online
-        self.silent: set[int] = set()  # online, but the message never arrives: the SuperLink answers in the end
+        # online, but the message never arrives: the SuperLink answers in the end
+        self.silent: set[int] = set()
         self.mute: set[int] = set()  # online and at work, but the answer never arrives: the same
-        self.slow: set[int] = set()  # online and at work, but the answer lies there only after `deliver`
+        # online and at work, but the answer lies there only after `deliver`
+        self.slow: set[int] = set()
         self.unavailable: set[int] = set()  # the SuperLink answers for them with an error
-        self.tamper: Callable[[Message], Message] = lambda message: message  # on what goes to a node
+        # on what goes to a node
+        self.tamper: Callable[[Message], Message] = lambda message: message
         self.log: list[Message] = []  # everything sent to nodes
         self._replies: dict[str, Message] = {}
         self._kept_back: dict[str, Message] = {}
@@ -38,13 +47,18 @@ class InProcessGrid(Grid):
             self.add_node(1000 + index, index)
 
     def add_node(self, node: int, partition: int | None, **node_config: Any) -> None:
-        config = {} if partition is None else {"partition-id": partition, "num-partitions": self.num_nodes}
+        config = (
+            {}
+            if partition is None
+            else {"partition-id": partition, "num-partitions": self.num_nodes}
+        )
         self.contexts[node] = Context(
             run_id=1,
             node_id=node,
             state=RecordDict(),
             run_config=self.run_config,
-            node_config={"state-dir": "none", **config, **node_config},  # in the context, as in simulation
+            # in the context, as in simulation
+            node_config={"state-dir": "none", **config, **node_config},
         )
 
     def set_run(self, run: Any) -> None: ...
@@ -101,7 +115,9 @@ class InProcessGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         return self.pull_messages(self.push_messages(messages))
 
 

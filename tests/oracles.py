@@ -40,7 +40,9 @@ def neighbor_step(z: Array, g: Array, n: Array, finetune_lr: float) -> Array:
     return stepped
 
 
-def filter_places(shape: tuple[int, ...], transposed_groups: int = 0) -> list[list[tuple[int, ...]]]:
+def filter_places(
+    shape: tuple[int, ...], transposed_groups: int = 0
+) -> list[list[tuple[int, ...]]]:
     """Places in the weight of all that feeds one output, output by output."""
     if not transposed_groups:  # [out, in / groups, *kernel]
         return [[(out, *rest) for rest in np.ndindex(shape[1:])] for out in range(shape[0])]
@@ -48,7 +50,9 @@ def filter_places(shape: tuple[int, ...], transposed_groups: int = 0) -> list[li
     filters = []
     for group in range(transposed_groups):
         for out in range(outputs_per_group):
-            members = range(group * inputs // transposed_groups, (group + 1) * inputs // transposed_groups)
+            members = range(
+                group * inputs // transposed_groups, (group + 1) * inputs // transposed_groups
+            )
             filters.append([(i, out, *rest) for i in members for rest in np.ndindex(*kernel)])
     return filters
 

@@ -58,8 +58,12 @@ class FrozenBatches:
 
 def reference_config(agent: int) -> MceplConfig:
     return MceplConfig(
-        retention={"conv": float(VECTORS["retention_conv"][agent]), "linear": float(VECTORS["retention_linear"])},
-        first_retention={"conv": 0.3, "linear": 0.9},  # common; the trajectory starts from a recorded mask anyway
+        retention={
+            "conv": float(VECTORS["retention_conv"][agent]),
+            "linear": float(VECTORS["retention_linear"]),
+        },
+        # common; the trajectory starts from a recorded mask anyway
+        first_retention={"conv": 0.3, "linear": 0.9},
         score_lr=float(VECTORS["score_lr"]),
         finetune_lr=float(VECTORS["finetune_lr"]),
         weight_decay=float(VECTORS["weight_decay"]),
@@ -71,8 +75,12 @@ def reference_state(agent: MceplAgent) -> AgentState:
     fresh = agent.state()
     tensors = dict(fresh.tensors)
     for layer in LAYERS:
-        tensors[f"scores/{layer}.weight"] = torch.from_numpy(VECTORS[f"scores0.{agent.index}.{layer}"]).clone()
-        tensors[f"neighbor-count/{layer}.weight"] = torch.from_numpy(VECTORS[f"mask0.{layer}"]).to(torch.uint8)
+        tensors[f"scores/{layer}.weight"] = torch.from_numpy(
+            VECTORS[f"scores0.{agent.index}.{layer}"]
+        ).clone()
+        tensors[f"neighbor-count/{layer}.weight"] = torch.from_numpy(VECTORS[f"mask0.{layer}"]).to(
+            torch.uint8
+        )
     return AgentState(tensors, {**fresh.facts, "num-neighbors": 1})
 
 
@@ -85,4 +93,7 @@ def reference_agent(index: int) -> MceplAgent:
 
 
 def recorded_masks(kind: str, round: int, agent: int) -> dict[str, Tensor]:
-    return {f"{layer}.weight": torch.from_numpy(VECTORS[f"{kind}.{round}.{agent}.{layer}"]) for layer in LAYERS}
+    return {
+        f"{layer}.weight": torch.from_numpy(VECTORS[f"{kind}.{round}.{agent}.{layer}"])
+        for layer in LAYERS
+    }

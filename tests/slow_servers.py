@@ -15,9 +15,15 @@ def fedavg(
     w: Weights, data: Sequence[Data], *, steps: int, lr: float, decay: float, momentum: float
 ) -> tuple[Weights, list[Weights]]:
     """One round: everyone takes its steps from the global model, ``w = Σ (n_k / n) w_k``."""
-    models = [sgd(w, part, steps=steps, lr=lr, decay=decay, momentum=momentum, velocity={}) for part in data]
+    models = [
+        sgd(w, part, steps=steps, lr=lr, decay=decay, momentum=momentum, velocity={})
+        for part in data
+    ]
     sizes = [len(labels) for _, labels in data]
-    mean = {name: sum(n * x[name] for n, x in zip(sizes, models, strict=True)) / sum(sizes) for name in w}
+    mean = {
+        name: sum(n * x[name] for n, x in zip(sizes, models, strict=True)) / sum(sizes)
+        for name in w
+    }
     return mean, models
 
 
@@ -33,11 +39,18 @@ def fedspa(
         for _ in range(steps):
             g = clipped(gradient(model, data[k]), clip)
             lr_now = lr * lr_decay ** (round - 1)
-            model = {n: model[n] - lr_now * mask.get(n, 1) * (g[n] + decay * model[n]) for n in model}
+            model = {
+                n: model[n] - lr_now * mask.get(n, 1) * (g[n] + decay * model[n]) for n in model
+            }
         updates.append({n: start[n] - model[n] for n in model})
         share = alpha / 2 * (1 + cos(pi * (round - 1) / rounds)) if alpha else 0.0
         g = gradient(model, data[k])
-        moved.append({n: drop_and_grow(model[n], m, g[n], ceil(share * int(m.sum()))) for n, m in mask.items()})
+        moved.append(
+            {
+                n: drop_and_grow(model[n], m, g[n], ceil(share * int(m.sum())))
+                for n, m in mask.items()
+            }
+        )
     after = {n: w[n] - sum(u[n] for u in updates) / len(updates) for n in w}
     return after, moved, updates
 
@@ -47,7 +60,14 @@ def sigmoid(s: Array) -> Array:
 
 
 def fedpm_steps(
-    s: Weights, x: Weights, data: Data, uniforms: Sequence[Weights], *, lr: float, decay: float, momentum: float
+    s: Weights,
+    x: Weights,
+    data: Data,
+    uniforms: Sequence[Weights],
+    *,
+    lr: float,
+    decay: float,
+    momentum: float,
 ) -> Weights:
     """Local steps on the scores; one set of uniform draws a step, ``m = 1`` where a draw lies below ``σ(s)``."""
     velocity: Weights = {}

@@ -1,7 +1,8 @@
 """The weight-training algorithms once more, slow and obvious: NumPy in float64, gradients by hand, no torch.
 
-All agents train a network of two linear layers with a tanh between them, ``w1, b1, w2, b2``, on all of their data at
-once. A model is a dict of these four arrays, a mask a dict of bool arrays of the two weights.
+All agents train a network of two linear layers with a tanh between them, ``w1, b1, w2,
+b2``, on all of their data at once. A model is a dict of these four arrays, a mask a
+dict of bool arrays of the two weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,9 @@ def mix(w: Array, models: Sequence[Weights]) -> list[Weights]:
     ]
 
 
-def dsgd(x: list[Weights], data: Sequence[Data], w: Array, *, lr: float, decay: float) -> list[Weights]:
+def dsgd(
+    x: list[Weights], data: Sequence[Data], w: Array, *, lr: float, decay: float
+) -> list[Weights]:
     """One round as published: ``x_i <- Σ_j W_ij x_j - η ∇F_i(x_i)``."""
     mixed = mix(w, x)
     for i, model in enumerate(x):
@@ -87,7 +90,9 @@ def dsgd(x: list[Weights], data: Sequence[Data], w: Array, *, lr: float, decay: 
     return mixed
 
 
-def heavy_ball(x: Weights, data: Data, *, steps: int, lr: float, decay: float, momentum: float) -> Weights:
+def heavy_ball(
+    x: Weights, data: Data, *, steps: int, lr: float, decay: float, momentum: float
+) -> Weights:
     """Local steps from rest: ``y' = y - η g(y) + θ (y - y_before)``."""
     before, y = x, x
     for _ in range(steps):
@@ -120,7 +125,9 @@ def mix_held(w: Array, own: Sequence[Weights], held: Sequence[Weights]) -> list[
 
 def ranked(values: Sequence[float], *, largest: bool) -> list[int]:
     """Places in order of value; among equals the earlier place first."""
-    return sorted(range(len(values)), key=lambda place: (-values[place] if largest else values[place], place))
+    return sorted(
+        range(len(values)), key=lambda place: (-values[place] if largest else values[place], place)
+    )
 
 
 def drop_and_grow(weight: Array, mask: Array, g: Array, count: int) -> Array:
@@ -138,7 +145,9 @@ def drop_and_grow(weight: Array, mask: Array, g: Array, count: int) -> Array:
 def overlap_mean(values: Sequence[Array], masks: Sequence[Array]) -> Array:
     mean = np.zeros(values[0].shape)
     for place in np.ndindex(mean.shape):
-        held = [float(value[place]) for value, mask in zip(values, masks, strict=True) if mask[place]]
+        held = [
+            float(value[place]) for value, mask in zip(values, masks, strict=True) if mask[place]
+        ]
         mean[place] = sum(held) / len(held) if held else 0.0
     return mean
 
@@ -158,13 +167,23 @@ def dispfl(
         trained.append(model)
         share = alpha / 2 * (1 + cos(pi * (round - 1) / rounds))
         g = gradient(model, data[i])
-        moved.append({n: drop_and_grow(model[n], m, g[n], ceil(share * int(m.sum()))) for n, m in masks[i].items()})
+        moved.append(
+            {
+                n: drop_and_grow(model[n], m, g[n], ceil(share * int(m.sum())))
+                for n, m in masks[i].items()
+            }
+        )
     averaged = []
     for i in range(len(x)):
         group = [i, *neighbors[i]]
-        model = {n: overlap_mean([trained[j][n] for j in group], [masks[j][n] for j in group]) for n in WEIGHTS}
+        model = {
+            n: overlap_mean([trained[j][n] for j in group], [masks[j][n] for j in group])
+            for n in WEIGHTS
+        }
         model = {n: value * moved[i][n] for n, value in model.items()}
-        averaged.append({**model, **{n: np.mean([trained[j][n] for j in group], axis=0) for n in BIASES}})
+        averaged.append(
+            {**model, **{n: np.mean([trained[j][n] for j in group], axis=0) for n in BIASES}}
+        )
     return averaged, moved
 
 
@@ -176,7 +195,9 @@ def erk(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, floa
         wanted = density * sum(np.prod(shape) for shape in shapes.values())
         missing = wanted - sum(np.prod(shapes[name]) for name in full)
         scale = missing / sum(sum(shape) for shape in rest.values())
-        densities = {name: float(scale * sum(shape) / np.prod(shape)) for name, shape in rest.items()}
+        densities = {
+            name: float(scale * sum(shape) / np.prod(shape)) for name, shape in rest.items()
+        }
         fullest = max(densities, key=lambda name: densities[name])
         if densities[fullest] <= 1:
             return {**dict.fromkeys(full, 1.0), **densities}

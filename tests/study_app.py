@@ -89,7 +89,9 @@ def write_app(folder: Path, name: str = "study") -> Path:
     app = folder / f"mcepl-{name}-probe"
     package = app / f"mcepl_{name}_probe"
     package.mkdir(parents=True)
-    settings = PYPROJECT.replace("mcepl_study_probe", package.name).replace("mcepl-study-probe", app.name)
+    settings = PYPROJECT.replace("mcepl_study_probe", package.name).replace(
+        "mcepl-study-probe", app.name
+    )
     (app / "pyproject.toml").write_text(settings)
     (package / "__init__.py").write_text("")
     (package / "client_app.py").write_text(CLIENT)

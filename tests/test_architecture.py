@@ -16,9 +16,16 @@ import flower_mcepl
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flower_mcepl"
 SIDES = ("strategies", "clients")
-STUDIES = "studies"  # they run whole apps, so they may use Flower's client side, but load it only for a run
+# they run whole apps, so they may use Flower's client side, but load it only for a run
+STUDIES = "studies"
 HEAVY = ("flwr", "ray", "torchvision", "matplotlib", "rich", "pandas", "datasets")
-FLOWERS_DOORS = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.simulation")
+FLOWERS_DOORS = (
+    "flwr.app",
+    "flwr.clientapp",
+    "flwr.serverapp",
+    "flwr.serverapp.strategy",
+    "flwr.simulation",
+)
 EVERYWHERE, AT_THE_TOP = False, True
 
 
@@ -26,7 +33,9 @@ def sources(*rooms: str) -> list[Path]:
     return sorted(path for room in rooms for path in (PACKAGE / room).rglob("*.py"))
 
 
-CORE = [path for path in sources(".") if path.relative_to(PACKAGE).parts[0] not in (*SIDES, STUDIES)]
+CORE = [
+    path for path in sources(".") if path.relative_to(PACKAGE).parts[0] not in (*SIDES, STUDIES)
+]
 ALL = sources(".")
 COMMANDS = sources("cli")  # the command line alone loads what it prints with
 
@@ -44,7 +53,9 @@ def imports(path: Path, *, when: bool = EVERYWHERE, source: str | None = None) -
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            package = path.relative_to(ROOT).parent.parts[: -node.level + 1 or None] if node.level else ()
+            package = (
+                path.relative_to(ROOT).parent.parts[: -node.level + 1 or None] if node.level else ()
+            )
             module = ".".join([*package, node.module] if node.module else package)
             yield module
             yield from (f"{module}.{alias.name}" for alias in node.names)
@@ -81,7 +92,12 @@ class J:
 def test_reading_imports_sees_all_their_forms() -> None:
     path = PACKAGE / "room" / "sample.py"
     at_the_top = {"a.b", "d", "d.e", "f", "k"}
-    at_the_top |= {"flower_mcepl.room", "flower_mcepl.room.near", "flower_mcepl.far", "flower_mcepl.far.away"}
+    at_the_top |= {
+        "flower_mcepl.room",
+        "flower_mcepl.room.near",
+        "flower_mcepl.far",
+        "flower_mcepl.far.away",
+    }
     assert set(imports(path, source=SAMPLE, when=AT_THE_TOP)) == at_the_top
     assert set(imports(path, source=SAMPLE)) == at_the_top | {"g", "i"}
 
@@ -90,8 +106,15 @@ def test_reading_imports_sees_all_their_forms() -> None:
 def test_the_core_knows_neither_flower_nor_ray_nor_the_sides(path: Path) -> None:
     anywhere, at_the_top = set(imports(path)), set(imports(path, when=AT_THE_TOP))
     sides = tuple(f"flower_mcepl.{side}" for side in SIDES)
-    divides = path == PACKAGE / "data" / "partition.py"  # by flwr-datasets, which it loads only then
-    for forbidden in ("flwr", "ray", "torchvision", *sides, *(() if divides else ("flwr_datasets", "datasets"))):
+    # by flwr-datasets, which it loads only then
+    divides = path == PACKAGE / "data" / "partition.py"
+    for forbidden in (
+        "flwr",
+        "ray",
+        "torchvision",
+        *sides,
+        *(() if divides else ("flwr_datasets", "datasets")),
+    ):
         assert not {name for name in anywhere if belongs_to(name, forbidden)}
     for late in (
         "matplotlib",
@@ -114,11 +137,15 @@ def test_nothing_but_its_door_knows_the_command_line(path: Path) -> None:
 def test_the_two_sides_do_not_know_each_other(room: str, other: str) -> None:
     assert sources(room)
     for path in sources(room):
-        assert not {name for name in imports(path) if belongs_to(name, f"flower_mcepl.{other}")}, path
+        assert not {name for name in imports(path) if belongs_to(name, f"flower_mcepl.{other}")}, (
+            path
+        )
 
 
 @pytest.mark.parametrize(
-    "path", [*ALL, *sorted((ROOT / "examples").rglob("*.py"))], ids=lambda path: str(path.relative_to(ROOT))
+    "path",
+    [*ALL, *sorted((ROOT / "examples").rglob("*.py"))],
+    ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_flower_is_entered_by_its_public_doors(path: Path) -> None:
     for name in imports(path):
@@ -146,7 +173,9 @@ def test_the_top_level_doors_are_relative_links(side: str) -> None:
 def loaded_after(statement: str, packages: tuple[str, ...]) -> set[str]:
     """Those of the packages that a fresh interpreter holds after the statement."""
     code = f"{statement}\nimport sys\nprint('loaded', *[name for name in {packages!r} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     return set(result.stdout.splitlines()[-1].split()[1:])
 
 
@@ -173,9 +202,14 @@ def test_the_check_for_heavy_packages_can_fail() -> None:
 def test_third_party_imports_are_declared() -> None:
     """What the core and both sides import as they load must come with the plain package, and nothing in vain."""
     with (ROOT / "pyproject.toml").open("rb") as file:
-        declared = {re.split(r"[\[<>=~!; ]", line)[0] for line in tomllib.load(file)["project"]["dependencies"]}
+        declared = {
+            re.split(r"[\[<>=~!; ]", line)[0]
+            for line in tomllib.load(file)["project"]["dependencies"]
+        }
     ours = set(sys.stdlib_module_names) | {"flower_mcepl"}
-    at_the_top = {name.partition(".")[0] for path in ALL for name in imports(path, when=AT_THE_TOP)} - ours
+    at_the_top = {
+        name.partition(".")[0] for path in ALL for name in imports(path, when=AT_THE_TOP)
+    } - ours
     anywhere = {name.partition(".")[0] for path in ALL for name in imports(path)}
     assert at_the_top <= declared <= anywhere
 
@@ -185,9 +219,20 @@ def test_a_device_loads_only_what_a_message_needs() -> None:
     ours = "import torch, flwr.app, flwr.clientapp, sys; before = set(sys.modules); import flower_mcepl.clients"
     added = "{name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)"
     code = f"{ours}; print('loaded', *({added}))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    packages = {name for name in result.stdout.splitlines()[-1].split()[1:] if not name.startswith("_")}
-    assert packages <= {"flower_mcepl", "constriction", "jaxtyping", "numpy", "safetensors", "torch"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    packages = {
+        name for name in result.stdout.splitlines()[-1].split()[1:] if not name.startswith("_")
+    }
+    assert packages <= {
+        "flower_mcepl",
+        "constriction",
+        "jaxtyping",
+        "numpy",
+        "safetensors",
+        "torch",
+    }
 
 
 def test_a_device_loads_nothing_heavy_when_it_plays_a_round() -> None:
@@ -198,7 +243,10 @@ app, context = the_app(), a_context()
 app(a_message(1), context)
 app(a_message(2, neighbors=(1,), evaluate=True), context)
 """
-    rooms = tuple(f"flower_mcepl.{room}" for room in ("strategies", "studies", "plots", "page", "cli", "launch"))
+    rooms = tuple(
+        f"flower_mcepl.{room}"
+        for room in ("strategies", "studies", "plots", "page", "cli", "launch")
+    )
     of_flower = loaded_after("import torch, flwr.app, flwr.clientapp", HEAVY)
     heavy = (*HEAVY, "networkx", "sklearn", "datasets", "flwr_datasets", "sympy", "torch._dynamo")
     assert loaded_after(one_round, tuple({*heavy, *rooms} - of_flower - {"flwr"})) == set()

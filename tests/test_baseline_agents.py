@@ -20,7 +20,13 @@ EVERY = sorted(name for name, entry in ALGORITHMS.items() if entry.server is Non
 DENSE = ["local", "dsgd", "dfedavgm"]
 WEIGHTS = [*DENSE, "dispfl"]
 
-SOURCE = {"model_fn": noisy_net, "split": split, "local_epochs": 0, "local_steps": 2, "batch_size": 8}
+SOURCE = {
+    "model_fn": noisy_net,
+    "split": split,
+    "local_epochs": 0,
+    "local_steps": 2,
+    "batch_size": 8,
+}
 FULL: dict[str, dict[str, Any]] = {
     name: {**SOURCE, "momentum": 0.6, "lr_schedule": "cosine", "lr_rounds": 9, "score_lr": 1.0, "finetune_lr": 1.0,
            "lr": 0.05}
@@ -38,7 +44,9 @@ def through_a_file(state: AgentState, tmp_path: Path) -> AgentState:
 
 
 @pytest.mark.parametrize(
-    ("trained", "way"), [(False, in_memory), (True, through_a_file)], ids=["between rounds", "before the exchange"]
+    ("trained", "way"),
+    [(False, in_memory), (True, through_a_file)],
+    ids=["between rounds", "before the exchange"],
 )
 @pytest.mark.parametrize("algorithm", EVERY)
 def test_a_restored_fleet_continues_bit_for_bit(
@@ -82,8 +90,16 @@ def test_the_global_generators_do_not_matter(algorithm: str) -> None:
 
 @pytest.mark.parametrize("algorithm", EVERY)
 def test_learning_beats_chance(algorithm: str) -> None:
-    settings = {"score_lr": 5.0, "finetune_lr": 5.0, "retention_linear": 0.6, "lr": 0.3, "density": 0.6}
-    agents = fleet_of(algorithm, model_fn=wide_net, num_rounds=20, weight_decay=0.0, local_epochs=1, **settings)
+    settings = {
+        "score_lr": 5.0,
+        "finetune_lr": 5.0,
+        "retention_linear": 0.6,
+        "lr": 0.3,
+        "density": 0.6,
+    }
+    agents = fleet_of(
+        algorithm, model_fn=wide_net, num_rounds=20, weight_decay=0.0, local_epochs=1, **settings
+    )
     play(agents, RING, *range(1, 21))
     assert np.mean([agent.evaluate()["accuracy"] for agent in agents]) > 0.7  # chance is 1/3
 
@@ -111,7 +127,10 @@ def test_payloads_have_the_shapes_that_were_said(algorithm: str) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in agent.outgoing().items()}
     assert shapes == agent.layers
     first = agent.first_payload()
-    assert first is None or {name: tuple(tensor.shape) for name, tensor in first.items()} == agent.layers
+    assert (
+        first is None
+        or {name: tuple(tensor.shape) for name, tensor in first.items()} == agent.layers
+    )
     agent.train(round=2)
     assert shapes == {name: tuple(tensor.shape) for name, tensor in agent.outgoing().items()}
 
@@ -122,7 +141,12 @@ def test_running_statistics_stay_at_home(algorithm: str) -> None:
     play(agents, ((1,), (0,)), 1)
     means = [dict(agent.model.named_buffers())["1.running_mean"] for agent in agents]
     assert not torch.equal(*means)
-    assert not [name for agent in agents for name in agent.outgoing() if "running" in name or "tracked" in name]
+    assert not [
+        name
+        for agent in agents
+        for name in agent.outgoing()
+        if "running" in name or "tracked" in name
+    ]
 
 
 @pytest.mark.parametrize("algorithm", DENSE)
@@ -171,7 +195,9 @@ def test_a_network_without_anything_to_train_is_refused() -> None:
     def frozen() -> nn.Module:
         return two_layers_with_norm().requires_grad_(False)
 
-    with pytest.raises(UnsupportedLayerError, match="Sequential has no weight to train: requires_grad is False"):
+    with pytest.raises(
+        UnsupportedLayerError, match="Sequential has no weight to train: requires_grad is False"
+    ):
         agent_of("local", model_fn=frozen)
 
 
@@ -206,13 +232,18 @@ BAD = [
 
 
 @pytest.mark.parametrize(("algorithm", "settings", "message"), BAD)
-def test_a_bad_parameter_is_refused_by_its_key(algorithm: str, settings: dict[str, Any], message: str) -> None:
+def test_a_bad_parameter_is_refused_by_its_key(
+    algorithm: str, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         agent_of(algorithm, **settings)
 
 
 def test_an_unknown_algorithm_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"algorithm must be one of mcepl, .*fedpm; got 'dispfi'\. Did you mean 'dis"):
+    with pytest.raises(
+        ConfigError,
+        match=r"algorithm must be one of mcepl, .*fedpm; got 'dispfi'\. Did you mean 'dis",
+    ):
         agent_of("dispfi")
     with pytest.raises(ConfigError, match=r"got 7\.$"):
         find_algorithm(7)  # type: ignore[arg-type]
@@ -246,14 +277,19 @@ def test_a_loss_that_is_not_finite_names_the_agent(algorithm: str) -> None:
         inputs[0] = float("nan")
         return inputs, labels
 
-    with pytest.raises(DivergedError, match=r"agent 2: the training loss of round 4 is nan\. Lower lr \(now 0\."):
+    with pytest.raises(
+        DivergedError, match=r"agent 2: the training loss of round 4 is nan\. Lower lr \(now 0\."
+    ):
         agent_of(algorithm, 2, split=bad).train(round=4)
 
 
 @pytest.mark.parametrize("algorithm", WEIGHTS)
 def test_weights_that_leave_the_numbers_are_not_sent(algorithm: str) -> None:
     settings = {"lr": 3e38, "weight_decay": 1e3, "local_steps": 1, "local_epochs": 0}
-    with pytest.raises(DivergedError, match=r"agent 2: round 1 left weights that are not finite\. Lower lr \(now 3e"):
+    with pytest.raises(
+        DivergedError,
+        match=r"agent 2: round 1 left weights that are not finite\. Lower lr \(now 3e",
+    ):
         agent_of(algorithm, 2, **settings).train(round=1)
 
 
@@ -275,8 +311,12 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("damage", ["missing", "misshapen"])
-@pytest.mark.parametrize(("algorithm", "group"), [(name, group) for name in GROUPS for group in GROUPS[name]])
-def test_an_incomplete_state_is_refused_and_changes_nothing(algorithm: str, group: str, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "group"), [(name, group) for name in GROUPS for group in GROUPS[name]]
+)
+def test_an_incomplete_state_is_refused_and_changes_nothing(
+    algorithm: str, group: str, damage: str
+) -> None:
     agent, fresh = (agent_of(algorithm, **FULL[algorithm]) for _ in range(2))
     agent.train(round=1)
     state, before = agent.state(), fresh.state().tensors

@@ -1,7 +1,8 @@
 """The page of a study in a real browser: what only a browser knows, measured in headless Chromium.
 
-The page holds no script. A copy of it gets one, which measures when all is loaded and writes what it found into an
-attribute of the document, or of the one around it; Chromium prints that document.
+The page holds no script. A copy of it gets one, which measures when all is loaded and
+writes what it found into an attribute of the document, or of the one around it;
+Chromium prints that document.
 """
 
 import json
@@ -18,10 +19,18 @@ pytest.importorskip("matplotlib")
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no Chromium: none of {', '.join(NAMES)} is on PATH")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason=f"no Chromium: none of {', '.join(NAMES)} is on PATH"
+)
 
 SWITCHES = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"),
+    *(
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-dev-shm-usage",
+    ),
     *("--host-resolver-rules=MAP * ~NOTFOUND", "--allow-file-access-from-files", "--dump-dom"),
 )
 WIDE, NARROW = 1280, 400
@@ -80,7 +89,8 @@ FRAME = "<!DOCTYPE html><html><body><iframe src='{}' style='width: {}px; height:
 def opened(text: str, folder: Path, *, width: int) -> tuple[Page, dict[str, Any]]:
     """The document after loading, and what was measured in it, with all details closed and with all open.
 
-    Chromium makes no window below 500 px, so what is `NARROW` stands in a frame, which then is the document.
+    Chromium makes no window below 500 px, so what is `NARROW` stands in a frame, which
+    then is the document.
     """
     assert BROWSER is not None
     file, frame = folder / "page.html", folder / "frame.html"
@@ -89,7 +99,9 @@ def opened(text: str, folder: Path, *, width: int) -> tuple[Page, dict[str, Any]
     start = frame if width == NARROW else file
     profile, size = f"--user-data-dir={folder / 'profile'}", f"--window-size={max(width, 600)},900"
     command = [BROWSER, *SWITCHES, profile, size, start.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=False)
+    result = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=False
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     page = Page(result.stdout)
     measured = page.tags[0][1].get("data-measured")
@@ -106,8 +118,14 @@ def problems(found: dict[str, Any]) -> set[str]:
         wrong |= {f"{state}: sticks out: {what}" for what in facts["outside"]}
         wrong |= {f"{state}: broken in two: {what}" for what in facts["broken"]}
         wrong |= {f"{state}: loads {name}" for name in facts["loaded"]}
-        wrong |= {f"{state}: no picture: {one['alt']}" for one in facts["pictures"] if one["width"] < 300}
-        wrong |= {f"{state}: blank: {one['alt']}" for one in facts["pictures"] if not 0.002 < one["ink"] < 0.9}
+        wrong |= {
+            f"{state}: no picture: {one['alt']}" for one in facts["pictures"] if one["width"] < 300
+        }
+        wrong |= {
+            f"{state}: blank: {one['alt']}"
+            for one in facts["pictures"]
+            if not 0.002 < one["ink"] < 0.9
+        }
     wrong |= {f"hidden: {one['alt']}" for one in found["open"]["pictures"] if one["shown"] < 100}
     return wrong
 
@@ -159,14 +177,23 @@ def test_tables_use_the_window_and_scroll_where_it_is_narrow(
 def broken(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The same page with every fault that is looked for."""
     for old, new in (
-        (".short { white-space: nowrap; }", "td.short { display: block; width: 1px; overflow-wrap: anywhere; }"),
+        (
+            ".short { white-space: nowrap; }",
+            "td.short { display: block; width: 1px; overflow-wrap: anywhere; }",
+        ),
         ("iVBORw0KGgo", "iVBORw0KGgoAAAA"),
-        ("</main>", "<p style='width: 900px'>too wide</p><p style='margin-left: -50px'>too far left</p></main>"),
+        (
+            "</main>",
+            "<p style='width: 900px'>too wide</p><p style='margin-left: -50px'>too far "
+            "left</p></main>",
+        ),
         ("</main>", f"<img alt='White.' width=300 src='data:image/svg+xml,{WHITE}'></main>"),
         ("</main>", "<img alt='Remote.' src='http://nowhere.invalid/x.png'></main>"),
         (
             "</main>",
-            "<details><summary>more</summary><pre style='overflow: visible'>" + "x" * 300 + "</pre></details></main>",
+            "<details><summary>more</summary><pre style='overflow: visible'>"
+            + "x" * 300
+            + "</pre></details></main>",
         ),
     ):
         assert old in text

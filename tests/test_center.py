@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from flower_mcepl import ConfigError, FingerprintError, RunRecord, Topology, TopologyError, read_run, simulate
+from flower_mcepl import (
+    ConfigError,
+    FingerprintError,
+    RunRecord,
+    Topology,
+    TopologyError,
+    read_run,
+    simulate,
+)
 from flower_mcepl.agents import load_state
 from flower_mcepl.errors import CorruptFrameError
 from flower_mcepl.exchange.center import Center
@@ -64,17 +72,28 @@ class Run:
         for round in rounds:
             present = [agent for agent in self.agents if agent.index not in absent]
             for agent in present:
-                self.parcels[round, agent.index] = self.center.parcel(agent.index, round=round, closing=closing)
-            answers = {agent.index: self._answer(agent.index, round, up or {}, down or {}) for agent in present}
+                self.parcels[round, agent.index] = self.center.parcel(
+                    agent.index, round=round, closing=closing
+                )
+            answers = {
+                agent.index: self._answer(agent.index, round, up or {}, down or {})
+                for agent in present
+            }
             self.monitor.close_round(round, answers)
 
-    def _answer(self, index: int, round: int, up: Mapping[int, Spoil], down: Mapping[int, Spoil]) -> Answer[bytes]:
+    def _answer(
+        self, index: int, round: int, up: Mapping[int, Spoil], down: Mapping[int, Spoil]
+    ) -> Answer[bytes]:
         parcel = self.parcels[round, index]
         if index in down:
             parcel = replace(parcel, frames={N: [down[index](frame) for frame in parcel.frames[N]]})
-        reply = self.replies[round, index] = play_round(self.agents[index], self.mails[index], parcel)
+        reply = self.replies[round, index] = play_round(
+            self.agents[index], self.mails[index], parcel
+        )
         spoil = up.get(index, bytes)
-        posts = [Posted(spoil(f.data), len(f.data), f.header_bytes, f.reference) for f in reply.frames]
+        posts = [
+            Posted(spoil(f.data), len(f.data), f.header_bytes, f.reference) for f in reply.frames
+        ]
         facts = self.agents[index].describe()
         return Answer(facts, reply.metrics, posts, None, reply.held, reply.refused, reply.lacking)
 
@@ -116,7 +135,11 @@ def test_the_same_seeds_give_the_same_rows_and_frames(algorithm: str) -> None:
 
         agents = fleet_of(algorithm, N, seed=seed, **NOISY)
         result = simulate(
-            agents, server=server_of(algorithm, N, seed=seed, **NOISY), num_rounds=3, evaluate_every=1, on_reply=keep
+            agents,
+            server=server_of(algorithm, N, seed=seed, **NOISY),
+            num_rounds=3,
+            evaluate_every=1,
+            on_reply=keep,
         )
         return [{k: v for k, v in row.items() if k != "seconds"} for row in result.rows], frames
 
@@ -141,7 +164,12 @@ def test_a_parcel_holds_the_servers_frame_of_the_round_before(algorithm: str) ->
         assert parcel.round == round
         assert parcel.whole is False
         if round == 1:
-            assert (parcel.neighbors, parcel.frames, parcel.evaluate, parcel.acknowledged) == (None, {}, False, None)
+            assert (parcel.neighbors, parcel.frames, parcel.evaluate, parcel.acknowledged) == (
+                None,
+                {},
+                False,
+                None,
+            )
             continue
         assert parcel.neighbors == (N,)
         (frame,) = parcel.frames[N]
@@ -168,8 +196,12 @@ def test_places_travel_as_changes_once_they_are_known() -> None:
     run = Run("fedspa")
     run.play(1, 2, 3)
     for agent in range(N):
-        down = [read_header(run.parcels[t, agent].frames[N][0], run.server.layers_down) for t in (2, 3)]
-        up = [read_header(run.replies[t, agent].frames[0].data, run.server.layers) for t in (1, 2, 3)]
+        down = [
+            read_header(run.parcels[t, agent].frames[N][0], run.server.layers_down) for t in (2, 3)
+        ]
+        up = [
+            read_header(run.replies[t, agent].frames[0].data, run.server.layers) for t in (1, 2, 3)
+        ]
         assert [header.reference for header in down] == [None, 2 - 1]
         assert [header.reference for header in up] == [None, 1, 2]
 
@@ -177,7 +209,8 @@ def test_places_travel_as_changes_once_they_are_known() -> None:
 def test_masks_travel_as_changes_once_they_are_known() -> None:
     run = Run("fedpm")
     run.play(1, 2)
-    assert [run.replies[t, 0].frames[0].reference for t in (1, 2)] in ([None, 1], [None, None])  # whatever is shorter
+    # whatever is shorter
+    assert [run.replies[t, 0].frames[0].reference for t in (1, 2)] in ([None, 1], [None, None])
     assert all(len(run.replies[t, 0].frames) == 1 for t in (1, 2))
 
 
@@ -205,9 +238,18 @@ def test_the_ledger_counts_every_frame_once_up_or_once_down(algorithm: str) -> N
     run.play(4, closing=True)
     ledger = run.center.ledger
     for agent in range(N):
-        up = [frame.data for (_, who), reply in run.replies.items() if who == agent for frame in reply.frames]
+        up = [
+            frame.data
+            for (_, who), reply in run.replies.items()
+            if who == agent
+            for frame in reply.frames
+        ]
         down = [
-            f for (_, who), parcel in run.parcels.items() if who == agent for fs in parcel.frames.values() for f in fs
+            f
+            for (_, who), parcel in run.parcels.items()
+            if who == agent
+            for fs in parcel.frames.values()
+            for f in fs
         ]
         assert (len(up), len(down)) == (3, 3)
         assert ledger.uplinks[agent].bytes == sum(map(len, up))
@@ -215,7 +257,9 @@ def test_the_ledger_counts_every_frame_once_up_or_once_down(algorithm: str) -> N
         assert ledger.sent(agent) == 0
     assert set(ledger.links) == {(N, agent) for agent in range(N)}
     totals = ledger.totals()
-    assert totals["links_total"] == ledger.sent(N) == sum(ledger.received(agent) for agent in range(N))
+    assert (
+        totals["links_total"] == ledger.sent(N) == sum(ledger.received(agent) for agent in range(N))
+    )
     assert totals["relay_total"] == totals["links_total"] + totals["uplink_total"]
     assert totals["deliveries"] == totals["link_frames"] == totals["uplink_frames"] == 3 * N
     assert totals["fp32_total"] == 9 * 4 * run.agents[0].describe()["num-weights"]
@@ -253,7 +297,9 @@ def test_a_bad_frame_is_refused_and_the_round_goes_on(algorithm: str, tmp_path: 
     run.play(2, up={1: flipped})
     run.play(3)
     line = next(line for line in run.lines if "refused" in line)
-    assert line.startswith("round 2: the server refused a frame. CorruptFrameError, frame of agent 1: ")
+    assert line.startswith(
+        "round 2: the server refused a frame. CorruptFrameError, frame of agent 1: "
+    )
     assert [row["refused"] for row in read_run(tmp_path / "run").relay][::2] == [{}, {}]
     assert list(read_run(tmp_path / "run").relay[1]["refused"]) == [str(N)]
     truth_server, truth = server_of(algorithm, N, **SETTINGS), fleet_of(algorithm, N, **SETTINGS)
@@ -287,11 +333,24 @@ def other_layers(payload: dict[str, Any], algorithm: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("algorithm", "change", "round", "message"),
     [
-        *((a, swapped_kind, 2, "ForeignFrameError.*layer '0.weight' must hold (a mask|floats)") for a in SERVED),
-        ("fedavg", with_nan, 2, "CorruptFrameError.*finite values only; agent 1 sent some in layer '0.bias'"),
+        *(
+            (a, swapped_kind, 2, "ForeignFrameError.*layer '0.weight' must hold (a mask|floats)")
+            for a in SERVED
+        ),
+        (
+            "fedavg",
+            with_nan,
+            2,
+            "CorruptFrameError.*finite values only; agent 1 sent some in layer '0.bias'",
+        ),
         ("fedspa", with_nan, 2, "CorruptFrameError.*finite values only"),
         ("fedavg", other_layers, 2, "ForeignFrameError.*must have the receiver's layers"),
-        ("fedavg", dict, 1, "ReplayedFrameError.*of the present round, 2; agent 1 sent one of round 1"),
+        (
+            "fedavg",
+            dict,
+            1,
+            "ReplayedFrameError.*of the present round, 2; agent 1 sent one of round 1",
+        ),
         ("fedavg", dict, 7, "FutureFrameError"),
     ],
 )
@@ -349,7 +408,8 @@ def test_an_agent_that_lost_its_memory_gets_a_whole_frame(algorithm: str) -> Non
     run.play(1, 2, 3)
     run.restart(1)
     run.play(4, 5, 6)
-    # FedSpa's frames tell changes of places: it must ask once more. The others' frames are always whole.
+    # FedSpa's frames tell changes of places: it must ask once more. The others' frames
+    # are always whole.
     assert run.replies[4, 1].lacking == ([N] if algorithm == "fedspa" else [])
     assert run.replies[4, 1].held == ({} if algorithm == "fedspa" else {N: 3})
     assert run.replies[4, 1].frames[0].reference is None
@@ -357,9 +417,11 @@ def test_an_agent_that_lost_its_memory_gets_a_whole_frame(algorithm: str) -> Non
     assert [run.replies[t, 1].held for t in (5, 6)] == [{N: 4}, {N: 5}]
     assert [run.replies[t, 1].refused for t in (4, 5, 6)] == [[], [], []]
     if algorithm == "fedspa":
-        assert same_tensors(run.agents[1].masks, run.server._masks[1]) is False  # they moved in round 6 ...
+        # they moved in round 6 ...
+        assert same_tensors(run.agents[1].masks, run.server._masks[1]) is False
         run.aggregate(7)
-        assert same_tensors(run.agents[1].masks, run.server._masks[1])  # ... and the server knows where to
+        # ... and the server knows where to
+        assert same_tensors(run.agents[1].masks, run.server._masks[1])
 
 
 @pytest.mark.parametrize("algorithm", SERVED)
@@ -385,7 +447,9 @@ def test_a_newcomer_begins_from_the_servers_model_where_that_can_be(algorithm: s
 def test_a_run_leaves_a_record_that_shows(algorithm: str, tmp_path: Path) -> None:
     server, agents = server_of(algorithm, N, **SETTINGS), fleet_of(algorithm, N, **SETTINGS)
     record, lines = RunRecord.create(name="served", config={}, path=tmp_path / "run"), []
-    result = simulate(agents, server=server, num_rounds=3, evaluate_every=2, record=record, log=lines.append)
+    result = simulate(
+        agents, server=server, num_rounds=3, evaluate_every=2, record=record, log=lines.append
+    )
     read = read_run(tmp_path / "run")
     assert read.rounds == result.rows
     assert len(read.rounds) == 2 * N
@@ -393,7 +457,9 @@ def test_a_run_leaves_a_record_that_shows(algorithm: str, tmp_path: Path) -> Non
     assert Topology.from_config(read.config["topology"]).links() == ()
     assert read.config["server"] == {"number": N, **server.parameters()}
     assert [agent["agent"] for agent in read.config["agents"]] == [0, 1, 2]
-    assert {(link["sender"], link["receiver"]) for link in read.summary["links"]} == {(N, k) for k in range(N)}
+    assert {(link["sender"], link["receiver"]) for link in read.summary["links"]} == {
+        (N, k) for k in range(N)
+    }
     assert list(read.agents) == [0, 1, 2]
     assert "3/3 answered" in lines[0]
     later = server_of(algorithm, N, **SETTINGS)
@@ -409,16 +475,24 @@ def test_a_run_has_a_graph_or_a_server() -> None:
         simulate(agents, num_rounds=1)
     with pytest.raises(ConfigError, match="over a graph or through a server; got both"):
         simulate(agents, ring, server=server, num_rounds=1)
-    with pytest.raises(ConfigError, match=r"agents of algorithm fedavg hear a server, .*Pass server=make_server"):
+    with pytest.raises(
+        ConfigError, match=r"agents of algorithm fedavg hear a server, .*Pass server=make_server"
+    ):
         simulate(agents, ring, num_rounds=1)
 
 
 def test_agents_and_server_must_fit() -> None:
-    with pytest.raises(TopologyError, match=r"the graph has agents 0\.\.1, in this order; got agents \[0, 1, 2\]"):
+    with pytest.raises(
+        TopologyError, match=r"the graph has agents 0\.\.1, in this order; got agents \[0, 1, 2\]"
+    ):
         simulate(fleet_of("fedavg", N), server=server_of("fedavg", 2), num_rounds=1)
-    with pytest.raises(FingerprintError, match="agent 0 and the server have different algorithms: dsgd and fedavg"):
+    with pytest.raises(
+        FingerprintError, match="agent 0 and the server have different algorithms: dsgd and fedavg"
+    ):
         simulate(fleet_of("dsgd", N), server=server_of("fedavg", N), num_rounds=1)
-    with pytest.raises(FingerprintError, match=r"agent 0 and the server have different frozen weights"):
+    with pytest.raises(
+        FingerprintError, match=r"agent 0 and the server have different frozen weights"
+    ):
         simulate(fleet_of("fedavg", N), server=server_of("fedavg", N, seed=1), num_rounds=1)
 
 
@@ -431,4 +505,9 @@ def test_numbers_out_of_range_are_refused(bad: dict[str, int]) -> None:
 def test_agents_without_a_word_from_anyone_are_evaluated_at_the_end() -> None:
     center = center_of(server_of("fedspa", N))
     parcel = center.parcel(0, round=4, closing=True)
-    assert (parcel.neighbors, parcel.frames, parcel.evaluate, parcel.train) == ((N,), {}, True, False)
+    assert (parcel.neighbors, parcel.frames, parcel.evaluate, parcel.train) == (
+        (N,),
+        {},
+        True,
+        False,
+    )

@@ -102,8 +102,10 @@ class Device:
 
     agent: Flipping
     mail: Mail
-    sent: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by round, as decoded, arrived or not
-    told: dict[int, int] = field(default_factory=dict)  # what it holds, as in its last answer that arrived
+    # by round, as decoded, arrived or not
+    sent: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    # what it holds, as in its last answer that arrived
+    told: dict[int, int] = field(default_factory=dict)
     restarted: int = 0  # the round in which it lost its memory
     heard: int = 0  # the round of its last answer that arrived
     seen: dict[int, int] = field(default_factory=dict)  # what was found to be right in its mailbox
@@ -123,21 +125,33 @@ Post = Posted[bytes]
 
 class Chaos:
     def __init__(
-        self, topology: Topology, seed: int, num_rounds: int, key_interval: int, kind: type[Flipping] = Flipping
+        self,
+        topology: Topology,
+        seed: int,
+        num_rounds: int,
+        key_interval: int,
+        kind: type[Flipping] = Flipping,
     ) -> None:
         self.random = Random(seed)
         self.topology, self.num_rounds = topology, num_rounds
         self.relay = Relay[bytes](topology, max_staleness=STALENESS, key_interval=key_interval)
         self.devices = [Device.fresh(kind(index)) for index in range(topology.num_agents)]
-        self.restarts = {index: self.random.randint(2, max(num_rounds, 2)) for index in range(topology.num_agents)}
-        self.posts: dict[int, list[tuple[int, Post]]] = {device.agent.index: [] for device in self.devices}
+        self.restarts = {
+            index: self.random.randint(2, max(num_rounds, 2))
+            for index in range(topology.num_agents)
+        }
+        self.posts: dict[int, list[tuple[int, Post]]] = {
+            device.agent.index: [] for device in self.devices
+        }
         self.keys_sent = self.lacked = self.deliveries = 0
 
     def lost(self, round: int) -> bool:
         return round <= self.num_rounds and self.random.random() < LOSS
 
     def play(self, round: int, *, closing: bool = False) -> None:
-        parcels = [self.relay.parcel(d.agent.index, round=round, closing=closing) for d in self.devices]
+        parcels = [
+            self.relay.parcel(d.agent.index, round=round, closing=closing) for d in self.devices
+        ]
         for device, parcel in zip(self.devices, parcels, strict=True):
             for sender, chain in parcel.frames.items():
                 self.check_chain(device, sender, chain, parcel.round - 1)
@@ -155,8 +169,8 @@ class Chaos:
         reply = play_round(device.agent, device.mail, parcel)
         assert reply.refused == []
         for sender in reply.lacking:
-            # Only who has lost what it said it holds can lack anything: by a restart that the relay has not heard
-            # of, or because it was too old to count.
+            # Only who has lost what it said it holds can lack anything: by a restart
+            # that the relay has not heard of, or because it was too old to count.
             assert sender in device.told
             assert sender not in held
             stale = parcel.round - 1 - device.told[sender] > STALENESS
@@ -166,7 +180,8 @@ class Chaos:
             device.sent[parcel.round] = {**device.agent.outgoing(), **reply.frames[0].decoded}
             whole = [not frame.reference for frame in reply.frames]
             forgotten = parcel.acknowledged is None or parcel.acknowledged < device.restarted
-            # It starts afresh exactly where it must, and a key comes beside a delta exactly where one is asked for.
+            # It starts afresh exactly where it must, and a key comes beside a delta
+            # exactly where one is asked for.
             assert whole == ([True] if forgotten else [False, True] if parcel.whole else [False])
             self.keys_sent += sum(whole)
         return reply
@@ -181,15 +196,22 @@ class Chaos:
     def check_chain(self, device: Device, sender: int, chain: list[bytes], previous: int) -> None:
         """A key goes over a link only where the receiver holds nothing that leads on, or that would cost more."""
         self.deliveries += 1
-        posts = [next(post for _, post in self.posts[sender] if post.frame == frame) for frame in chain]
+        posts = [
+            next(post for _, post in self.posts[sender] if post.frame == frame) for frame in chain
+        ]
         if not posts[0].is_key:
             return
         held = device.told.get(sender)
-        newest, last_key = self.posts[sender][-1][0], max(r for r, post in self.posts[sender] if post.is_key)
+        newest, last_key = (
+            self.posts[sender][-1][0],
+            max(r for r, post in self.posts[sender] if post.is_key),
+        )
         if held is None or last_key - held > STALENESS:
             return
         deltas = self.delta_chains(sender, newest, held)
-        assert all(sum(p.num_bytes for p in other) > sum(p.num_bytes for p in posts) for other in deltas)
+        assert all(
+            sum(p.num_bytes for p in other) > sum(p.num_bytes for p in posts) for other in deltas
+        )
 
     def delta_chains(self, sender: int, to: int, held: int) -> Iterator[list[Post]]:
         """Every chain of deltas ever posted that leads from one round to another."""
@@ -197,7 +219,9 @@ class Chaos:
             yield []
         for round, post in self.posts[sender]:
             if round == to and post.builds_on and post.builds_on >= held:
-                yield from ([*chain, post] for chain in self.delta_chains(sender, post.builds_on, held))
+                yield from (
+                    [*chain, post] for chain in self.delta_chains(sender, post.builds_on, held)
+                )
 
     def check_mailbox(self, device: Device) -> None:
         """What is held of each sender is, bit for bit, what that one sent, decoded, in the round that is named."""
@@ -206,14 +230,18 @@ class Chaos:
             if device.seen.get(sender) == round:
                 continue
             device.seen[sender] = round
-            assert same_tensors(dict(inbox.current([sender], round=round)[sender]), self.devices[sender].sent[round])
+            assert same_tensors(
+                dict(inbox.current([sender], round=round)[sender]), self.devices[sender].sent[round]
+            )
 
     def check_all_is_well(self, round: int) -> None:
         """Everybody holds the payloads of ``round`` of all neighbors."""
         for device in self.devices:
             neighbors = self.topology.in_neighbors(device.agent.index, round=round)
             found = device.mail.inbox.current(neighbors, round=round)
-            assert {j: device.mail.inbox.rounds()[j] for j in neighbors} == dict.fromkeys(neighbors, round)
+            assert {j: device.mail.inbox.rounds()[j] for j in neighbors} == dict.fromkeys(
+                neighbors, round
+            )
             assert all(same_tensors(dict(found[j]), self.devices[j].sent[round]) for j in neighbors)
 
 
@@ -248,13 +276,19 @@ def test_all_end_with_exactly_their_neighbors_payloads(
     chaos.play(num_rounds + 1)  # a round in which nothing is lost
     chaos.play(num_rounds + 2, closing=True)  # brings its payloads
     chaos.check_all_is_well(num_rounds + 1)
-    if kind is Drifting:  # what they hold is near what the senders have, though many errors of rounding went in
+    # what they hold is near what the senders have, though many errors of rounding went
+    # in
+    if kind is Drifting:
         for device in chaos.devices:
             for name, weight in device.agent.payload.items():
                 assert (device.sent[num_rounds + 1][name] - weight).abs().max() < 0.01
     totals = chaos.relay.ledger.totals()
     assert totals["deliveries"] == chaos.deliveries
-    assert totals["uplink_keys"] <= chaos.keys_sent < totals["uplink_frames"] / (2 if key_interval == 0 else 1)
+    assert (
+        totals["uplink_keys"]
+        <= chaos.keys_sent
+        < totals["uplink_frames"] / (2 if key_interval == 0 else 1)
+    )
 
 
 def test_without_losses_or_restarts_a_link_carries_one_key() -> None:
@@ -290,7 +324,9 @@ def noting_agent(index: int, sent: dict[tuple[int, int], dict[str, Tensor]]) -> 
     return agent
 
 
-def test_the_same_through_strategy_and_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_through_strategy_and_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reporting, "plot_run", lambda run: "picture")
     random, num_rounds = Random(0), 8
     topology = TOPOLOGIES["regular"]
@@ -306,7 +342,11 @@ def test_the_same_through_strategy_and_client(tmp_path: Path, monkeypatch: pytes
             grid.add_node(1000 + agent, agent)
         for fate in (grid.silent, grid.mute):  # the message is lost; or its answer is
             fate.clear()
-            fate.update(1000 + agent for agent in range(NUM_AGENTS) if round < num_rounds and random.random() < LOSS)
+            fate.update(
+                1000 + agent
+                for agent in range(NUM_AGENTS)
+                if round < num_rounds and random.random() < LOSS
+            )
 
     def held(agent: int) -> Mapping[int, Any]:
         """What the node's Context holds of each sender, with the round."""
@@ -314,7 +354,9 @@ def test_the_same_through_strategy_and_client(tmp_path: Path, monkeypatch: pytes
         context = grid.contexts[1000 + agent]
         if context.state:
             inbox.restore(state_of(context).inbox)
-        return {j: (round, inbox.current([j], round=round)[j]) for j, round in inbox.rounds().items()}
+        return {
+            j: (round, inbox.current([j], round=round)[j]) for j, round in inbox.rounds().items()
+        }
 
     def check(round: int) -> None:
         for agent in range(NUM_AGENTS):
@@ -337,7 +379,9 @@ def test_the_same_through_strategy_and_client(tmp_path: Path, monkeypatch: pytes
     check(num_rounds + 1)
     for agent in range(NUM_AGENTS):
         neighbors = topology.in_neighbors(agent)
-        assert {j: round for j, (round, _) in held(agent).items()} == dict.fromkeys(neighbors, num_rounds)
+        assert {j: round for j, (round, _) in held(agent).items()} == dict.fromkeys(
+            neighbors, num_rounds
+        )
     (folder,) = tmp_path.iterdir()
     run = read_run(folder)
     assert [line["refused"] for line in run.relay] == [{}] * (num_rounds + 1)

@@ -18,13 +18,17 @@ from tests.study_app import write_app, write_study
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three agents that kept its frames."""
-    record = RunRecord.create(tmp_path_factory.mktemp("runs"), name="ring", config={}, with_frames=True)
+    record = RunRecord.create(
+        tmp_path_factory.mktemp("runs"), name="ring", config={}, with_frames=True
+    )
     simulate(make_fleet(3), Topology.ring(3), num_rounds=4, key_interval=2, record=record)
     return record.path
 
 
 def run(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, [str(argument) for argument in arguments], catch_exceptions=False
+    )
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -41,7 +45,9 @@ def test_frame_explains_a_whole_frame(record: Path) -> None:
         assert "x".join(map(str, shape)) in text
 
 
-def test_frame_names_the_layers_of_a_delta_by_a_whole_frame_beside_it(record: Path, tmp_path: Path) -> None:
+def test_frame_names_the_layers_of_a_delta_by_a_whole_frame_beside_it(
+    record: Path, tmp_path: Path
+) -> None:
     file = record / "frames" / "00003-agent-0000.frame"
     text = run("frame", file)
     assert "delta: it builds on the frame of round 2" in text
@@ -58,7 +64,9 @@ def test_frame_names_the_layers_of_a_delta_by_a_whole_frame_beside_it(record: Pa
 def test_frame_takes_no_names_from_another_model(record: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone.frame"
     alone.write_bytes((record / "frames" / "00003-agent-0000.frame").read_bytes())
-    (tmp_path / "other.frame").write_bytes(encode_frame({}, sender=0, round=1, fingerprint="0" * 32))
+    (tmp_path / "other.frame").write_bytes(
+        encode_frame({}, sender=0, round=1, fingerprint="0" * 32)
+    )
     (tmp_path / "noise.frame").write_bytes(b"noise")
     assert "--like" in run("frame", alone)
 
@@ -74,7 +82,11 @@ def test_frame_explains_every_kind_of_layer(tmp_path: Path) -> None:
         "sparse": sparse,
         "one": torch.tensor(1.0),
     }
-    file.write_bytes(encode_frame(tensors, sender=0, round=1, fingerprint="0" * 32, precision="float16", packed=True))
+    file.write_bytes(
+        encode_frame(
+            tensors, sender=0, round=1, fingerprint="0" * 32, precision="float16", packed=True
+        )
+    )
     text = run("frame", file)
     assert "1 bit a weight, 2 float16 values" in text
     assert "scalar" in text
@@ -85,9 +97,16 @@ def test_frame_explains_differences(tmp_path: Path) -> None:
 
     for round in (1, 2):
         tensors = {"weight": torch.full((10, 10), float(round)), "degree": torch.ones(1)}
-        before = Reference(round - 1, {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+        before = Reference(
+            round - 1, {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        )
         data = encode_frame(
-            tensors, sender=0, round=round, fingerprint="0" * 32, reference=before, precision="int8-differences"
+            tensors,
+            sender=0,
+            round=round,
+            fingerprint="0" * 32,
+            reference=before,
+            precision="int8-differences",
         )
         (tmp_path / f"{round}.frame").write_bytes(data)
     whole, delta = run("frame", tmp_path / "1.frame"), run("frame", tmp_path / "2.frame")
@@ -119,10 +138,15 @@ def test_data_shows_who_would_hold_what(tmp_path: Path) -> None:
         "train-fraction=0.5 validation-fraction=0.1",
     )
     text = run("data", QUICKSTART, *more, "--out", picture)
-    rows = [line.split() for line in text.splitlines() if line.split()[:1] in [[str(agent)] for agent in range(5)]]
+    rows = [
+        line.split()
+        for line in text.splitlines()
+        if line.split()[:1] in [[str(agent)] for agent in range(5)]
+    ]
     assert len(rows) == 5
     sums = [[int(number) for number in " ".join(row).split(" / ")[-2:]] for row in rows]
-    assert [sizes[-1] for sizes in sums] == [24, 48, 72, 96, 121]  # a fifth of 1797 * (i + 1) / 15, rounded up
+    # a fifth of 1797 * (i + 1) / 15, rounded up
+    assert [sizes[-1] for sizes in sums] == [24, 48, 72, 96, 121]
     assert "training / validation / test examples of each class" in text
     assert f"picture: {picture}" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -151,7 +175,9 @@ def test_data_tells_what_is_wrong(
     settings: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("flwr_datasets")
-    monkeypatch.setattr("sys.argv", ["flower-mcepl", "data", str(QUICKSTART), "--run-config", settings])
+    monkeypatch.setattr(
+        "sys.argv", ["flower-mcepl", "data", str(QUICKSTART), "--run-config", settings]
+    )
     with pytest.raises(SystemExit):
         main()
     error = capsys.readouterr().err
@@ -209,20 +235,32 @@ def test_run_lists_then_runs_then_skips(study_app: Path, tmp_path: Path) -> None
 
     assert "2 runs, 2 finished, 0 to do" in run("run", study)
     assert "2 runs, 0 to do" in run("run", study, "--dry-run")
-    assert (tmp_path / "out" / "compare.md").read_text().splitlines()[0].startswith("| algorithm | seeds |")
+    assert (
+        (tmp_path / "out" / "compare.md")
+        .read_text()
+        .splitlines()[0]
+        .startswith("| algorithm | seeds |")
+    )
 
 
-def test_run_with_a_failure_ends_with_1_and_goes_on_next_time(study_app: Path, tmp_path: Path) -> None:
+def test_run_with_a_failure_ends_with_1_and_goes_on_next_time(
+    study_app: Path, tmp_path: Path
+) -> None:
     study = write_study(tmp_path, study_app, "[grid]\ncrash = [true, false]\n")
     for done in ("2 to do", "1 to do"):
         result = CliRunner().invoke(app, ["run", str(study)], catch_exceptions=False)
         assert result.exit_code == 1
         assert done in result.output
-        assert f"failed: 1 of {done[0]} runs; the same command tries them again:\n  crash-True_" in result.output
+        assert (
+            f"failed: 1 of {done[0]} runs; the same command tries them again:\n  crash-True_"
+            in result.output
+        )
         assert "crashes on purpose" in result.output
 
 
-def test_ctrl_c_says_how_to_go_on(study_app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_says_how_to_go_on(
+    study_app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = write_study(tmp_path, study_app, "[grid]\nseed = [1, 2]\n")
     monkeypatch.setattr("flower_mcepl.cli.run._reached", stop := Stopper())
     result = CliRunner().invoke(app, ["run", str(study)], catch_exceptions=False)
@@ -241,7 +279,9 @@ class Stopper:
 
 def test_compare_prints_and_writes(record: Path, tmp_path: Path) -> None:
     files = tmp_path / "table.md", tmp_path / "table.csv"
-    text = run("compare", record.parent, "--target", "0.01", "--markdown", files[0], "--csv", files[1])
+    text = run(
+        "compare", record.parent, "--target", "0.01", "--markdown", files[0], "--csv", files[1]
+    )
     assert "to 0.01" in text
     assert "one seed has none" in text
     assert files[0].read_text().startswith("| seeds |")
@@ -263,7 +303,10 @@ def test_compare_prints_and_writes(record: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_goes_wrong_is_told_in_one_line(
-    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("sys.argv", ["flower-mcepl", *(a.format(here=__file__) for a in arguments)])
     with pytest.raises(SystemExit) as exit:

@@ -68,7 +68,12 @@ def three_rounds(apps: Iterable[ClientApp], context: Context) -> list[bytes]:
 def test_the_answer_is_handshake_metrics_and_frame() -> None:
     answer = the_app()(a_message(1), a_context(2))
     facts = dict(answer.content.config_records[keys.AGENT])
-    assert (facts["agent"], facts["fresh"], facts["num-examples"], facts["num-weights"]) == (2, True, 24, 228)
+    assert (facts["agent"], facts["fresh"], facts["num-examples"], facts["num-weights"]) == (
+        2,
+        True,
+        24,
+        228,
+    )
     assert facts["retention"] == "conv 0.3, linear 0.9"
     assert len(str(facts["fingerprint"])) == 32
     assert set(answer.content.metric_records[keys.METRICS]) == {"train-loss", "seconds"}
@@ -96,7 +101,15 @@ def test_a_query_says_who_it_is_without_calling_the_app() -> None:
     assert answer.content.config_records[keys.AGENT]["agent"] == 3
 
 
-HANDSHAKE = {"algorithm", "seed", "fingerprint", "num-weights", "kept-weights", "first-mask", "parameters"}
+HANDSHAKE = {
+    "algorithm",
+    "seed",
+    "fingerprint",
+    "num-weights",
+    "kept-weights",
+    "first-mask",
+    "parameters",
+}
 
 
 def test_a_device_may_keep_its_classes_to_itself() -> None:
@@ -134,7 +147,8 @@ def test_an_answer_says_of_each_frame_what_it_builds_on_and_how_large_its_header
     assert facts[keys.BUILDS_ON] == [1, 0] == [delta.reference, key.reference]
     assert facts[keys.HEADER_BYTES] == [delta.header_bytes, key.header_bytes]
     assert facts[keys.CONTENT] == delta.content == key.content
-    again = app(a_message(3, neighbors=(), acknowledged=1), context)  # its answer in round 2 was lost
+    # its answer in round 2 was lost
+    again = app(a_message(3, neighbors=(), acknowledged=1), context)
     assert [header.reference for header in headers_of(again)] == [1]
     restarted = the_app()(a_message(4, neighbors=(), acknowledged=1, whole=True), a_context())
     assert [header.reference for header in headers_of(restarted)] == [0]
@@ -143,7 +157,9 @@ def test_an_answer_says_of_each_frame_what_it_builds_on_and_how_large_its_header
 def delta_of(agent: int, contexts: dict[int, Context], round: int) -> bytes:
     """The agent's next frame, which builds on its last one."""
     message = a_message(
-        round, neighbors=() if round > 1 else None, **({"acknowledged": round - 1} if round > 1 else {})
+        round,
+        neighbors=() if round > 1 else None,
+        **({"acknowledged": round - 1} if round > 1 else {}),
     )
     return frame_of(the_app()(message, contexts[agent]))
 
@@ -161,7 +177,11 @@ def test_an_answer_names_what_is_held_and_what_is_lacking() -> None:
     held = facts_after(2, {1: sent[1][0], 2: sent[2][0]})
     assert (held[keys.HELD_AGENTS], held[keys.HELD_ROUNDS]) == ([1, 2], [1, 1])
     lacks = facts_after(4, {1: sent[1][2], 2: sent[2][1]})  # agent 1's frame of round 2 never came
-    assert (lacks[keys.HELD_AGENTS], lacks[keys.HELD_ROUNDS], lacks[keys.LACKING]) == ([2], [2], [1])
+    assert (lacks[keys.HELD_AGENTS], lacks[keys.HELD_ROUNDS], lacks[keys.LACKING]) == (
+        [2],
+        [2],
+        [1],
+    )
     assert keys.REFUSED not in lacks
     again = facts_after(5, {})  # the next message brought nothing: it is still in doubt
     assert (again[keys.HELD_AGENTS], again[keys.HELD_ROUNDS]) == ([2], [2])
@@ -175,7 +195,9 @@ def test_a_chain_arrives_in_its_order() -> None:
     app(a_message(1), context)
     message = a_message(13, neighbors=(1,))
     for place, frame in enumerate(chain):  # "1/10" comes after "1/9"
-        message.content.array_records[keys.FRAMES][f"1/{place}"] = Array(np.frombuffer(frame, np.uint8))
+        message.content.array_records[keys.FRAMES][f"1/{place}"] = Array(
+            np.frombuffer(frame, np.uint8)
+        )
     facts = app(message, context).content.config_records[keys.AGENT]
     assert (facts[keys.HELD_AGENTS], facts[keys.HELD_ROUNDS]) == ([1], [12])
     assert keys.REFUSED not in facts
@@ -186,11 +208,15 @@ def test_a_damaged_envelope_costs_that_frame_alone() -> None:
     app, context = the_app(), a_context()
     neighbors = {j: a_context(j, run_id=context.run_id) for j in (1, 2)}
     app(a_message(1), context)
-    message = a_message(2, frames={j: delta_of(j, neighbors, 1) for j in neighbors}, neighbors=(1, 2))
+    message = a_message(
+        2, frames={j: delta_of(j, neighbors, 1) for j in neighbors}, neighbors=(1, 2)
+    )
     message.content.array_records[keys.FRAMES]["1/0"].data = b"no envelope"
     facts = app(message, context).content.config_records[keys.AGENT]
     (reason,) = facts[keys.REFUSED]
-    assert reason.startswith("CorruptFrameError, frame of agent 1: a frame must come as an npy array")
+    assert reason.startswith(
+        "CorruptFrameError, frame of agent 1: a frame must come as an npy array"
+    )
     assert facts[keys.HELD_AGENTS] == [2]
 
 
@@ -224,7 +250,9 @@ def agent_with(verb: str, answer: Callable[..., Any]) -> MceplAgent:
     return agent
 
 
-@pytest.mark.parametrize("verb", ["restore", "fuse", "train", "outgoing", "evaluate", "state", "describe"])
+@pytest.mark.parametrize(
+    "verb", ["restore", "fuse", "train", "outgoing", "evaluate", "state", "describe"]
+)
 def test_the_context_stays_as_it_was_where_anything_fails(verb: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(f"no {verb} today")
@@ -234,7 +262,8 @@ def test_the_context_stays_as_it_was_where_anything_fails(verb: str) -> None:
     before = state_bytes(context)
     app = make_agent_app(lambda context: agent_with(verb, fail))
     with pytest.raises(
-        FlowerMceplError, match=rf"agent 0: RuntimeError: no {verb} today\. Its traceback is in the log of"
+        FlowerMceplError,
+        match=rf"agent 0: RuntimeError: no {verb} today\. Its traceback is in the log of",
     ):
         app(a_message(2, neighbors=(1, 2), evaluate=True), context)
     assert state_bytes(context) == before
@@ -253,7 +282,9 @@ def test_another_agents_state_is_refused() -> None:
     context = a_context(1)
     the_app()(a_message(1), context)
     context.node_config["partition-id"] = 2
-    with pytest.raises(StateError, match=r"the saved state is of agent 1, but agent 2 has 2\. Use the state"):
+    with pytest.raises(
+        StateError, match=r"the saved state is of agent 1, but agent 2 has 2\. Use the state"
+    ):
         the_app()(a_message(2), context)
 
 
@@ -275,7 +306,14 @@ def test_model_and_data_are_made_once_per_process_and_run() -> None:
     for run in (7, 8):
         for agent in (0, 1, 0, 1, 0):
             app(a_message(1), a_context(agent, run_id=run))
-    assert calls == [("model", 7), ("data 0", 7), ("data 1", 7), ("model", 8), ("data 0", 8), ("data 1", 8)]
+    assert calls == [
+        ("model", 7),
+        ("data 0", 7),
+        ("data 1", 7),
+        ("model", 8),
+        ("data 0", 8),
+        ("data 1", 8),
+    ]
 
 
 @pytest.mark.parametrize("agent", [0, 7])
@@ -312,7 +350,10 @@ def noisy_data(context: Context) -> Any:
     order = torch.randperm(24)
     inputs, labels = split(0)
     random.random()
-    return (inputs[order][:20] + np.random.rand(), labels[order][:20]), (inputs[order][20:], labels[order][20:])  # noqa: NPY002
+    return (inputs[order][:20] + np.random.rand(), labels[order][:20]), (
+        inputs[order][20:],
+        labels[order][20:],
+    )
 
 
 def test_global_generators_neither_matter_nor_move() -> None:
@@ -413,7 +454,10 @@ def test_a_node_sets_its_own_device() -> None:
 @pytest.mark.parametrize(
     ("node", "message"),
     [
-        ({"retention-conv": 0.0}, r"agent 3: the retention ratio of key retention-conv .*in \(0, 1\]; got 0\.0"),
+        (
+            {"retention-conv": 0.0},
+            r"agent 3: the retention ratio of key retention-conv .*in \(0, 1\]; got 0\.0",
+        ),
         (
             {"retention-linear": 1.5},
             r"agent 3: the retention ratio of key retention-linear .*got 1\.5\. Use for example",
@@ -437,7 +481,9 @@ def test_a_node_must_say_which_agent_it_is(partition: Any) -> None:
     context.node_config["partition-id"] = partition
     if partition is None:
         del context.node_config["partition-id"]
-    with pytest.raises(ConfigError, match=r"node 1000 must say which agent it is.*--node-config 'partition-id=0'"):
+    with pytest.raises(
+        ConfigError, match=r"node 1000 must say which agent it is.*--node-config 'partition-id=0'"
+    ):
         the_app()(a_message(1), context)
 
 
@@ -447,16 +493,24 @@ def test_a_node_must_say_which_agent_it_is(partition: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "came"),
     [
-        (RecordDict({"arrays": ArrayRecord(), "config": ConfigRecord({"server-round": 1})}), "None"),  # FedAvg's
+        # FedAvg's
+        (
+            RecordDict({"arrays": ArrayRecord(), "config": ConfigRecord({"server-round": 1})}),
+            "None",
+        ),
         (RecordDict(), "None"),
         (RecordDict({keys.ORDER: ConfigRecord({keys.VERSION: 1})}), "1"),
         (RecordDict({keys.ORDER: ConfigRecord({keys.ROUND: 1})}), "None"),
     ],
 )
 @pytest.mark.parametrize("message_type", ["train", "evaluate"])
-def test_a_message_of_another_strategy_or_version(content: RecordDict, came: str, message_type: str) -> None:
+def test_a_message_of_another_strategy_or_version(
+    content: RecordDict, came: str, message_type: str
+) -> None:
     message = Message(content, dst_node_id=1000, message_type=message_type)
-    expected = rf"agent 2: .*messages of version 3; got {came}\. Use GossipStrategy, and the same release"
+    expected = (
+        rf"agent 2: .*messages of version 3; got {came}\. Use GossipStrategy, and the same release"
+    )
     with pytest.raises(ConfigError, match=expected):
         the_app()(message, a_context(2))
 
@@ -466,10 +520,16 @@ def test_a_message_of_another_strategy_or_version(content: RecordDict, came: str
     [
         ((split(0, size=0), split(0)), "agent 4's training split is empty.*leave this agent out"),
         ((split(0), split(0, size=0)), "agent 4's test split is empty"),
-        ([split(0), split(0)], r"must return the pair \(train, test\), or .*; for agent 4 it gave list"),
+        (
+            [split(0), split(0)],
+            r"must return the pair \(train, test\), or .*; for agent 4 it gave list",
+        ),
         (None, r"must return the pair \(train, test\), or .*; for agent 4 it gave NoneType"),
         ((split(0), "test"), "agent 4's test split must be a pair of tensors .*got str"),
-        (((split(0)[0], split(0, size=5)[1]), split(0)), "agent 4's training split holds 24 inputs but 5 labels"),
+        (
+            ((split(0)[0], split(0, size=5)[1]), split(0)),
+            "agent 4's training split holds 24 inputs but 5 labels",
+        ),
     ],
 )
 def test_data_that_are_none(splits: Any, message: str) -> None:
@@ -493,14 +553,18 @@ def test_the_run_config_says_what_an_agent_is_evaluated_on(split_name: str, size
 def test_a_validation_split_that_is_asked_for_must_be_there(splits: Any) -> None:
     context = a_context(4)
     context.run_config["evaluate-on"] = "validation"
-    with pytest.raises(DataError, match="evaluate-on is 'validation', but agent 4 has no validation split"):
+    with pytest.raises(
+        DataError, match="evaluate-on is 'validation', but agent 4 has no validation split"
+    ):
         make_client_app(model_fn, lambda context: splits)(a_message(1), context)
 
 
 def test_inputs_that_are_not_finite() -> None:
     inputs, labels = split(0)
     app = make_client_app(model_fn, lambda context: ((inputs * float("nan"), labels), split(1)))
-    with pytest.raises(DivergedError, match=r"agent 4: the training loss of round 1 is nan\. Lower score-lr"):
+    with pytest.raises(
+        DivergedError, match=r"agent 4: the training loss of round 1 is nan\. Lower score-lr"
+    ):
         app(a_message(1), a_context(4))
 
 
@@ -511,7 +575,9 @@ def test_an_error_of_the_apps_own_code_names_agent_type_and_place(which: str) ->
 
     functions = {"model": model_fn, "data": data_fn, which: broken}
     app = make_client_app(functions["model"], functions["data"])
-    with pytest.raises(FlowerMceplError, match=r"agent 4: KeyError: 'label'\. .*node 1004\.$") as caught:
+    with pytest.raises(
+        FlowerMceplError, match=r"agent 4: KeyError: 'label'\. .*node 1004\.$"
+    ) as caught:
         app(a_message(1), a_context(4))
     assert isinstance(caught.value.__cause__, KeyError)
 
@@ -528,5 +594,7 @@ def test_cuda_where_there_is_none_is_refused_by_name() -> None:
     app = make_client_app(model_fn, data_fn)
     context = a_context(4)
     context.node_config["device"] = "cuda:1"
-    with pytest.raises(ConfigError, match=r"agent 4: device is 'cuda:1', but torch finds no CUDA here\. Use device"):
+    with pytest.raises(
+        ConfigError, match=r"agent 4: device is 'cuda:1', but torch finds no CUDA here\. Use device"
+    ):
         app(a_message(1), context)

@@ -124,7 +124,8 @@ def test_a_mod_that_breaks_the_answer_costs_this_round_alone(mod: Any) -> None:
     assert reply.error.code == (6 if mod is fails_the_reply else 2)
     assert re.search(BREAKING[mod], str(reply.error.reason))
     assert "must return Message(content, reply_to=message)" in str(reply.error.reason)
-    assert state_bytes(context) == before  # it will play the round again, or the next one, from there
+    # it will play the round again, or the next one, from there
+    assert state_bytes(context) == before
     message = sent(2, neighbors=())
     assert frame_of(sound(message, context)) == frame_of(sound(message, twin))
 
@@ -180,7 +181,10 @@ def test_an_app_cannot_leave() -> None:
     def leave(context: Context) -> Any:
         sys.exit("no data today")
 
-    with pytest.raises(FlowerMceplError, match=r"node 1000: .*called sys\.exit\('no data today'\).*Raise an exception"):
+    with pytest.raises(
+        FlowerMceplError,
+        match=r"node 1000: .*called sys\.exit\('no data today'\).*Raise an exception",
+    ):
         make_agent_app(leave)(sent(1), a_context())
 
 
@@ -243,10 +247,14 @@ def local_dp() -> Any:
 
 
 @pytest.mark.parametrize("mod", [local_dp(), fixedclipping_mod, adaptiveclipping_mod])
-@pytest.mark.parametrize("make", [the_app, lambda **options: make_agent_app(lambda context: make_agent(0), **options)])
+@pytest.mark.parametrize(
+    "make", [the_app, lambda **options: make_agent_app(lambda context: make_agent(0), **options)]
+)
 def test_flowers_clipping_mods_are_refused_as_the_app_is_built(mod: Any, make: Any) -> None:
     name = getattr(mod, "__name__", type(mod).__name__)
-    with pytest.raises(ConfigError, match=rf"mods must let an agent's frames pass.*Flower's {name} .*Leave it out"):
+    with pytest.raises(
+        ConfigError, match=rf"mods must let an agent's frames pass.*Flower's {name} .*Leave it out"
+    ):
         make(mods=[arrays_size_mod, mod])
 
 
@@ -259,7 +267,10 @@ def test_a_users_own_mod_of_the_same_name_is_not_refused() -> None:
 
 
 def test_a_mod_must_be_callable() -> None:
-    with pytest.raises(ConfigError, match=r"a mod must be callable as mod\(message, context, call_next\); got 'clip'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"a mod must be callable as mod\(message, context, call_next\); got 'clip'",
+    ):
         the_app(mods=["clip"])
 
 
@@ -279,7 +290,8 @@ def test_local_dp_that_comes_in_by_a_side_door_wedges_nothing() -> None:
         return Message(RecordDict({"out": ArrayRecord()}), reply_to=message)
 
     message.content[keys.FRAMES] = ArrayRecord({"x": next(iter(frames_of_one_agent().values()))})
-    assert unguarded(message, a_context()).metadata.reply_to_message_id == ""  # what the guard is there for
+    # what the guard is there for
+    assert unguarded(message, a_context()).metadata.reply_to_message_id == ""
 
 
 def frames_of_one_agent() -> ArrayRecord:

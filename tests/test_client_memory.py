@@ -88,9 +88,13 @@ def test_a_devices_disk_gives_the_same_bits_as_the_context(tmp_path: Path) -> No
     assert played(devices(tmp_path), rounds) == played(in_one_context(), rounds)
 
 
-def test_a_restarted_node_goes_on_as_the_same_agent_and_its_context_stays_empty(tmp_path: Path) -> None:
+def test_a_restarted_node_goes_on_as_the_same_agent_and_its_context_stays_empty(
+    tmp_path: Path,
+) -> None:
     contexts = [a_device(tmp_path) for _ in range(3)]
-    replies = [play(context, round, introduce=False) for round, context in enumerate(contexts, start=1)]
+    replies = [
+        play(context, round, introduce=False) for round, context in enumerate(contexts, start=1)
+    ]
     assert [fresh(reply) for reply in replies] == [True, False, False]
     assert [context.state for context in contexts] == [RecordDict()] * 3
     assert store_of(tmp_path).rounds(0) == [2, 3]
@@ -99,13 +103,16 @@ def test_a_restarted_node_goes_on_as_the_same_agent_and_its_context_stays_empty(
     assert keys.PARAMETERS in asked  # under a new node id the relay asks who it is
 
 
-def test_a_round_that_is_sent_again_is_played_again_with_the_same_bits(tmp_path: Path, warnings: list[str]) -> None:
+def test_a_round_that_is_sent_again_is_played_again_with_the_same_bits(
+    tmp_path: Path, warnings: list[str]
+) -> None:
     first = played(devices(tmp_path), [1, 2, 3, 4])
     assert warnings == []
     again = frame_of(play(a_device(tmp_path), 4))
     assert again == first[3]
     assert warnings == [
-        "agent 0 plays round 4 again, from its state after round 3; the newest that it has is that after round 4."
+        "agent 0 plays round 4 again, from its state after round 3; the newest that it has is "
+        "that after round 4."
     ]
     assert played(devices(tmp_path), [5, 6]) == played(in_one_context(), [1, 2, 3, 4, 5, 6])[4:]
     assert store_of(tmp_path).rounds(0) == [5, 6]
@@ -126,9 +133,13 @@ def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, warnings: l
 def test_a_state_of_another_model_is_refused_and_stays(tmp_path: Path) -> None:
     played(devices(tmp_path), [1, 2])
     other = make_client_app(lambda context: noisy_net(), data_fn)
-    with pytest.raises(StateError, match=r"agent-0000-round-000002\.state: the saved state is of fingerprint"):
+    with pytest.raises(
+        StateError, match=r"agent-0000-round-000002\.state: the saved state is of fingerprint"
+    ):
         other(a_message(3, neighbors=()), a_device(tmp_path))
-    with pytest.raises(StateError, match=r"round-000002\.state: the saved state is of seed 7, but agent 0 has 8"):
+    with pytest.raises(
+        StateError, match=r"round-000002\.state: the saved state is of seed 7, but agent 0 has 8"
+    ):
         the_app()(a_message(3, neighbors=()), a_device(tmp_path, seed=8))
     assert not fresh(play(a_device(tmp_path), 3))
 
@@ -178,7 +189,9 @@ def test_two_nodes_that_play_one_agent_at_once_are_told(tmp_path: Path) -> None:
 
         def __call__(self, message: Message, context: Context, call_next: Any) -> Message:
             reply = call_next(message, context)
-            with pytest.raises(StateError, match=r"one process at a time plays agent 0; process \d+ is at it in"):
+            with pytest.raises(
+                StateError, match=r"one process at a time plays agent 0; process \d+ is at it in"
+            ):
                 play(a_device(tmp_path), 1)
             play(a_device(tmp_path, 1), 1)
             return reply
@@ -190,9 +203,13 @@ def test_two_nodes_that_play_one_agent_at_once_are_told(tmp_path: Path) -> None:
 def test_the_message_must_say_of_which_run_it_is(tmp_path: Path) -> None:
     message = a_message(1)
     del message.content.config_records[keys.ORDER][keys.RUN]
-    with pytest.raises(ConfigError, match=r"agent 0: an order must say of which run it is \(run\); got None"):
+    with pytest.raises(
+        ConfigError, match=r"agent 0: an order must say of which run it is \(run\); got None"
+    ):
         the_app()(message, a_device(tmp_path))
-    with pytest.raises(StateError, match=r"a run's id is 16 lower-case hex digits; got '\.\./elsewhere'"):
+    with pytest.raises(
+        StateError, match=r"a run's id is 16 lower-case hex digits; got '\.\./elsewhere'"
+    ):
         play(a_device(tmp_path), 1, run="../elsewhere")
     assert list(tmp_path.iterdir()) == []
 
@@ -200,14 +217,22 @@ def test_the_message_must_say_of_which_run_it_is(tmp_path: Path) -> None:
 def test_a_device_writes_nowhere_else_than_in_its_state_dir(tmp_path: Path) -> None:
     """The folder of the run record, which the relay names, is one of another machine."""
     play(a_device(tmp_path / "state"), 1, store=True, agents_dir=str(tmp_path / "record"))
-    play(a_device(tmp_path / "state"), 2, train=False, store=True, agents_dir=str(tmp_path / "record"))
+    play(
+        a_device(tmp_path / "state"),
+        2,
+        train=False,
+        store=True,
+        agents_dir=str(tmp_path / "record"),
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
 # --- where that is ---
 
 
-def test_the_users_state_folder_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_state_folder_is_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert DeviceSettings().state_folder() == tmp_path / "flower_mcepl"
     for unset in ("", "relative/paths/count/for/nothing"):
@@ -225,14 +250,20 @@ def test_a_user_without_a_home_is_told_to_set_one(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setenv("XDG_STATE_HOME", "")
     monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(ConfigError, match=r"no home folder for its agent's state .*Set state-dir to an absolute path"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no home folder for its agent's state .*Set state-dir to an absolute path",
+    ):
         DeviceSettings().state_folder()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"state_dir": "agents"}, "state-dir must be an absolute path, or \"none\" to keep .*; got 'agents'"),
+        (
+            {"state_dir": "agents"},
+            "state-dir must be an absolute path, or \"none\" to keep .*; got 'agents'",
+        ),
         ({"state_runs": 0}, "state-runs must be >= 1; got 0"),
     ],
 )
@@ -250,8 +281,8 @@ def test_a_second_run_in_one_context_begins_afresh(warnings: list[str]) -> None:
     assert [fresh(play(context, round)) for round in (1, 2)] == [True, False]
     assert [fresh(play(context, round, run=OTHER_RUN)) for round in (1, 2)] == [True, False]
     assert warnings == [
-        f"agent 0 starts afresh: round 1 of run {OTHER_RUN} was asked for, and its state is that after round 2 of run "
-        f"{RUN}."
+        f"agent 0 starts afresh: round 1 of run {OTHER_RUN} was asked for, and its state is that "
+        f"after round 2 of run {RUN}."
     ]
 
 
@@ -271,14 +302,17 @@ def test_a_used_agent_is_as_good_as_a_new_one_when_a_round_comes_again(tmp_path:
     frames = [frame_of(app(message, context)) for message in messages]
     assert frames[2] == frames[3]
     assert [*frames[:3], frames[4]] == played(in_one_context(), [1, 2, 3, 4])
-    assert fresh(app(a_message(1), context))  # older than all that is stored: not the used agent as it is
+    # older than all that is stored: not the used agent as it is
+    assert fresh(app(a_message(1), context))
 
 
 # --- in a simulation ---
 
 
 @pytest.mark.usefixtures("simulated")
-def test_a_simulated_agent_keeps_its_state_in_the_context_whatever_the_device_says(tmp_path: Path) -> None:
+def test_a_simulated_agent_keeps_its_state_in_the_context_whatever_the_device_says(
+    tmp_path: Path,
+) -> None:
     context = a_device(tmp_path / "state")
     play(context, 1)
     assert state_of(context).round == 1
@@ -333,5 +367,15 @@ def test_what_is_stored_is_the_agents_whole_state(tmp_path: Path) -> None:
     found = store_of(tmp_path).load(0, run=RUN, before=2)
     assert found is not None
     dtypes = {name.partition("/")[0]: tensor.dtype for name, tensor in found.state.tensors.items()}
-    assert dtypes == {"scores": torch.float32, "gradient": torch.float32, "neighbor-count": torch.uint8}
-    assert {name.partition("/")[2] for name in found.outbox} == {"round", "kinds", "bits", "values", "flips"}
+    assert dtypes == {
+        "scores": torch.float32,
+        "gradient": torch.float32,
+        "neighbor-count": torch.uint8,
+    }
+    assert {name.partition("/")[2] for name in found.outbox} == {
+        "round",
+        "kinds",
+        "bits",
+        "values",
+        "flips",
+    }

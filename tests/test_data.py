@@ -19,9 +19,13 @@ def train_of(split: object) -> BatchSource:
     return AgentData.of(split, (INPUTS, LABELS), agent=4).train
 
 
-def training(source: BatchSource, *, steps: int, batch_size: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+def training(
+    source: BatchSource, *, steps: int, batch_size: int, seed: int = 0
+) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return list(source.training_batches(round=1, steps=steps, batch_size=batch_size, generator=generator))
+    return list(
+        source.training_batches(round=1, steps=steps, batch_size=batch_size, generator=generator)
+    )
 
 
 SPLITS: dict[str, object] = {
@@ -39,7 +43,10 @@ def test_every_kind_of_split_gives_the_same_batches(kind: str) -> None:
     assert source.num_examples == 10
     for batches, expected in (
         (training(source, steps=6, batch_size=4), training(plain, steps=6, batch_size=4)),
-        (list(source.evaluation_batches(batch_size=4)), list(plain.evaluation_batches(batch_size=4))),
+        (
+            list(source.evaluation_batches(batch_size=4)),
+            list(plain.evaluation_batches(batch_size=4)),
+        ),
     ):
         assert len(batches) == len(expected)
         for (inputs, labels), (other_inputs, other_labels) in zip(batches, expected, strict=True):
@@ -47,8 +54,15 @@ def test_every_kind_of_split_gives_the_same_batches(kind: str) -> None:
             assert torch.equal(labels, other_labels)
 
 
-@given(size=st.integers(1, 30), batch_size=st.integers(1, 12), passes=st.integers(1, 3), seed=st.integers(0, 9))
-def test_a_pass_shows_every_example_once(size: int, batch_size: int, passes: int, seed: int) -> None:
+@given(
+    size=st.integers(1, 30),
+    batch_size=st.integers(1, 12),
+    passes=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_a_pass_shows_every_example_once(
+    size: int, batch_size: int, passes: int, seed: int
+) -> None:
     source = TensorBatches(torch.arange(size).view(size, 1), torch.arange(size))
     per_pass = -(-size // batch_size)
     if size > 1 and size % batch_size == 1 and batch_size > 1:
@@ -58,19 +72,25 @@ def test_a_pass_shows_every_example_once(size: int, batch_size: int, passes: int
         one_pass = batches[start : start + per_pass]
         assert all(len(labels) == batch_size for _, labels in one_pass[:-1])
         assert len(one_pass[-1][1]) > 1 or size == 1 or batch_size == 1
-        assert torch.cat([labels for _, labels in one_pass]).sort().values.tolist() == list(range(size))
+        assert torch.cat([labels for _, labels in one_pass]).sort().values.tolist() == list(
+            range(size)
+        )
     assert all(torch.equal(inputs.squeeze(1), labels) for inputs, labels in batches)
 
 
 def test_the_order_comes_from_the_generator() -> None:
     source = train_of((INPUTS, LABELS))
-    first, again, other = (training(source, steps=1, batch_size=10, seed=seed)[0][1] for seed in (1, 1, 2))
+    first, again, other = (
+        training(source, steps=1, batch_size=10, seed=seed)[0][1] for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_evaluation_keeps_the_order_and_the_short_end() -> None:
-    labels = [batch[1].tolist() for batch in train_of(SPLITS["dataset"]).evaluation_batches(batch_size=4)]
+    labels = [
+        batch[1].tolist() for batch in train_of(SPLITS["dataset"]).evaluation_batches(batch_size=4)
+    ]
     assert labels == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
@@ -138,7 +158,9 @@ THIRDS = LABELS % 3
         ("data", None),
     ],
 )
-def test_classes_are_counted_where_no_example_must_be_drawn(split: object, counts: dict[int, int] | None) -> None:
+def test_classes_are_counted_where_no_example_must_be_drawn(
+    split: object, counts: dict[int, int] | None
+) -> None:
     assert class_counts(split) == counts
 
 
@@ -152,10 +174,15 @@ def test_classes_of_a_hugging_face_data_set_are_counted_without_its_transform() 
 @pytest.mark.parametrize(("evaluate_on", "size"), [("test", 10), ("validation", 4)])
 def test_one_split_is_evaluated_and_all_are_counted(evaluate_on: str, size: int) -> None:
     validation = INPUTS[:4], LABELS[:4]
-    data = AgentData.of((INPUTS, THIRDS), (INPUTS, LABELS), agent=4, validation=validation, evaluate_on=evaluate_on)
+    data = AgentData.of(
+        (INPUTS, THIRDS), (INPUTS, LABELS), agent=4, validation=validation, evaluate_on=evaluate_on
+    )
     assert (data.test.num_examples, data.evaluated) == (size, evaluate_on)
     facts = data_facts(data)
-    assert {key for key in facts if key.startswith("num-")} == {"num-examples", f"num-{evaluate_on}-examples"}
+    assert {key for key in facts if key.startswith("num-")} == {
+        "num-examples",
+        f"num-{evaluate_on}-examples",
+    }
     assert facts["train-counts"] == "0:4 1:3 2:3"
     assert facts["validation-counts"] == "0:1 1:1 2:1 3:1"
     assert facts["test-counts"].count(":") == 10
@@ -165,11 +192,17 @@ def test_one_split_is_evaluated_and_all_are_counted(evaluate_on: str, size: int)
 def test_a_split_that_is_evaluated_must_be_there() -> None:
     with pytest.raises(DataError, match="agent 4 has no validation split"):
         AgentData.of((INPUTS, LABELS), (INPUTS, LABELS), agent=4, evaluate_on="validation")
-    with pytest.raises(ConfigError, match="evaluate-on must be one of test, validation; got 'train'"):
+    with pytest.raises(
+        ConfigError, match="evaluate-on must be one of test, validation; got 'train'"
+    ):
         AgentData.of((INPUTS, LABELS), (INPUTS, LABELS), agent=4, evaluate_on="train")
 
 
-EMPTY = [(INPUTS[:0], LABELS[:0]), TensorDataset(INPUTS[:0], LABELS[:0]), DataLoader(Subset(TensorDataset(INPUTS), []))]
+EMPTY = [
+    (INPUTS[:0], LABELS[:0]),
+    TensorDataset(INPUTS[:0], LABELS[:0]),
+    DataLoader(Subset(TensorDataset(INPUTS), [])),
+]
 
 
 @pytest.mark.parametrize("split", EMPTY)
@@ -201,7 +234,9 @@ class Stream(IterableDataset[Tensor]):
     ],
 )
 def test_another_type_is_refused_and_named(split: object) -> None:
-    with pytest.raises(DataError, match=rf"agent 4's training split must be .*got {type(split).__name__}"):
+    with pytest.raises(
+        DataError, match=rf"agent 4's training split must be .*got {type(split).__name__}"
+    ):
         train_of(split)
 
 

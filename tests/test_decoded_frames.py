@@ -34,7 +34,9 @@ def chain() -> list[bytes]:
     """Frames of agent 5 in rounds 3, 4 and 5, each on the one before."""
     frames, reference = [], None
     for round, tensors in ((3, WHOLE), (4, CHANGED), (5, AGAIN)):
-        written = write_frame(tensors, sender=5, round=round, fingerprint=FINGERPRINT, reference=reference)
+        written = write_frame(
+            tensors, sender=5, round=round, fingerprint=FINGERPRINT, reference=reference
+        )
         reference = Reference(round, tensors, written.flips)
         frames.append(written.data)
     assert all(read_header(frame, LAYERS).coded_bytes for frame in frames[1:])
@@ -42,7 +44,13 @@ def chain() -> list[bytes]:
 
 
 def box(owner: int = 0, **options: Any) -> Mailbox:
-    told = {"owner": owner, "fingerprint": FINGERPRINT, "layers": LAYERS, "max_staleness": 9, **options}
+    told = {
+        "owner": owner,
+        "fingerprint": FINGERPRINT,
+        "layers": LAYERS,
+        "max_staleness": 9,
+        **options,
+    }
     return Mailbox(**told)
 
 
@@ -61,14 +69,20 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     return rounds
 
 
-def test_a_frame_is_decoded_once_for_all_and_each_has_tensors_of_its_own(decodings: list[int]) -> None:
+def test_a_frame_is_decoded_once_for_all_and_each_has_tensors_of_its_own(
+    decodings: list[int],
+) -> None:
     boxes = [box(owner) for owner in range(3)]
     for one in boxes:
         one.put(5, chain(), latest_round=6)
         held = one.current([5], round=6)[5]
         assert all(torch.equal(held[name], bits) for name, bits in AGAIN.items())
         held["fc"].logical_not_()  # whoever writes into what it was given disturbs nobody
-    coded = [read_header(frame, LAYERS).round for frame in chain() if read_header(frame, LAYERS).coded_bytes]
+    coded = [
+        read_header(frame, LAYERS).round
+        for frame in chain()
+        if read_header(frame, LAYERS).coded_bytes
+    ]
     packed = [round for round in (3, 4, 5) if round not in coded]
     assert sorted(decodings) == sorted(coded + 3 * packed)
 
@@ -110,7 +124,9 @@ def test_who_holds_something_else_finds_nothing() -> None:
     with pytest.raises(errors.MissingReferenceError):  # holds nothing
         box(2).put(5, chain()[1:], latest_round=6)
     other = box(3)
-    other.put(5, [write_frame(AGAIN, sender=5, round=3, fingerprint=FINGERPRINT).data], latest_round=6)
+    other.put(
+        5, [write_frame(AGAIN, sender=5, round=3, fingerprint=FINGERPRINT).data], latest_round=6
+    )
     with pytest.raises(errors.MissingReferenceError):  # holds another payload of the same round
         other.put(5, chain()[1:], latest_round=6)
     damaged = bytearray(chain()[2])
@@ -130,13 +146,16 @@ def test_memory_is_bounded_and_the_least_recently_used_goes_first() -> None:
     kept.put(keys[0], held)  # once more counts once
     kept.put(keys[3], held)
     assert [kept.get(key) is held for key in keys] == [True, False, True, True, False]
-    kept.put(keys[4], Held.of(Reference(1, {"fc": torch.zeros(500)}), {"fc": (500,)}))  # larger than all
+    # larger than all
+    kept.put(keys[4], Held.of(Reference(1, {"fc": torch.zeros(500)}), {"fc": (500,)}))
     assert [kept.get(key) for key in keys] == [None] * 5
     kept.put(None, held)
     assert kept.get(None) is None
 
 
-def test_a_simulation_has_the_same_bits_without_it(monkeypatch: pytest.MonkeyPatch, decodings: list[int]) -> None:
+def test_a_simulation_has_the_same_bits_without_it(
+    monkeypatch: pytest.MonkeyPatch, decodings: list[int]
+) -> None:
     def played() -> list[dict[str, torch.Tensor]]:
         agents = make_fleet(5)
         simulate(agents, Topology.complete(5), num_rounds=6)

@@ -27,7 +27,16 @@ from .deployment import NODES, SCRIPTS, Fleet
 from .flower_fleet import RecordingGrid, gossip
 from .study_app import write_app
 
-COLUMNS = ("round", "agent", "accuracy", "loss", "density", "sent_bytes", "received_bytes", "uplink_bytes")
+COLUMNS = (
+    "round",
+    "agent",
+    "accuracy",
+    "loss",
+    "density",
+    "sent_bytes",
+    "received_bytes",
+    "uplink_bytes",
+)
 
 
 def small_app(folder: Path, name: str) -> Path:
@@ -35,7 +44,9 @@ def small_app(folder: Path, name: str) -> Path:
     app = write_app(folder, name)
     settings = app / "pyproject.toml"
     more = 'keep-frames = true\ncheckpoint-every = 1\nresume = ""\n'
-    settings.write_text(settings.read_text().replace("evaluate-every = 1\n", f"evaluate-every = 1\n{more}"))
+    settings.write_text(
+        settings.read_text().replace("evaluate-every = 1\n", f"evaluate-every = 1\n{more}")
+    )
     return app
 
 
@@ -52,7 +63,10 @@ def assert_same_exchange(real: Run, expected: Run) -> None:
         assert [line[key] for line in real.relay] == [line[key] for line in expected.relay], key
     rows = [sorted([row[c] for c in COLUMNS] for row in run.rounds) for run in (real, expected)]
     assert rows[0] == rows[1]
-    frames = [{file.name: file.read_bytes() for file in (run.path / "frames").iterdir()} for run in (real, expected)]
+    frames = [
+        {file.name: file.read_bytes() for file in (run.path / "frames").iterdir()}
+        for run in (real, expected)
+    ]
     assert frames[0] == frames[1]
 
 
@@ -83,11 +97,19 @@ def simulated(fleet: Fleet, app: Path, folder: Path) -> Run:
             for agent, node in enumerate(NODES)
         ]
     record = RunRecord.create(path=folder, name="oracle", config={}, with_frames=True)
-    simulate(agents, Topology.ring(len(NODES)), num_rounds=config["num-rounds"], evaluate_every=1, record=record)
+    simulate(
+        agents,
+        Topology.ring(len(NODES)),
+        num_rounds=config["num-rounds"],
+        evaluate_every=1,
+        record=record,
+    )
     return read_run(record.path)
 
 
-def replayed(fleet: Fleet, app: Path, folder: Path, *, killed: int, back: int, max_staleness: int) -> Run:
+def replayed(
+    fleet: Fleet, app: Path, folder: Path, *, killed: int, back: int, max_staleness: int
+) -> Run:
     """The fleet's run in one process, with node 1 away from round `killed` on until round `back`."""
     real = read_run(fleet.record())
     config: dict[str, Any] = real.config["run_config"]
@@ -144,18 +166,23 @@ def test_a_killed_supernode_comes_back_as_the_same_agent(fleet: Fleet, tmp_path:
     assert answered == [1, *range(back, 9)]
     assert 4 <= back <= 8
     assert all(line["answered"] == (2 if 2 <= line["round"] < back else 3) for line in real.relay)
-    assert [line["fresh"] for line in real.relay] == [[0, 1, 2]] + [[]] * 8  # it did not begin afresh
+    # it did not begin afresh
+    assert [line["fresh"] for line in real.relay] == [[0, 1, 2]] + [[]] * 8
     assert "agent 1" in real.relay[1]["failed"]
     told = [line["states"].get("agent 1") for line in real.relay]
     assert (told[0], told[2], told[back - 1]) == ("running", "gone", "running")
     assert str(told[1]).startswith("failed: error 5")
 
-    # With the state of round 1 on its disk, and with neighbors that used its mask of round 1 meanwhile.
+    # With the state of round 1 on its disk, and with neighbors that used its mask of
+    # round 1 meanwhile.
     expected = replayed(fleet, app, tmp_path / "oracle", killed=2, back=back, max_staleness=5)
     assert_same_exchange(real, expected)
     forgetful = replayed(fleet, app, tmp_path / "forgetful", killed=2, back=back, max_staleness=0)
     assert real.relay[1]["frames"] == forgetful.relay[1]["frames"]
-    assert all(real.relay[3]["frames"][agent] != forgetful.relay[3]["frames"][agent] for agent in ("0", "2"))
+    assert all(
+        real.relay[3]["frames"][agent] != forgetful.relay[3]["frames"][agent]
+        for agent in ("0", "2")
+    )
 
     assert stranger.wait(timeout=60) != 0
     said = fleet.log("stranger")
@@ -196,7 +223,11 @@ def options(text: str, program: str) -> set[str]:
     """The long options that commands of a program are given, line continuations included."""
     commands = re.findall(rf"{program} (--(?:[^\n\\]|\\.|\\\n)*)", text)
     assert commands
-    return {option for command in commands for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", command)}
+    return {
+        option
+        for command in commands
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", command)
+    }
 
 
 @pytest.mark.parametrize(
@@ -208,7 +239,10 @@ def options(text: str, program: str) -> set[str]:
 )
 def test_the_options_are_those_of_the_installed_flower(program: str, files: list[str]) -> None:
     told = subprocess.run(
-        [Path(sys.executable).parent / program, "--help"], capture_output=True, text=True, check=True
+        [Path(sys.executable).parent / program, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     known = set(re.findall(r"--[a-z][a-z-]+", told))
     for name in files:
@@ -241,13 +275,17 @@ def test_the_image_is_made_of_files_that_are_there() -> None:
     assert all((SCRIPTS.parents[1] / source).exists() for source in sources)
 
 
-@pytest.mark.parametrize("name", ["certificates.sh", "superlink.sh", "supernode.sh", "up.sh", "run.sh", "down.sh"])
+@pytest.mark.parametrize(
+    "name", ["certificates.sh", "superlink.sh", "supernode.sh", "up.sh", "run.sh", "down.sh"]
+)
 def test_the_scripts_are_sound_and_tell_what_they_do(name: str) -> None:
     subprocess.run(["bash", "-n", SCRIPTS / name], check=True)
     text = page(name)
     assert "set -euo pipefail" in text
     assert "umask 077" in text or '. "$(dirname "${BASH_SOURCE[0]}")/fleet.sh"' in text
-    told = subprocess.run([SCRIPTS / name, "--help"], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [SCRIPTS / name, "--help"], capture_output=True, text=True, check=True
+    ).stdout
     assert name in told
     assert "#!" not in told
     assert "set -euo" not in told
@@ -259,43 +297,69 @@ def joined_by_the_script(folder: Path, node_config: str) -> str:
     program = folder / "bin" / "flower-supernode"
     program.write_text('#!/bin/sh\nfor last; do :; done\nprintf %s "$last"\n')
     program.chmod(0o755)
-    (folder / "node.env").write_text(f"SUPERLINK='relay.example.org:9443'\nNODE_CONFIG='{node_config}'\n")
+    (folder / "node.env").write_text(
+        f"SUPERLINK='relay.example.org:9443'\nNODE_CONFIG='{node_config}'\n"
+    )
     path = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
-    started = subprocess.run([SCRIPTS / "supernode.sh", folder], env=path, capture_output=True, text=True, check=True)
+    started = subprocess.run(
+        [SCRIPTS / "supernode.sh", folder], env=path, capture_output=True, text=True, check=True
+    )
     return started.stdout
 
 
 def joined_by_the_unit(folder: Path, node_config: str) -> str:
     """The node config of the systemd unit."""
-    (told,) = re.findall(r"--node-config (.+)$", page("systemd/flower-supernode@.service"), re.MULTILINE)
-    return shlex.split(told)[0].replace("%S/flower-supernode/%i", str(folder)).replace("${NODE_CONFIG}", node_config)
+    (told,) = re.findall(
+        r"--node-config (.+)$", page("systemd/flower-supernode@.service"), re.MULTILINE
+    )
+    return (
+        shlex.split(told)[0]
+        .replace("%S/flower-supernode/%i", str(folder))
+        .replace("${NODE_CONFIG}", node_config)
+    )
 
 
 @pytest.mark.parametrize("joined", [joined_by_the_script, joined_by_the_unit])
-def test_a_device_may_set_what_the_readme_says(joined: Callable[[Path, str], str], tmp_path: Path) -> None:
+def test_a_device_may_set_what_the_readme_says(
+    joined: Callable[[Path, str], str], tmp_path: Path
+) -> None:
     """Flower refuses a key that comes twice, as one would that the scripts set, too."""
     (told,) = re.findall(r"`NODE_CONFIG` takes (.+?), and whatever", page("README.md"), re.DOTALL)
     keys = re.findall(r"`([a-z-]+)`", told)
-    assert set(keys) == {"partition-id", "retention-conv", "retention-linear"} | field_keys(DeviceSettings) - {
-        "state-dir"
+    assert set(keys) == {"partition-id", "retention-conv", "retention-linear"} | field_keys(
+        DeviceSettings
+    ) - {"state-dir"}
+    found = parse_config_args(
+        [joined(tmp_path, " ".join(f"{key}={number}" for number, key in enumerate(keys)))]
+    )
+    assert found == {
+        "state-dir": str(tmp_path / "state"),
+        **{key: number for number, key in enumerate(keys)},
     }
-    found = parse_config_args([joined(tmp_path, " ".join(f"{key}={number}" for number, key in enumerate(keys)))])
-    assert found == {"state-dir": str(tmp_path / "state"), **{key: number for number, key in enumerate(keys)}}
 
 
 def test_certificates_are_made_once_and_are_good_for_the_names(tmp_path: Path) -> None:
     def make(*names: str) -> dict[str, bytes]:
-        subprocess.run([SCRIPTS / "certificates.sh", tmp_path, *names], check=True, capture_output=True)
+        subprocess.run(
+            [SCRIPTS / "certificates.sh", tmp_path, *names], check=True, capture_output=True
+        )
         return {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
     first = make("relay.example.org", "10.0.0.5")
     assert make("10.0.0.5") == first
-    assert {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("ca.key", "server.key", "ca.crt")} == {
+    assert {
+        name: (tmp_path / name).stat().st_mode & 0o777
+        for name in ("ca.key", "server.key", "ca.crt")
+    } == {
         "ca.key": 0o600,
         "server.key": 0o600,
         "ca.crt": 0o644,
     }
-    for check in (["-verify_hostname", "relay.example.org"], ["-verify_ip", "10.0.0.5"], ["-verify_ip", "127.0.0.1"]):
+    for check in (
+        ["-verify_hostname", "relay.example.org"],
+        ["-verify_ip", "10.0.0.5"],
+        ["-verify_ip", "127.0.0.1"],
+    ):
         command = ["openssl", "verify", "-x509_strict", "-CAfile", "ca.crt", *check, "server.crt"]
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     other = make("other.example.org")
@@ -311,7 +375,11 @@ def test_the_data_function_of_the_readme_reads_a_folder(tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(code, names)
     context = Context(
-        run_id=1, node_id=7, node_config={"data": str(tmp_path)}, state=RecordDict(), run_config={"seed": 0}
+        run_id=1,
+        node_id=7,
+        node_config={"data": str(tmp_path)},
+        state=RecordDict(),
+        run_config={"seed": 0},
     )
     data = AgentData.of(*names["data_fn"](context), agent=0)
     assert (data.train.num_examples, data.test.num_examples) == (12, 4)

@@ -26,11 +26,25 @@ from flower_mcepl.masks.sparsity import (
 )
 
 from . import slow_weights
-from .baselines import PAW, RING, SEED, agent_of, arrays, assert_same, blobs, data_of, fleet_of, play, two_layers
+from .baselines import (
+    PAW,
+    RING,
+    SEED,
+    agent_of,
+    arrays,
+    assert_same,
+    blobs,
+    data_of,
+    fleet_of,
+    play,
+    two_layers,
+)
 from .fleet import noisy_net, same_tensors, split
 
 MASKED = {"w1": "0.weight", "w2": "2.weight"}
-SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=4).map(tuple), min_size=1, max_size=5)
+SHAPES = st.lists(
+    st.lists(st.integers(1, 9), min_size=2, max_size=4).map(tuple), min_size=1, max_size=5
+)
 
 
 def masks_of(agent: Any) -> dict[str, Any]:
@@ -62,7 +76,9 @@ def test_a_random_mask_keeps_its_share(numel: int, density: float, seed: int) ->
 
 def test_the_share_that_moves_falls_to_zero() -> None:
     shares = [drop_share(round, drop_fraction=0.5, anneal_rounds=4) for round in range(1, 8)]
-    assert shares[:5] == pytest.approx([0.5, 0.25 * (1 + 0.5**0.5), 0.25, 0.25 * (1 - 0.5**0.5), 0.0])
+    assert shares[:5] == pytest.approx(
+        [0.5, 0.25 * (1 + 0.5**0.5), 0.25, 0.25 * (1 - 0.5**0.5), 0.0]
+    )
     assert shares[4:] == [0.0, 0.0, 0.0]
 
 
@@ -94,10 +110,15 @@ def test_dropping_and_growing_by_ranking(drawn: tuple[int, float, int], share: f
 
 
 @given(drawn=LAYERS, share=st.floats(0.0, 1.0))
-def test_growing_at_random_takes_free_places_alone(drawn: tuple[int, float, int], share: float) -> None:
+def test_growing_at_random_takes_free_places_alone(
+    drawn: tuple[int, float, int], share: float
+) -> None:
     _, _, mask = layer_of(drawn)
     count = int(share * int((~mask).sum()))
-    grown, again = (grow_random(mask, count=count, generator=torch.Generator().manual_seed(drawn[2])) for _ in range(2))
+    grown, again = (
+        grow_random(mask, count=count, generator=torch.Generator().manual_seed(drawn[2]))
+        for _ in range(2)
+    )
     assert torch.equal(grown, again)
     assert not (mask & ~grown).any()
     assert int(grown.sum()) == int(mask.sum()) + count
@@ -116,7 +137,11 @@ def test_overlap_mean_by_loops(data: st.DataObject, numel: int, count: int) -> N
 def test_sparse_tensors_keep_places_and_zeros(drawn: tuple[int, float, int]) -> None:
     weight, _, mask = layer_of(drawn)
     sparse = to_sparse(weight, mask)
-    assert (sparse.layout, sparse.is_coalesced(), sparse._nnz()) == (torch.sparse_coo, True, int(mask.sum()))
+    assert (sparse.layout, sparse.is_coalesced(), sparse._nnz()) == (
+        torch.sparse_coo,
+        True,
+        int(mask.sum()),
+    )
     values, places = from_sparse(sparse)
     assert torch.equal(places, mask)
     assert torch.equal(values, weight * mask)
@@ -124,14 +149,24 @@ def test_sparse_tensors_keep_places_and_zeros(drawn: tuple[int, float, int]) -> 
 
 # --- whole rounds ---
 
-EQUATIONS = {"lr": 0.4, "lr_decay": 0.9, "weight_decay": 0.02, "clip_norm": 0.3, "drop_fraction": 0.6}
+EQUATIONS = {
+    "lr": 0.4,
+    "lr_decay": 0.9,
+    "weight_decay": 0.02,
+    "clip_norm": 0.3,
+    "drop_fraction": 0.6,
+}
 
 
 @pytest.mark.parametrize("neighbors", [RING, PAW], ids=["ring", "paw"])
 @pytest.mark.parametrize("density", [0.5, "0.3, 0.5, 0.9"], ids=["equal", "mixed"])
 def test_rounds_by_the_published_equations(neighbors: Any, density: object) -> None:
     agents = fleet_of("dispfl", density=density, local_epochs=2, anneal_rounds=5, **EQUATIONS)
-    x, masks, data = [arrays(agent) for agent in agents], [masks_of(agent) for agent in agents], data_of(agents)
+    x, masks, data = (
+        [arrays(agent) for agent in agents],
+        [masks_of(agent) for agent in agents],
+        data_of(agents),
+    )
     moved = 0
     for round in range(1, 7):  # in the last one nothing moves any more
         before = masks
@@ -196,7 +231,10 @@ def test_an_explicit_zero_is_held_and_counts() -> None:
     agent = agent_of("dispfl", density=1.0, drop_fraction=0.0)
     neighbor = dict(agent.outgoing())
     zero = torch.zeros(6, 4)
-    held, free = to_sparse(zero, torch.ones(6, 4, dtype=torch.bool)), to_sparse(zero, torch.zeros(6, 4).bool())
+    held, free = (
+        to_sparse(zero, torch.ones(6, 4, dtype=torch.bool)),
+        to_sparse(zero, torch.zeros(6, 4).bool()),
+    )
     start = agent.weights["0.weight"].clone()
     agent.fuse({1: {**neighbor, "0.weight": free}}, round=1)
     assert torch.equal(agent.weights["0.weight"], start)
@@ -220,7 +258,8 @@ def test_a_network_without_weights_under_a_mask_is_refused() -> None:
         return model
 
     with pytest.raises(
-        UnsupportedLayerError, match="algorithm dispfl needs conv or linear weights that train; all those of Sequential"
+        UnsupportedLayerError,
+        match="algorithm dispfl needs conv or linear weights that train; all those of Sequential",
     ):
         agent_of("dispfl", model_fn=only_norms_train)
 
@@ -242,7 +281,10 @@ def test_without_neighbors_the_mask_moves_all_the_same() -> None:
 
 @pytest.mark.parametrize("regrow", ["gradient", "random"])
 def test_masks_stand_still_when_they_may(regrow: str) -> None:
-    still, late = agent_of("dispfl", drop_fraction=0.0, regrow=regrow), agent_of("dispfl", regrow=regrow, num_rounds=3)
+    still, late = (
+        agent_of("dispfl", drop_fraction=0.0, regrow=regrow),
+        agent_of("dispfl", regrow=regrow, num_rounds=3),
+    )
     for agent, round in ((still, 1), (late, 4), (late, 9)):
         before = {name: mask.clone() for name, mask in agent.masks.items()}
         play([agent], ((),), round)
@@ -250,7 +292,9 @@ def test_masks_stand_still_when_they_may(regrow: str) -> None:
 
 
 def test_random_regrowth_moves_as_many_to_other_places() -> None:
-    random, again, gradient = (agent_of("dispfl", regrow=how) for how in ("random", "random", "gradient"))
+    random, again, gradient = (
+        agent_of("dispfl", regrow=how) for how in ("random", "random", "gradient")
+    )
     for agent in (random, again, gradient):
         agent.train(round=1)
     assert same_tensors(random.masks, again.masks)
@@ -291,8 +335,18 @@ def test_a_split_of_ones_own_will_do() -> None:
 
 def test_settings_of_the_paper() -> None:
     config = DispflConfig()
-    assert (config.lr, config.lr_decay, config.weight_decay, config.clip_norm) == (0.1, 0.998, 5e-4, 10.0)
-    assert (config.density, config.drop_fraction, config.anneal_rounds, config.local_epochs) == (0.5, 0.5, 500, 5)
+    assert (config.lr, config.lr_decay, config.weight_decay, config.clip_norm) == (
+        0.1,
+        0.998,
+        5e-4,
+        10.0,
+    )
+    assert (config.density, config.drop_fraction, config.anneal_rounds, config.local_epochs) == (
+        0.5,
+        0.5,
+        500,
+        5,
+    )
     assert (config.momentum, config.batch_size, config.regrow) == (0.0, 128, "gradient")
     assert config.lr_factor(1) == 1.0
     assert config.lr_factor(3) == pytest.approx(0.998**2)
@@ -300,7 +354,10 @@ def test_settings_of_the_paper() -> None:
 
 def test_masks_anneal_over_the_rounds_of_the_run() -> None:
     assert DispflConfig.from_run_config({"num-rounds": 40}, agent=0).anneal_rounds == 40
-    assert DispflConfig.from_run_config({"num-rounds": 40, "anneal-rounds": 9}, agent=0).anneal_rounds == 9
+    assert (
+        DispflConfig.from_run_config({"num-rounds": 40, "anneal-rounds": 9}, agent=0).anneal_rounds
+        == 9
+    )
     assert DispflConfig.from_run_config({}, agent=0).anneal_rounds == 500
 
 
@@ -308,7 +365,12 @@ def test_densities_in_turn_and_of_the_node() -> None:
     run_config = {"density": "0.1, 0.3"}
     found = [DispflConfig.from_run_config(run_config, agent=i).density for i in range(3)]
     assert found == [0.1, 0.3, 0.1]
-    assert DispflConfig.from_run_config(run_config, agent=0, node_config={"density": 0.7, "x": 1}).density == 0.7
+    assert (
+        DispflConfig.from_run_config(
+            run_config, agent=0, node_config={"density": 0.7, "x": 1}
+        ).density
+        == 0.7
+    )
 
 
 @pytest.mark.parametrize(
@@ -329,7 +391,9 @@ def test_bad_settings_are_refused_by_their_key(settings: dict[str, Any], message
 
 
 def test_a_node_config_with_several_densities_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"density is one ratio, of this agent alone; got '0\.1, 0\.3'"):
+    with pytest.raises(
+        ConfigError, match=r"density is one ratio, of this agent alone; got '0\.1, 0\.3'"
+    ):
         DispflConfig.from_run_config({}, agent=0, node_config={"density": "0.1, 0.3"})
 
 

@@ -23,7 +23,12 @@ from flower_mcepl.cli import app as commands
 from flower_mcepl.cli import main
 from flower_mcepl.doctor import FAILED, OK, WARNING, Finding, Order, SuperLink, examine
 from flower_mcepl.doctor.findings import Examination
-from flower_mcepl.doctor.machine import check_disk, check_shared_memory, check_state_folder, check_torch
+from flower_mcepl.doctor.machine import (
+    check_disk,
+    check_shared_memory,
+    check_state_folder,
+    check_torch,
+)
 from flower_mcepl.doctor.packages import check_extras, check_packages, check_python
 from flower_mcepl.doctor.superlink import check_superlink, split_address
 from flower_mcepl.doctor.trial import try_rounds
@@ -74,7 +79,9 @@ def test_a_person_may_stop_it() -> None:
         raise KeyboardInterrupt
 
 
-def test_what_an_app_prints_does_not_reach_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_an_app_prints_does_not_reach_standard_output(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with Examination("sample", remedy="") as check:
         print("hello")
         check.ok("fine")
@@ -101,7 +108,9 @@ def installed(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
 
 def demanding(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     truth = metadata.requires
-    monkeypatch.setattr(metadata, "requires", lambda name: list(lines) if name == "flower-mcepl" else truth(name))
+    monkeypatch.setattr(
+        metadata, "requires", lambda name: list(lines) if name == "flower-mcepl" else truth(name)
+    )
 
 
 def test_this_environment_fits() -> None:
@@ -112,17 +121,25 @@ def test_this_environment_fits() -> None:
 
 
 def test_a_missing_and_an_old_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    demanding(monkeypatch, "networkx>=3.2", "torch>=2.2", "numpy>=1.26", 'nowhere; extra == "vision"')
+    demanding(
+        monkeypatch, "networkx>=3.2", "torch>=2.2", "numpy>=1.26", 'nowhere; extra == "vision"'
+    )
     installed(monkeypatch, networkx=None, torch="2.1.2+cu121")
     found = check_packages()
     assert found.status == FAILED
-    assert found.found == "networkx is missing (needed: >=3.2); torch is 2.1.2+cu121 (needed: >=2.2)"
+    assert (
+        found.found == "networkx is missing (needed: >=3.2); torch is 2.1.2+cu121 (needed: >=2.2)"
+    )
     assert "pip install" in found.remedy
     assert found.values["versions"]["networkx"] is None
 
 
 def test_what_an_extra_of_a_package_needs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    demanding(monkeypatch, 'flwr[simulation]>=1.41; extra == "simulation"', 'matplotlib>=3.8; extra == "report"')
+    demanding(
+        monkeypatch,
+        'flwr[simulation]>=1.41; extra == "simulation"',
+        'matplotlib>=3.8; extra == "report"',
+    )
     installed(monkeypatch, ray=None, matplotlib="3.9")
     found = check_extras()
     assert found.status == OK  # a device needs none
@@ -139,7 +156,9 @@ def test_a_python_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.status, "3.10.4" in found.found) == (FAILED, True)
 
 
-def test_without_metadata_the_packages_fail_and_nothing_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_metadata_the_packages_fail_and_nothing_is_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def missing(name: str) -> Any:
         raise metadata.PackageNotFoundError(name)
 
@@ -178,7 +197,9 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_gives_back_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_gives_back_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(StateStore, "load", lambda *_, **__: None)
     found = check_state_folder(DeviceSettings(state_dir=str(tmp_path)))
     assert (found.status, "not what is read back" in found.found) == (FAILED, True)
@@ -197,12 +218,22 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     folder = tmp_path / "file" / "state"
     assert check_state_folder(DeviceSettings(state_dir=str(folder))).status == FAILED
     found = check_disk("disk", folder, "states", "state-dir")
-    assert (found.status, "is no folder" in found.found, "state-dir" in found.remedy) == (FAILED, True, True)
+    assert (found.status, "is no folder" in found.found, "state-dir" in found.remedy) == (
+        FAILED,
+        True,
+        True,
+    )
 
 
-@pytest.mark.parametrize(("free", "status"), [(10**12, OK), (500_000_000, WARNING), (1_000_000, FAILED)])
-def test_free_space(free: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**12, 0, free))
+@pytest.mark.parametrize(
+    ("free", "status"), [(10**12, OK), (500_000_000, WARNING), (1_000_000, FAILED)]
+)
+def test_free_space(
+    free: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**12, 0, free)
+    )
     found = check_disk("disk", tmp_path / "new", "states", "state-dir")
     assert found.status == status
     assert found.values["free_bytes"] == free
@@ -216,7 +247,9 @@ def test_little_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert check_shared_memory(tmp_path) is None
     monkeypatch.setattr("flower_mcepl.doctor.machine.find_spec", lambda name: object())
     assert check_shared_memory(tmp_path / "nowhere") is None
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(64, 0, 64_000_000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(64, 0, 64_000_000)
+    )
     found = check_shared_memory(tmp_path)
     assert found is not None
     assert (found.status, "--shm-size" in found.remedy) == (WARNING, True)
@@ -241,9 +274,16 @@ def test_a_sound_run_has_all_figures(app: Path) -> None:
     assert found["weights"].values["first_mask"] == expected["first-mask"]
     assert found["data"].values["num_examples"] == 24
     assert found["data"].values["train_counts"] == expected["train-counts"]
-    assert found["graph"].values == {"connected": True, "in_degree": 2, "out_degree": 2, "neighbors": [1, 3]}
+    assert found["graph"].values == {
+        "connected": True,
+        "in_degree": 2,
+        "out_degree": 2,
+        "neighbors": [1, 3],
+    }
     step = found["local-step"]
-    assert step.values["step_seconds"] * step.values["steps"] == pytest.approx(step.values["train_seconds"])
+    assert step.values["step_seconds"] * step.values["steps"] == pytest.approx(
+        step.values["train_seconds"]
+    )
     assert "measured now on this machine" in step.found
     traffic = found["traffic"].values
     assert traffic["up_bytes"] == found["frame"].values["delta_bytes"] > 0
@@ -260,7 +300,9 @@ def test_the_trial_measures_what_a_run_sends_and_stores(tmp_path: Path) -> None:
         agents,
         Topology.complete(3),
         num_rounds=1,
-        on_reply=lambda round, agent, reply: sizes.extend(len(frame.data) for frame in reply.frames if agent == 0),
+        on_reply=lambda round, agent, reply: sizes.extend(
+            len(frame.data) for frame in reply.frames if agent == 0
+        ),
     )
     assert sizes == [trial.whole_bytes]
 
@@ -271,11 +313,14 @@ def test_the_trial_measures_what_a_run_sends_and_stores(tmp_path: Path) -> None:
         come, posted = posted, {}
         for agent, mail in zip(fleet, mails, strict=True):
             others = {j: frames for j, frames in come.items() if j != agent.index}
-            parcel = Parcel(number, tuple(others) if come else None, others, acknowledged=number - 1 or None)
+            parcel = Parcel(
+                number, tuple(others) if come else None, others, acknowledged=number - 1 or None
+            )
             posted[agent.index] = [frame.data for frame in play_round(agent, mail, parcel).frames]
     StateStore(tmp_path).save(Generation.of(fleet[0], mails[0], run="0" * 16, round=4))
     (stored,) = tmp_path.glob("*.state")
-    assert trial.state_bytes(2) == pytest.approx(stored.stat().st_size, rel=0.35)  # safetensors' header names arrays
+    # safetensors' header names arrays
+    assert trial.state_bytes(2) == pytest.approx(stored.stat().st_size, rel=0.35)
     assert trial.state_bytes(2) > trial.state_bytes(0) > 9 * 228
 
 
@@ -300,7 +345,9 @@ def test_every_algorithm_can_be_examined(app: Path, algorithm: str) -> None:
         ("momentum=0.5", "'momentum' is not in the app's config"),
     ],
 )
-def test_wrong_settings_are_told_and_what_needs_them_is_left_out(app: Path, settings: str, words: str) -> None:
+def test_wrong_settings_are_told_and_what_needs_them_is_left_out(
+    app: Path, settings: str, words: str
+) -> None:
     found = findings(app, [settings])
     assert list(of_status(found, FAILED)) == ["run-config"]
     assert words in found["run-config"].found
@@ -319,13 +366,19 @@ def test_a_wrong_node_config(app: Path) -> None:
     found = findings(app, node_config=["partition-id=0 state-dir='relative'"])
     assert "absolute path" in found["device-settings"].found
     assert of_status(found, FAILED).keys() == {"device-settings", "run-config"}
-    for node_config in ("partition-id=4", "retention-conv=0.2"):  # beyond the fleet; missing, as on a device
+    # beyond the fleet; missing, as on a device
+    for node_config in ("partition-id=4", "retention-conv=0.2"):
         told = findings(app, node_config=[node_config])["run-config"]
         assert (told.status, "partition-id is a number from 0 to 3" in told.found) == (FAILED, True)
 
 
 def test_the_node_config_is_the_devices_own(app: Path, tmp_path: Path) -> None:
-    found = findings(app, node_config=[f"partition-id=1 retention-conv=0.5 state-dir='{tmp_path}' tell-classes=false"])
+    found = findings(
+        app,
+        node_config=[
+            f"partition-id=1 retention-conv=0.5 state-dir='{tmp_path}' tell-classes=false"
+        ],
+    )
     assert not of_status(found, FAILED)
     assert "conv 0.5" in found["weights"].values["retention"]
     assert str(tmp_path) in found["state-folder"].found
@@ -365,7 +418,9 @@ def test_an_app_with_a_client_of_its_own_is_examined_as_far_as_it_goes() -> None
 
 def test_an_app_that_cannot_be_imported(tmp_path: Path) -> None:
     app = write_app(tmp_path, "broken")
-    (app / "mcepl_broken_probe" / "client_app.py").write_text("import sys\nsys.exit('no licence')\n")
+    (app / "mcepl_broken_probe" / "client_app.py").write_text(
+        "import sys\nsys.exit('no licence')\n"
+    )
     found = findings(app)
     assert of_status(found, FAILED) == {"client-app": "SystemExit: no licence"}
 
@@ -377,7 +432,9 @@ def test_training_that_diverges(app: Path) -> None:
     assert "traffic" not in found
 
 
-def test_a_disk_that_is_too_small_for_the_states(app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_for_the_states(
+    app: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(100, 0, 5_000))
     found = findings(app)
     assert of_status(found, FAILED).keys() == {"state-disk", "record-disk", "state"}
@@ -400,7 +457,11 @@ def test_agents_of_nodes_are_those_of_the_run(app: Path) -> None:
 
 
 def make_certificate(
-    folder: Path, *, names: tuple[str, ...] = ("127.0.0.1",), days: tuple[float, float] = (-1, 90), name: str = "server"
+    folder: Path,
+    *,
+    names: tuple[str, ...] = ("127.0.0.1",),
+    days: tuple[float, float] = (-1, 90),
+    name: str = "server",
 ) -> tuple[Path, Path]:
     """A self-signed certificate, valid in these days from now, and its key."""
     from cryptography import x509
@@ -424,13 +485,19 @@ def make_certificate(
         .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False
+        )
         .sign(key, hashes.SHA256())
     )
     files = folder / f"{name}.crt", folder / f"{name}.key"
     files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     files[1].write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
     )
     return files
 
@@ -559,7 +626,11 @@ def test_a_closed_port() -> None:
     with server(says_nothing) as address:
         pass
     (found,) = check_superlink(SuperLink(address))
-    assert (found.status, "refuses" in found.found, "Start the SuperLink" in found.remedy) == (FAILED, True, True)
+    assert (found.status, "refuses" in found.found, "Start the SuperLink" in found.remedy) == (
+        FAILED,
+        True,
+        True,
+    )
 
 
 def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -568,7 +639,11 @@ def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(socket, "create_connection", silent)
     (found,) = check_superlink(SuperLink("relay.example.org:9443", timeout=0.5))
-    assert (found.status, "within 0.5 s" in found.found, "firewalls" in found.remedy) == (FAILED, True, True)
+    assert (found.status, "within 0.5 s" in found.found, "firewalls" in found.remedy) == (
+        FAILED,
+        True,
+        True,
+    )
 
 
 def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -585,13 +660,25 @@ def test_a_file_that_holds_no_certificates(tmp_path: Path) -> None:
     with server(says_nothing) as address:
         for file in ("ca.crt", "nowhere.crt"):
             _, tls = check_superlink(SuperLink(address, tmp_path / file))
-            assert (tls.status, "cannot be read as certificates" in tls.found) == (FAILED, True), tls
+            assert (tls.status, "cannot be read as certificates" in tls.found) == (FAILED, True), (
+                tls
+            )
 
 
 def test_addresses() -> None:
     assert split_address("relay.example.org:9443") == ("relay.example.org", 9443)
     assert split_address("[::1]:80") == ("::1", 80)
-    for wrong in ("relay", ":80", "::1:80", "relay:", "relay:0", "relay:70000", "relay:http", "[relay]:80", "[::1:80"):
+    for wrong in (
+        "relay",
+        ":80",
+        "::1:80",
+        "relay:",
+        "relay:0",
+        "relay:70000",
+        "relay:http",
+        "[relay]:80",
+        "[::1:80",
+    ):
         with pytest.raises(ConfigError, match="HOST:PORT"):
             split_address(wrong)
         assert check_superlink(SuperLink(wrong))[0].status == FAILED
@@ -601,7 +688,9 @@ def test_addresses() -> None:
 
 
 def test_the_command_prints_lines_and_what_to_do(app: Path) -> None:
-    result = CliRunner().invoke(commands, ["doctor", str(app), "--run-config", "crash=true"], catch_exceptions=False)
+    result = CliRunner().invoke(
+        commands, ["doctor", str(app), "--run-config", "crash=true"], catch_exceptions=False
+    )
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     place = lines.index("failed   agent: RuntimeError: crashes on purpose")
@@ -612,7 +701,9 @@ def test_the_command_prints_lines_and_what_to_do(app: Path) -> None:
 def test_the_command_prints_json_and_nothing_else(
     app: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["flower-mcepl", "doctor", str(app), "--partition-id", "1", "--json"])
+    monkeypatch.setattr(
+        "sys.argv", ["flower-mcepl", "doctor", str(app), "--partition-id", "1", "--json"]
+    )
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 0
@@ -631,7 +722,9 @@ def test_the_command_prints_json_and_nothing_else(
 def test_the_command_reaches_a_superlink() -> None:
     with server(says_nothing) as address:
         pass
-    result = CliRunner().invoke(commands, ["doctor", "--superlink", address, "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(
+        commands, ["doctor", "--superlink", address, "--json"], catch_exceptions=False
+    )
     assert result.exit_code == 1
     assert json.loads(result.stdout)["checks"][-1]["check"] == "superlink-connection"
 
@@ -656,5 +749,8 @@ def test_contradicting_options(
 
 def test_help_shows_how() -> None:
     text = CliRunner().invoke(commands, ["doctor", "--help"]).output
-    assert "flower-mcepl doctor --superlink relay.example.org:9443 --root-certificates ca.crt\n" in text
+    assert (
+        "flower-mcepl doctor --superlink relay.example.org:9443 --root-certificates ca.crt\n"
+        in text
+    )
     assert "jq -r" in text

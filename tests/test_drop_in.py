@@ -12,12 +12,26 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, arrays_size_mod, fixedclipping_mod, message_size_mod
+from flwr.clientapp.mod import (
+    LocalDpMod,
+    adaptiveclipping_mod,
+    arrays_size_mod,
+    fixedclipping_mod,
+    message_size_mod,
+)
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
 from numpy.typing import NDArray
 from torch import nn
 
-from flower_mcepl import AnswerError, ConfigError, RosterError, Topology, encode_frame, read_run, simulate
+from flower_mcepl import (
+    AnswerError,
+    ConfigError,
+    RosterError,
+    Topology,
+    encode_frame,
+    read_run,
+    simulate,
+)
 from flower_mcepl.agents import NeighborAverageAgent
 from flower_mcepl.agents.array_layout import ArrayLayout
 from flower_mcepl.clients import NeighborAverageMod, make_client_app, neighbor_average_mod
@@ -84,7 +98,11 @@ def numpy_app(
 
     @app.evaluate()
     def evaluate(msg: Message, context: Context) -> Message:
-        metrics = {"eval_acc": 0.5, "eval_loss": float(msg.content["arrays"]["w"].numpy().sum()), "num-examples": 4}
+        metrics = {
+            "eval_acc": 0.5,
+            "eval_loss": float(msg.content["arrays"]["w"].numpy().sum()),
+            "num-examples": 4,
+        }
         return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=msg)
 
     return app
@@ -114,7 +132,12 @@ def run(
         steps.pop(round + 1, lambda: None)()
 
     strategy.start(
-        grid, initial_arrays=record(initial), num_rounds=rounds, timeout=30.0, evaluate_fn=between, **(configs or {})
+        grid,
+        initial_arrays=record(initial),
+        num_rounds=rounds,
+        timeout=30.0,
+        evaluate_fn=between,
+        **(configs or {}),
     )
     assert not steps
     return strategy
@@ -131,7 +154,8 @@ def oracle(
 ) -> list[list[Values]]:
     """Gossip averaging in a loop: every agent's average after each round.
 
-    ``absent`` are agents that miss a round, ``deaf`` links (receiver, sender) that do not carry what was sent in it.
+    ``absent`` are agents that miss a round, ``deaf`` links (receiver, sender) that do
+    not carry what was sent in it.
     """
     absent, deaf = absent or {}, deaf or {}
     own: dict[int, Values] = {}  # z_i: trained and sent
@@ -174,7 +198,10 @@ def check_against(strategy: GossipStrategy, averages: list[list[Values]]) -> Non
     told = told_losses(strategy)
     assert told
     for (round, agent), loss in told.items():
-        assert loss == pytest.approx(averages[round - 1][agent]["w"].sum(), rel=1e-12, abs=1e-12), (round, agent)
+        assert loss == pytest.approx(averages[round - 1][agent]["w"].sum(), rel=1e-12, abs=1e-12), (
+            round,
+            agent,
+        )
 
 
 # --- the same numbers as the loop ---
@@ -182,7 +209,11 @@ def check_against(strategy: GossipStrategy, averages: list[list[Values]]) -> Non
 
 @pytest.mark.parametrize(
     "topology",
-    [Topology.ring(5), Topology.complete(4), Topology.from_edges([(0, 1), (1, 2), (1, 3), (3, 4)], num_agents=5)],
+    [
+        Topology.ring(5),
+        Topology.complete(4),
+        Topology.from_edges([(0, 1), (1, 2), (1, 3), (3, 4)], num_agents=5),
+    ],
     ids=["ring", "complete", "tree"],
 )
 def test_a_numpy_app_averages_as_the_loop_does(topology: Topology) -> None:
@@ -196,7 +227,9 @@ def test_equal_degrees_give_the_plain_mean_of_the_neighborhood() -> None:
     z = [local_step(INITIAL, i, 1)["w"] for i in range(4)]
     strategy = run(Nodes(numpy_app(), 4), rounds=1)
     for (_, agent), loss in told_losses(strategy).items():
-        assert loss == pytest.approx(np.mean([z[agent - 1], z[agent], z[(agent + 1) % 4]], axis=0).sum(), rel=1e-12)
+        assert loss == pytest.approx(
+            np.mean([z[agent - 1], z[agent], z[(agent + 1) % 4]], axis=0).sum(), rel=1e-12
+        )
 
 
 def test_a_node_that_misses_a_round_counts_with_its_last_arrays() -> None:
@@ -228,10 +261,13 @@ def test_a_resumed_run_goes_on_from_the_arrays_that_it_began_with(
     with pytest.raises(KeyboardInterrupt):
         run(grid, record=tmp_path, checkpoint_every=1, before={4: stumble})
     (path,) = tmp_path.glob("*-gossip")
-    with pytest.raises(ConfigError, match=r"initial_arrays was .*'w'.* and is now \[\['b', '<f8', \[3\]\]\]"):
+    with pytest.raises(
+        ConfigError, match=r"initial_arrays was .*'w'.* and is now \[\['b', '<f8', \[3\]\]\]"
+    ):
         run(grid, initial={"b": np.zeros(3)}, resume=path)
     sent = len(grid.log)
-    grid.contexts[1002].state = RecordDict()  # this node has lost its state: it begins from the initial arrays
+    # this node has lost its state: it begins from the initial arrays
+    grid.contexts[1002].state = RecordDict()
     strategy = run(grid, initial={name: -x for name, x in INITIAL.items()}, resume=path)
     assert strategy.record is not None
     assert [line["fresh"] for line in read_run(path).relay[3:]] == [[2], [], []]
@@ -255,7 +291,9 @@ def test_a_neighbor_with_other_shapes_is_refused_and_the_agent_lives() -> None:
         order = message.content["order"]
         if message.metadata.dst_node_id == 1000 and order[keys.ROUND] == 3:
             layout = ArrayLayout.of(INITIAL)
-            frame = encode_frame({"w": torch.zeros(7)}, sender=1, round=2, fingerprint=layout.fingerprint)
+            frame = encode_frame(
+                {"w": torch.zeros(7)}, sender=1, round=2, fingerprint=layout.fingerprint
+            )
             message.content["frames"]["1/0"] = Array(np.frombuffer(frame, np.uint8))
         return message
 
@@ -278,15 +316,24 @@ def test_simulate_gives_the_same_bits_as_flower() -> None:
         return NeighborAverageAgent(
             index,
             layout,
-            lambda arrays, round: (local_step(arrays, index, round), {"train-loss": float(round), "num-examples": 10}),
+            lambda arrays, round: (
+                local_step(arrays, index, round),
+                {"train-loss": float(round), "num-examples": 10},
+            ),
             lambda arrays: {"accuracy": 0.5, "loss": float(arrays["w"].sum()), "num-examples": 4},
             initial=INITIAL,
         )
 
-    result = simulate([agent(i) for i in range(4)], Topology.ring(4), num_rounds=4, evaluate_every=1)
+    result = simulate(
+        [agent(i) for i in range(4)], Topology.ring(4), num_rounds=4, evaluate_every=1
+    )
     strategy = run(Nodes(numpy_app(), 4), rounds=4)
-    assert {(row["round"], row["agent"]): row["loss"] for row in result.rows} == told_losses(strategy)
-    assert [row["sent_bytes"] for row in result.rows] == [row["sent_bytes"] for row in strategy.monitor.rows]
+    assert {(row["round"], row["agent"]): row["loss"] for row in result.rows} == told_losses(
+        strategy
+    )
+    assert [row["sent_bytes"] for row in result.rows] == [
+        row["sent_bytes"] for row in strategy.monitor.rows
+    ]
 
 
 # --- types ---
@@ -295,7 +342,11 @@ def test_simulate_gives_the_same_bits_as_flower() -> None:
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_floats_of_any_size_come_back_as_they_are(dtype: type) -> None:
     seen: list[str] = []
-    initial = {"w": np.array([[1.0, -2.0, 1 / 3]], dtype), "b": np.array(0.5, dtype), "none": np.zeros((0, 2), dtype)}
+    initial = {
+        "w": np.array([[1.0, -2.0, 1 / 3]], dtype),
+        "b": np.array(0.5, dtype),
+        "none": np.zeros((0, 2), dtype),
+    }
 
     def note(content: RecordDict, context: Context) -> RecordDict:
         arrays = {n: a.numpy().astype(dtype) for n, a in content["arrays"].items()}
@@ -310,17 +361,25 @@ def test_floats_of_any_size_come_back_as_they_are(dtype: type) -> None:
     expected = oracle(Topology.ring(3), 3, initial=initial, step=step)
     tolerance = {np.float16: 5e-3, np.float32: 1e-6, np.float64: 1e-14}[dtype]
     for (round, agent), loss in told_losses(strategy).items():
-        assert loss == pytest.approx(float(expected[round - 1][agent]["w"].sum()), abs=tolerance * 10)
+        assert loss == pytest.approx(
+            float(expected[round - 1][agent]["w"].sum()), abs=tolerance * 10
+        )
 
 
 @pytest.mark.parametrize(
-    "value", [np.nextafter(1.0, 2.0), 1e300, -1e-310, np.float64(np.pi)], ids=lambda value: repr(float(value))
+    "value",
+    [np.nextafter(1.0, 2.0), 1e300, -1e-310, np.float64(np.pi)],
+    ids=lambda value: repr(float(value)),
 )
 def test_a_float64_travels_bit_for_bit(value: float) -> None:
     layout = ArrayLayout.of({"w": np.array([value])})
     ends = [
         NeighborAverageAgent(
-            i, layout, lambda arrays, round: (arrays, {}), lambda arrays: {}, initial={"w": np.array([value])}
+            i,
+            layout,
+            lambda arrays, round: (arrays, {}),
+            lambda arrays: {},
+            initial={"w": np.array([value])},
         )
         for i in range(2)
     ]
@@ -350,7 +409,9 @@ def test_integers_stay_the_agents_own() -> None:
 
     grid = Nodes(numpy_app([neighbor_average_mod, watch], answer=count), 3)
     strategy = run(grid, initial=initial, rounds=2, evaluate_every=2)
-    assert {agent: calls[1] for agent, calls in met.items()} == {i: [[3 + i, 4 + i], i == 1] for i in range(3)}
+    assert {agent: calls[1] for agent, calls in met.items()} == {
+        i: [[3 + i, 4 + i], i == 1] for i in range(3)
+    }
     assert strategy.roster.facts(0)["parameters"]["own"] == ["count", "on"]
     assert strategy.roster.facts(0)["num-weights"] == 4
 
@@ -358,7 +419,9 @@ def test_integers_stay_the_agents_own() -> None:
 def test_a_type_that_holds_all_values_is_widened_and_no_other() -> None:
     layout = ArrayLayout.of({"w": np.zeros(2)})
     assert layout.take({"w": np.ones(2, np.float32)})["w"].dtype == np.float64
-    with pytest.raises(AnswerError, match=r"'w' was float32 \(2,\) and came back as float64 \(2,\)"):
+    with pytest.raises(
+        AnswerError, match=r"'w' was float32 \(2,\) and came back as float64 \(2,\)"
+    ):
         ArrayLayout.of({"w": np.zeros(2, np.float32)}).take({"w": np.ones(2)})
 
 
@@ -385,11 +448,15 @@ def renamed(content: RecordDict, context: Context) -> RecordDict:
 
 
 def reshaped(content: RecordDict, context: Context) -> RecordDict:
-    return RecordDict({"arrays": record({**INITIAL, "w": np.zeros(3)}), "metrics": content["metrics"]})
+    return RecordDict(
+        {"arrays": record({**INITIAL, "w": np.zeros(3)}), "metrics": content["metrics"]}
+    )
 
 
 def doubled(content: RecordDict, context: Context) -> RecordDict:
-    return RecordDict({"arrays": content["arrays"], "more": content["arrays"], "metrics": content["metrics"]})
+    return RecordDict(
+        {"arrays": content["arrays"], "more": content["arrays"], "metrics": content["metrics"]}
+    )
 
 
 def unmeasured(content: RecordDict, context: Context) -> RecordDict:
@@ -397,7 +464,9 @@ def unmeasured(content: RecordDict, context: Context) -> RecordDict:
 
 
 def diverged(content: RecordDict, context: Context) -> RecordDict:
-    return RecordDict({"arrays": record({**INITIAL, "b": np.array(np.nan)}), "metrics": content["metrics"]})
+    return RecordDict(
+        {"arrays": record({**INITIAL, "b": np.array(np.nan)}), "metrics": content["metrics"]}
+    )
 
 
 def broken(content: RecordDict, context: Context) -> RecordDict:
@@ -439,7 +508,9 @@ def test_an_app_that_fails_says_why_and_the_others_go_on(
 
 
 def test_without_initial_arrays_round_1_says_what_is_missing() -> None:
-    with pytest.raises(RosterError, match=r"Pass them as to FedAvg: strategy.start\(grid=grid, initial_arrays="):
+    with pytest.raises(
+        RosterError, match=r"Pass them as to FedAvg: strategy.start\(grid=grid, initial_arrays="
+    ):
         run(Nodes(numpy_app(), 3), initial={})
 
 
@@ -454,7 +525,9 @@ def test_under_another_strategy_the_mod_refuses() -> None:
     FedAvg(min_train_nodes=2).start(grid, record(INITIAL), num_rounds=1)
     context = grid.contexts[1000]
     message = Message(RecordDict({"arrays": record(INITIAL)}), 1000, "train")
-    with pytest.raises(ConfigError, match=r"takes messages of GossipStrategy; this one holds arrays"):
+    with pytest.raises(
+        ConfigError, match=r"takes messages of GossipStrategy; this one holds arrays"
+    ):
         grid.app(message, context)
 
 
@@ -482,7 +555,10 @@ def test_the_apps_state_configuration_and_messages_are_left_alone() -> None:
     @app.train()
     def train(msg: Message, context: Context) -> Message:
         called("train", msg, context)
-        return Message(RecordDict({"a": msg.content["arrays"], "m": MetricRecord({"num-examples": 1})}), reply_to=msg)
+        return Message(
+            RecordDict({"a": msg.content["arrays"], "m": MetricRecord({"num-examples": 1})}),
+            reply_to=msg,
+        )
 
     @app.evaluate()
     def evaluate(msg: Message, context: Context) -> Message:
@@ -498,7 +574,10 @@ def test_the_apps_state_configuration_and_messages_are_left_alone() -> None:
         return Message(msg.content, reply_to=msg)
 
     grid = Nodes(app, 2, {"device": "gpu", "threads": "many"})
-    configs = {"train_config": ConfigRecord({"lr": 0.1}), "evaluate_config": ConfigRecord({"batch": 7})}
+    configs = {
+        "train_config": ConfigRecord({"lr": 0.1}),
+        "evaluate_config": ConfigRecord({"batch": 7}),
+    }
     threads = torch.get_num_threads()
     strategy = run(grid, Topology.complete(2), rounds=2, configs=configs)
     assert torch.get_num_threads() == threads
@@ -506,7 +585,9 @@ def test_the_apps_state_configuration_and_messages_are_left_alone() -> None:
     assert [kind for kind, _, _ in seen].count("evaluate") == 4
     assert [calls for kind, calls, _ in seen if kind == "train"][:2] == [1, 1]
     assert {"server-round": 1, "lr": 0.1} in [config for kind, _, config in mine]
-    assert {"server-round": 2, "batch": 7} in [config for kind, _, config in seen if kind == "evaluate"]
+    assert {"server-round": 2, "batch": 7} in [
+        config for kind, _, config in seen if kind == "evaluate"
+    ]
     assert {row["accuracy"] for row in strategy.monitor.rows} == {1.0}
     assert all(np.isnan(row["loss"]) for row in strategy.monitor.rows)
     for node, context in grid.contexts.items():
@@ -539,7 +620,9 @@ def test_an_app_without_an_evaluate_function_is_not_evaluated() -> None:
     @app.train()
     def train(msg: Message, context: Context) -> Message:
         metrics = MetricRecord({"num-examples": 1})
-        return Message(RecordDict({"arrays": msg.content["arrays"], "metrics": metrics}), reply_to=msg)
+        return Message(
+            RecordDict({"arrays": msg.content["arrays"], "metrics": metrics}), reply_to=msg
+        )
 
     strategy = run(Nodes(app, 3), rounds=3)
     assert strategy.monitor.rows == []
@@ -568,26 +651,58 @@ def test_records_may_have_other_names() -> None:
 
 
 def test_what_metrics_are_called() -> None:
-    told = read_evaluation({"eval_acc": 0.5, "eval_loss": 1.5, "num-examples": 3}, accuracy=None, loss=None)
+    told = read_evaluation(
+        {"eval_acc": 0.5, "eval_loss": 1.5, "num-examples": 3}, accuracy=None, loss=None
+    )
     assert told == {"accuracy": 0.5, "loss": 1.5, "num-examples": 3}
-    sklearn = {"test_logloss": 0.3, "accuracy": 0.9, "precision": 0.1, "recall": 0.2, "num-examples": 7}
-    assert read_evaluation(sklearn, accuracy=None, loss=None) == {"accuracy": 0.9, "loss": 0.3, "num-examples": 7}
-    assert read_evaluation({"f1": 0.25, "num-examples": 1}, accuracy="f1", loss=None)["accuracy"] == 0.25
-    assert read_training({"train_loss": 2, "val_loss": 3, "num-examples": 5}) == {"train-loss": 2.0, "num-examples": 5}
+    sklearn = {
+        "test_logloss": 0.3,
+        "accuracy": 0.9,
+        "precision": 0.1,
+        "recall": 0.2,
+        "num-examples": 7,
+    }
+    assert read_evaluation(sklearn, accuracy=None, loss=None) == {
+        "accuracy": 0.9,
+        "loss": 0.3,
+        "num-examples": 7,
+    }
+    assert (
+        read_evaluation({"f1": 0.25, "num-examples": 1}, accuracy="f1", loss=None)["accuracy"]
+        == 0.25
+    )
+    assert read_training({"train_loss": 2, "val_loss": 3, "num-examples": 5}) == {
+        "train-loss": 2.0,
+        "num-examples": 5,
+    }
     assert read_training({"mse": 2.0}) == {}
 
 
 @pytest.mark.parametrize(
     ("metrics", "names", "message"),
     [
-        ({"mse": 1.0, "num-examples": 1}, {}, r"metrics are mse, num-examples. Say which .*evaluate=False"),
-        ({"acc": 0.5, "test_accuracy": 0.6, "num-examples": 1}, {}, "may be the accuracy: acc, test_accuracy"),
+        (
+            {"mse": 1.0, "num-examples": 1},
+            {},
+            r"metrics are mse, num-examples. Say which .*evaluate=False",
+        ),
+        (
+            {"acc": 0.5, "test_accuracy": 0.6, "num-examples": 1},
+            {},
+            "may be the accuracy: acc, test_accuracy",
+        ),
         ({"acc": 87.5, "num-examples": 1}, {}, r"fraction in 0..1; the app's acc is 87.5"),
         ({"acc": 0.5}, {}, "need 'num-examples'"),
-        ({"acc": 0.5, "num-examples": 1}, {"accuracy": "f1"}, "said to be 'f1'; the app's metrics are acc"),
+        (
+            {"acc": 0.5, "num-examples": 1},
+            {"accuracy": "f1"},
+            "said to be 'f1'; the app's metrics are acc",
+        ),
     ],
 )
-def test_metrics_that_cannot_be_read_are_told(metrics: dict[str, float], names: dict[str, str], message: str) -> None:
+def test_metrics_that_cannot_be_read_are_told(
+    metrics: dict[str, float], names: dict[str, str], message: str
+) -> None:
     with pytest.raises(AnswerError, match=message):
         read_evaluation(metrics, **{"accuracy": None, "loss": None, **names})
 
@@ -598,7 +713,11 @@ def test_metrics_that_cannot_be_read_are_told(metrics: dict[str, float], names: 
 def test_initial_arrays_go_to_each_node_once_and_are_counted_apart() -> None:
     grid = Nodes(numpy_app(), 4)
     strategy = run(grid, rounds=3)
-    got = [(m.metadata.dst_node_id, m.content["order"][keys.ROUND]) for m in grid.log if keys.INITIAL in m.content]
+    got = [
+        (m.metadata.dst_node_id, m.content["order"][keys.ROUND])
+        for m in grid.log
+        if keys.INITIAL in m.content
+    ]
     assert got == [(1000 + i, 1) for i in range(4)]
     size = sum(len(array.data) for array in record(INITIAL).values())
     totals = strategy.relay.ledger.totals()
@@ -607,7 +726,9 @@ def test_initial_arrays_go_to_each_node_once_and_are_counted_apart() -> None:
     assert totals["links_total"] == sum(a.numpy().size for a in frames)
 
 
-def test_a_node_that_lost_its_state_begins_again_from_the_initial_arrays(states_elsewhere: Path) -> None:
+def test_a_node_that_lost_its_state_begins_again_from_the_initial_arrays(
+    states_elsewhere: Path,
+) -> None:
     grid = Nodes(numpy_app(), 4)
 
     def lose() -> None:
@@ -661,7 +782,8 @@ def test_the_apps_lifespan_is_entered_around_each_of_its_functions() -> None:
 # --- mods and wrappers of Flower's ---
 
 
-FLAT = {"w": np.array([[1.0, -2.0, 3.0]]), "b": np.array([0.5])}  # Flower's clipping passes over 0-d arrays
+# Flower's clipping passes over 0-d arrays
+FLAT = {"w": np.array([[1.0, -2.0, 3.0]]), "b": np.array([0.5])}
 
 
 def moving(moved: list[float]) -> Any:
@@ -713,7 +835,10 @@ def test_an_inner_mods_error_reaches_the_server() -> None:
     run(grid, rounds=2)
     reasons = [reply.error.reason for reply in grid.answers if reply.has_error()]
     assert len(reasons) == 6
-    assert all("answered evaluate with error 6: LocalDpMod expects exactly one ArrayRecord" in r for r in reasons)
+    assert all(
+        "answered evaluate with error 6: LocalDpMod expects exactly one ArrayRecord" in r
+        for r in reasons
+    )
 
 
 @pytest.mark.parametrize(
@@ -731,7 +856,9 @@ def test_mods_that_would_wedge_the_node_are_refused_outside(mod: Any) -> None:
 
 def test_a_strategy_wrapper_has_no_aggregate_to_work_on() -> None:
     grid = Nodes(numpy_app(), 3)
-    wrapped = DifferentialPrivacyServerSideFixedClipping(GossipStrategy(Topology.ring(3), record=None), 1.0, 1.0, 3)
+    wrapped = DifferentialPrivacyServerSideFixedClipping(
+        GossipStrategy(Topology.ring(3), record=None), 1.0, 1.0, 3
+    )
     with pytest.raises(ConfigError, match="nothing is aggregated"):
         wrapped.start(grid, initial_arrays=record(INITIAL), num_rounds=1)
     assert grid.log == []
@@ -763,7 +890,10 @@ def test_a_pytorch_app_with_batch_norm() -> None:
             loss.backward()
             optimizer.step()
         metrics = MetricRecord({"train_loss": loss.item(), "num-examples": len(x)})
-        return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=msg)
+        return Message(
+            RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}),
+            reply_to=msg,
+        )
 
     counters = []
 
@@ -774,7 +904,10 @@ def test_a_pytorch_app_with_batch_norm() -> None:
         counters.append((context.node_config["partition-id"], int(model[1].num_batches_tracked)))
         x, y = batch(context)
         accuracy = (model.eval()(x).argmax(1) == y).float().mean().item()
-        return Message(RecordDict({"m": MetricRecord({"eval_acc": accuracy, "num-examples": len(x)})}), reply_to=msg)
+        return Message(
+            RecordDict({"m": MetricRecord({"eval_acc": accuracy, "num-examples": len(x)})}),
+            reply_to=msg,
+        )
 
     torch.manual_seed(0)
     initial = {name: tensor.numpy() for name, tensor in net().state_dict().items()}
@@ -791,7 +924,9 @@ def test_a_scikit_learn_app() -> None:
     app = ClientApp(mods=[neighbor_average_mod])
 
     def partition(context: Context) -> tuple[Any, Any]:
-        mine = np.flatnonzero(np.arange(len(digits.target)) % 4 == context.node_config["partition-id"])
+        mine = np.flatnonzero(
+            np.arange(len(digits.target)) % 4 == context.node_config["partition-id"]
+        )
         return digits.data[mine] / 16, digits.target[mine]
 
     def model(arrays: ArrayRecord) -> Any:
@@ -871,10 +1006,20 @@ def test_own_functions_must_leave_a_gradient() -> None:
     from flower_mcepl import AgentData, MceplConfig, shared_module
     from flower_mcepl.agents import OwnLoopAgent
 
-    data = AgentData.of((torch.zeros(4, 2), torch.zeros(4).long()), (torch.zeros(2, 2), torch.zeros(2).long()), agent=0)
+    data = AgentData.of(
+        (torch.zeros(4, 2), torch.zeros(4).long()),
+        (torch.zeros(2, 2), torch.zeros(2).long()),
+        agent=0,
+    )
     module = shared_module(lambda: nn.Linear(2, 2), seed=1)
     agent = OwnLoopAgent(
-        0, module, data, MceplConfig(retention=0.5), train_fn=lambda m, r: 0.0, evaluate_fn=lambda m: {}, seed=1
+        0,
+        module,
+        data,
+        MceplConfig(retention=0.5),
+        train_fn=lambda m, r: 0.0,
+        evaluate_fn=lambda m: {},
+        seed=1,
     )
     with pytest.raises(ConfigError, match=r"left none on the scores"):
         agent.train(round=1)
@@ -889,18 +1034,26 @@ def test_a_numpy_client_moves_over_as_documented() -> None:
         def __init__(self, index: int) -> None:
             self.index = index
 
-        def fit(self, parameters: list[NDArray[Any]], config: dict[str, Any]) -> tuple[Any, int, dict[str, Any]]:
+        def fit(
+            self, parameters: list[NDArray[Any]], config: dict[str, Any]
+        ) -> tuple[Any, int, dict[str, Any]]:
             values = dict(zip(INITIAL, parameters, strict=True))
             new = local_step(values, self.index, config["server-round"])
             return [np.asarray(x) for x in new.values()], 10, {}
 
-        def evaluate(self, parameters: list[NDArray[Any]], config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
+        def evaluate(
+            self, parameters: list[NDArray[Any]], config: dict[str, Any]
+        ) -> tuple[float, int, dict[str, Any]]:
             return float(parameters[0].sum()), 4, {"accuracy": 0.5}
 
-    names: dict[str, Any] = {"make_client": lambda context: Client(context.node_config["partition-id"])}
+    names: dict[str, Any] = {
+        "make_client": lambda context: Client(context.node_config["partition-id"])
+    }
     exec(code, names)
     strategy = GossipStrategy(Topology.ring(4), evaluate_every=1, record=None)
-    strategy.start(Nodes(names["app"], 4), initial_arrays=ArrayRecord(list(INITIAL.values())), num_rounds=3)
+    strategy.start(
+        Nodes(names["app"], 4), initial_arrays=ArrayRecord(list(INITIAL.values())), num_rounds=3
+    )
     check_against(strategy, oracle(Topology.ring(4), 3))
 
 
@@ -916,7 +1069,9 @@ def test_the_mods_line_in_the_docs_clips_and_adds_noise() -> None:
 
     names: dict[str, Any] = {"ClientApp": ClientApp, "LocalDpMod": LocalDpMod, "step": train}
     names["neighbor_average_mod"] = neighbor_average_mod
-    whole = code.replace("def train(msg, context): ...", "def train(msg, context): return step(msg)")
+    whole = code.replace(
+        "def train(msg, context): ...", "def train(msg, context): return step(msg)"
+    )
     assert whole != code
     exec(whole, names)
     run(Nodes(names["app"], 1), Topology.from_edges([], num_agents=1), rounds=2, initial=FLAT)
@@ -929,7 +1084,8 @@ def test_the_readme_shows_exactly_what_differs_between_the_two_apps() -> None:
     changed = []
     for file in ("client_app.py", "server_app.py"):
         before, after = (
-            (EXAMPLE / side / f"drop_in_{side}" / file).read_text().splitlines() for side in ("fedavg", "gossip")
+            (EXAMPLE / side / f"drop_in_{side}" / file).read_text().splitlines()
+            for side in ("fedavg", "gossip")
         )
         lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
         changed += [line for line in lines if line[0] in "+-" and line[1:]]
@@ -939,7 +1095,10 @@ def test_the_readme_shows_exactly_what_differs_between_the_two_apps() -> None:
     assert [line[0] for line in own] == ["-", "+", "-", "+"]  # two lines; the rest are imports
     tasks = {(EXAMPLE / side / f"drop_in_{side}" / "task.py").read_text() for side in SIDES}
     assert len(tasks) == 1
-    settings = {(EXAMPLE / s / "pyproject.toml").read_text().partition("[tool.flwr.app.config]")[2] for s in SIDES}
+    settings = {
+        (EXAMPLE / s / "pyproject.toml").read_text().partition("[tool.flwr.app.config]")[2]
+        for s in SIDES
+    }
     assert len(settings) == 1
 
 

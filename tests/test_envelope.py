@@ -29,7 +29,9 @@ def test_garbage_is_refused(data: bytes) -> None:
         open_envelope(data)
 
 
-@pytest.mark.parametrize("array", [np.zeros((2, 2), np.uint8), np.zeros(4, np.int8), np.zeros(3), np.uint8(1)])
+@pytest.mark.parametrize(
+    "array", [np.zeros((2, 2), np.uint8), np.zeros(4, np.int8), np.zeros(3), np.uint8(1)]
+)
 def test_other_arrays_are_refused(array: np.ndarray) -> None:
     with pytest.raises(CorruptFrameError, match="one-dimensional uint8 array of its own length"):
         open_envelope(npy(array))

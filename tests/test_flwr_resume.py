@@ -19,7 +19,13 @@ pytestmark = pytest.mark.slow
 
 
 def flower_run(folder: Path, **run_config: object) -> RunOutcome:
-    config = {"num-agents": NUM_AGENTS, "num-rounds": NUM_ROUNDS, "topology": "ring", "seed": 5, "evaluate-every": 3}
+    config = {
+        "num-agents": NUM_AGENTS,
+        "num-rounds": NUM_ROUNDS,
+        "topology": "ring",
+        "seed": 5,
+        "evaluate-every": 3,
+    }
     return run_app(
         QUICKSTART,
         run_config={**config, "checkpoint-every": EVERY, "record-dir": str(folder), **run_config},
@@ -69,7 +75,16 @@ def test_a_run_whose_server_was_killed_is_resumed_to_the_same_bits(tmp_path: Pat
     assert [line["round"] for line in ours.relay] == list(range(1, NUM_ROUNDS + 2))
     assert [line["frames"] for line in ours.relay] == [line["frames"] for line in theirs.relay]
     assert [line["fresh"] for line in ours.relay[1:]] == [[]] * NUM_ROUNDS
-    columns = ("round", "agent", "accuracy", "loss", "density", "sent_bytes", "received_bytes", "uplink_bytes")
+    columns = (
+        "round",
+        "agent",
+        "accuracy",
+        "loss",
+        "density",
+        "sent_bytes",
+        "received_bytes",
+        "uplink_bytes",
+    )
     rows = [sorted([row[c] for c in columns] for row in run.rounds) for run in (ours, theirs)]
     assert rows[0] == rows[1]
     assert (path / "traffic.jsonl").read_text() == (expected / "traffic.jsonl").read_text()

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from flower_mcepl import AgentData, MceplAgent, MceplConfig, RunRecord, Topology, read_run, shared_module, simulate
+from flower_mcepl import (
+    AgentData,
+    MceplAgent,
+    MceplConfig,
+    RunRecord,
+    Topology,
+    read_run,
+    shared_module,
+    simulate,
+)
 from flower_mcepl.agents import load_state
 from flower_mcepl.data.splits import DataSettings
 from flower_mcepl.launch import run_app
@@ -47,11 +56,16 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sys.path.remove(str(QUICKSTART))
     import tomllib
 
-    defaults = tomllib.loads((QUICKSTART / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    defaults = tomllib.loads((QUICKSTART / "pyproject.toml").read_text())["tool"]["flwr"]["app"][
+        "config"
+    ]
     config: dict[str, Any] = {**defaults, **RUN_CONFIG}
     net = shared_module(Net, seed=SEED)
     settings = DataSettings.from_run_config(config)
-    splits = [load_data(index, num_agents=NUM_AGENTS, settings=settings, seed=SEED) for index in range(NUM_AGENTS)]
+    splits = [
+        load_data(index, num_agents=NUM_AGENTS, settings=settings, seed=SEED)
+        for index in range(NUM_AGENTS)
+    ]
     agents = [
         MceplAgent(
             index,
@@ -63,7 +77,9 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index, (train, validation, test) in enumerate(splits)
     ]
     record = RunRecord.create(tmp_path_factory.mktemp("oracle"), name="oracle", config={})
-    simulate(agents, Topology.ring(NUM_AGENTS), num_rounds=NUM_ROUNDS, evaluate_every=1, record=record)
+    simulate(
+        agents, Topology.ring(NUM_AGENTS), num_rounds=NUM_ROUNDS, evaluate_every=1, record=record
+    )
     return record.path
 
 
@@ -72,8 +88,19 @@ def test_flwr_run_gives_the_masks_of_simulate(workers: int, oracle: Path, tmp_pa
     ours, theirs = read_run(oracle), read_run(flower_record(tmp_path, workers=workers))
     assert [line["frames"] for line in ours.relay] == [line["frames"] for line in theirs.relay]
     assert all(len(line["frames"]) == NUM_AGENTS for line in ours.relay[:NUM_ROUNDS])
-    columns = ("round", "agent", "accuracy", "loss", "density", "sent_bytes", "received_bytes", "uplink_bytes")
-    assert [[row[c] for c in columns] for row in ours.rounds] == [[row[c] for c in columns] for row in theirs.rounds]
+    columns = (
+        "round",
+        "agent",
+        "accuracy",
+        "loss",
+        "density",
+        "sent_bytes",
+        "received_bytes",
+        "uplink_bytes",
+    )
+    assert [[row[c] for c in columns] for row in ours.rounds] == [
+        [row[c] for c in columns] for row in theirs.rounds
+    ]
     traffic = [(run.path / "traffic.jsonl").read_text() for run in (ours, theirs)]
     assert traffic[0] == traffic[1]
     assert sorted(theirs.agents) == list(range(NUM_AGENTS))

@@ -88,7 +88,8 @@ class Plan:
         size = topology.num_agents
         self.last_sent = [0] * size
         self.has: dict[tuple[int, int], int] = {}
-        # (round, agent) -> sender -> round that is held and newest round; frames must lead from one to the other
+        # (round, agent) -> sender -> round that is held and newest round; frames must
+        # lead from one to the other
         self.frames: dict[tuple[int, int], dict[int, tuple[int, int]]] = {}
         self.num_neighbors: dict[tuple[int, int], int] = {}
         met: set[int] = set()
@@ -100,7 +101,9 @@ class Plan:
                 neighbors = topology.in_neighbors(agent, round=round - 1) if agent in met else ()
                 usable = [j for j in neighbors if round - 1 - self.last_sent[j] <= staleness]
                 held = {j: self.has.get((j, agent), 0) for j in usable}
-                new = {j: (held[j], self.last_sent[j]) for j in usable if self.last_sent[j] > held[j]}
+                new = {
+                    j: (held[j], self.last_sent[j]) for j in usable if self.last_sent[j] > held[j]
+                }
                 self.frames[round, agent] = new
                 if agent in here:
                     self.has.update({(j, agent): last for j, (_, last) in new.items()})
@@ -122,13 +125,17 @@ class Plan:
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     size, rounds, seed = draw(st.integers(2, 5)), draw(st.integers(2, 6)), draw(st.integers(0, 99))
-    pairs = st.tuples(st.integers(0, size - 1), st.integers(0, size - 1)).filter(lambda pair: pair[0] != pair[1])
+    pairs = st.tuples(st.integers(0, size - 1), st.integers(0, size - 1)).filter(
+        lambda pair: pair[0] != pair[1]
+    )
     fixed = st.builds(
         lambda edges, directed: Topology.from_edges(edges, num_agents=size, directed=directed),
         st.lists(pairs, max_size=12),
         st.booleans(),
     )
-    varying = st.builds(lambda k: Topology.random_neighbors(size, degree=k, seed=seed), st.integers(0, size - 1))
+    varying = st.builds(
+        lambda k: Topology.random_neighbors(size, degree=k, seed=seed), st.integers(0, size - 1)
+    )
     row = st.lists(st.sampled_from(("here", "here", *MODES)), min_size=size - 1, max_size=size - 1)
     modes = [["here", *draw(row)] for _ in range(rounds)]
     return Plan(draw(st.one_of(fixed, varying)), modes, draw(st.integers(0, 3)))
@@ -136,20 +143,25 @@ def plans(draw: st.DrawFn) -> Plan:
 
 @given(plan=plans())
 @settings(max_examples=10)
-def test_every_node_gets_what_leads_to_its_in_neighbors_newest_masks_and_nothing_else(plan: Plan) -> None:
+def test_every_node_gets_what_leads_to_its_in_neighbors_newest_masks_and_nothing_else(
+    plan: Plan,
+) -> None:
     size, rounds = plan.topology.num_agents, len(plan.modes)
     grid = agent_grid(size)
     counts: dict[tuple[int, int], int] = {}
 
     def look(round: int) -> None:
         for agent, mode in enumerate(plan.modes[round - 1]):
-            if mode == "here" and round < rounds:  # after the last round the closing exchange has fused once more
+            # after the last round the closing exchange has fused once more
+            if mode == "here" and round < rounds:
                 counts[round, agent] = state_facts(grid, 1000 + agent)["num-neighbors"]
         if round < rounds:
             plan.apply(grid, round + 1)
 
     plan.apply(grid, 1)
-    strategy = gossip(grid, plan.topology, rounds=rounds, min_agents=1, max_staleness=plan.staleness, after=look)
+    strategy = gossip(
+        grid, plan.topology, rounds=rounds, min_agents=1, max_staleness=plan.staleness, after=look
+    )
     got = {}
     for message in grid.log:
         if message.metadata.message_type == "train":
@@ -169,11 +181,18 @@ def test_every_node_gets_what_leads_to_its_in_neighbors_newest_masks_and_nothing
                 at = header.round
             assert at == newest
     assert not any(
-        {"refused", "lacking"} & reply.content["agent"].keys() for reply in grid.answers if not reply.has_error()
+        {"refused", "lacking"} & reply.content["agent"].keys()
+        for reply in grid.answers
+        if not reply.has_error()
     )
     fused = {place: count for place, count in plan.num_neighbors.items() if place[0] < rounds}
     assert {place: counts[place] for place in fused} == fused
-    carried = sum(len(frame) for message in grid.log for chain in down_frames(message).values() for frame in chain)
+    carried = sum(
+        len(frame)
+        for message in grid.log
+        for chain in down_frames(message).values()
+        for frame in chain
+    )
     assert strategy.relay.ledger.totals()["links_total"] == carried
 
 
@@ -201,7 +220,8 @@ def test_one_message_per_agent_and_round_and_one_to_close() -> None:
     kinds = [(sent_round(m), m.metadata.message_type, m.metadata.dst_node_id) for m in grid.log]
     train = [(round, "train", 1000 + agent) for round in range(1, 6) for agent in range(3)]
     assert kinds == train + [(6, "evaluate", 1000 + agent) for agent in range(3)]
-    assert {message.metadata.ttl for message in grid.log} == {3 * 30.0}  # a late answer may come in later rounds
+    # a late answer may come in later rounds
+    assert {message.metadata.ttl for message in grid.log} == {3 * 30.0}
 
 
 def test_evaluation_only_when_due() -> None:
@@ -217,10 +237,12 @@ def test_evaluation_only_when_due() -> None:
 def test_train_config_reaches_the_agents_and_cannot_overwrite_the_order() -> None:
     grid = agent_grid(2)
     strategy = GossipStrategy(Topology.ring(2), record=None)
-    strategy.start(grid, num_rounds=1, train_config=ConfigRecord({"note": "hello", "server-round": 99}))
-    assert [(m.content["order"]["server-round"], m.content["order"].get("note")) for m in grid.log[:2]] == [
-        (1, "hello")
-    ] * 2
+    strategy.start(
+        grid, num_rounds=1, train_config=ConfigRecord({"note": "hello", "server-round": 99})
+    )
+    assert [
+        (m.content["order"]["server-round"], m.content["order"].get("note")) for m in grid.log[:2]
+    ] == [(1, "hello")] * 2
 
 
 # --- what is told of it ---
@@ -236,7 +258,10 @@ def test_the_result_holds_metrics_and_no_arrays() -> None:
     accuracies = [row["accuracy"] for row in strategy.monitor.rows if row["round"] == 3]
     assert metrics["accuracy"] == pytest.approx(np.mean(accuracies))
     assert metrics["accuracy-std"] == pytest.approx(np.std(accuracies))
-    assert (metrics["accuracy-worst"], metrics["accuracy-best"]) == (min(accuracies), max(accuracies))
+    assert (metrics["accuracy-worst"], metrics["accuracy-best"]) == (
+        min(accuracies),
+        max(accuracies),
+    )
     assert metrics["num-agents"] == 3
 
 
@@ -244,15 +269,25 @@ def test_log_lines(log: pytest.LogCaptureFixture) -> None:
     grid = agent_grid(4)
     away = {2: lambda: grid.silent.add(1002), 3: lambda: grid.down.add(1003)}
     gossip(grid, rounds=4, before=away)
-    lines = [line for line in log.messages if line.startswith(("round", "closing")) and " | " in line]
-    assert [line.split(" | ")[0] for line in lines] == ["round 1/4", "round 2/4", "round 3/4", "round 4/4", "closing"]
+    lines = [
+        line for line in log.messages if line.startswith(("round", "closing")) and " | " in line
+    ]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "round 1/4",
+        "round 2/4",
+        "round 3/4",
+        "round 4/4",
+        "closing",
+    ]
     assert "4/4 answered | train loss" in lines[0]
     assert "3/4 answered | 1 failed | " in lines[1]
     assert "2/4 answered | 1 failed | no answer from 3 | train loss" in lines[2]
     assert "accuracy after round 2: 0." in lines[2]
     assert "(worst 0." in lines[2]
     assert lines[0].endswith("0 B over the links")  # nothing has gone down yet
-    assert all(re.search(r"\d k?B over the links \(\d[\d.]* bit per weight\)$", line) for line in lines[1:])
+    assert all(
+        re.search(r"\d k?B over the links \(\d[\d.]* bit per weight\)$", line) for line in lines[1:]
+    )
     assert all(" left | " in line for line in lines[:4])
 
 
@@ -262,26 +297,38 @@ def test_the_byte_counts_are_what_the_grid_carried(tmp_path: Path) -> None:
     gossip(grid, Topology.path(4), rounds=3, evaluate_every=1, record=tmp_path)
     run = the_run(tmp_path)
     for row in run.rounds:
-        until = [m for m in grid.log if sent_round(m) <= row["round"] + 1]  # the frames of a round travel in the next
+        # the frames of a round travel in the next
+        until = [m for m in grid.log if sent_round(m) <= row["round"] + 1]
         mine = [m for m in until if m.metadata.dst_node_id == 1000 + row["agent"]]
-        assert row["received_bytes"] == sum(len(f) for m in mine for chain in down_frames(m).values() for f in chain)
+        assert row["received_bytes"] == sum(
+            len(f) for m in mine for chain in down_frames(m).values() for f in chain
+        )
         out = [frame for m in until for frame in down_frames(m).get(row["agent"], [])]
         assert row["sent_bytes"] == sum(map(len, out))
     up = [frame for reply in grid.answers for frame in up_frames(reply)]
-    down = [frame for message in grid.log for chain in down_frames(message).values() for frame in chain]
+    down = [
+        frame for message in grid.log for chain in down_frames(message).values() for frame in chain
+    ]
     assert run.summary is not None
     assert run.summary["bytes"]["uplink_total"] == sum(map(len, up))
     assert run.summary["bytes"]["relay_total"] == sum(map(len, [*up, *down]))
     headers = [read_header(frame) for frame in (*up, *down)]
     assert run.summary["bytes"]["header_total"] == sum(header.header_bytes for header in headers)
-    assert (run.summary["bytes"]["uplink_frames"], run.summary["bytes"]["link_frames"]) == (len(up), len(down))
+    assert (run.summary["bytes"]["uplink_frames"], run.summary["bytes"]["link_frames"]) == (
+        len(up),
+        len(down),
+    )
     keys = [not header.reference for header in headers]
     assert run.summary["bytes"]["uplink_keys"] == sum(keys[: len(up)])
     assert run.summary["bytes"]["link_keys"] == sum(keys[len(up) :])
     bits = [8 * len(frame) / make_agent(0).model.num_weights for frame in (*up, *down)]
     assert run.summary["bytes"]["bits_per_weight"] == pytest.approx(np.mean(bits))
     assert run.summary["bytes"]["link_bits_per_weight"] == pytest.approx(np.mean(bits[len(up) :]))
-    assert run.summary["bytes"]["deliveries"] == 3 * 6 == sum(link["frames"] for link in run.summary["links"])
+    assert (
+        run.summary["bytes"]["deliveries"]
+        == 3 * 6
+        == sum(link["frames"] for link in run.summary["links"])
+    )
     assert run.summary["bytes"]["links_total"] == run.relay[-1]["link_bytes"]
 
 
@@ -293,14 +340,26 @@ def test_the_traffic_of_the_rounds_sums_to_the_summary(tmp_path: Path) -> None:
     run = the_run(tmp_path)
     assert run.summary is not None
     traffic = traffic_of(run)
-    assert [line["round"] for line in traffic] == [line["round"] for line in run.relay] == list(range(1, 9))
-    for line in traffic:  # a line holds what went down with the round's messages and came up with their answers
+    assert (
+        [line["round"] for line in traffic]
+        == [line["round"] for line in run.relay]
+        == list(range(1, 9))
+    )
+    # a line holds what went down with the round's messages and came up with their
+    # answers
+    for line in traffic:
         down = [m for m in grid.log if sent_round(m) == line["round"]]
-        chains = {(j, m.metadata.dst_node_id - 1000): c for m in down for j, c in down_frames(m).items()}
+        chains = {
+            (j, m.metadata.dst_node_id - 1000): c for m in down for j, c in down_frames(m).items()
+        }
         assert {(row[0], row[1]): (row[2], row[4]) for row in line["links"]} == {
             link: (len(chain), sum(map(len, chain))) for link, chain in chains.items()
         }
-        answers = [r for r in grid.answers if r.metadata.reply_to_message_id in {m.metadata.message_id for m in down}]
+        answers = [
+            r
+            for r in grid.answers
+            if r.metadata.reply_to_message_id in {m.metadata.message_id for m in down}
+        ]
         up = {int(r.content["agent"]["agent"]): up_frames(r) for r in answers}
         assert {row[0]: (row[1], row[3]) for row in line["uplinks"]} == {
             agent: (len(frames), sum(map(len, frames))) for agent, frames in up.items() if frames
@@ -318,19 +377,28 @@ def test_the_traffic_of_the_rounds_sums_to_the_summary(tmp_path: Path) -> None:
         for sender, receiver, *counts in line["links"]:
             before = by_link.get((sender, receiver), [0] * 4)
             by_link[sender, receiver] = [a + b for a, b in zip(before, counts, strict=True)]
-    assert {(r["sender"], r["receiver"]): [r[c] for c in columns] for r in run.summary["links"]} == by_link
+    assert {
+        (r["sender"], r["receiver"]): [r[c] for c in columns] for r in run.summary["links"]
+    } == by_link
 
 
 @pytest.mark.usefixtures("no_report")
 def test_frames_are_kept_where_that_is_asked_for(tmp_path: Path) -> None:
-    run_config = {**RUN_CONFIG, "num-agents": 3, "key-interval": 2, "keep-frames": True, "record-dir": str(tmp_path)}
+    run_config = {
+        **RUN_CONFIG,
+        "num-agents": 3,
+        "key-interval": 2,
+        "keep-frames": True,
+        "record-dir": str(tmp_path),
+    }
     strategy = GossipStrategy.from_run_config(run_config)
     grid = app_grid(3, **run_config)
     strategy.start(grid, num_rounds=4)
     run = the_run(tmp_path)
     files = sorted(path.name for path in (run.path / "frames").iterdir())
     plain = [f"{round:05d}-agent-{agent:04d}" for round in range(1, 5) for agent in range(3)]
-    whole = [name + "-key" for name in plain if name.startswith("00003")]  # round 1 stands alone anyway
+    # round 1 stands alone anyway
+    whole = [name + "-key" for name in plain if name.startswith("00003")]
     assert files == sorted(f"{name}.frame" for name in [*plain, *whole])
     readers = [Reader(make_agent(agent)) for agent in range(3)]
     for name in plain:
@@ -340,7 +408,8 @@ def test_frames_are_kept_where_that_is_asked_for(tmp_path: Path) -> None:
             r
             for r in grid.answers
             if up_frames(r)
-            and (read_header(up_frames(r)[0]).sender, read_header(up_frames(r)[0]).round) == (agent, round)
+            and (read_header(up_frames(r)[0]).sender, read_header(up_frames(r)[0]).round)
+            == (agent, round)
         ]
         assert up_frames(answer)[0] == data
         frame = readers[agent].read(data)
@@ -376,21 +445,29 @@ def test_the_key_interval_is_honored(interval: int) -> None:
 
 def test_the_handshake_is_asked_for_until_the_node_is_known() -> None:
     grid = agent_grid(3)
-    strategy = gossip(grid, rounds=4, before={3: lambda: grid.add_node(1002, 2)})  # the same id with an empty context
-    asked = [(sent_round(m), m.metadata.dst_node_id - 1000) for m in grid.log if m.content["order"]["introduce"]]
+    # the same id with an empty context
+    strategy = gossip(grid, rounds=4, before={3: lambda: grid.add_node(1002, 2)})
+    asked = [
+        (sent_round(m), m.metadata.dst_node_id - 1000)
+        for m in grid.log
+        if m.content["order"]["introduce"]
+    ]
     assert asked == [(1, 0), (1, 1), (1, 2)]
     told = [
         (int(reply.metadata.group_id or 0), int(reply.content["agent"]["agent"]))
         for reply in grid.answers
         if "fingerprint" in reply.content["agent"]
     ]
-    assert [agent for _, agent in told] == [0, 1, 2, 2]  # who starts afresh introduces itself anyway
+    # who starts afresh introduces itself anyway
+    assert [agent for _, agent in told] == [0, 1, 2, 2]
     assert strategy.roster.facts(2)["num-weights"] == make_agent(2).model.num_weights
 
 
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("way", ["down", "silent"])  # it is seen to leave, or only does not answer
-def test_a_node_that_is_back_with_another_node_config_introduces_itself_anew(way: str, tmp_path: Path) -> None:
+def test_a_node_that_is_back_with_another_node_config_introduces_itself_anew(
+    way: str, tmp_path: Path
+) -> None:
     grid = app_grid(3, **{"retention-conv": 0.3})
     away: set[int] = getattr(grid, way)
 
@@ -399,9 +476,15 @@ def test_a_node_that_is_back_with_another_node_config_introduces_itself_anew(way
         client_module._agents.clear()  # its process is a new one
         grid.contexts[1001].node_config |= {"retention-conv": 0.5, "tell-classes": False}
 
-    strategy = gossip(grid, rounds=6, record=tmp_path, before={3: lambda: away.add(1001), 4: come_back})
+    strategy = gossip(
+        grid, rounds=6, record=tmp_path, before={3: lambda: away.add(1001), 4: come_back}
+    )
     agents = the_run(tmp_path).config["agents"]
-    assert [agent["retention"].partition(",")[0] for agent in agents] == ["conv 0.3", "conv 0.5", "conv 0.3"]
+    assert [agent["retention"].partition(",")[0] for agent in agents] == [
+        "conv 0.3",
+        "conv 0.5",
+        "conv 0.3",
+    ]
     assert agents[1]["kept_weights"] > agents[0]["kept_weights"]
     assert ["classes" in agent for agent in agents] == [True, False, True]
     assert strategy.roster.facts(1)["kept-weights"] == agents[1]["kept_weights"]
@@ -409,7 +492,9 @@ def test_a_node_that_is_back_with_another_node_config_introduces_itself_anew(way
 
 
 @pytest.mark.usefixtures("no_report")
-def test_an_unknown_node_without_a_handshake_is_refused(log: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_an_unknown_node_without_a_handshake_is_refused(
+    log: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     grid = agent_grid(3)
     pull = grid.pull_messages
 
@@ -426,16 +511,29 @@ def test_an_unknown_node_without_a_handshake_is_refused(log: pytest.LogCaptureFi
     gossip(grid, rounds=3, min_agents=2, record=tmp_path)
     relay = the_run(tmp_path).relay
     assert [list(line["failed"]) for line in relay] == [["node 1002"], [], [], []]
-    assert "node 1002 does not answer as an agent (KeyError('fingerprint')" in relay[0]["failed"]["node 1002"]
+    assert (
+        "node 1002 does not answer as an agent (KeyError('fingerprint')"
+        in relay[0]["failed"]["node 1002"]
+    )
     assert [line["answered"] for line in relay] == [2, 3, 3, 3]  # asked again, it introduces itself
-    asked = [(sent_round(m), m.metadata.dst_node_id) for m in grid.log if m.content["order"]["introduce"]]
+    asked = [
+        (sent_round(m), m.metadata.dst_node_id) for m in grid.log if m.content["order"]["introduce"]
+    ]
     assert asked[3:] == [(2, 1002)]
 
 
 @pytest.mark.usefixtures("no_report")
-@pytest.mark.parametrize("spec", ["ring", "erdos-renyi:degree=2", "random-neighbors:degree=2", "star"])
+@pytest.mark.parametrize(
+    "spec", ["ring", "erdos-renyi:degree=2", "random-neighbors:degree=2", "star"]
+)
 def test_the_config_is_enough_to_repeat_the_run(spec: str, tmp_path: Path) -> None:
-    run_config = {**RUN_CONFIG, "num-agents": 4, "topology": spec, "evaluate-every": 2, "retention-conv": "0.2, 0.5"}
+    run_config = {
+        **RUN_CONFIG,
+        "num-agents": 4,
+        "topology": spec,
+        "evaluate-every": 2,
+        "retention-conv": "0.2, 0.5",
+    }
 
     def run(config: dict[str, Any], folder: Path, topology: Topology | None = None) -> Run:
         strategy = GossipStrategy.from_run_config({**config, "record-dir": str(folder)})
@@ -450,7 +548,10 @@ def test_the_config_is_enough_to_repeat_the_run(spec: str, tmp_path: Path) -> No
     assert [line["frames"] for line in first.relay] == [line["frames"] for line in second.relay]
     assert all(len(line["frames"]) == 4 for line in first.relay[:3])
     assert (first.config["num_rounds"], first.config["evaluate_every"]) == (3, 2)
-    assert [a["retention"] for a in first.config["agents"]] == ["conv 0.2, linear 0.9", "conv 0.5, linear 0.9"] * 2
+    assert [a["retention"] for a in first.config["agents"]] == [
+        "conv 0.2, linear 0.9",
+        "conv 0.5, linear 0.9",
+    ] * 2
     assert {"flwr", "torch", "flower_mcepl"} <= first.config["versions"].keys()
 
 
@@ -464,7 +565,9 @@ def test_the_report_at_the_end(tmp_path: Path, log: pytest.LogCaptureFixture) ->
     assert Path(picture[0].removeprefix("Picture: ")).is_file()
 
 
-def test_a_run_in_which_nobody_was_evaluated_still_ends_well(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_a_run_in_which_nobody_was_evaluated_still_ends_well(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
     grid = agent_grid(2)
     grid_leaves = grid.push_messages
 
@@ -485,8 +588,12 @@ def test_no_record_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (OSError("disk"), "failed")])
-def test_a_run_that_breaks_off_leaves_a_readable_record(error: Any, status: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt, "interrupted"), (OSError("disk"), "failed")]
+)
+def test_a_run_that_breaks_off_leaves_a_readable_record(
+    error: Any, status: str, tmp_path: Path
+) -> None:
     def stop() -> None:
         raise error
 
@@ -504,7 +611,9 @@ def test_a_run_that_breaks_off_leaves_a_readable_record(error: Any, status: str,
 
 
 @pytest.mark.parametrize("way", ["down", "silent", "unavailable"])
-def test_an_absent_agents_mask_stays_in_use_then_leaves_then_comes_back(way: str, tmp_path: Path) -> None:
+def test_an_absent_agents_mask_stays_in_use_then_leaves_then_comes_back(
+    way: str, tmp_path: Path
+) -> None:
     grid = agent_grid(3)
     seen = {}
     away = getattr(grid, way)
@@ -514,7 +623,8 @@ def test_an_absent_agents_mask_stays_in_use_then_leaves_then_comes_back(way: str
 
     steps = {3: lambda: away.add(1002), 8: away.clear}
     strategy = gossip(grid, rounds=11, max_staleness=2, before=steps, after=look)
-    # Agent 2's last mask is of round 2. Messages of rounds 3, 4 and 5 fuse rounds 2, 3 and 4: at most 2 rounds old.
+    # Agent 2's last mask is of round 2. Messages of rounds 3, 4 and 5 fuse rounds 2, 3
+    # and 4: at most 2 rounds old.
     assert seen == {1: 1, 2: 2, 3: 2, 4: 2, 5: 2, 6: 1, 7: 1, 8: 1, 9: 2, 10: 2, 11: 2}
     assert {row["agent"] for row in strategy.monitor.rows if row["round"] == 10} == {0, 1, 2}
     assert state_facts(grid, 1002)["num-neighbors"] == 2
@@ -527,13 +637,17 @@ def test_an_agent_may_join_late(log: pytest.LogCaptureFixture) -> None:
 
     def look(round: int) -> None:
         seen[round] = [
-            state_facts(grid, node)["num-neighbors"] for node in (1000, 1002)[: 1 if 1002 in grid.down else 2]
+            state_facts(grid, node)["num-neighbors"]
+            for node in (1000, 1002)[: 1 if 1002 in grid.down else 2]
         ]
 
     gossip(grid, rounds=6, min_agents=2, max_staleness=2, before={5: grid.down.clear}, after=look)
-    # Until round 2 the common first mask stands for agent 2. In its own first round it keeps that mask alone.
+    # Until round 2 the common first mask stands for agent 2. In its own first round it
+    # keeps that mask alone.
     assert seen == {1: [1], 2: [2], 3: [2], 4: [1], 5: [1, 1], 6: [2, 2]}
-    assert [line for line in log.messages if line.startswith("round 2/6") and "no answer from 2" in line]
+    assert [
+        line for line in log.messages if line.startswith("round 2/6") and "no answer from 2" in line
+    ]
 
 
 def test_a_frame_that_is_too_old_is_not_even_sent() -> None:
@@ -541,7 +655,9 @@ def test_a_frame_that_is_too_old_is_not_even_sent() -> None:
     grid.down = {1002}
     steps = {3: lambda: grid.down.add(1001), 5: lambda: grid.down.discard(1002)}
     gossip(grid, rounds=7, min_agents=2, max_staleness=2, before=steps)
-    got = {sent_round(m): sorted(down_frames(m)) for m in grid.log if m.metadata.dst_node_id == 1002}
+    got = {
+        sent_round(m): sorted(down_frames(m)) for m in grid.log if m.metadata.dst_node_id == 1002
+    }
     assert got == {5: [], 6: [0], 7: [0], 8: [0]}  # agent 1's last frame is of round 2
     assert state_facts(grid, 1002)["num-neighbors"] == 1
 
@@ -558,8 +674,11 @@ def test_a_restarted_node_takes_over_its_agent_and_gets_the_frames_again() -> No
 
     strategy = gossip(grid, rounds=6, before={3: lose_1, 4: restart_2})
     assert strategy.roster.node_of == {0: 1000, 1: 1001, 2: 2002}
-    got = {sent_round(m): sorted(down_frames(m)) for m in grid.log if m.metadata.dst_node_id == 2002}
-    # Unknown in round 4, it gets nothing; then both, agent 1's old frame too, which the former node had got already.
+    got = {
+        sent_round(m): sorted(down_frames(m)) for m in grid.log if m.metadata.dst_node_id == 2002
+    }
+    # Unknown in round 4, it gets nothing; then both, agent 1's old frame too, which the
+    # former node had got already.
     assert got[4] == []
     assert got[5] == [0, 1]
     assert state_facts(grid, 2002)["num-neighbors"] == 2
@@ -575,12 +694,16 @@ def test_a_restart_after_silence_loses_no_frame() -> None:
 
     steps = {3: lambda: (grid.silent.add(1002), grid.down.add(1001)), 4: restart_2}
     gossip(grid, rounds=6, before=steps)
-    got = {sent_round(m): sorted(down_frames(m)) for m in grid.log if m.metadata.dst_node_id == 2002}
+    got = {
+        sent_round(m): sorted(down_frames(m)) for m in grid.log if m.metadata.dst_node_id == 2002
+    }
     assert got[5] == [0, 1]
 
 
 @pytest.mark.usefixtures("no_report")
-def test_a_node_that_lost_its_state_gets_the_frames_again(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_a_node_that_lost_its_state_gets_the_frames_again(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
     grid = agent_grid(3)
 
     def lose_1() -> None:
@@ -594,12 +717,20 @@ def test_a_node_that_lost_its_state_gets_the_frames_again(tmp_path: Path, log: p
     assert [sorted(got[round]) for round in (4, 5, 6)] == [[0, 1], [0], [0, 1]]
     assert state_facts(grid, 1002)["num-neighbors"] == 2
     assert all(not answer.content["agent"].get("refused") for answer in grid.answers)
-    lacking = {line["round"]: line["lacking"] for line in the_run(tmp_path).relay if line["lacking"]}
+    lacking = {
+        line["round"]: line["lacking"] for line in the_run(tmp_path).relay if line["lacking"]
+    }
     assert lacking == {5: {"2": [0]}}  # what it got in round 5 was meant for one who remembers
-    assert "round 5: agent 2 lacks what the frames of these agents build on, and gets it next: 0" in log.messages
+    assert (
+        "round 5: agent 2 lacks what the frames of these agents build on, and gets it next: 0"
+        in log.messages
+    )
     for j, newest in ((0, 5), (1, 3)):  # from the last key on
         headers = [read_header(frame) for frame in got[6][j]]
-        assert [header.reference for header in headers] == [0, *(header.round for header in headers[:-1])]
+        assert [header.reference for header in headers] == [
+            0,
+            *(header.round for header in headers[:-1]),
+        ]
         assert headers[-1].round == newest
     assert held_rounds(grid, 1002) == {0: 6, 1: 3}
     assert strategy.relay.ledger.links[1, 2].frames == 3 + 3
@@ -611,14 +742,22 @@ def test_nobody_answers_for_three_rounds(way: str, tmp_path: Path) -> None:
     with pytest.raises(
         RosterError, match=r"no agent has answered for 3 rounds.*nodes' logs.*raise the timeout"
     ) as caught:
-        gossip(grid, rounds=9, record=tmp_path, before={3: lambda: getattr(grid, way).update({1000, 1001})})
+        gossip(
+            grid,
+            rounds=9,
+            record=tmp_path,
+            before={3: lambda: getattr(grid, way).update({1000, 1001})},
+        )
     assert ("agent 1: error 5: Node Unavailable" in str(caught.value)) == (way == "unavailable")
     assert [line["round"] for line in the_run(tmp_path).relay] == [1, 2, 3, 4]
 
 
 def test_two_silent_rounds_are_survived() -> None:
     grid = agent_grid(2)
-    steps: dict[int, Callable[[], None]] = {2: lambda: grid.silent.update({1000, 1001}), 4: grid.silent.clear}
+    steps: dict[int, Callable[[], None]] = {
+        2: lambda: grid.silent.update({1000, 1001}),
+        4: grid.silent.clear,
+    }
     strategy = gossip(grid, rounds=5, before=steps)
     assert {row["agent"] for row in strategy.monitor.rows if row["round"] == 5} == {0, 1}
 
@@ -653,10 +792,14 @@ class Stumbling:
             yield inputs * (float("nan") if round == self.round else 1.0), labels
 
 
-def stumbling_agent(index: int, *, who: int, round: int, error: BaseException | None = None) -> MceplAgent:
+def stumbling_agent(
+    index: int, *, who: int, round: int, error: BaseException | None = None
+) -> MceplAgent:
     agent = make_agent(index)
     if index == who:
-        agent.data = AgentData(Stumbling(agent.data.train, round=round, error=error), agent.data.test)
+        agent.data = AgentData(
+            Stumbling(agent.data.train, round=round, error=error), agent.data.test
+        )
     return agent
 
 
@@ -664,8 +807,15 @@ def stumbling_agent(index: int, *, who: int, round: int, error: BaseException | 
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (KeyError("label"), "agent 1: KeyError: 'label'. Its traceback is in the log of node 1001."),
-        (None, "agent 1: the training loss of round 3 is nan. Lower score-lr (now 1), and check the inputs"),
+        (
+            KeyError("label"),
+            "agent 1: KeyError: 'label'. Its traceback is in the log of node 1001.",
+        ),
+        (
+            None,
+            "agent 1: the training loss of round 3 is nan. Lower score-lr (now 1), and check the "
+            "inputs",
+        ),
     ],
 )
 def test_a_client_that_raises_in_the_middle(
@@ -686,7 +836,9 @@ def test_a_client_that_raises_in_the_middle(
     assert [line["answered"] for line in run.relay] == [3, 3, 2, 3, 3, 3, 3]
     assert run.relay[2]["failed"]["agent 1"].startswith(f"error 2: {reason}")
     assert run.relay[2]["missing"] == []
-    (warning,) = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
+    (warning,) = [
+        record.getMessage() for record in log.records if record.levelno == logging.WARNING
+    ]
     assert warning.startswith(f"round 3: agent 1 failed. error 2: {reason}")
     assert any("2/3 answered | 1 failed | train loss" in line for line in log.messages)
     assert state_facts(grid, 1001)["num-neighbors"] == 2
@@ -697,8 +849,10 @@ def test_a_client_that_raises_in_the_middle(
     [
         ("<class 'KeyError'>:<''label''>", "'label'"),
         (
-            "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run()\nTraceback ...\n"
-            "flwr.clientapp.client_app.ClientAppException: \nException ClientAppException occurred. Message: agent 1'>",
+            "<class "
+            "'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run()\nTraceback "
+            "...\nflwr.clientapp.client_app.ClientAppException: \nException ClientAppException "
+            "occurred. Message: agent 1'>",
             "agent 1",
         ),
         ("Node Unavailable", "Node Unavailable"),
@@ -716,7 +870,12 @@ def test_flowers_wrapping_is_cut_off_a_reason(raw: str | None, plain: str) -> No
 def rewritten(frame: bytes, **changes: Any) -> bytes:
     """A sound frame in place of another one, whole, with something changed."""
     header, agent = read_header(frame), make_agent(0)
-    options = {"sender": header.sender, "round": header.round, "fingerprint": agent.fingerprint, "prior": agent.prior}
+    options = {
+        "sender": header.sender,
+        "round": header.round,
+        "fingerprint": agent.fingerprint,
+        "prior": agent.prior,
+    }
     tensors = changes.pop("tensors", agent.outgoing())
     return encode_frame(tensors, **{**options, **changes})
 
@@ -726,7 +885,9 @@ def other_shape(frame: bytes) -> bytes:
 
 
 def floats(frame: bytes) -> bytes:
-    return rewritten(frame, tensors={name: torch.zeros(shape) for name, shape in make_agent(0).layers.items()})
+    return rewritten(
+        frame, tensors={name: torch.zeros(shape) for name, shape in make_agent(0).layers.items()}
+    )
 
 
 def replace_frame(message: Message, harm: Callable[[bytes], bytes]) -> None:
@@ -789,7 +950,9 @@ def test_a_bad_frame_is_refused_and_the_last_good_one_stays(
     assert reason.startswith(f"{error}, frame of agent 0: ")
     assert f"round 4: agent 1 refused a frame. {reason}" in log.messages
     # What it still holds of agent 0 is sound: the two deltas since then are enough.
-    (chain,) = [down_frames(m)[0] for m in grid.log if m.metadata.dst_node_id == 1001 and sent_round(m) == 5]
+    (chain,) = [
+        down_frames(m)[0] for m in grid.log if m.metadata.dst_node_id == 1001 and sent_round(m) == 5
+    ]
     assert [read_header(frame).reference for frame in chain] == [2, 3]
 
 
@@ -819,7 +982,9 @@ def misfit(frame: bytes) -> bytes:
 
 
 @pytest.mark.usefixtures("no_report")
-@pytest.mark.parametrize("harm", [misfit, lambda frame: rewritten(frame, tensors=None)], ids=["misfit", "not held"])
+@pytest.mark.parametrize(
+    "harm", [misfit, lambda frame: rewritten(frame, tensors=None)], ids=["misfit", "not held"]
+)
 def test_a_delta_that_does_not_fit_is_mended_in_the_next_round(
     harm: Callable[[bytes], bytes], tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
@@ -853,11 +1018,19 @@ def test_a_delta_that_does_not_fit_is_mended_in_the_next_round(
     grid.tamper = tamper
     gossip(grid, rounds=6, record=tmp_path, after=look)
     run = the_run(tmp_path)
-    assert {line["round"]: line["lacking"] for line in run.relay if line["lacking"]} == {4: {"1": [0]}}
+    assert {line["round"]: line["lacking"] for line in run.relay if line["lacking"]} == {
+        4: {"1": [0]}
+    }
     assert not any(line["refused"] for line in run.relay)
-    assert [line for line in log.messages if line.startswith("round 4: agent 1 lacks") and line.endswith("next: 0")]
+    assert [
+        line
+        for line in log.messages
+        if line.startswith("round 4: agent 1 lacks") and line.endswith("next: 0")
+    ]
     assert [held[round] for round in (3, 4, 5)] == [{0: 2, 2: 2}, {0: 2, 2: 3}, {0: 4, 2: 4}]
-    (chain,) = [down_frames(m)[0] for m in grid.log if m.metadata.dst_node_id == 1001 and sent_round(m) == 5]
+    (chain,) = [
+        down_frames(m)[0] for m in grid.log if m.metadata.dst_node_id == 1001 and sent_round(m) == 5
+    ]
     assert [read_header(frame).reference for frame in chain] == [0, 1, 2, 3]  # from the last key on
 
 
@@ -869,11 +1042,20 @@ GOOD = {"num-agents": 4, "topology": "ring"}
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"retention-conv": 0.0}, r"retention-conv .*must be in \(0, 1\]; got 0\.0\. Use for example 0\.3"),
+        (
+            {"retention-conv": 0.0},
+            r"retention-conv .*must be in \(0, 1\]; got 0\.0\. Use for example 0\.3",
+        ),
         ({"retention-linear": 1.5}, r"retention-linear .*must be in \(0, 1\]; got 1\.5"),
         ({"retention-conv": "0.1, 0"}, r"retention-conv .*got 0\.0"),
-        ({"retention-conv": "0.1; 0.3"}, "retention-conv must be a number or numbers separated by commas"),
-        ({"retention-cov": 0.3}, r"unknown run-config key 'retention-cov'\. Did you mean 'retention-conv'\?"),
+        (
+            {"retention-conv": "0.1; 0.3"},
+            "retention-conv must be a number or numbers separated by commas",
+        ),
+        (
+            {"retention-cov": 0.3},
+            r"unknown run-config key 'retention-cov'\. Did you mean 'retention-conv'\?",
+        ),
         ({"something": 1}, "unknown run-config key 'something'. Known keys: .*batch-size, "),
         ({"num-rounds": "many"}, r"run-config key num-rounds must be int; got 'many' \(str\)"),
         ({"num-rounds": 1.5}, "run-config key num-rounds must be int; got 1.5"),
@@ -892,23 +1074,32 @@ GOOD = {"num-agents": 4, "topology": "ring"}
         ({"device": "gpu"}, "device must be auto, cpu, cuda, cuda:N or mps; got 'gpu'"),
         ({"threads": -1}, "threads must be >= 0"),
         ({"topology": "rong"}, r"unknown topology 'rong'.*Did you mean 'ring'\?"),
-        ({"topology": "random-regular:degree=9"}, r"degree among 4 agents must be in 0\.\.3; got 9"),
+        (
+            {"topology": "random-regular:degree=9"},
+            r"degree among 4 agents must be in 0\.\.3; got 9",
+        ),
     ],
 )
-def test_a_bad_run_config_is_refused_before_anything_runs(config: dict[str, Any], message: str) -> None:
+def test_a_bad_run_config_is_refused_before_anything_runs(
+    config: dict[str, Any], message: str
+) -> None:
     with pytest.raises((ConfigError, TopologyError), match=message):
         GossipStrategy.from_run_config({**GOOD, **config})
 
 
 def test_the_apps_own_keys_are_known() -> None:
-    strategy = GossipStrategy.from_run_config({**GOOD, "classes-per-agent": 3}, app_keys=["classes-per-agent"])
+    strategy = GossipStrategy.from_run_config(
+        {**GOOD, "classes-per-agent": 3}, app_keys=["classes-per-agent"]
+    )
     assert strategy.min_agents == 4
 
 
 def test_a_graph_with_an_unknown_agent(tmp_path: Path) -> None:
     file = tmp_path / "edges.txt"
     file.write_text("0 1\n1 9\n")
-    with pytest.raises(TopologyError, match=r"edge \(1, 9\) names agent 9, but the graph has agents 0\.\.3\. Raise"):
+    with pytest.raises(
+        TopologyError, match=r"edge \(1, 9\) names agent 9, but the graph has agents 0\.\.3\. Raise"
+    ):
         GossipStrategy.from_run_config({**GOOD, "topology": f"file:{file}"})
 
 
@@ -919,7 +1110,10 @@ def test_a_graph_with_an_unknown_agent(tmp_path: Path) -> None:
         ({"min_agents": 4}, r"min_agents must be in 0\.\.3; got 4"),
         ({"evaluate_every": 0}, "evaluate-every is a number of rounds and must be >= 1; got 0"),
         ({"max_staleness": -1}, "max-staleness is a number of rounds and must be >= 0; got -1"),
-        ({"key_interval": -1}, "key-interval is a number of rounds, or 0 for as few as pay; got -1"),
+        (
+            {"key_interval": -1},
+            "key-interval is a number of rounds, or 0 for as few as pay; got -1",
+        ),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
@@ -939,20 +1133,29 @@ def test_no_rounds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (lambda: (split(0, size=0), split(0)), "agent 2's training split is empty. Every agent needs at least one"),
+        (
+            lambda: (split(0, size=0), split(0)),
+            "agent 2's training split is empty. Every agent needs at least one",
+        ),
         (lambda: (split(0), split(0, size=0)), "agent 2's test split is empty"),
         (lambda: None, r"must return the pair \(train, test\), .*; for agent 2 it gave NoneType"),
-        (lambda: (split(0),) * 4, r"must return the pair \(train, test\), .*; for agent 2 it gave a tuple of 4"),
+        (
+            lambda: (split(0),) * 4,
+            r"must return the pair \(train, test\), .*; for agent 2 it gave a tuple of 4",
+        ),
         (lambda: ("train", "test"), "agent 2's training split must be a pair of tensors"),
         (lambda: (split(0), 3), "agent 2's test split must be a pair of tensors"),
         (lambda: 1 / 0, "agent 2: ZeroDivisionError: division by zero"),
     ],
 )
 def test_bad_data_in_round_1(data: Callable[[], Any], reason: str) -> None:
-    app = make_client_app(model_fn, lambda context: data() if agent_index(context) == 2 else data_fn(context))
+    app = make_client_app(
+        model_fn, lambda context: data() if agent_index(context) == 2 else data_fn(context)
+    )
     grid = RecordingGrid(app, 3, RUN_CONFIG)
     with pytest.raises(
-        RosterError, match=f"needs 3 agents, but 2 took part; missing: 2. node 1002: error 2: .*{reason}"
+        RosterError,
+        match=f"needs 3 agents, but 2 took part; missing: 2. node 1002: error 2: .*{reason}",
     ):
         gossip(grid)
     strategy = gossip(grid, min_agents=2)  # told to, the run goes on without that agent
@@ -961,14 +1164,19 @@ def test_bad_data_in_round_1(data: Callable[[], Any], reason: str) -> None:
 
 def test_nan_inputs_in_round_1() -> None:
     grid = agent_grid(3, lambda index: stumbling_agent(index, who=2, round=1))
-    with pytest.raises(RosterError, match=r"node 1002: error 2: agent 2: the training loss of round 1 is nan\. Lower"):
+    with pytest.raises(
+        RosterError,
+        match=r"node 1002: error 2: agent 2: the training loss of round 1 is nan\. Lower",
+    ):
         gossip(grid)
 
 
 def huge(array: Array) -> bytes:
     """An npy header that asks for ten terabytes."""
     return (
-        array.data[:10] + array.data[10:].split(b"\n")[0].replace(b"'shape': (", b"'shape': (99999999999")[:117] + b"\n"
+        array.data[:10]
+        + array.data[10:].split(b"\n")[0].replace(b"'shape': (", b"'shape': (99999999999")[:117]
+        + b"\n"
     )
 
 
@@ -1034,7 +1242,9 @@ def spoil_metric(key: str) -> Callable[[Any], None]:
         lambda content: content.pop("agent"),
     ],
 )
-def test_a_damaged_answer_fails_one_agent_in_one_round(spoil: Callable[[Any], Any], tmp_path: Path) -> None:
+def test_a_damaged_answer_fails_one_agent_in_one_round(
+    spoil: Callable[[Any], Any], tmp_path: Path
+) -> None:
     grid = agent_grid(3)
     pull = grid.pull_messages
 
@@ -1054,10 +1264,19 @@ def test_a_damaged_answer_fails_one_agent_in_one_round(spoil: Callable[[Any], An
     assert [row["round"] for row in strategy.monitor.rows if row["agent"] == 2] == [1, 3, 4, 5]
 
 
-def test_rounds_and_timeout_come_from_the_run_config_unless_start_says_otherwise(tmp_path: Path) -> None:
-    run_config = {"num-agents": 2, "num-rounds": 2, "round-timeout": 7.0, "record-dir": str(tmp_path)}
+def test_rounds_and_timeout_come_from_the_run_config_unless_start_says_otherwise(
+    tmp_path: Path,
+) -> None:
+    run_config = {
+        "num-agents": 2,
+        "num-rounds": 2,
+        "round-timeout": 7.0,
+        "record-dir": str(tmp_path),
+    }
     for told, rounds, ttl in (({}, 2, 7.0), ({"num_rounds": 1, "timeout": 9.0}, 1, 9.0)):
-        grid = InProcessGrid(make_agent_app(lambda context: make_agent(agent_index(context))), 2, run_config)
+        grid = InProcessGrid(
+            make_agent_app(lambda context: make_agent(agent_index(context))), 2, run_config
+        )
         GossipStrategy.from_run_config(run_config).start(grid=grid, **told)
         assert max(message.content["order"]["server-round"] for message in grid.log) == rounds + 1
         assert {message.metadata.ttl for message in grid.log} == {3 * ttl}

@@ -43,7 +43,9 @@ def assert_by_itself(page: Page, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    record = RunRecord.create(tmp_path_factory.mktemp("runs"), name="ring", config={"run_config": {"seed": 7}})
+    record = RunRecord.create(
+        tmp_path_factory.mktemp("runs"), name="ring", config={"run_config": {"seed": 7}}
+    )
     simulate(make_fleet(3), Topology.ring(3), num_rounds=2, record=record)
     return record.path
 
@@ -51,11 +53,16 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the drawing out, which takes most of the time."""
-    monkeypatch.setattr("flower_mcepl.report.page.report_page.draw_gallery", lambda runs: Gallery(subjects_of(runs)[0]))
+    monkeypatch.setattr(
+        "flower_mcepl.report.page.report_page.draw_gallery",
+        lambda runs: Gallery(subjects_of(runs)[0]),
+    )
 
 
 def report(source: Path, out: Path) -> str:
-    result = CliRunner().invoke(app, ["report", str(source), "--out", str(out)], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, ["report", str(source), "--out", str(out)], catch_exceptions=False
+    )
     assert result.exit_code == 0, result.output
     assert result.output == f"{out}\n"
     return out.read_text(encoding="utf-8")
@@ -84,9 +91,17 @@ def test_the_page_of_a_study_holds_everything(small_study: Path, small_study_pag
     assert "to 0.2" in page.text("th")
 
     assert small_study.read_text() in page.text("pre")
-    assert json.loads((source.runs[0].path / "config.json").read_text())["versions"]["torch"] in page.text("td")
+    assert json.loads((source.runs[0].path / "config.json").read_text())["versions"][
+        "torch"
+    ] in page.text("td")
     assert [alt["alt"].partition(".")[0] for alt in page.all("img") if alt["alt"]] == [
-        *("Accuracy by round", "Accuracy by bytes", "Spread over the agents", "Communication graph", "Who holds what"),
+        *(
+            "Accuracy by round",
+            "Accuracy by bytes",
+            "Spread over the agents",
+            "Communication graph",
+            "Who holds what",
+        ),
         *("Agreement of masks", "Density of filters"),
     ]
     assert {run.path.name for run in source.runs} <= set(page.text("summary"))
@@ -99,7 +114,10 @@ def test_the_page_of_a_study_holds_everything(small_study: Path, small_study_pag
 @pytest.mark.usefixtures("no_pictures")
 def test_a_studys_folder_gives_the_same_page(small_study: Path) -> None:
     out = small_study.parent / "out"
-    by_file, by_folder = Page(report_page(read_source(small_study))), Page(report_page(read_source(out)))
+    by_file, by_folder = (
+        Page(report_page(read_source(small_study))),
+        Page(report_page(read_source(out))),
+    )
     assert by_folder.texts == by_file.texts
     assert small_study.read_text() in by_folder.text("pre")
     assert (out / "study.toml").read_text() == small_study.read_text()
@@ -138,7 +156,12 @@ def test_a_run_that_was_killed_has_a_page(record: Path, tmp_path: Path) -> None:
 def test_hostile_records_stay_text(record: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(record, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
-    config |= {"name": EVIL, "run_config": {EVIL: EVIL, "lone": "\ud800"}, "versions": {EVIL: EVIL}, "started": EVIL}
+    config |= {
+        "name": EVIL,
+        "run_config": {EVIL: EVIL, "lone": "\ud800"},
+        "versions": {EVIL: EVIL},
+        "started": EVIL,
+    }
     config["agents"][0]["classes"] = [EVIL]
     (copy / "config.json").write_text(json.dumps(config))
     text = report(copy, tmp_path / "new" / "page.html")
@@ -172,13 +195,23 @@ def test_the_check_of_pages_can_fail() -> None:
         Page("<p><b></p></b>")
     with pytest.raises(AssertionError):
         Page("<p>")
-    for bad in ("<img src='http://x/y.png'>", "<img src='a.png'>", "<script></script>", "<p onclick='x'></p>"):
+    for bad in (
+        "<img src='http://x/y.png'>",
+        "<img src='a.png'>",
+        "<script></script>",
+        "<p onclick='x'></p>",
+    ):
         with pytest.raises(AssertionError):
             assert_by_itself(Page(bad), bad)
 
 
 def test_the_style_is_for_light_dark_paper_and_wide_tables() -> None:
-    for words in ("prefers-color-scheme: dark", "@media print", "overflow-x: auto", "color-scheme: light dark"):
+    for words in (
+        "prefers-color-scheme: dark",
+        "@media print",
+        "overflow-x: auto",
+        "color-scheme: light dark",
+    ):
         assert words in CSS
     assert CSS.count("{") == CSS.count("}")
 
@@ -191,4 +224,7 @@ def test_nothing_finished_is_told(small_study: Path, tmp_path: Path) -> None:
 
 
 def test_help_teaches() -> None:
-    assert "flower-mcepl report runs/ablation\n" in CliRunner().invoke(app, ["report", "--help"]).output
+    assert (
+        "flower-mcepl report runs/ablation\n"
+        in CliRunner().invoke(app, ["report", "--help"]).output
+    )

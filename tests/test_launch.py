@@ -103,7 +103,8 @@ def app(tmp_path: Path) -> Path:
 @pytest.fixture
 def nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start in an empty folder, and find neither a process nor a temporary file afterwards."""
-    temporary = tempfile.mkdtemp(prefix="m-", dir="/tmp")  # short, because Ray puts sockets below it
+    # short, because Ray puts sockets below it
+    temporary = tempfile.mkdtemp(prefix="m-", dir="/tmp")
     mark = f"MCEPL_TEST_MARK={temporary}"
     monkeypatch.setenv(*mark.split("="))
     monkeypatch.setenv("TMPDIR", temporary)
@@ -118,7 +119,14 @@ def nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 
 def test_mapping_becomes_what_flwr_reads() -> None:
-    given = {"rounds": 3, "rate": 0.5, "quick": True, "graph": "ring 2", "data": Path("a/b"), "said": "it's"}
+    given = {
+        "rounds": 3,
+        "rate": 0.5,
+        "quick": True,
+        "graph": "ring 2",
+        "data": Path("a/b"),
+        "said": "it's",
+    }
     assert format_run_config(given) == [
         "rounds=3",
         "rate=0.5",
@@ -177,7 +185,9 @@ def test_folder_without_an_app_is_refused(tmp_path: Path) -> None:
 
 def test_federation_line_gives_each_client_one_cpu_unless_told() -> None:
     assert federation_line(3) == "num-supernodes=3 client-resources-num-cpus=1"
-    assert federation_line(3, "client-resources-num-cpus=2") == ("num-supernodes=3 client-resources-num-cpus=2")
+    assert federation_line(3, "client-resources-num-cpus=2") == (
+        "num-supernodes=3 client-resources-num-cpus=2"
+    )
     with pytest.raises(ConfigError, match="at least one"):
         federation_line(0)
     with pytest.raises(ConfigError, match="twice"):
@@ -197,7 +207,12 @@ def test_foreign_package_in_the_current_folder_is_refused(app: Path, tmp_path: P
 def test_environment_is_private_and_quiet(tmp_path: Path) -> None:
     env = private_environment(
         tmp_path,
-        {"PATH": "/elsewhere", "FLWR_HOME": "/theirs", "FLWR_TELEMETRY_ENABLED": "1", "no_proxy": "a.b"},
+        {
+            "PATH": "/elsewhere",
+            "FLWR_HOME": "/theirs",
+            "FLWR_TELEMETRY_ENABLED": "1",
+            "no_proxy": "a.b",
+        },
     )
     assert env["FLWR_HOME"] == env["RAY_TMPDIR"] == str(tmp_path)
     assert env["FLWR_TELEMETRY_ENABLED"] == "1"  # set by the caller, so it stays
@@ -221,11 +236,19 @@ def test_excerpt_without_an_error_is_the_end() -> None:
     assert excerpt("") == ""
 
 
-@pytest.mark.parametrize(("status", "code"), [("finished:completed", 0), ("finished:failed", 1), ("lost", 1)])
+@pytest.mark.parametrize(
+    ("status", "code"), [("finished:completed", 0), ("finished:failed", 1), ("lost", 1)]
+)
 def test_exit_code_and_both_frame_lines_follow_the_run(
-    status: str, code: int, app: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    status: str,
+    code: int,
+    app: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def carry_out(_: object, *, timeout: float | None, on_line: Callable[[str], object]) -> RunOutcome:
+    def carry_out(
+        _: object, *, timeout: float | None, on_line: Callable[[str], object]
+    ) -> RunOutcome:
         on_line("\x1b[92mINFO \x1b[0m:      \t└── Run record: runs/a b")
         return RunOutcome(7, status, "the reason", "ERROR : what happened", 1.0)
 
@@ -234,14 +257,18 @@ def test_exit_code_and_both_frame_lines_follow_the_run(
     printed = capsys.readouterr()
     assert printed.out == "INFO :      \t└── Run record: runs/a b\n"
     first, *between, last = printed.err.splitlines()
-    assert first == f"flower_mcepl: running {app} (crash=true) with 2 nodes; Ctrl-C stops it cleanly"
+    assert (
+        first == f"flower_mcepl: running {app} (crash=true) with 2 nodes; Ctrl-C stops it cleanly"
+    )
     assert ("flower_mcepl: the reason" in between) == (code != 0)
     assert re.fullmatch(rf"flower_mcepl: {status} after \d+\.\d s; run record: runs/a b", last)
 
 
 def test_bad_settings_exit_1_with_one_line(app: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(app), "--num-supernodes", "0"]) == 1
-    assert capsys.readouterr().err.startswith("flower_mcepl: ConfigError: a run needs at least one SuperNode")
+    assert capsys.readouterr().err.startswith(
+        "flower_mcepl: ConfigError: a run needs at least one SuperNode"
+    )
 
 
 # --- a SuperLink that dies, played by two small programs and then by the real one
@@ -292,7 +319,9 @@ def test_superlink_that_dies_loses_the_run(
         program = tmp_path / name
         program.write_text(f"#!{sys.executable}\nWHEN = {when!r}\n{source}")
         program.chmod(0o755)
-    monkeypatch.setattr("flower_mcepl.launch.superlink._program", lambda name, _: str(tmp_path / name))
+    monkeypatch.setattr(
+        "flower_mcepl.launch.superlink._program", lambda name, _: str(tmp_path / name)
+    )
     outcome = run_app(app, timeout=50)
     assert (outcome.status, outcome.details) == (LOST, "the SuperLink went away with exit code 3")
     assert outcome.log == "INFO :      the round begins"
@@ -305,7 +334,9 @@ def test_real_superlink_that_dies_loses_the_run(app: Path, nothing_stays: None) 
     def kill_superlink(line: str) -> None:
         if line.startswith("server sends"):
             shown = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in family.members()}
-            (superlink,) = (pid for pid, command in shown.items() if b"/flower-superlink\0" in command)
+            (superlink,) = (
+                pid for pid, command in shown.items() if b"/flower-superlink\0" in command
+            )
             os.kill(superlink, signal.SIGKILL)
 
     outcome = run_app(app, run_config={"sleep": 200.0}, timeout=300, on_line=kill_superlink)
@@ -319,11 +350,14 @@ def test_real_superlink_that_dies_loses_the_run(app: Path, nothing_stays: None) 
 @pytest.mark.slow
 def test_run_that_ends_well(app: Path, tmp_path: Path, nothing_stays: None) -> None:
     heard: list[str] = []
-    outcome = run_app(app, run_config={"word": "hello there", "num-agents": 3}, timeout=300, on_line=heard.append)
+    outcome = run_app(
+        app, run_config={"word": "hello there", "num-agents": 3}, timeout=300, on_line=heard.append
+    )
     assert outcome.ok, outcome
     assert "replies: 3" in outcome.log.splitlines()
     assert len(heard) == len(outcome.log.splitlines())
-    assert (tmp_path / "written-by-server.txt").read_text() == "hello there"  # our folder is the SuperLink's
+    # our folder is the SuperLink's
+    assert (tmp_path / "written-by-server.txt").read_text() == "hello there"
 
 
 @pytest.mark.slow

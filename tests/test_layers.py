@@ -41,7 +41,9 @@ def test_a_row_is_what_feeds_one_output(name: str) -> None:
         without = layer.weight.detach().clone()
         without.view(-1)[row] = 0.0
         changed = torch.func.functional_call(layer, {"weight": without}, inputs) != layer(inputs)
-        outputs_changed = changed.flatten(2).any(dim=2).any(dim=0) if changed.ndim > 2 else changed.any(dim=0)
+        outputs_changed = (
+            changed.flatten(2).any(dim=2).any(dim=0) if changed.ndim > 2 else changed.any(dim=0)
+        )
         assert outputs_changed.nonzero().flatten().tolist() == [output]
 
 
@@ -75,7 +77,9 @@ def test_a_shared_weight_is_found_once_under_its_first_name() -> None:
 @pytest.mark.parametrize("other", [{}, {"kdim": 3, "vdim": 5}])
 def test_attention_projections_are_linear_weights(other: dict[str, int]) -> None:
     found = find_maskable(nn.MultiheadAttention(4, 2, **other))
-    projections = ["q_proj_weight", "k_proj_weight", "v_proj_weight"] if other else ["in_proj_weight"]
+    projections = (
+        ["q_proj_weight", "k_proj_weight", "v_proj_weight"] if other else ["in_proj_weight"]
+    )
     assert list(found) == [*projections, "out_proj.weight"]
     assert {spec.kind for spec in found.values()} == {LINEAR}
 
@@ -95,14 +99,17 @@ def test_own_layer_types_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_nothing_to_mask_names_what_could_be() -> None:
     with pytest.raises(
-        UnsupportedLayerError, match=r"Sequential has nothing to mask.*Conv2d.*Linear.*MultiheadAttention"
+        UnsupportedLayerError,
+        match=r"Sequential has nothing to mask.*Conv2d.*Linear.*MultiheadAttention",
     ):
         find_maskable(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)))
 
 
 def test_a_parametrized_weight_is_refused_by_name() -> None:
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
-    with pytest.raises(UnsupportedLayerError, match=r"0\.weight.*not a plain parameter.*remove_parametrizations"):
+    with pytest.raises(
+        UnsupportedLayerError, match=r"0\.weight.*not a plain parameter.*remove_parametrizations"
+    ):
         find_maskable(net)
 
 

@@ -70,7 +70,9 @@ def test_the_ledger_adds_up(history: list[Event]) -> None:
     down = [event for event in history if event.receiver is not None]
     totals = ledger.totals()
     handled = {
-        agent: num_bytes([e for e in history if agent in ((e.sender,) if e.receiver is None else (e.receiver,))])
+        agent: num_bytes(
+            [e for e in history if agent in ((e.sender,) if e.receiver is None else (e.receiver,))]
+        )
         for agent in range(5)
         if any(event.sender == agent for event in up)
     }
@@ -89,7 +91,8 @@ def test_the_ledger_adds_up(history: list[Event]) -> None:
         "link_bits_per_weight": mean_bits(down),
         "uplink_bits_per_weight": mean_bits(up),
         "busiest_agent_total": max(handled.values(), default=0),
-        # Of a chain the last frame alone counts: fp32 weights and the paper's masks go over a link once.
+        # Of a chain the last frame alone counts: fp32 weights and the paper's masks go
+        # over a link once.
         "fp32_total": sum(4 * event.frames[-1].num_weights for event in down),
         "paper_convention_bytes": sum(event.frames[-1].kept_weights for event in down) / 8,
     }
@@ -100,9 +103,13 @@ def test_the_ledger_adds_up(history: list[Event]) -> None:
         assert ledger.received(agent) == num_bytes([e for e in down if e.receiver == agent])
         assert ledger.uplinks[agent].bytes == num_bytes([e for e in up if e.sender == agent])
     rows = ledger.link_rows()
-    assert [(row["sender"], row["receiver"]) for row in rows] == sorted({(e.sender, e.receiver) for e in down})
+    assert [(row["sender"], row["receiver"]) for row in rows] == sorted(
+        {(e.sender, e.receiver) for e in down}
+    )
     for row in rows:
-        over = frames_of([e for e in down if (e.sender, e.receiver) == (row["sender"], row["receiver"])])
+        over = frames_of(
+            [e for e in down if (e.sender, e.receiver) == (row["sender"], row["receiver"])]
+        )
         assert row == {
             "sender": row["sender"],
             "receiver": row["receiver"],
@@ -114,7 +121,9 @@ def test_the_ledger_adds_up(history: list[Event]) -> None:
 
 
 @given(rounds=st.lists(events, max_size=5))
-def test_changes_are_those_since_the_last_call_and_sum_to_the_totals(rounds: list[list[Event]]) -> None:
+def test_changes_are_those_since_the_last_call_and_sum_to_the_totals(
+    rounds: list[list[Event]],
+) -> None:
     ledger = Ledger()
     sums: dict[str, dict[tuple[int, ...], list[int]]] = {"links": {}, "uplinks": {}}
     for history in rounds:
@@ -133,7 +142,9 @@ def test_changes_are_those_since_the_last_call_and_sum_to_the_totals(rounds: lis
                 assert (frames, keys, size) == expected
                 assert headers == sum(f.header_bytes for f in mine)
                 total = sums[kind].setdefault(tuple(place), [0] * 4)
-                sums[kind][tuple(place)] = [a + b for a, b in zip(total, (frames, keys, size, headers), strict=True)]
+                sums[kind][tuple(place)] = [
+                    a + b for a, b in zip(total, (frames, keys, size, headers), strict=True)
+                ]
     assert ledger.changes() == {"links": [], "uplinks": []}
     totals = ledger.totals()
     for kind, prefix in (("links", "links"), ("uplinks", "uplink")):
@@ -158,7 +169,9 @@ def test_the_columns_are_named() -> None:
 
 def test_bits_per_weight_is_the_mean_over_frames() -> None:
     ledger = Ledger()
-    ledger.add_uplink(0, [Shipment(100, 0, True, num_weights=800), Shipment(10, 0, False, num_weights=800)])
+    ledger.add_uplink(
+        0, [Shipment(100, 0, True, num_weights=800), Shipment(10, 0, False, num_weights=800)]
+    )
     ledger.add_delivery(0, 1, [Shipment(10, 0, False, num_weights=800)])
     totals = ledger.totals()
     assert totals["uplink_bits_per_weight"] == pytest.approx((1.0 + 0.1) / 2)
@@ -178,4 +191,6 @@ def test_the_busiest_agent_counts_what_goes_up_and_comes_down() -> None:
 
 def test_nothing_sent_has_no_bits_per_weight() -> None:
     totals = Ledger().totals()
-    assert [totals[key] for key in ("bits_per_weight", "link_bits_per_weight", "uplink_bits_per_weight")] == [None] * 3
+    assert [
+        totals[key] for key in ("bits_per_weight", "link_bits_per_weight", "uplink_bits_per_weight")
+    ] == [None] * 3

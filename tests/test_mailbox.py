@@ -28,15 +28,23 @@ def masks(sender: int, round: int) -> dict[str, Tensor]:
     """What a sender sends in a round: another twentieth of its mask flips each time."""
     generator = torch.Generator().manual_seed(1000 * sender + round)
     share = 0.05 if round else 0.3
-    changed = {name: torch.rand(shape, generator=generator) < share for name, shape in LAYERS.items()}
-    return {name: masks(sender, round - 1)[name] ^ flips for name, flips in changed.items()} if round else changed
+    changed = {
+        name: torch.rand(shape, generator=generator) < share for name, shape in LAYERS.items()
+    }
+    return (
+        {name: masks(sender, round - 1)[name] ^ flips for name, flips in changed.items()}
+        if round
+        else changed
+    )
 
 
 FIRST = masks(99, 0)
 
 
 def frame(sender: int, round: int, **other: Any) -> bytes:
-    return encode_frame(masks(sender, round), sender=sender, round=round, **{"fingerprint": FINGERPRINT, **other})
+    return encode_frame(
+        masks(sender, round), sender=sender, round=round, **{"fingerprint": FINGERPRINT, **other}
+    )
 
 
 def chain(sender: int, *rounds: int, key: bool = True) -> list[bytes]:
@@ -45,7 +53,11 @@ def chain(sender: int, *rounds: int, key: bool = True) -> list[bytes]:
     reference = None
     for round in rounds:
         written = write_frame(
-            masks(sender, round), sender=sender, round=round, fingerprint=FINGERPRINT, reference=reference
+            masks(sender, round),
+            sender=sender,
+            round=round,
+            fingerprint=FINGERPRINT,
+            reference=reference,
         )
         assert written.reference == (None if reference is None else reference.round)
         reference = Reference(round, masks(sender, round), written.flips)
@@ -93,7 +105,10 @@ def test_no_frames_change_nothing() -> None:
 def test_older_is_replayed(frames: list[bytes]) -> None:
     box = mailbox()
     box.put(1, [frame(1, 4)], latest_round=4)
-    with pytest.raises(errors.ReplayedFrameError, match=r"of sender 1 it holds round 4 and round 3 came\. Nothing is"):
+    with pytest.raises(
+        errors.ReplayedFrameError,
+        match=r"of sender 1 it holds round 4 and round 3 came\. Nothing is",
+    ):
         box.put(1, frames, latest_round=9)
     assert_holds(box, 1, 4)
     assert box.rounds() == {1: 4}
@@ -112,7 +127,10 @@ def test_a_frame_of_the_round_that_is_held_changes_nothing(again: bytes) -> None
 
 
 FLOATS = encode_frame(
-    {name: torch.zeros(shape) for name, shape in LAYERS.items()}, sender=1, round=5, fingerprint=FINGERPRINT
+    {name: torch.zeros(shape) for name, shape in LAYERS.items()},
+    sender=1,
+    round=5,
+    fingerprint=FINGERPRINT,
 )
 OTHER_LAYERS = encode_frame({"fc": masks(1, 5)["fc"]}, sender=1, round=5, fingerprint=FINGERPRINT)
 OTHER_PRIOR = Prior({name: torch.ones(shape, dtype=torch.uint8) for name, shape in LAYERS.items()})
@@ -134,7 +152,9 @@ OTHER_PRIOR = Prior({name: torch.ones(shape, dtype=torch.uint8) for name, shape 
         (1, frame(1, 3), errors.ReplayedFrameError),
     ],
 )
-def test_refusals_leave_the_mailbox_as_it_was(sender: int, data: bytes, error: type[Exception]) -> None:
+def test_refusals_leave_the_mailbox_as_it_was(
+    sender: int, data: bytes, error: type[Exception]
+) -> None:
     box = mailbox()
     box.put(1, [frame(1, 4)], latest_round=5)
     box.put(2, [frame(2, 5)], latest_round=5)
@@ -252,7 +272,9 @@ def test_any_parts_of_a_chain_in_any_messages_lead_to_the_newest_mask(data: st.D
 
 
 def test_a_delta_may_build_on_the_first_payload() -> None:
-    delta = write_frame(masks(99, 2), sender=1, round=3, fingerprint=FINGERPRINT, reference=Reference(0, FIRST))
+    delta = write_frame(
+        masks(99, 2), sender=1, round=3, fingerprint=FINGERPRINT, reference=Reference(0, FIRST)
+    )
     assert delta.reference == 0
     box = mailbox(first=FIRST)
     box.put(1, [delta.data], latest_round=3)
@@ -281,14 +303,22 @@ def unfit_delta(sender: int, round: int, builds_on: int) -> bytes:
     """A sound frame of a sender that remembers another mask of that round than it sent."""
     elsewhere = Reference(builds_on, masks(sender, builds_on + 20))
     data = write_frame(
-        masks(sender, builds_on + 21), sender=sender, round=round, fingerprint=FINGERPRINT, reference=elsewhere
+        masks(sender, builds_on + 21),
+        sender=sender,
+        round=round,
+        fingerprint=FINGERPRINT,
+        reference=elsewhere,
     )
     assert data.reference == builds_on
     return data.data
 
 
-@pytest.mark.parametrize("bad", [chain(1, 3, 5, key=False), [unfit_delta(1, 5, 4)]], ids=["not held", "misfit"])
-def test_a_delta_that_does_not_fit_puts_its_sender_in_doubt_until_a_key_comes(bad: list[bytes]) -> None:
+@pytest.mark.parametrize(
+    "bad", [chain(1, 3, 5, key=False), [unfit_delta(1, 5, 4)]], ids=["not held", "misfit"]
+)
+def test_a_delta_that_does_not_fit_puts_its_sender_in_doubt_until_a_key_comes(
+    bad: list[bytes],
+) -> None:
     box = mailbox()
     box.put(1, [frame(1, 4)], latest_round=5)
     box.put(2, [frame(2, 5)], latest_round=5)
@@ -329,7 +359,10 @@ def test_doubt_survives_a_save() -> None:
 
 def test_a_delta_of_someone_never_heard_of() -> None:
     box = mailbox(first=FIRST)
-    with pytest.raises(errors.MissingReferenceError, match=r"builds on round 4, and the rounds held .* are: 0\. The"):
+    with pytest.raises(
+        errors.MissingReferenceError,
+        match=r"builds on round 4, and the rounds held .* are: 0\. The",
+    ):
         box.put(1, chain(1, 4, 5, key=False), latest_round=5)
     assert box.rounds() == {}
     assert list(box.current([1], round=1)) == [1]  # the first payload still counts, while it may
@@ -368,7 +401,10 @@ def with_recent(round: int) -> list[bytes]:
     hot = {name: torch.rand(mask.shape, generator=prior) < 0.06 for name, mask in at.items()}
     frames, reference = [], None
     for t in range(1, round + 1):
-        at = {name: mask ^ (hot[name] & (torch.rand(mask.shape, generator=prior) < 0.6)) for name, mask in at.items()}
+        at = {
+            name: mask ^ (hot[name] & (torch.rand(mask.shape, generator=prior) < 0.6))
+            for name, mask in at.items()
+        }
         written = write_frame(at, sender=5, round=t, fingerprint=FINGERPRINT, reference=reference)
         reference = Reference(t, at, written.flips)
         frames.append(written.data)
@@ -417,8 +453,14 @@ def spoiled(name: str, change: Any) -> dict[str, Any]:
     "bad",
     [
         *(spoiled(f"2/{part}", None) for part in ("round", "kinds", "bits", "values", "flips")),
-        *(spoiled(f"2/{part}", lambda array: array.astype(np.int16)) for part in ("kinds", "bits", "values", "flips")),
-        *(spoiled(f"2/{part}", lambda array: array.reshape(1, -1)) for part in ("kinds", "bits", "values", "flips")),
+        *(
+            spoiled(f"2/{part}", lambda array: array.astype(np.int16))
+            for part in ("kinds", "bits", "values", "flips")
+        ),
+        *(
+            spoiled(f"2/{part}", lambda array: array.reshape(1, -1))
+            for part in ("kinds", "bits", "values", "flips")
+        ),
         spoiled("2/round", lambda array: array[:0]),
         spoiled("2/kinds", lambda array: array[:1]),
         spoiled("2/kinds", lambda array: array + 1),
@@ -446,7 +488,12 @@ def test_damaged_state_is_refused_whole(bad: dict[str, Any]) -> None:
 
 
 @quick
-@given(sent=st.integers(0, 9), now=st.integers(0, 12), later=st.integers(0, 4), max_staleness=st.integers(0, 3))
+@given(
+    sent=st.integers(0, 9),
+    now=st.integers(0, 12),
+    later=st.integers(0, 4),
+    max_staleness=st.integers(0, 3),
+)
 def test_forgetting_is_noticed_only_where_the_first_payload_counts(
     sent: int, now: int, later: int, max_staleness: int
 ) -> None:
@@ -472,7 +519,10 @@ def test_settings_are_checked() -> None:
 def payloads(round: int) -> dict[str, Tensor]:
     """One dense and one sparse layer of floats."""
     support = masks(1, round)["conv"]
-    return {"conv": (support * (support.cumsum(0) + 0.5)).to_sparse_coo().coalesce(), "fc": torch.rand(500) + round}
+    return {
+        "conv": (support * (support.cumsum(0) + 0.5)).to_sparse_coo().coalesce(),
+        "fc": torch.rand(500) + round,
+    }
 
 
 def dense(tensors: Any) -> dict[str, Tensor]:
@@ -484,7 +534,9 @@ def test_masks_with_values_travel_as_changes_of_the_mask() -> None:
     reference: Sequence[Any] = [None]
     for round in (3, 4, 5):
         sent = payloads(round)
-        written = write_frame(sent, sender=1, round=round, fingerprint=FINGERPRINT, reference=reference[0])
+        written = write_frame(
+            sent, sender=1, round=round, fingerprint=FINGERPRINT, reference=reference[0]
+        )
         reference = [Reference(round, copy.deepcopy(sent), written.flips)]
         assert written.reference == (None if round == 3 else round - 1)
         box.put(1, [written.data], latest_round=round)

@@ -29,7 +29,9 @@ def test_no_fine_tuning_is_mcepl_with_a_step_of_zero() -> None:
 
 
 def test_no_fine_tuning_refuses_a_step() -> None:
-    with pytest.raises(ConfigError, match=r"finetune-lr must be 0 in algorithm mcepl-no-finetuning; got 2\.0\. Use"):
+    with pytest.raises(
+        ConfigError, match=r"finetune-lr must be 0 in algorithm mcepl-no-finetuning; got 2\.0\. Use"
+    ):
         find_algorithm("mcepl-no-finetuning").config(finetune_lr=2.0)
 
 
@@ -48,11 +50,16 @@ def test_local_masks_are_mcepl_without_neighbors() -> None:
 
 def mean_masks(agent: Any, z: dict[str, Any], inbox: list[dict[str, Tensor]]) -> dict[str, Any]:
     own = {name: oracles.topk_mask(value, agent.model.retention[name]) for name, value in z.items()}
-    return {name: oracles.neighbor_mean([own[name], *(masks[name].numpy() for masks in inbox)]) for name in own}
+    return {
+        name: oracles.neighbor_mean([own[name], *(masks[name].numpy() for masks in inbox)])
+        for name in own
+    }
 
 
 def test_mask_averaging_by_the_equations() -> None:
-    agents = fleet_of("mask-averaging", score_lr=0.6, finetune_lr=0.3, weight_decay=0.01, retention_linear=0.5)
+    agents = fleet_of(
+        "mask-averaging", score_lr=0.6, finetune_lr=0.3, weight_decay=0.01, retention_linear=0.5
+    )
     agent, (data, *_) = agents[0], data_of(agents)
     first = agent.first_payload()
     w = {name: agent.model.module.get_parameter(name).numpy() for name in first}
@@ -61,15 +68,23 @@ def test_mask_averaging_by_the_equations() -> None:
     inbox = [first]
     for round in (1, 2):
         averaged = mean_masks(agent, z, inbox)
-        network = {short: w[name] * averaged[name] for short, name in (("w1", "0.weight"), ("w2", "2.weight"))}
+        network = {
+            short: w[name] * averaged[name]
+            for short, name in (("w1", "0.weight"), ("w2", "2.weight"))
+        }
         slow = slow_weights.gradient({**network, **biases}, data)
-        g = {name: slow[short] * w[name] * np.sign(z[name]) for short, name in (("w1", "0.weight"), ("w2", "2.weight"))}
+        g = {
+            name: slow[short] * w[name] * np.sign(z[name])
+            for short, name in (("w1", "0.weight"), ("w2", "2.weight"))
+        }
         z = {name: z[name] - 0.6 * (g[name] + 0.01 * z[name]) for name in z}
         for each in agents:
             each.train(round=round)
         sent = [each.outgoing() for each in agents]
         for name, mask in sent[0].items():  # its own mask, whatever the neighbors hold
-            assert np.array_equal(mask.numpy(), oracles.topk_mask(z[name], agent.model.retention[name]))
+            assert np.array_equal(
+                mask.numpy(), oracles.topk_mask(z[name], agent.model.retention[name])
+            )
         inbox = [sent[1], sent[2], sent[3]]
         for each in agents:
             each.fuse({j: sent[j] for j in range(4) if j != each.index}, round=round)
@@ -82,14 +97,17 @@ def test_mask_averaging_by_the_equations() -> None:
     hidden = np.tanh(inputs.numpy() @ (w["0.weight"] * averaged["0.weight"]).T + biases["b1"])
     logits = torch.from_numpy(hidden @ (w["2.weight"] * averaged["2.weight"]).T + biases["b2"])
     metrics = agent.evaluate()
-    assert metrics["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(
+        nn.functional.cross_entropy(logits, labels).item(), rel=1e-4
+    )
     assert metrics["accuracy"] == float((logits.argmax(1) == labels).double().mean())
     assert metrics["density"] == sum((m > 0).sum() for m in averaged.values()) / (24 + 18)
 
 
 def test_mask_averaging_without_neighbors_is_local_masks() -> None:
     averaging, alone = (
-        agent_of(name, score_lr=1.0, retention_linear=0.4) for name in ("mask-averaging", "local-masks")
+        agent_of(name, score_lr=1.0, retention_linear=0.4)
+        for name in ("mask-averaging", "local-masks")
     )
     averaging.fuse({}, round=0)
     for agent in (averaging, alone):

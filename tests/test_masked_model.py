@@ -19,11 +19,15 @@ from . import oracles
 from .fleet import noisy_net, small_net
 
 
-def masked(module: nn.Module, *, retention: object = 0.5, seed: int = 1, neighbors: bool = True) -> MaskedModel:
+def masked(
+    module: nn.Module, *, retention: object = 0.5, seed: int = 1, neighbors: bool = True
+) -> MaskedModel:
     model = MaskedModel(module, retention=retention, generator=torch.Generator().manual_seed(seed))
     if neighbors:
         generator = torch.Generator().manual_seed(seed)
-        model.set_neighbor_means({n: torch.rand(z.shape, generator=generator) for n, z in model.scores.items()})
+        model.set_neighbor_means(
+            {n: torch.rand(z.shape, generator=generator) for n, z in model.scores.items()}
+        )
     return model
 
 
@@ -41,7 +45,10 @@ class Residual(nn.Module):
 class Attentive(nn.Module):
     def __init__(self, **other: int) -> None:
         super().__init__()
-        self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True, **other), nn.Linear(4, 3)
+        self.attention, self.head = (
+            nn.MultiheadAttention(4, 2, batch_first=True, **other),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.attention(x, x, x, need_weights=False)[0].mean(dim=1))
@@ -52,7 +59,11 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.mix, self.back = nn.Embedding(6, 5), nn.Linear(5, 5), nn.Linear(5, 6, bias=False)
+        self.embed, self.mix, self.back = (
+            nn.Embedding(6, 5),
+            nn.Linear(5, 5),
+            nn.Linear(5, 6, bias=False),
+        )
         self.back.weight = self.embed.weight
         self.other = nn.Linear(5, 5)
         self.other.weight = self.mix.weight
@@ -72,7 +83,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv2d": (lambda: flat(nn.Conv2d(2, 3, 3, bias=False), nn.ReLU(), out=27), (2, 5, 5)),
     "conv3d": (lambda: flat(nn.Conv3d(1, 2, 2), out=16), (1, 3, 3, 3)),
     "grouped": (lambda: flat(nn.Conv2d(4, 6, 2, groups=2), nn.GroupNorm(2, 6), out=54), (4, 4, 4)),
-    "depthwise": (lambda: flat(nn.Conv2d(4, 4, 2, groups=4), nn.Conv2d(4, 2, 1), out=18), (4, 4, 4)),
+    "depthwise": (
+        lambda: flat(nn.Conv2d(4, 4, 2, groups=4), nn.Conv2d(4, 2, 1), out=18),
+        (4, 4, 4),
+    ),
     "transposed1d": (lambda: flat(nn.ConvTranspose1d(2, 3, 2), out=12), (2, 3)),
     "transposed2d": (lambda: flat(nn.ConvTranspose2d(4, 6, 2, groups=2), out=54), (4, 2, 2)),
     "transposed3d": (lambda: flat(nn.ConvTranspose3d(1, 2, 2), out=54), (1, 2, 2, 2)),
@@ -110,7 +124,12 @@ def test_gradient_of_the_scores_is_the_closed_formula(name: str) -> None:
         w = module.get_parameter(layer).detach()
         y = oracles.aggregation(z.detach().numpy(), means[layer].numpy())
         upstream = baked.get_parameter(layer).grad.numpy()
-        assert_close(z.grad, torch.from_numpy(oracles.score_gradient(upstream, w.numpy(), y)), rtol=1e-9, atol=1e-12)
+        assert_close(
+            z.grad,
+            torch.from_numpy(oracles.score_gradient(upstream, w.numpy(), y)),
+            rtol=1e-9,
+            atol=1e-12,
+        )
         assert z.grad.abs().sum() > 0
     for key, value in model.module.named_parameters():
         assert torch.equal(value, before[key])
@@ -130,7 +149,9 @@ def test_a_linear_layer_against_numpy_alone() -> None:
     m = oracles.topk_mask(y, 0.4)
     assert np.array_equal(model.masks()["weight"].numpy(), m)
     upstream = oracles.linear_cross_entropy_gradient(inputs.numpy(), labels.numpy(), w * m, bias)
-    assert_close(z.grad, torch.from_numpy(oracles.score_gradient(upstream, w, y)), rtol=1e-9, atol=1e-12)
+    assert_close(
+        z.grad, torch.from_numpy(oracles.score_gradient(upstream, w, y)), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -167,7 +188,9 @@ def test_group_lasso_sums_the_filters_of_all_layers(name: str) -> None:
     for layer, z in model.scores.items():
         groups = model.layers[layer].transposed_groups
         total += oracles.group_lasso(z.detach().numpy(), groups)
-        assert_close(z.grad, torch.from_numpy(oracles.group_lasso_gradient(z.detach().numpy(), groups)))
+        assert_close(
+            z.grad, torch.from_numpy(oracles.group_lasso_gradient(z.detach().numpy(), groups))
+        )
     assert value.item() == pytest.approx(total)
 
 
@@ -190,14 +213,20 @@ def test_the_module_passed_in_is_left_alone() -> None:
     with torch.no_grad():
         model.module[0].weight.zero_()
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in module.parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in module.parameters()
+    )
 
 
 def test_batch_norm_statistics_follow_the_data_and_nothing_else_changes() -> None:
     model = masked(noisy_net())
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
     model.train()(torch.randn(8, 1, 6, 6) + 5)
-    changed = {key for key, value in model.module.state_dict().items() if not torch.equal(value, before[key])}
+    changed = {
+        key
+        for key, value in model.module.state_dict().items()
+        if not torch.equal(value, before[key])
+    }
     assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
     model.eval()
     after = {key: value.clone() for key, value in model.module.state_dict().items()}
@@ -222,7 +251,11 @@ def test_copies_are_equal_and_independent(copied: Callable[[MaskedModel], Masked
     inputs = torch.randn(2, 1, 6, 6)
     expected = model(inputs)
     assert torch.equal(twin(inputs), expected)
-    assert (twin.fingerprint, twin.layers, twin.retention) == (model.fingerprint, model.layers, model.retention)
+    assert (twin.fingerprint, twin.layers, twin.retention) == (
+        model.fingerprint,
+        model.layers,
+        model.retention,
+    )
     twin.set_scores({layer: torch.randn_like(z) for layer, z in twin.scores.items()})
     twin.set_neighbor_means(None)
     assert torch.equal(model(inputs), expected)
@@ -232,7 +265,8 @@ def test_copies_are_equal_and_independent(copied: Callable[[MaskedModel], Masked
 def test_everything_moves_with_to() -> None:
     model = masked(noisy_net()).to("meta")
     tensors = [*model.parameters(), *model.buffers()]
-    assert len(tensors) == 2 + 2 + 6 + 3  # scores, neighbor means, frozen parameters, running statistics
+    # scores, neighbor means, frozen parameters, running statistics
+    assert len(tensors) == 2 + 2 + 6 + 3
     assert {str(tensor.device) for tensor in tensors} == {"meta"}
 
 
@@ -273,8 +307,14 @@ def test_retention_by_kind_pattern_and_name() -> None:
         (0.0, "every layer .* got 0"),
         ({"conv": 1.5}, "'conv' .* got 1.5"),
         ({"conv": 0.3, "linear": float("nan")}, "'linear' .* got nan"),
-        ({"conv": 0.3}, r"no retention ratio for 3\.weight \(kind linear\).*Add 'linear' or '3\.weight'"),
-        ({"conv": 0.3, "linear": 0.9, "haed.*": 0.5}, r"'haed\.\*' fits no layer.*0\.weight, 3\.weight"),
+        (
+            {"conv": 0.3},
+            r"no retention ratio for 3\.weight \(kind linear\).*Add 'linear' or '3\.weight'",
+        ),
+        (
+            {"conv": 0.3, "linear": 0.9, "haed.*": 0.5},
+            r"'haed\.\*' fits no layer.*0\.weight, 3\.weight",
+        ),
         ({}, r"no retention ratio for 0\.weight"),
     ],
 )
@@ -337,7 +377,9 @@ class Unmasked(nn.Module):
 def test_which_weights_are_masked_is_in_the_fingerprint() -> None:
     first, second = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
     both, one = nn.Sequential(first, second), nn.Sequential(first, Unmasked(second.weight))
-    assert [name for name, _ in both.named_parameters()] == [name for name, _ in one.named_parameters()]
+    assert [name for name, _ in both.named_parameters()] == [
+        name for name, _ in one.named_parameters()
+    ]
     assert fingerprint_of(both) != fingerprint_of(one)
 
 
@@ -354,11 +396,13 @@ def test_scores_and_running_statistics_are_not_in_the_fingerprint() -> None:
 @pytest.mark.slow
 def test_another_process_computes_the_same_fingerprint() -> None:
     code = (
-        "import torch; from torch import nn; from flower_mcepl import MaskedModel, shared_module; torch.rand(9)\n"
-        "net = shared_module(lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), seed=11)\n"
-        "print(MaskedModel(net, generator=torch.Generator()).fingerprint)"
+        "import torch; from torch import nn; from flower_mcepl import MaskedModel, shared_module; "
+        "torch.rand(9)\nnet = shared_module(lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, "
+        "2)), seed=11)\nprint(MaskedModel(net, generator=torch.Generator()).fingerprint)"
     )
-    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
     def net() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
@@ -385,7 +429,9 @@ def test_torchvision_networks(name: str, num_layers: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         module = shared_module(lambda: getattr(models, name)(weights=None, num_classes=10), seed=0)
-        model = trains_and_bakes(module, torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+        model = trains_and_bakes(
+            module, torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        )
     assert len(model.layers) == num_layers
     assert all(z.grad.abs().sum() > 0 for z in model.scores.values())
 

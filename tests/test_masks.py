@@ -36,17 +36,24 @@ def test_topk_equals_the_full_ranking(shape: tuple[int, ...], retention: float, 
     mask = topk_mask(y, retention=retention)
     assert mask.shape == y.shape
     assert mask.dtype == torch.bool
-    assert mask.sum() == y.numel() - int((1 - retention) * y.numel()) == kept_weights(y.numel(), retention=retention)
+    assert (
+        mask.sum()
+        == y.numel() - int((1 - retention) * y.numel())
+        == kept_weights(y.numel(), retention=retention)
+    )
     assert torch.equal(mask, torch.from_numpy(oracles.topk_mask(y.numpy(), retention)))
 
 
 @given(
-    y=hnp.arrays(np.float32, shapes, elements=st.sampled_from([-2.0, -1.0, 0.0, -0.0, 1.0, 2.0, math.inf])),
+    y=hnp.arrays(
+        np.float32, shapes, elements=st.sampled_from([-2.0, -1.0, 0.0, -0.0, 1.0, 2.0, math.inf])
+    ),
     retention=ratios,
 )
 def test_among_equal_magnitudes_the_lower_index_stays(y: np.ndarray, retention: float) -> None:
     assert torch.equal(
-        topk_mask(torch.from_numpy(y), retention=retention), torch.from_numpy(oracles.topk_mask(y, retention))
+        topk_mask(torch.from_numpy(y), retention=retention),
+        torch.from_numpy(oracles.topk_mask(y, retention)),
     )
 
 
@@ -67,9 +74,14 @@ def test_both_ways_to_find_the_threshold_agree(y: np.ndarray, data: st.DataObjec
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@given(y=hnp.arrays(np.float64, shapes, elements=st.integers(-100, 100).map(float)), retention=ratios)
-def test_other_dtypes_give_the_same_mask(dtype: torch.dtype, y: np.ndarray, retention: float) -> None:
-    mask = topk_mask(torch.from_numpy(y).to(dtype), retention=retention)  # small integers are exact in all of them
+@given(
+    y=hnp.arrays(np.float64, shapes, elements=st.integers(-100, 100).map(float)), retention=ratios
+)
+def test_other_dtypes_give_the_same_mask(
+    dtype: torch.dtype, y: np.ndarray, retention: float
+) -> None:
+    # small integers are exact in all of them
+    mask = topk_mask(torch.from_numpy(y).to(dtype), retention=retention)
     assert torch.equal(mask, torch.from_numpy(oracles.topk_mask(y, retention)))
 
 
@@ -82,12 +94,16 @@ def test_retention_out_of_range_says_what_came(retention: float) -> None:
 
 
 @given(
-    y=hnp.arrays(np.float32, st.integers(1, 12), elements=st.sampled_from([0.0, 1.0, 2.0, math.inf])),
+    y=hnp.arrays(
+        np.float32, st.integers(1, 12), elements=st.sampled_from([0.0, 1.0, 2.0, math.inf])
+    ),
     place=st.integers(0, 11),
     retention=ratios,
     dtype=st.sampled_from([torch.float32, torch.float16]),
 )
-def test_nan_is_never_ranked(y: np.ndarray, place: int, retention: float, dtype: torch.dtype) -> None:
+def test_nan_is_never_ranked(
+    y: np.ndarray, place: int, retention: float, dtype: torch.dtype
+) -> None:
     y[place % len(y)] = math.nan
     with pytest.raises(DivergedError, match="holds NaN"):
         topk_mask(torch.from_numpy(y).to(dtype), retention=retention)
@@ -95,7 +111,8 @@ def test_nan_is_never_ranked(y: np.ndarray, place: int, retention: float, dtype:
 
 def test_smallest_and_largest_cases() -> None:
     assert topk_mask(torch.zeros(0, 3), retention=0.5).shape == (0, 3)
-    assert topk_mask(torch.tensor(0.5), retention=1e-9).item() is True  # numel - int((1 - r) * numel) is 1
+    # numel - int((1 - r) * numel) is 1
+    assert topk_mask(torch.tensor(0.5), retention=1e-9).item() is True
     assert topk_mask(torch.zeros(7), retention=1.0).all()
 
 
@@ -104,7 +121,12 @@ def test_aggregation_tensor(shape: tuple[int, ...], seed: int) -> None:
     z, n = normal(shape, seed), torch.rand(shape, generator=torch.Generator().manual_seed(seed))
     z.view(-1)[0] = 0.0  # the sign of zero is zero
     y = aggregate_scores(z, n)
-    assert_close(y.double(), torch.from_numpy(oracles.aggregation(z.numpy(), n.numpy())), rtol=1e-5, atol=1e-6)
+    assert_close(
+        y.double(),
+        torch.from_numpy(oracles.aggregation(z.numpy(), n.numpy())),
+        rtol=1e-5,
+        atol=1e-6,
+    )
     lifted = z.abs() + z.abs().mean() * n * (z != 0)
     assert_close(y.abs(), lifted)
 
@@ -120,7 +142,12 @@ def test_neighbor_mean(count: int, seed: int) -> None:
     neighbors = [normal((3, 4), seed + j) > 0 for j in range(count)]
     expected = oracles.neighbor_mean([mask.numpy() for mask in neighbors])
     count = torch.stack(neighbors).sum(dim=0)
-    assert_close(neighbor_mean(count, num_neighbors=len(neighbors)), torch.from_numpy(expected).float(), rtol=0, atol=0)
+    assert_close(
+        neighbor_mean(count, num_neighbors=len(neighbors)),
+        torch.from_numpy(expected).float(),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_without_neighbors_the_mean_is_zero() -> None:
@@ -144,12 +171,21 @@ def test_group_lasso_and_its_gradient(rows: int, columns: int, seed: int) -> Non
     (gradient,) = torch.autograd.grad(value, z)
     array = z.detach().numpy()
     assert value.item() == pytest.approx(oracles.group_lasso(array), rel=1e-5)
-    assert_close(gradient.double(), torch.from_numpy(oracles.group_lasso_gradient(array)), rtol=1e-5, atol=1e-6)
+    assert_close(
+        gradient.double(),
+        torch.from_numpy(oracles.group_lasso_gradient(array)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @given(shape=shapes, retention=ratios, seed=st.integers(0, 99))
 def test_straight_through_gradient(shape: tuple[int, ...], retention: float, seed: int) -> None:
-    w, y, upstream = normal(shape, seed), normal(shape, seed + 1).requires_grad_(), normal(shape, seed + 2)
+    w, y, upstream = (
+        normal(shape, seed),
+        normal(shape, seed + 1).requires_grad_(),
+        normal(shape, seed + 2),
+    )
     masked = masks.masked_weight(w, y, retention=retention)
     assert torch.equal(masked, w * topk_mask(y, retention=retention))
     (gradient,) = torch.autograd.grad(masked, y, upstream)
@@ -169,7 +205,9 @@ def test_scores_start_as_pytorch_starts_weights() -> None:
 
 
 def test_first_mask_keeps_the_ratio_on_average() -> None:
-    mask = masks.bernoulli_mask(torch.Size((100, 1000)), retention=0.3, generator=torch.Generator().manual_seed(0))
+    mask = masks.bernoulli_mask(
+        torch.Size((100, 1000)), retention=0.3, generator=torch.Generator().manual_seed(0)
+    )
     assert mask.dtype == torch.bool
     assert mask.float().mean().item() == pytest.approx(0.3, abs=0.01)
     assert masks.bernoulli_mask(torch.Size((50,)), retention=1.0, generator=torch.Generator()).all()

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from flower_mcepl import AgentData, ConfigError, DataError, DivergedError, MceplAgent, MceplConfig, StateError
+from flower_mcepl import (
+    AgentData,
+    ConfigError,
+    DataError,
+    DivergedError,
+    MceplAgent,
+    MceplConfig,
+    StateError,
+)
 from flower_mcepl import shared_module as build
 from flower_mcepl.agents import AgentState, load_state, save_state
 
@@ -19,11 +27,14 @@ from .fleet import SEED, make_agent, noisy_net, same_tensors, small_net, split
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
-def neighbors_masks(agent: MceplAgent, count: int, *, seed: int = 0) -> dict[int, dict[str, Tensor]]:
+def neighbors_masks(
+    agent: MceplAgent, count: int, *, seed: int = 0
+) -> dict[int, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return {
         agent.index + 1 + j: {
-            name: torch.rand(shape, generator=generator) < 0.5 for name, shape in agent.layers.items()
+            name: torch.rand(shape, generator=generator) < 0.5
+            for name, shape in agent.layers.items()
         }
         for j in range(count)
     }
@@ -61,7 +72,13 @@ def closed_gradient(agent: MceplAgent, inputs: Tensor, labels: Tensor) -> dict[s
 
 @pytest.mark.parametrize("lasso", [0.0, 0.05])
 def test_one_round_by_the_formulas(lasso: float) -> None:
-    config = {"score_lr": 0.7, "finetune_lr": 0.4, "weight_decay": 0.01, "group_lasso": lasso, "batch_size": 24}
+    config = {
+        "score_lr": 0.7,
+        "finetune_lr": 0.4,
+        "weight_decay": 0.01,
+        "group_lasso": lasso,
+        "batch_size": 24,
+    }
     agent = make_agent(2, **config)
     z = scores_of(agent)
     inputs, labels = split(2)  # one batch of everything: its order does not matter
@@ -87,19 +104,25 @@ def test_one_round_by_the_formulas(lasso: float) -> None:
         n = oracles.neighbor_mean([masks[name].numpy() for masks in inbox.values()])
         expected = oracles.neighbor_step(after_step[name].numpy(), g[name], n, 0.4)
         assert_close(fused.double(), torch.from_numpy(expected), **CLOSE)
-        assert_close(agent.model.neighbor_means[name].double(), torch.from_numpy(n), rtol=1e-6, atol=0)
+        assert_close(
+            agent.model.neighbor_means[name].double(), torch.from_numpy(n), rtol=1e-6, atol=0
+        )
     assert not same_tensors(after_step, scores_of(agent))
 
 
 def test_momentum_over_several_local_steps() -> None:
-    agent = make_agent(0, momentum=0.8, local_steps=3, score_lr=0.3, weight_decay=0.0, batch_size=24)
+    agent = make_agent(
+        0, momentum=0.8, local_steps=3, score_lr=0.3, weight_decay=0.0, batch_size=24
+    )
     twin = make_agent(0, score_lr=0.3, weight_decay=0.0, batch_size=24)
     inputs, labels = split(0)
     velocity: dict[str, Tensor] = {}
     for _ in range(3):
         for name, g in closed_gradient(twin, inputs, labels).items():
             velocity[name] = 0.8 * velocity.get(name, 0.0) + torch.from_numpy(g)
-        twin.model.set_scores({name: z - 0.3 * velocity[name] for name, z in scores_of(twin).items()})
+        twin.model.set_scores(
+            {name: z - 0.3 * velocity[name] for name, z in scores_of(twin).items()}
+        )
     agent.train(round=1)
     for name, z in scores_of(agent).items():
         assert_close(z, scores_of(twin)[name], rtol=1e-3, atol=1e-5)
@@ -114,7 +137,10 @@ def test_score_averaging_changes_the_evaluation_alone() -> None:
             each.fuse(neighbors_masks(each, 2, seed=round), round=round)
         assert same_tensors(scores_of(agent), scores_of(plain))
         assert same_tensors(agent.outgoing(), plain.outgoing())
-        average = {name: z if round == 1 else 0.75 * average[name] + 0.25 * z for name, z in scores_of(plain).items()}
+        average = {
+            name: z if round == 1 else 0.75 * average[name] + 0.25 * z
+            for name, z in scores_of(plain).items()
+        }
         evaluated, before = agent.evaluate(), scores_of(agent)
         assert same_tensors(scores_of(agent), before)
         twin = make_agent(0)
@@ -126,7 +152,8 @@ def test_score_averaging_changes_the_evaluation_alone() -> None:
 
 def test_a_schedule_scales_both_step_sizes() -> None:
     late, plain = (
-        make_agent(0, weight_decay=0.0, **options) for options in ({"lr_schedule": "cosine", "lr_rounds": 4}, {})
+        make_agent(0, weight_decay=0.0, **options)
+        for options in ({"lr_schedule": "cosine", "lr_rounds": 4}, {})
     )
     start = scores_of(plain)
     for agent in (late, plain):
@@ -138,7 +165,11 @@ def test_a_schedule_scales_both_step_sizes() -> None:
     for agent in (late, plain):
         agent.fuse(inbox, round=3)
     for name in start:
-        assert_close(scores_of(late)[name] - half[name], 0.5 * (scores_of(plain)[name] - whole[name]), **CLOSE)
+        assert_close(
+            scores_of(late)[name] - half[name],
+            0.5 * (scores_of(plain)[name] - whole[name]),
+            **CLOSE,
+        )
 
 
 def test_the_fine_tuning_gradient_is_used_once() -> None:
@@ -162,7 +193,8 @@ def test_without_neighbors_it_is_plain_local_masks() -> None:
     for name, mask in agent.outgoing().items():
         expected = oracles.topk_mask(before[name].numpy(), agent.model.retention[name])
         assert torch.equal(mask, torch.from_numpy(expected))
-    agent.fuse(neighbors_masks(agent, 2), round=2)  # the gradient of round 1 is gone with its exchange
+    # the gradient of round 1 is gone with its exchange
+    agent.fuse(neighbors_masks(agent, 2), round=2)
     assert same_tensors(before, scores_of(agent))
 
 
@@ -220,7 +252,9 @@ class Counting:
 def test_epochs_are_counted_in_batches(config: dict[str, int], steps: int) -> None:
     source = Counting()
     settings = MceplConfig(score_lr=1.0, **config)
-    agent = MceplAgent(0, build(small_net, seed=1), AgentData.of(source, source, agent=0), settings, seed=1)
+    agent = MceplAgent(
+        0, build(small_net, seed=1), AgentData.of(source, source, agent=0), settings, seed=1
+    )
     agent.train(round=5)
     (asked,) = source.asked
     assert (asked["round"], asked["steps"], asked["batch_size"]) == (5, steps, settings.batch_size)
@@ -244,7 +278,9 @@ def test_evaluation_on_the_own_test_split() -> None:
     with torch.no_grad():
         logits = agent.model.bake().eval()(inputs)
     assert metrics["accuracy"] == int((logits.argmax(1) == labels).sum()) / 24
-    assert metrics["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(
+        nn.functional.cross_entropy(logits, labels).item(), rel=1e-5
+    )
     assert metrics["num-examples"] == 24
     kept = sum(int(mask.sum()) for mask in agent.outgoing().values())
     assert metrics["density"] == kept / agent.model.num_weights
@@ -313,7 +349,9 @@ def test_every_round_and_agent_draws_anew() -> None:
     def loss(agent: int, round: int) -> float:
         data = AgentData.of(split(0), split(0), agent=agent)
         config = MceplConfig(batch_size=8)
-        return MceplAgent(agent, build(small_net, seed=1), data, config, seed=1).train(round=round)["train-loss"]
+        return MceplAgent(agent, build(small_net, seed=1), data, config, seed=1).train(round=round)[
+            "train-loss"
+        ]
 
     assert len({loss(0, 1), loss(0, 2), loss(1, 1), loss(1, 2)}) == 4
 
@@ -365,7 +403,10 @@ def through_a_file(state: AgentState, tmp_path: Path) -> AgentState:
 @pytest.mark.parametrize("options", [FULL, {}], ids=["full", "plain"])
 @pytest.mark.parametrize("trained", [False, True], ids=["between rounds", "before the exchange"])
 def test_a_restored_agent_continues_bit_for_bit(
-    way: Callable[[AgentState, Path], AgentState], options: dict[str, Any], trained: bool, tmp_path: Path
+    way: Callable[[AgentState, Path], AgentState],
+    options: dict[str, Any],
+    trained: bool,
+    tmp_path: Path,
 ) -> None:
     agent, later = make_agent(1, **options), make_agent(1, **options)
     play(agent, 1, 2)
@@ -403,7 +444,11 @@ def test_a_state_names_everything_by_group() -> None:
         "buffer/1.running_mean", "buffer/1.running_var", "buffer/1.num_batches_tracked",
     }  # fmt: skip
     agent.fuse({}, round=1)
-    assert {name.partition("/")[0] for name in agent.state().tensors} == {"scores", "velocity", "buffer"}
+    assert {name.partition("/")[0] for name in agent.state().tensors} == {
+        "scores",
+        "velocity",
+        "buffer",
+    }
 
 
 @pytest.mark.parametrize(
@@ -411,10 +456,15 @@ def test_a_state_names_everything_by_group() -> None:
     [
         (lambda: make_agent(1), r"of agent 1, but agent 0 has 0"),
         (lambda: make_agent(0, seed=8), r"of (seed 8|fingerprint)"),
-        (lambda: make_agent(0, model_fn=noisy_net), r"of fingerprint '[0-9a-f]{32}', but agent 0 has '[0-9a-f]{32}'"),
+        (
+            lambda: make_agent(0, model_fn=noisy_net),
+            r"of fingerprint '[0-9a-f]{32}', but agent 0 has '[0-9a-f]{32}'",
+        ),
     ],
 )
-def test_the_state_of_something_else_is_refused(other: Callable[[], MceplAgent], message: str) -> None:
+def test_the_state_of_something_else_is_refused(
+    other: Callable[[], MceplAgent], message: str
+) -> None:
     agent = make_agent(0)
     before = agent.state().tensors
     with pytest.raises(StateError, match=message):
@@ -422,7 +472,9 @@ def test_the_state_of_something_else_is_refused(other: Callable[[], MceplAgent],
     assert same_tensors(before, agent.state().tensors)
 
 
-@pytest.mark.parametrize(("key", "value"), [("algorithm", "fedavg"), ("state-version", 99), ("seed", 8)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("algorithm", "fedavg"), ("state-version", 99), ("seed", 8)]
+)
 def test_foreign_facts_are_refused_by_name(key: str, value: object) -> None:
     agent = make_agent(0)
     state = agent.state()
@@ -477,7 +529,8 @@ def test_a_loss_that_is_not_finite_names_the_agent(value: float) -> None:
     agent = MceplAgent(6, build(small_net, seed=1), data, MceplConfig(), seed=1)
     before = scores_of(agent)
     with pytest.raises(
-        DivergedError, match=r"agent 6: the training loss of round 2 is nan\. Lower score-lr \(now 10\)"
+        DivergedError,
+        match=r"agent 6: the training loss of round 2 is nan\. Lower score-lr \(now 10\)",
     ):
         agent.train(round=2)
     assert same_tensors(before, scores_of(agent))
@@ -520,7 +573,9 @@ def test_a_layer_that_takes_no_part_has_a_gradient_of_zero(group_lasso: float) -
     before = {name: z.detach().clone() for name, z in agent.model.scores.items()}
     agent.train(round=1)
     assert not torch.equal(agent.model.scores["used.weight"], before["used.weight"])
-    assert torch.equal(agent.model.scores["idle.weight"], before["idle.weight"]) == (group_lasso == 0.0)
+    assert torch.equal(agent.model.scores["idle.weight"], before["idle.weight"]) == (
+        group_lasso == 0.0
+    )
 
 
 def test_a_node_config_with_several_ratios_is_refused() -> None:
@@ -540,7 +595,9 @@ class NoBatches:
 
 def test_splits_that_give_no_batch_are_refused() -> None:
     module = build(WithIdleHead, seed=0)
-    agent = MceplAgent(5, module, AgentData.of(NoBatches(), NoBatches(), agent=5), MceplConfig(), seed=0)
+    agent = MceplAgent(
+        5, module, AgentData.of(NoBatches(), NoBatches(), agent=5), MceplConfig(), seed=0
+    )
     with pytest.raises(DataError, match="agent 5's training split gave no batch in round 1"):
         agent.train(round=1)
     with pytest.raises(DataError, match="a test split gave no batch"):

@@ -19,7 +19,12 @@ from flower_mcepl.wire import PRECISIONS, Prior, WrittenFrame, read_header
 FINGERPRINT = "0123456789abcdef" * 2
 LAYERS = {"conv": (20, 3), "fc": (500,)}
 OWNER = 4
-PRIOR = Prior({name: torch.arange(np.prod(shape)).reshape(shape).to(torch.uint8) % 3 for name, shape in LAYERS.items()})
+PRIOR = Prior(
+    {
+        name: torch.arange(np.prod(shape)).reshape(shape).to(torch.uint8) % 3
+        for name, shape in LAYERS.items()
+    }
+)
 
 
 @cache
@@ -29,7 +34,10 @@ def masks(round: int) -> dict[str, Tensor]:
     found = {name: torch.rand(shape, generator=generator) < 0.3 for name, shape in LAYERS.items()}
     hot = {name: torch.rand(shape, generator=generator) < 0.04 for name, shape in LAYERS.items()}
     for _ in range(round):
-        found = {name: m ^ (hot[name] & (torch.rand(m.shape, generator=generator) < 0.7)) for name, m in found.items()}
+        found = {
+            name: m ^ (hot[name] & (torch.rand(m.shape, generator=generator) < 0.7))
+            for name, m in found.items()
+        }
     return found
 
 
@@ -37,7 +45,12 @@ FIRST = masks(0)
 
 
 def outbox(**options: Any) -> Outbox:
-    given_all: dict[str, Any] = {"owner": OWNER, "fingerprint": FINGERPRINT, "layers": LAYERS, "first": FIRST}
+    given_all: dict[str, Any] = {
+        "owner": OWNER,
+        "fingerprint": FINGERPRINT,
+        "layers": LAYERS,
+        "first": FIRST,
+    }
     return Outbox(**{**given_all, **options})
 
 
@@ -53,7 +66,9 @@ def assert_arrives(box: Mailbox, frames: list[bytes], tensors: dict[str, Tensor]
     round = read_header(frames[-1]).round
     found = box.current([OWNER], round=round)[OWNER]
     assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name].to_dense(), tensor.to_dense()) for name, tensor in tensors.items())
+    assert all(
+        torch.equal(found[name].to_dense(), tensor.to_dense()) for name, tensor in tensors.items()
+    )
 
 
 def built_on(frames: list[WrittenFrame]) -> list[int | None]:
@@ -75,7 +90,9 @@ def test_without_a_first_payload_the_first_frame_is_whole() -> None:
     assert built_on(out.write(masks(1), round=1)) == [None]
     frames = out.write(masks(2), round=2, acknowledged=1)
     assert built_on(frames) == [1]
-    assert_arrives(box, [outbox(first=None).write(masks(1), round=1)[0].data, frames[0].data], masks(2))
+    assert_arrives(
+        box, [outbox(first=None).write(masks(1), round=1)[0].data, frames[0].data], masks(2)
+    )
 
 
 def test_frames_say_who_when_and_how_long() -> None:
@@ -90,7 +107,12 @@ def test_equal_masks_have_equal_content_whatever_they_build_on() -> None:
     out.write(masks(1), round=1)
     delta, key = out.write(masks(2), round=2, acknowledged=1, key=True)
     (alone,) = outbox(first=None).write(masks(2), round=9)
-    assert delta.content == key.content == alone.content != outbox().write(masks(1), round=2)[0].content
+    assert (
+        delta.content
+        == key.content
+        == alone.content
+        != outbox().write(masks(1), round=2)[0].content
+    )
     assert len({delta.data, key.data, alone.data}) == 3
 
 
@@ -216,7 +238,9 @@ def test_it_keeps_what_the_relay_has_and_what_is_on_its_way() -> None:
     acknowledged = None
     for round in range(1, 9):
         out.write(masks(round), round=round, acknowledged=acknowledged)
-        assert {name.partition("/")[0] for name in out.arrays()} == {str(r) for r in {acknowledged or round, round}}
+        assert {name.partition("/")[0] for name in out.arrays()} == {
+            str(r) for r in {acknowledged or round, round}
+        }
         acknowledged = round if round not in (3, 4) else acknowledged
 
 
@@ -243,7 +267,9 @@ def test_damaged_state_is_refused_whole(damage: Callable[[Any], Any]) -> None:
 # --- floats ---
 
 
-@pytest.mark.parametrize("precision", [name for name, found in PRECISIONS.items() if not found.of_differences])
+@pytest.mark.parametrize(
+    "precision", [name for name, found in PRECISIONS.items() if not found.of_differences]
+)
 def test_floats_alone_are_always_whole_and_keep_nothing(precision: str) -> None:
     out = outbox(first=None, precision=precision)
     for round in (1, 2, 3):
@@ -273,7 +299,10 @@ def test_of_sparse_tensors_the_masks_are_kept_and_told_as_changes() -> None:
 
 def test_a_key_of_sparse_tensors() -> None:
     out = outbox(first=None)
-    sent = [{"fc": (m["fc"] * 2.0).to_sparse_coo().coalesce(), "conv": m["conv"]} for m in (masks(1), masks(2))]
+    sent = [
+        {"fc": (m["fc"] * 2.0).to_sparse_coo().coalesce(), "conv": m["conv"]}
+        for m in (masks(1), masks(2))
+    ]
     out.write(sent[0], round=1)
     frames = out.write(sent[1], round=2, acknowledged=1, key=True)
     assert built_on(frames) == [1, None]
@@ -289,7 +318,9 @@ def weights(round: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(9)
     found = {name: torch.randn(shape, generator=generator) for name, shape in LAYERS.items()}
     for _ in range(round):
-        found = {name: w + 0.01 * torch.randn(w.shape, generator=generator) for name, w in found.items()}
+        found = {
+            name: w + 0.01 * torch.randn(w.shape, generator=generator) for name, w in found.items()
+        }
     return found
 
 
@@ -322,7 +353,8 @@ def test_each_difference_is_from_what_the_receivers_hold() -> None:
         assert frame.reference == round - 1
         came = arrived(box, [frame.data])
         assert_equal(came, frame.decoded)
-        assert_near(came, weights(round), held)  # though the errors of all earlier rounds are in what is held
+        # though the errors of all earlier rounds are in what is held
+        assert_near(came, weights(round), held)
         held, acknowledged = came, round
     assert len(frame.data) == 560 + 2 * (4 + 1) + 1 + 48
 
@@ -332,7 +364,9 @@ def test_the_key_beside_a_difference_decodes_to_the_same_bits() -> None:
     (begun,) = out.write(weights(1), round=1)
     delta, key = out.write(weights(2), round=2, acknowledged=1, key=True)
     assert (delta.reference, key.reference, key.content) == (1, None, delta.content)
-    assert {layer.precision.name for layer in read_header(key.data).layers if layer.precision} == {"float32"}
+    assert {layer.precision.name for layer in read_header(key.data).layers if layer.precision} == {
+        "float32"
+    }
     follower, late = mailbox(first=weights(0)), mailbox(first=weights(0))
     assert_equal(arrived(follower, [begun.data, delta.data]), arrived(late, [key.data]))
     (after,) = out.write(weights(3), round=3, acknowledged=2)
@@ -376,7 +410,13 @@ def test_without_initial_weights_the_first_frame_is_exact() -> None:
     assert_near(arrived(box, [frame.data]), weights(2), weights(1))
 
 
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+        min_size=1,
+        max_size=12,
+    )
+)
 @settings(max_examples=40)
 def test_whatever_is_lost_differences_give_all_readers_the_same_bits(
     rounds: list[tuple[bool, bool, bool, bool]],
@@ -404,7 +444,9 @@ def test_what_is_kept_of_differences_survives_a_restore() -> None:
     out.write(weights(1), round=1)
     out.write(weights(2), round=2, acknowledged=1)
     assert {name for name in out.arrays() if name.endswith("/values")} == {"1/values", "2/values"}
-    assert all(array.nbytes == 4 * 560 for name, array in out.arrays().items() if name.endswith("/values"))
+    assert all(
+        array.nbytes == 4 * 560 for name, array in out.arrays().items() if name.endswith("/values")
+    )
     renewed.restore({name: array.copy() for name, array in out.arrays().items()})
     frames = [box.write(weights(3), round=3, acknowledged=1, key=True) for box in (out, renewed)]
     assert [frame.data for frame in frames[0]] == [frame.data for frame in frames[1]]
@@ -430,4 +472,6 @@ def test_settings_are_checked() -> None:
     with pytest.raises(errors.ConfigError, match="hex"):
         outbox(fingerprint="none")
     with pytest.raises(errors.ConfigError, match="precision must be one of"):
-        outbox(precision="float8").write({"fc": torch.zeros(500), "conv": torch.zeros(20, 3)}, round=1)
+        outbox(precision="float8").write(
+            {"fc": torch.zeros(500), "conv": torch.zeros(20, 3)}, round=1
+        )

@@ -26,7 +26,13 @@ from flower_mcepl.report.plots.charts import _stacked, draw_by_bytes, draw_by_ro
 from flower_mcepl.report.plots.curves import AGENTS, SEEDS, curve_of, final_accuracies
 from flower_mcepl.report.plots.filter_charts import off_text
 from flower_mcepl.report.plots.filters import filter_densities
-from flower_mcepl.report.plots.gallery import Gallery, _holdings, _masks, draw_gallery, write_gallery
+from flower_mcepl.report.plots.gallery import (
+    Gallery,
+    _holdings,
+    _masks,
+    draw_gallery,
+    write_gallery,
+)
 from flower_mcepl.report.plots.graph import draw_graph, draw_graphs
 from flower_mcepl.report.plots.holding_charts import draw_holdings
 from flower_mcepl.report.plots.holdings import Holdings, holdings_of
@@ -51,7 +57,10 @@ def record_run(path: Path, agents: list[Any], *, name: str = "ring", **run_confi
 
 def fleet(algorithm: str, *, seed: int = 7) -> list[Any]:
     if algorithm == "mcepl":  # every agent with ratios of its own
-        return [make_agent(i, seed=seed, retention=ratio, first_retention=0.3) for i, ratio in enumerate(RATIOS)]
+        return [
+            make_agent(i, seed=seed, retention=ratio, first_retention=0.3)
+            for i, ratio in enumerate(RATIOS)
+        ]
     return fleet_of(algorithm, SIZE, model_fn=small_net, split=split, seed=seed)
 
 
@@ -61,7 +70,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     for algorithm, seed in (("mcepl", 7), ("mcepl", 8), ("local-masks", 7), ("dsgd", 7)):
         agents = fleet(algorithm, seed=seed)
-        record_run(folder / f"{algorithm}-{seed}", agents, name="study", algorithm=algorithm, seed=seed)
+        record_run(
+            folder / f"{algorithm}-{seed}", agents, name="study", algorithm=algorithm, seed=seed
+        )
     return folder
 
 
@@ -102,20 +113,29 @@ def test_final_masks_are_those_of_the_agents(algorithm: str, tmp_path: Path) -> 
 def test_final_masks_have_the_density_that_the_record_tells(study: Path) -> None:
     run = read_run(study / "mcepl-8")
     for agent, layers in final_masks(run)[0].items():
-        density = sum(mask.sum() for mask in layers.values()) / sum(mask.size for mask in layers.values())
+        density = sum(mask.sum() for mask in layers.values()) / sum(
+            mask.size for mask in layers.values()
+        )
         assert density == pytest.approx(run.final()[agent]["density"])
 
 
 def test_layers_are_in_their_natural_order() -> None:
     from flower_mcepl.report.final_masks import _natural
 
-    assert sorted(["l.11.w", "l.4.w", "fc.w", "l.4.0"], key=_natural) == ["fc.w", "l.4.0", "l.4.w", "l.11.w"]
+    assert sorted(["l.11.w", "l.4.w", "fc.w", "l.4.0"], key=_natural) == [
+        "fc.w",
+        "l.4.0",
+        "l.4.w",
+        "l.11.w",
+    ]
 
 
 def test_why_there_are_no_masks_is_told(study: Path, copied: Path) -> None:
     assert final_masks(read_run(study / "dsgd-7")) == ({}, "agents of dsgd hold no mask at the end")
 
-    run = change_config(copied, lambda config: [entry.pop("parameters") for entry in config["agents"]])
+    run = change_config(
+        copied, lambda config: [entry.pop("parameters") for entry in config["agents"]]
+    )
     assert "retention ratios" in str(final_masks(run)[1])
 
     shutil.rmtree(copied / "agents")
@@ -124,20 +144,29 @@ def test_why_there_are_no_masks_is_told(study: Path, copied: Path) -> None:
 
 def test_a_damaged_state_is_told(copied: Path) -> None:
     (copied / "agents" / "agent-0002.safetensors").write_bytes(b"noise")
-    assert "agent-0002.safetensors is no readable agent state" in str(final_masks(read_run(copied))[1])
+    assert "agent-0002.safetensors is no readable agent state" in str(
+        final_masks(read_run(copied))[1]
+    )
 
 
 # --- agreement ---
 
 
 def kept(layers: Masks) -> set[tuple[str, int]]:
-    return {(name, place) for name, mask in layers.items() for place, bit in enumerate(mask.reshape(-1)) if bit}
+    return {
+        (name, place)
+        for name, mask in layers.items()
+        for place, bit in enumerate(mask.reshape(-1))
+        if bit
+    }
 
 
 def test_agreement_is_that_of_a_slow_count(study: Path) -> None:
     run = read_run(study / "mcepl-7")
     masks, _ = final_masks(run)
-    agreement = agreement_of(masks, {0: frozenset("02"), 1: frozenset("9"), 2: frozenset("01"), 3: frozenset("0")})
+    agreement = agreement_of(
+        masks, {0: frozenset("02"), 1: frozenset("9"), 2: frozenset("01"), 3: frozenset("0")}
+    )
     assert agreement.agents == (3, 2, 0, 1)  # by classes
     assert agreement.classes is not None
     told = {3: {"0"}, 2: {"0", "1"}, 0: {"0", "2"}, 1: {"9"}}
@@ -145,7 +174,9 @@ def test_agreement_is_that_of_a_slow_count(study: Path) -> None:
     for (row, a), (column, b) in itertools.product(enumerate(agreement.agents), repeat=2):
         left, right = kept(masks[a]), kept(masks[b])
         assert agreement.masks[row, column] == pytest.approx(len(left & right) / len(left | right))
-        assert agreement.classes[row, column] == pytest.approx(len(told[a] & told[b]) / len(told[a] | told[b]))
+        assert agreement.classes[row, column] == pytest.approx(
+            len(told[a] & told[b]) / len(told[a] | told[b])
+        )
         if row < column:
             slow.append(agreement.masks[row, column])
     assert agreement.range == (min(slow), max(slow))
@@ -155,8 +186,14 @@ def test_agreement_is_that_of_a_slow_count(study: Path) -> None:
 
 def test_agreement_by_chance_is_that_of_masks_drawn_at_random() -> None:
     draw = np.random.default_rng(1)
-    shapes, densities = {"a": (60, 500), "b": (200, 500)}, {"a": (0.1, 0.7, 0.4), "b": (0.5, 0.2, 0.9)}
-    masks = {i: {name: draw.random(shape) < densities[name][i] for name, shape in shapes.items()} for i in range(3)}
+    shapes, densities = (
+        {"a": (60, 500), "b": (200, 500)},
+        {"a": (0.1, 0.7, 0.4), "b": (0.5, 0.2, 0.9)},
+    )
+    masks = {
+        i: {name: draw.random(shape) < densities[name][i] for name, shape in shapes.items()}
+        for i in range(3)
+    }
     agreement = agreement_of(masks, {})
     measured = agreement.masks[np.triu_indices(3, 1)].mean()
     assert agreement.by_chance == pytest.approx(measured, abs=0.005)
@@ -176,7 +213,10 @@ def test_classes_are_read_from_text_and_lists(copied: Path) -> None:
         for entry, told in zip(config["agents"], ("1 2", [2, 3], None, ""), strict=True):
             entry["classes"] = told
 
-    assert classes_of(change_config(copied, change)) == {0: frozenset({"1", "2"}), 1: frozenset({"2", "3"})}
+    assert classes_of(change_config(copied, change)) == {
+        0: frozenset({"1", "2"}),
+        1: frozenset({"2", "3"}),
+    }
 
 
 # --- filters ---
@@ -211,11 +251,16 @@ def test_filters_that_are_off_are_counted() -> None:
 def test_holdings_are_those_of_the_agents_labels(study: Path) -> None:
     holdings = holdings_of(read_run(study / "dsgd-7").config["agents"])
     assert holdings is not None
-    assert (holdings.agents, holdings.classes, holdings.silent) == (tuple(range(SIZE)), (0, 1, 2), ())
+    assert (holdings.agents, holdings.classes, holdings.silent) == (
+        tuple(range(SIZE)),
+        (0, 1, 2),
+        (),
+    )
     assert list(holdings.counts) == ["train", "test"]
     for agent in range(SIZE):
         slow = [
-            [labels.tolist().count(name) for name in range(3)] for labels in (split(agent)[1], split(1000 + agent)[1])
+            [labels.tolist().count(name) for name in range(3)]
+            for labels in (split(agent)[1], split(1000 + agent)[1])
         ]
         assert [list(holdings.counts[name][agent]) for name in ("train", "test")] == slow
         cells = [" / ".join(map(str, pair)) for pair in zip(*slow, strict=True)]
@@ -232,7 +277,9 @@ def test_holdings_are_read_from_handshakes_and_from_records() -> None:
         assert holdings.silent == (6,)
         assert holdings.classes == (-1, 7)
         assert holdings.table()[1] == [["5", "2 / 0 / 0", "3 / 1 / 0", "5 / 1 / 0"]]
-        assert holdings.legend() == ("training / validation / test examples of each class; agents 6 do not tell")
+        assert holdings.legend() == (
+            "training / validation / test examples of each class; agents 6 do not tell"
+        )
     assert holdings_of(damaged) is None
     assert holdings_of([]) is None
 
@@ -255,7 +302,9 @@ def test_discs_have_areas_in_proportion(tmp_path: Path) -> None:
 def test_any_number_of_agents_and_classes_is_drawn(agents: int, classes: int) -> None:
     row = tuple(range(1, classes + 1))
     counts = {name: (row,) * agents for name in ("train", "validation", "test")}
-    width, height = size_of(draw_holdings(Holdings(tuple(range(agents)), tuple(range(classes)), counts, ())))
+    width, height = size_of(
+        draw_holdings(Holdings(tuple(range(agents)), tuple(range(classes)), counts, ()))
+    )
     assert 300 <= width <= 3000
     assert 300 <= height <= 3000
 
@@ -292,7 +341,10 @@ def test_a_curve_is_that_of_a_slow_recount(study: Path) -> None:
         assert curve.mean[place] == pytest.approx(sum(means) / 2)
         assert curve.sd[place] == pytest.approx(abs(means[0] - means[1]) / 2**0.5)
         assert curve.bytes[place] == sum(row["received_bytes"] for one in rows for row in one) / 2
-    totals = [json.loads((folder / "summary.json").read_text())["bytes"]["links_total"] for folder in folders]
+    totals = [
+        json.loads((folder / "summary.json").read_text())["bytes"]["links_total"]
+        for folder in folders
+    ]
     assert curve.bytes[-1] == sum(totals) / 2
 
 
@@ -310,7 +362,9 @@ def test_the_band_of_one_record_is_over_its_agents(study: Path) -> None:
 
 def test_bytes_of_a_server_count_both_ways(tmp_path: Path) -> None:
     record = RunRecord.create(name="x", config={}, path=tmp_path / "run")
-    simulate(fleet_of("fedpm"), server=server_of("fedpm"), num_rounds=2, evaluate_every=1, record=record)
+    simulate(
+        fleet_of("fedpm"), server=server_of("fedpm"), num_rounds=2, evaluate_every=1, record=record
+    )
     run = read_run(record.path)
     curve = curve_of(Subject("x", (run,)), alone=True)
     assert run.summary is not None
@@ -347,7 +401,8 @@ def test_a_label_is_what_the_study_calls_the_runs(study: Path, copied: Path) -> 
     other = Path(shutil.copytree(study / "dsgd-7", copied.parent / "other"))
     runs = [named(copied, "masks, r = 0.1"), named(other, "weights")]
     assert [subject.label for subject in subjects_of(runs)[0]] == ["masks, r = 0.1", "weights"]
-    for name, labels in (("weights", ["mcepl", "dsgd"]), (None, ["mcepl", "dsgd, weights"])):  # not a name for each
+    # not a name for each
+    for name, labels in (("weights", ["mcepl", "dsgd"]), (None, ["mcepl", "dsgd, weights"])):
         runs[0] = named(copied, name)
         assert [subject.label for subject in subjects_of(runs)[0]] == labels
 
@@ -363,7 +418,11 @@ def graph_of(run: Run) -> Any:
 
 
 def links_of(axes: Any) -> list[list[tuple[float, float]]]:
-    return [[tuple(map(float, end)) for end in link] for lines in axes.collections for link in lines.get_segments()]
+    return [
+        [tuple(map(float, end)) for end in link]
+        for lines in axes.collections
+        for link in lines.get_segments()
+    ]
 
 
 def names_of(axes: Any) -> list[str]:
@@ -377,7 +436,9 @@ def test_a_graph_has_its_links(study: Path) -> None:
     assert axes.get_title() == "Communication graph"
 
 
-def test_who_sends_nothing_has_no_links(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_sends_nothing_has_no_links(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     silent, dsgd = read_run(study / "local-masks-7"), read_run(study / "dsgd-7")
     killed = Path(shutil.copytree(silent.path, tmp_path / "killed"))
     (killed / "summary.json").unlink()
@@ -388,7 +449,9 @@ def test_who_sends_nothing_has_no_links(study: Path, tmp_path: Path, monkeypatch
         assert axes.get_title() == "Agents without links: nothing is sent"
 
     figures = []
-    monkeypatch.setattr("flower_mcepl.report.plots.graph.png", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr(
+        "flower_mcepl.report.plots.graph.png", lambda figure: figures.append(figure) or b""
+    )
     draw_graphs([("a", silent), ("b", dsgd)])
     assert [axes.get_title() for axes in figures[0].axes] == ["a (sends nothing)", "b"]
 
@@ -490,7 +553,10 @@ def test_a_record_without_classes_shows_masks_alone(copied: Path, tmp_path: Path
     _masks(gallery, 0)
     assert_drawn(gallery, tmp_path / "plots")
     assert [line.partition(":")[0] for line in gallery.missing] == ["overlap of classes of study"]
-    assert "in the order of their numbers" in {p.file: p.caption for p in gallery.pictures}["agreement.png"]
+    assert (
+        "in the order of their numbers"
+        in {p.file: p.caption for p in gallery.pictures}["agreement.png"]
+    )
 
 
 def test_a_record_that_says_nothing_is_drawn_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -507,10 +573,19 @@ def test_any_name_can_be_drawn(copied: Path) -> None:
     names = ["_hidden", "$\\frac{", "$a$ <b>", "\ud800", "名前", "x" * 300, "\n\t"]
     run = read_run(copied)
     curves = [curve_of(Subject(name, (run,)), alone=False) for name in names]
-    pictures = draw_by_round(curves), draw_by_bytes(curves), draw_spread([(name, [0.5, 0.6]) for name in names])
+    pictures = (
+        draw_by_round(curves),
+        draw_by_bytes(curves),
+        draw_spread([(name, [0.5, 0.6]) for name in names]),
+    )
     for picture in (*pictures, draw_graphs([(name, run) for name in names])):
         assert min(size_of(picture)) > 300
-    assert plot_run(change_config(copied, lambda config: config.update(name="$\\frac{"))).stat().st_size > 0
+    assert (
+        plot_run(change_config(copied, lambda config: config.update(name="$\\frac{")))
+        .stat()
+        .st_size
+        > 0
+    )
 
 
 def test_names_are_shown_as_they_are() -> None:
@@ -541,7 +616,11 @@ def test_a_folder_knows_its_study_file(study: Path, tmp_path: Path) -> None:
     assert read_source(folder).study is None
     (folder / "study.toml").write_text("target = 0.5\nname = 'näme'\n")
     source = read_source(folder)
-    assert (source.name, source.target, source.study) == ("out", 0.5, "target = 0.5\nname = 'näme'\n")
+    assert (source.name, source.target, source.study) == (
+        "out",
+        0.5,
+        "target = 0.5\nname = 'näme'\n",
+    )
     (folder / "study.toml").write_text("target = [")
     assert read_source(folder).target is None
 
@@ -556,12 +635,23 @@ def test_records_given_twice_count_once(study: Path) -> None:
 
 
 def test_the_command_draws_and_tells(study: Path, tmp_path: Path) -> None:
-    arguments = ["plot", str(study / "dsgd-7"), str(study / "local-masks-7"), "--out", str(tmp_path / "out")]
+    arguments = [
+        "plot",
+        str(study / "dsgd-7"),
+        str(study / "local-masks-7"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
-    files = [tmp_path / "out" / name for name in ("accuracy-rounds.png", "filters-02-local-masks.png")]
+    files = [
+        tmp_path / "out" / name for name in ("accuracy-rounds.png", "filters-02-local-masks.png")
+    ]
     assert all(file.is_file() and str(file) in result.output for file in files)
-    assert "not drawn: mask agreement and filter densities of dsgd: agents of dsgd hold no mask" in result.output
+    assert (
+        "not drawn: mask agreement and filter densities of dsgd: agents of dsgd hold no mask"
+        in result.output
+    )
 
 
 def test_the_command_puts_pictures_into_the_record(copied: Path) -> None:

@@ -39,7 +39,10 @@ def agents(**config: object) -> list[MceplAgent]:
 @pytest.mark.parametrize("score_init", ["shared", "independent"])
 def test_all_agents_have_the_same(score_init: str) -> None:
     digests = {prior_of(agent).digest for agent in agents(score_init=score_init)}
-    again = {prior_of(agent).digest for agent in agents(score_init=score_init, retention=0.5, first_retention=0.3)}
+    again = {
+        prior_of(agent).digest
+        for agent in agents(score_init=score_init, retention=0.5, first_retention=0.3)
+    }
     assert len(digests) == 1
     assert digests == again  # what an agent keeps is its own business
 
@@ -56,7 +59,9 @@ def test_with_scores_of_their_own_the_weights_alone_count() -> None:
 def levels(tensor: torch.Tensor, count: int) -> list[int]:
     """Sizes in ``count`` equal steps up to the largest, one by one."""
     sizes = np.abs(tensor.detach().numpy().reshape(-1))
-    return [min(int(np.float32(size / sizes.max()) * np.float32(count)), count - 1) for size in sizes]
+    return [
+        min(int(np.float32(size / sizes.max()) * np.float32(count)), count - 1) for size in sizes
+    ]
 
 
 def assert_classes(prior: Prior, name: str, expected: list[int]) -> None:
@@ -101,11 +106,17 @@ def test_neither_training_nor_a_saved_state_changes_it() -> None:
 
 def test_models_and_seeds_are_told_apart_though_it_is_kept() -> None:
     found = [
-        prior_of(make_agent(0, seed=seed, score_init=init)) for seed in (1, 2) for init in ("shared", "independent")
+        prior_of(make_agent(0, seed=seed, score_init=init))
+        for seed in (1, 2)
+        for init in ("shared", "independent")
     ]
     assert len({prior.digest for prior in found}) == 4
     for _ in range(2):
-        again = [prior_of(make_agent(1, seed=seed, score_init=i)) for seed in (1, 2) for i in ("shared", "independent")]
+        again = [
+            prior_of(make_agent(1, seed=seed, score_init=i))
+            for seed in (1, 2)
+            for i in ("shared", "independent")
+        ]
         assert [prior.digest for prior in again] == [prior.digest for prior in found]
     assert len(module._cache) <= 4
 

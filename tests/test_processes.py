@@ -31,7 +31,9 @@ def test_family_ends_detached_children(manner: str, by_mark: bool) -> None:
     env = {**os.environ, **({"MCEPL_TEST_MARK": mark.partition("=")[2]} if by_mark else {})}
     command = [sys.executable, "-c", DETACHED, manner]
     family = ProcessFamily(mark)
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, start_new_session=True) as parent:
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, start_new_session=True
+    ) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"up\n"
         if not by_mark:

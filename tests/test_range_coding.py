@@ -34,13 +34,19 @@ def bits(draw: st.DrawFn, numel: int) -> Bits:
 
 
 @st.composite
-def layers(draw: st.DrawFn) -> tuple[int, Bits | None, Ints | None, np.ndarray[tuple[int], np.dtype[np.uint8]] | None]:
+def layers(
+    draw: st.DrawFn,
+) -> tuple[int, Bits | None, Ints | None, np.ndarray[tuple[int], np.dtype[np.uint8]] | None]:
     """How many weights, their last bits, which flipped recently, and their classes."""
     numel = draw(st.sampled_from([0, 1, 2, 7, 16, 17, 100, 400]))
     last = draw(st.one_of(st.none(), bits(numel)))
     recent = None if last is None else draw(st.one_of(st.none(), bits(numel).map(np.flatnonzero)))
     generator = np.random.default_rng(draw(st.integers(0, 999)))
-    labels = draw(st.sampled_from([None, *(generator.integers(0, n, numel).astype(np.uint8) for n in (1, 2, 7, 256))]))
+    labels = draw(
+        st.sampled_from(
+            [None, *(generator.integers(0, n, numel).astype(np.uint8) for n in (1, 2, 7, 256))]
+        )
+    )
     return numel, last, recent, labels
 
 
@@ -53,11 +59,16 @@ def groups_of(numel: int, last: Bits | None, recent: Ints | None, labels: object
 
 
 @quick
-@given(seed=st.integers(0, 9999), count=st.integers(0, 400), ends=st.sampled_from([1, 2**12, 2**23, 2**24 - 1]))
+@given(
+    seed=st.integers(0, 9999),
+    count=st.integers(0, 400),
+    ends=st.sampled_from([1, 2**12, 2**23, 2**24 - 1]),
+)
 def test_words_are_those_of_the_oracle(seed: int, count: int, ends: int) -> None:
     generator = np.random.default_rng(seed)
     frequency = generator.integers(1, ends + 1, count)
-    told = generator.random(count) < generator.choice([0.5, 1e-9, 1 - 1e-9])  # likely and unlikely bits
+    # likely and unlikely bits
+    told = generator.random(count) < generator.choice([0.5, 1e-9, 1 - 1e-9])
     slow = oracle.Encoder()
     for bit, f in zip(told.tolist(), frequency.tolist(), strict=True):
         slow.write(int(bit), f)
@@ -95,7 +106,9 @@ def test_a_carry_runs_through_many_words() -> None:
         writer = BitWriter()
         writer.write(told, frequency)
         assert writer.to_bytes() == slow.finish()
-        assert np.array_equal(BitReader(memoryview(writer.to_bytes())).read(len(told), frequency), told)
+        assert np.array_equal(
+            BitReader(memoryview(writer.to_bytes())).read(len(told), frequency), told
+        )
 
 
 def test_nothing_written_is_nothing() -> None:
@@ -163,7 +176,9 @@ def test_classes_sort_stably() -> None:
 @st.composite
 def positions(draw: st.DrawFn) -> list[Bits]:
     """The places of each group, and which of them are taken."""
-    sizes = draw(st.lists(st.sampled_from([0, 0, 1, 2, 15, 16, 17, 33, 200, 500]), min_size=1, max_size=6))
+    sizes = draw(
+        st.lists(st.sampled_from([0, 0, 1, 2, 15, 16, 17, 33, 200, 500]), min_size=1, max_size=6)
+    )
     return [draw(bits(size)) for size in sizes]
 
 
@@ -187,7 +202,9 @@ def test_positions_come_back_and_are_told_as_by_the_oracle(groups: list[Bits]) -
     assert np.array_equal(found[0], counts)
     assert np.array_equal(found[1], ranks)
     assert reader.at_end()
-    assert oracle.read_positions(back.read, sizes.tolist(), total) == [group.astype(int).tolist() for group in groups]
+    assert oracle.read_positions(back.read, sizes.tolist(), total) == [
+        group.astype(int).tolist() for group in groups
+    ]
 
 
 def test_more_gaps_than_are_read_at_once() -> None:
@@ -206,7 +223,9 @@ def test_more_gaps_than_are_read_at_once() -> None:
 def test_estimate_is_close_to_the_real_size(share: float, number: int) -> None:
     generator = np.random.default_rng(0)
     sizes = generator.multinomial(60_000, np.full(number, 1 / number))
-    groups = [generator.random(size) < min(share * generator.uniform(0.5, 1.5), 1) for size in sizes]
+    groups = [
+        generator.random(size) < min(share * generator.uniform(0.5, 1.5), 1) for size in sizes
+    ]
     sizes, counts, ranks = told_as(groups)
     writer = BitWriter()
     write_positions(writer, sizes, counts, ranks)
@@ -242,7 +261,9 @@ def test_garbage_leads_to_weights_of_the_layer(
 ) -> None:
     groups = groups_of(*layer)
     try:
-        found = read_positions(BitReader(memoryview(data[: len(data) // 4 * 4])), groups.sizes, int(share * layer[0]))
+        found = read_positions(
+            BitReader(memoryview(data[: len(data) // 4 * 4])), groups.sizes, int(share * layer[0])
+        )
     except CorruptFrameError:
         return
     weights = groups.weights(*found)
@@ -270,4 +291,6 @@ def test_a_torch_mask_can_be_told() -> None:
     counts, ranks = groups.ranks(np.flatnonzero(mask))
     writer = BitWriter()
     write_positions(writer, groups.sizes, counts, ranks)
-    assert read_positions(BitReader(memoryview(writer.to_bytes())), groups.sizes, 2)[1].tolist() == [0, 2]
+    assert read_positions(BitReader(memoryview(writer.to_bytes())), groups.sizes, 2)[
+        1
+    ].tolist() == [0, 2]

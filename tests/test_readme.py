@@ -21,7 +21,12 @@ from .inprocess_grid import InProcessGrid
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md"), *ROOT.glob("benchmarks/*.md")]
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("examples/*/README.md"),
+        *ROOT.glob("benchmarks/*.md"),
+    ]
 )
 
 
@@ -58,7 +63,9 @@ class Rows(Dataset[dict[str, Any]]):
 def load_data(partition_id: int, num_partitions: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """As in Flower's own quickstart."""
     assert 0 <= partition_id < num_partitions
-    return DataLoader(Rows(partition_id), batch_size=4, shuffle=True), DataLoader(Rows(partition_id), batch_size=4)
+    return DataLoader(Rows(partition_id), batch_size=4, shuffle=True), DataLoader(
+        Rows(partition_id), batch_size=4
+    )
 
 
 def added_lines() -> str:
@@ -69,7 +76,9 @@ def added_lines() -> str:
     return "\n".join(line[1:] for line in changed if line.startswith("+"))
 
 
-def test_the_change_of_an_ordinary_app_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_change_of_an_ordinary_app_runs_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     lines = added_lines().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("app"))
@@ -84,7 +93,11 @@ def test_the_change_of_an_ordinary_app_runs_as_written(tmp_path: Path, monkeypat
 
 def test_the_example_without_flower_runs_as_written() -> None:
     text = (ROOT / "README.md").read_text()
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "simulate(" in block]
+    (code,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        if "simulate(" in block
+    ]
     split = [(torch.randn(8, 4), torch.randint(0, 2, (8,))) for _ in range(10)]
     names: dict[str, Any] = {"Net": Net, "train": split, "test": split}
     exec(code.replace("num_rounds=40", "num_rounds=2"), names)
@@ -95,11 +108,15 @@ def test_the_example_without_flower_runs_as_written() -> None:
 
 
 def test_the_configuration_table_tells_the_keys_and_their_defaults() -> None:
-    rows = re.findall(r"^\| ((?:`[a-z-]+`(?:, )?)+) \| ([^|]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| ((?:`[a-z-]+`(?:, )?)+) \| ([^|]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
     told = {
         key: value.strip()
         for keys, values in rows
-        for key, value in zip(re.findall(r"`([a-z-]+)`", keys), values.replace("`", "").split(", "), strict=False)
+        for key, value in zip(
+            re.findall(r"`([a-z-]+)`", keys), values.replace("`", "").split(", "), strict=False
+        )
     }
     config = {key: tomllib.loads(f"x = {value}")["x"] for key, value in told.items()}
     assert RunSettings.from_run_config({**config, "threads": 1}) == RunSettings()
@@ -111,12 +128,18 @@ def test_cifar10s_readme_tells_its_own_keys_and_presets() -> None:
     folder = ROOT / "examples" / "cifar10"
     text = (folder / "README.md").read_text()
     config = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    (own,) = re.findall(r"^APP_KEYS = \[(.+?)\]", (folder / "mcepl_cifar10" / "server_app.py").read_text(), re.M | re.S)
+    (own,) = re.findall(
+        r"^APP_KEYS = \[(.+?)\]",
+        (folder / "mcepl_cifar10" / "server_app.py").read_text(),
+        re.M | re.S,
+    )
     rows = re.findall(r"^\| ((?:`[a-z-]+`(?:, )?)+) \| ([^|]+) \|", text, re.MULTILINE)
     told = {
         key: tomllib.loads(f"x = {value}")["x"]
         for keys, values in rows
-        for key, value in zip(re.findall(r"`([a-z-]+)`", keys), values.replace("`", "").split(", "), strict=True)
+        for key, value in zip(
+            re.findall(r"`([a-z-]+)`", keys), values.replace("`", "").split(", "), strict=True
+        )
     }
     assert told == {key: config[key] for key in re.findall(r'"([a-z-]+)"', own)}
     presets = {path.name for path in (folder / "presets").iterdir()}
@@ -138,8 +161,12 @@ def test_the_examples_settings_are_all_known(app: str) -> None:
     app_keys = re.findall(r'"([a-z]+(?:-[a-z]+)*)"', server)
     sections = {name: keys for name, keys in config.items() if isinstance(keys, dict)}
     plain = {key: value for key, value in config.items() if key not in sections}
-    flat = {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
+    flat = {
+        f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()
+    }
     for algorithm in ALGORITHMS:
-        settings = RunSettings.from_run_config({**plain, **flat, "algorithm": algorithm}, app_keys=app_keys)
+        settings = RunSettings.from_run_config(
+            {**plain, **flat, "algorithm": algorithm}, app_keys=app_keys
+        )
         assert settings.algorithm == algorithm
     assert sections.keys() <= ALGORITHMS.keys()

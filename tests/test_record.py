@@ -9,7 +9,14 @@ import pytest
 
 from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.exchange.ledger import TRAFFIC_COLUMNS
-from flower_mcepl.record.writing import AGENT_KEYS, RELAY_KEYS, TRAFFIC_KEYS, RunRecord, accuracy_summary, read_run
+from flower_mcepl.record.writing import (
+    AGENT_KEYS,
+    RELAY_KEYS,
+    TRAFFIC_KEYS,
+    RunRecord,
+    accuracy_summary,
+    read_run,
+)
 
 
 def agent_row(agent: int, round: int, accuracy: float = 0.5, **more: Any) -> dict[str, Any]:
@@ -18,7 +25,11 @@ def agent_row(agent: int, round: int, accuracy: float = 0.5, **more: Any) -> dic
 
 
 def relay_row(round: int) -> dict[str, Any]:
-    return dict.fromkeys(RELAY_KEYS, 0) | {"round": round, "failed": {3: "out of memory"}, "missing": [2]}
+    return dict.fromkeys(RELAY_KEYS, 0) | {
+        "round": round,
+        "failed": {3: "out of memory"},
+        "missing": [2],
+    }
 
 
 def traffic_row(round: int) -> dict[str, Any]:
@@ -28,7 +39,9 @@ def traffic_row(round: int) -> dict[str, Any]:
 def three_rounds(path: Path) -> RunRecord:
     record = RunRecord.create(name="ring", config={"seed": 7}, path=path)
     for number in (1, 2, 3):
-        record.log_agents(agent_row(agent, number, accuracy=number / 10 + agent / 100) for agent in (0, 1))
+        record.log_agents(
+            agent_row(agent, number, accuracy=number / 10 + agent / 100) for agent in (0, 1)
+        )
         record.log_round(relay_row(number))
         record.log_traffic(traffic_row(number))
     return record
@@ -39,7 +52,9 @@ def test_a_finished_run_reads_back_as_written(tmp_path: Path) -> None:
     assert not record.agents_dir.exists()
     record.agents_dir.mkdir()
     (record.agents_dir / "agent-0001.safetensors").write_bytes(b"")
-    record.finish("finished", num_rounds=3, links=[{"sender": 0, "receiver": 1, "frames": 3, "bytes": 9}])
+    record.finish(
+        "finished", num_rounds=3, links=[{"sender": 0, "receiver": 1, "frames": 3, "bytes": 9}]
+    )
 
     run = read_run(tmp_path / "run")
 
@@ -98,7 +113,9 @@ def test_a_run_killed_at_any_byte_of_the_last_line_reads(tmp_path: Path, file: s
         assert run.summary is None
 
 
-@pytest.mark.parametrize("damage", [b'{"round": 1, "ag', b"", b"\xff\xfe", b"[1, 2]", b'{"round": 1}', b"\0" * 9])
+@pytest.mark.parametrize(
+    "damage", [b'{"round": 1, "ag', b"", b"\xff\xfe", b"[1, 2]", b'{"round": 1}', b"\0" * 9]
+)
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, damage: bytes) -> None:
     path = three_rounds(tmp_path / "run").path / "rounds.jsonl"
     lines = path.read_bytes().split(b"\n")
@@ -154,7 +171,9 @@ def test_a_place_that_cannot_be_written_is_a_record_error(tmp_path: Path) -> Non
 
 def test_the_config_of_an_earlier_run_can_be_passed_as_it_is(tmp_path: Path) -> None:
     first = read_run(three_rounds(tmp_path / "first").path)
-    second = RunRecord.create(name="again", config=first.config | {"started": "long ago"}, path=tmp_path / "2")
+    second = RunRecord.create(
+        name="again", config=first.config | {"started": "long ago"}, path=tmp_path / "2"
+    )
     config = read_run(second.path).config
     assert (config["seed"], config["name"]) == (7, "again")
     assert config["started"] != "long ago"
@@ -178,7 +197,9 @@ def standard_json(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan"), np.float64("inf")])
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, np.float32("nan"), np.float64("inf")]
+)
 def test_a_number_that_is_not_finite_becomes_null(tmp_path: Path, value: float) -> None:
     record = RunRecord.create(name="x", config={"deep": [{"value": value}]}, path=tmp_path / "run")
     record.log_agents([agent_row(0, 1, accuracy=value)])
@@ -192,7 +213,13 @@ def test_a_number_that_is_not_finite_becomes_null(tmp_path: Path, value: float) 
 
 
 def test_numpy_values_and_paths_are_written_as_json(tmp_path: Path) -> None:
-    config = {"n": np.int64(3), "r": np.float32(0.5), "a": np.arange(2), "p": Path("data"), "t": (1, True)}
+    config = {
+        "n": np.int64(3),
+        "r": np.float32(0.5),
+        "a": np.arange(2),
+        "p": Path("data"),
+        "t": (1, True),
+    }
     run = read_run(RunRecord.create(name="x", config=config, path=tmp_path / "run").path)
     assert {key: run.config[key] for key in config} == {
         "n": 3,
@@ -236,7 +263,9 @@ def test_a_relay_line_needs_its_keys(tmp_path: Path) -> None:
 
 def test_traffic_is_written_line_by_line(tmp_path: Path) -> None:
     record = three_rounds(tmp_path / "run")
-    lines = [standard_json(line) for line in (record.path / "traffic.jsonl").read_text().splitlines()]
+    lines = [
+        standard_json(line) for line in (record.path / "traffic.jsonl").read_text().splitlines()
+    ]
     assert lines == [traffic_row(number) for number in (1, 2, 3)]
     for kind, columns in TRAFFIC_COLUMNS.items():
         assert all(len(row) == len(columns) for line in lines for row in line[kind])

@@ -32,7 +32,8 @@ class Diary:
     topology: Topology
     max_staleness: int
     frames: list[Frame] = field(default_factory=list)
-    told: dict[int, dict[int, int]] = field(default_factory=dict)  # agent -> sender -> round, as it last answered
+    # agent -> sender -> round, as it last answered
+    told: dict[int, dict[int, int]] = field(default_factory=dict)
 
     def newest(self, sender: int) -> int | None:
         return max((frame.round for frame in self.frames if frame.sender == sender), default=None)
@@ -54,7 +55,9 @@ class Diary:
                 if not frame.builds_on:
                     yield [frame]
                 else:
-                    yield from ([*chain, frame] for chain in self.chains(sender, frame.builds_on, held))
+                    yield from (
+                        [*chain, frame] for chain in self.chains(sender, frame.builds_on, held)
+                    )
 
     def due(self, agent: int, round: int) -> dict[int, int]:
         """Return from whom the agent must hear, and the fewest bytes that do."""
@@ -74,8 +77,12 @@ def size(chain: list[Frame]) -> int:
 def topologies(draw: st.DrawFn) -> Topology:
     n = draw(st.integers(1, 6))
     if n > 1 and draw(st.booleans()):
-        return Topology.random_neighbors(n, degree=draw(st.integers(0, n - 1)), seed=draw(st.integers(0, 99)))
-    pairs = st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).filter(lambda pair: pair[0] != pair[1])
+        return Topology.random_neighbors(
+            n, degree=draw(st.integers(0, n - 1)), seed=draw(st.integers(0, 99))
+        )
+    pairs = st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).filter(
+        lambda pair: pair[0] != pair[1]
+    )
     edges = draw(st.lists(pairs, max_size=12)) if n > 1 else []
     return Topology.from_edges(edges, num_agents=n, directed=draw(st.booleans()))
 
@@ -88,7 +95,8 @@ class World:
     diary: Diary
     data: st.DataObject
     held: dict[int, dict[int, int]] = field(default_factory=dict)  # receiver -> sender -> round
-    sent: dict[int, set[int]] = field(default_factory=dict)  # sender -> rounds that it remembers sending
+    # sender -> rounds that it remembers sending
+    sent: dict[int, set[int]] = field(default_factory=dict)
     delivered: list[tuple[int, int, list[Frame]]] = field(default_factory=list)
 
     def play(self, agent: int, parcel: Parcel[Frame], *, forgetful: bool) -> list[Frame]:
@@ -110,7 +118,9 @@ class World:
         stale = self.diary.max_staleness
         self.held[agent] = {j: r for j, r in mine.items() if parcel.round - 1 - r <= stale}
         builds_on = (
-            parcel.acknowledged if parcel.acknowledged in remembered else self.data.draw(st.sampled_from([None, 0]))
+            parcel.acknowledged
+            if parcel.acknowledged in remembered
+            else self.data.draw(st.sampled_from([None, 0]))
         )
         sizes = st.integers(1, 12)
         frames = [Frame(agent, parcel.round, self.data.draw(sizes), builds_on)]
@@ -132,7 +142,9 @@ def test_everyone_gets_the_fewest_bytes_that_it_can_decode(
     topology: Topology, max_staleness: int, key_interval: int, num_rounds: int, data: st.DataObject
 ) -> None:
     """Agents are offline, do not answer or lose their memory; answers get lost; deltas and keys have any size."""
-    relay = Relay[Frame](topology, evaluate_every=3, max_staleness=max_staleness, key_interval=key_interval)
+    relay = Relay[Frame](
+        topology, evaluate_every=3, max_staleness=max_staleness, key_interval=key_interval
+    )
     diary = Diary(topology, max_staleness)
     world = World(relay, diary, data)
     some_agents = st.sets(st.integers(0, topology.num_agents - 1))
@@ -149,7 +161,9 @@ def test_everyone_gets_the_fewest_bytes_that_it_can_decode(
             assert parcel.evaluate == ((round - 1) % 3 == 0)
             assert parcel.acknowledged == diary.newest(agent)
             assert parcel.whole == whole_is_due(diary, agent, round, key_interval)
-            assert {j: size([*chain]) for j, chain in parcel.frames.items()} == diary.due(agent, round)
+            assert {j: size([*chain]) for j, chain in parcel.frames.items()} == diary.due(
+                agent, round
+            )
             for j, chain in parcel.frames.items():
                 check_chain(chain, diary.told[agent].get(j), sender=j, newest=diary.newest(j))
                 world.delivered.append((j, agent, [*chain]))
@@ -168,7 +182,9 @@ def test_everyone_gets_the_fewest_bytes_that_it_can_decode(
     assert totals["deliveries"] == len(world.delivered)
     assert totals["links_total"] == sum(size(chain) for *_, chain in world.delivered)
     assert totals["link_frames"] == sum(len(chain) for *_, chain in world.delivered)
-    assert totals["link_keys"] == sum(not frame.builds_on for *_, chain in world.delivered for frame in chain)
+    assert totals["link_keys"] == sum(
+        not frame.builds_on for *_, chain in world.delivered for frame in chain
+    )
     assert totals["uplink_total"] == size(diary.frames)
     assert totals["uplink_frames"] == len(diary.frames)
 
@@ -194,12 +210,16 @@ def whole_is_due(diary: Diary, agent: int, round: int, key_interval: int) -> boo
     return size([frame for frame in mine if frame.round > last.round]) >= last.size
 
 
-def post(relay: Relay[str], agent: int, round: int, size: int = 14, builds_on: int | None = None) -> None:
+def post(
+    relay: Relay[str], agent: int, round: int, size: int = 14, builds_on: int | None = None
+) -> None:
     name = f"{agent}@{round}" + ("" if builds_on is None else f"<{builds_on}")
     relay.post(agent, [Posted(name, size, 3, builds_on)], round=round)
 
 
-def all_post(relay: Relay[str], round: int, *agents: int, held: Mapping[int, Mapping[int, int]] | None = None) -> None:
+def all_post(
+    relay: Relay[str], round: int, *agents: int, held: Mapping[int, Mapping[int, int]] | None = None
+) -> None:
     for agent in agents:
         relay.answered(agent, {"num-weights": 100, "kept-weights": 30}, (held or {}).get(agent, {}))
         post(relay, agent, round)
@@ -214,13 +234,16 @@ def test_a_ring_without_trouble() -> None:
             assert frames[2] == {1: [f"1@{round - 1}"], 3: [f"3@{round - 1}"]}
         all_post(relay, round, *range(4))
     closing = relay.parcel(0, round=4, closing=True)
-    assert closing == Parcel(4, (1, 3), {1: ["1@3"], 3: ["3@3"]}, evaluate=True, train=False, acknowledged=3)
+    assert closing == Parcel(
+        4, (1, 3), {1: ["1@3"], 3: ["3@3"]}, evaluate=True, train=False, acknowledged=3
+    )
 
 
 def test_a_frame_that_may_not_have_arrived_is_handed_out_again() -> None:
     relay = Relay[str](Topology.path(2))
     all_post(relay, 1, 0, 1)
-    assert relay.parcel(0, round=2).frames == {1: ["1@1"]}  # agent 0 does not answer round 2, agent 1 is offline
+    # agent 0 does not answer round 2, agent 1 is offline
+    assert relay.parcel(0, round=2).frames == {1: ["1@1"]}
     assert relay.parcel(0, round=3).frames == {1: ["1@1"]}
     all_post(relay, 3, 0, held={0: {1: 1}})
     assert relay.parcel(0, round=4).frames == {}
@@ -242,7 +265,9 @@ def test_a_frame_is_handed_out_until_it_is_too_old(max_staleness: int) -> None:
     relay = Relay[str](Topology.path(2), max_staleness=max_staleness)
     all_post(relay, 1, 0, 1)
     for round in range(2, 8):
-        assert relay.parcel(0, round=round).frames == ({1: ["1@1"]} if round - 1 - 1 <= max_staleness else {})
+        assert relay.parcel(0, round=round).frames == (
+            {1: ["1@1"]} if round - 1 - 1 <= max_staleness else {}
+        )
 
 
 def test_the_time_varying_graph_of_the_frames_own_round_counts() -> None:
@@ -394,11 +419,17 @@ def test_who_sends_nothing_is_asked_for_nothing() -> None:
 
 
 def test_settings_out_of_range() -> None:
-    with pytest.raises(ConfigError, match="evaluate-every is a number of rounds and must be >= 1; got 0"):
+    with pytest.raises(
+        ConfigError, match="evaluate-every is a number of rounds and must be >= 1; got 0"
+    ):
         Relay[str](Topology.ring(3), evaluate_every=0)
-    with pytest.raises(ConfigError, match="max-staleness is a number of rounds and must be >= 0; got -1"):
+    with pytest.raises(
+        ConfigError, match="max-staleness is a number of rounds and must be >= 0; got -1"
+    ):
         Relay[str](Topology.ring(3), max_staleness=-1)
-    with pytest.raises(ConfigError, match="key-interval is a number of rounds, or 0 for as few as pay; got -1"):
+    with pytest.raises(
+        ConfigError, match="key-interval is a number of rounds, or 0 for as few as pay; got -1"
+    ):
         Relay[str](Topology.ring(3), key_interval=-1)
 
 
@@ -412,7 +443,11 @@ def test_both_figures_for_comparison_cover_the_same_deliveries() -> None:
             relay.parcel(agent, round=round)
         all_post(relay, round, *range(4))
     totals = relay.ledger.totals()
-    assert (totals["deliveries"], totals["links_total"], totals["uplink_total"]) == (8, 8 * 14, 8 * 14)
+    assert (totals["deliveries"], totals["links_total"], totals["uplink_total"]) == (
+        8,
+        8 * 14,
+        8 * 14,
+    )
     assert (totals["fp32_total"], totals["paper_convention_bytes"]) == (8 * 400, 8 * 30 / 8)
     assert totals["bits_per_weight"] == pytest.approx(8 * 14 / 100)
     assert totals["header_total"] == 16 * 3

@@ -32,17 +32,22 @@ def synthetic(
     topology: dict[str, Any] = {"num_agents": agents, "directed": directed}
     if edges:
         topology["edges"] = links
-    entries = [{"agent": i, "retention": 0.1 * (1 + i % 5), "classes": [0, i % 10]} for i in range(agents)]
+    entries = [
+        {"agent": i, "retention": 0.1 * (1 + i % 5), "classes": [0, i % 10]} for i in range(agents)
+    ]
     entries[1] |= {"num-examples": 683}
     entries[2] |= {"num_examples": 336}
-    record = RunRecord.create(name="invented", config={"topology": topology, "agents": entries}, path=path)
+    record = RunRecord.create(
+        name="invented", config={"topology": topology, "agents": entries}, path=path
+    )
     rows: list[dict[str, Any]] = []
     for number in rounds:
         rows = [_row(agent, number, links) for agent in range(agents)]
         record.log_agents(rows)
     if not killed:
         used = [
-            {"sender": a, "receiver": b, "frames": 1, "keys": 0, "bytes": FRAME, "header_bytes": 90} for a, b in links
+            {"sender": a, "receiver": b, "frames": 1, "keys": 0, "bytes": FRAME, "header_bytes": 90}
+            for a, b in links
         ]
         counts = {
             "links_total": 80_000_000,
@@ -151,12 +156,18 @@ def test_the_table_is_plain_sorted_and_narrow(tmp_path: Path) -> None:
     table = agent_table(synthetic(tmp_path / "run", agents=12))
     assert "\x1b" not in table
     assert max(map(len, table.splitlines())) <= 110
-    numbers = [int(line.split()[0]) for line in table.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
+    numbers = [
+        int(line.split()[0])
+        for line in table.splitlines()
+        if line.split()[:1] and line.split()[0].isdigit()
+    ]
     assert numbers == list(range(12))
 
 
 def test_what_a_record_does_not_say_is_a_dash(tmp_path: Path) -> None:
-    record = RunRecord.create(name="x", config={"agents": [{"agent": 5, "classes": ["[red]"]}]}, path=tmp_path / "r")
+    record = RunRecord.create(
+        name="x", config={"agents": [{"agent": 5, "classes": ["[red]"]}]}, path=tmp_path / "r"
+    )
     record.log_agents([_row(0, 2, []) | {"accuracy": float("nan")}])
     table = agent_table(read_run(record.path))
     assert cells(table, 0) == ["0", "-", "-", "-", "250", "-", "0.3141", "0", "B", "0", "B"]
@@ -169,7 +180,9 @@ def test_an_agent_that_fell_silent_is_named(tmp_path: Path) -> None:
     record = RunRecord.create(name="x", config={}, path=tmp_path / "r")
     record.log_agents([_row(0, 1, []), _row(1, 1, [])])
     record.log_agents([_row(0, 2, [])])
-    assert "last evaluated in an earlier round: agent 1 (round 1)" in agent_table(read_run(record.path))
+    assert "last evaluated in an earlier round: agent 1 (round 1)" in agent_table(
+        read_run(record.path)
+    )
 
 
 def test_bytes_of_a_killed_run_come_from_its_last_lines(tmp_path: Path) -> None:
@@ -182,9 +195,13 @@ def test_bytes_of_a_killed_run_come_from_its_last_lines(tmp_path: Path) -> None:
     assert "bits per weight" not in table
 
 
-def test_a_record_of_an_earlier_release_is_shown_without_what_it_does_not_say(tmp_path: Path) -> None:
+def test_a_record_of_an_earlier_release_is_shown_without_what_it_does_not_say(
+    tmp_path: Path,
+) -> None:
     record = RunRecord.create(name="x", config={}, path=tmp_path / "r")
-    record.finish("finished", bytes={"links_total": 1000, "uplink_total": 500, "bits_per_weight": None})
+    record.finish(
+        "finished", bytes={"links_total": 1000, "uplink_total": 500, "bits_per_weight": None}
+    )
     table = agent_table(read_run(record.path))
     assert "1.00 kB" in table
     assert "relay" not in table
@@ -252,7 +269,9 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("show", [agent_table, plot_run])
-def test_a_missing_extra_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, show: Any) -> None:
+def test_a_missing_extra_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, show: Any
+) -> None:
     run = synthetic(tmp_path / "run")
     real = builtins.__import__
 

@@ -47,15 +47,23 @@ class Interruption(Exception):
 
 def saved(state: ExchangeState[bytes], folder: Path) -> ExchangeState[bytes]:
     """What comes back from the disk."""
-    frames = {f"frame/{name}": np.frombuffer(frame, np.uint8) for name, frame in state.frames.items()}
+    frames = {
+        f"frame/{name}": np.frombuffer(frame, np.uint8) for name, frame in state.frames.items()
+    }
     arrays = {f"array/{name}": array for name, array in state.arrays.items()}
     save_checkpoint(folder, Checkpoint(1, state.facts, {**frames, **arrays}))
     found = newest_checkpoint(folder)
 
     def group(kind: str) -> dict[str, Any]:
-        return {name.partition("/")[2]: array for name, array in found.arrays.items() if name.startswith(kind)}
+        return {
+            name.partition("/")[2]: array
+            for name, array in found.arrays.items()
+            if name.startswith(kind)
+        }
 
-    return ExchangeState(found.facts, group("array"), {name: a.tobytes() for name, a in group("frame").items()})
+    return ExchangeState(
+        found.facts, group("array"), {name: a.tobytes() for name, a in group("frame").items()}
+    )
 
 
 # --- the relay ---
@@ -68,21 +76,28 @@ def stories(draw: st.DrawFn) -> list[dict[int, dict[str, Any]]]:
         {
             "held": st.dictionaries(st.integers(0, SIZE - 1), st.integers(0, 6), max_size=3),
             "lacking": st.lists(st.integers(0, SIZE - 1), max_size=2, unique=True),
-            "frames": st.lists(st.tuples(st.binary(max_size=9), st.none() | st.integers(0, 6)), max_size=2),
+            "frames": st.lists(
+                st.tuples(st.binary(max_size=9), st.none() | st.integers(0, 6)), max_size=2
+            ),
             "late": st.integers(0, 1),
         }
     )
     return draw(st.lists(st.dictionaries(st.integers(0, SIZE - 1), answer), min_size=1, max_size=7))
 
 
-def play(relay: Relay[bytes], story: list[dict[int, dict[str, Any]]], *, first: int) -> Iterator[Any]:
+def play(
+    relay: Relay[bytes], story: list[dict[int, dict[str, Any]]], *, first: int
+) -> Iterator[Any]:
     """Play some rounds, and give what can be seen of them."""
     for round, answers in enumerate(story, start=first):
         yield [relay.parcel(agent, round=round) for agent in range(SIZE)]
         for agent, answer in answers.items():
             facts = {"agent": agent, "num-weights": 10 * agent, "kept-weights": 3}
             relay.answered(agent, facts, answer["held"], answer["lacking"])
-            posts = [Posted(frame, len(frame), len(frame) // 2, builds_on) for frame, builds_on in answer["frames"]]
+            posts = [
+                Posted(frame, len(frame), len(frame) // 2, builds_on)
+                for frame, builds_on in answer["frames"]
+            ]
             relay.post(agent, posts, round=max(1, round - answer["late"]))
         yield relay.ledger.changes(), relay.ledger.totals(), relay.ledger.link_rows()
 
@@ -97,7 +112,9 @@ def test_a_relay_that_was_saved_and_restored_gives_the_same_parcels(
     relay, later = (Relay[bytes](topology, evaluate_every=2, max_staleness=2) for _ in range(2))
     list(play(relay, story[:at], first=1))
     later.restore(saved(relay.state(round=at), tmp_path_factory.mktemp("checkpoint")))
-    assert list(play(later, story[at:], first=at + 1)) == list(play(relay, story[at:], first=at + 1))
+    assert list(play(later, story[at:], first=at + 1)) == list(
+        play(relay, story[at:], first=at + 1)
+    )
 
 
 def test_a_late_frame_never_takes_the_place_of_a_newer_one() -> None:
@@ -114,7 +131,11 @@ def test_a_late_frame_never_takes_the_place_of_a_newer_one() -> None:
 
 
 def test_checkpoints_are_exact_and_the_previous_one_is_kept(tmp_path: Path) -> None:
-    arrays = {"a": np.arange(5, dtype=np.float32).reshape(1, 5), "b": np.zeros(0, np.uint8), "c": np.array([True])}
+    arrays = {
+        "a": np.arange(5, dtype=np.float32).reshape(1, 5),
+        "b": np.zeros(0, np.uint8),
+        "c": np.array([True]),
+    }
     for round in (3, 6, 9):
         save_checkpoint(tmp_path, Checkpoint(round, {"π": [0.1, None, "ß"]}, arrays))
     assert sorted(checkpoint_rounds(tmp_path)) == [6, 9]
@@ -128,7 +149,8 @@ def test_checkpoints_are_exact_and_the_previous_one_is_kept(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[:-1], lambda data: data[:9], lambda data: data[:50] + b"X" + data[51:]]
+    "damage",
+    [lambda data: data[:-1], lambda data: data[:9], lambda data: data[:50] + b"X" + data[51:]],
 )
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     damage: Callable[[bytes], bytes], tmp_path: Path
@@ -144,12 +166,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     assert "Going back to the checkpoint before it." in line
     older = tmp_path / "round-000001.checkpoint"
     older.write_bytes(damage(older.read_bytes()))
-    with pytest.raises(RecordError, match=r"no checkpoint in .* is whole: .*000002.* is damaged.*000001.* is damaged"):
+    with pytest.raises(
+        RecordError,
+        match=r"no checkpoint in .* is whole: .*000002.* is damaged.*000001.* is damaged",
+    ):
         newest_checkpoint(tmp_path)
 
 
 def test_numbers_of_numpy_are_facts_as_in_the_record(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, Checkpoint(1, {"num-examples": np.int64(20), "held": {3: np.arange(2)}}))
+    save_checkpoint(
+        tmp_path, Checkpoint(1, {"num-examples": np.int64(20), "held": {3: np.arange(2)}})
+    )
     assert newest_checkpoint(tmp_path).facts == {"num-examples": 20, "held": {"3": [0, 1]}}
 
 
@@ -158,9 +185,13 @@ def test_a_sound_checkpoint_that_cannot_be_used_is_not_passed_over(
 ) -> None:
     save_checkpoint(tmp_path, Checkpoint(1, {}))
     with monkeypatch.context() as newer_release:
-        newer_release.setattr(checkpoint, "SEAL", checkpoint.SEAL._replace(version=checkpoint.SEAL.version + 1))
+        newer_release.setattr(
+            checkpoint, "SEAL", checkpoint.SEAL._replace(version=checkpoint.SEAL.version + 1)
+        )
         save_checkpoint(tmp_path, Checkpoint(2, {}))
-    with pytest.raises(RecordError, match=r"000002.checkpoint cannot be used: .*Use the release that wrote it"):
+    with pytest.raises(
+        RecordError, match=r"000002.checkpoint cannot be used: .*Use the release that wrote it"
+    ):
         newest_checkpoint(tmp_path)
 
 
@@ -180,8 +211,14 @@ Fleet = Callable[[], dict[str, Any]]
 DIFFERENCES = {"precision": "int8-differences"}  # frames build on what the outbox keeps
 FLEETS: dict[str, Fleet] = {
     "mcepl": lambda: {"agents": make_fleet(SIZE), "topology": Topology.ring(SIZE)},
-    "dfedavgm": lambda: {"agents": fleet_of("dfedavgm", **DIFFERENCES), "topology": Topology.ring(SIZE)},
-    "dispfl": lambda: {"agents": fleet_of("dispfl", anneal_rounds=9), "topology": Topology.ring(SIZE)},
+    "dfedavgm": lambda: {
+        "agents": fleet_of("dfedavgm", **DIFFERENCES),
+        "topology": Topology.ring(SIZE),
+    },
+    "dispfl": lambda: {
+        "agents": fleet_of("dispfl", anneal_rounds=9),
+        "topology": Topology.ring(SIZE),
+    },
     **{
         name: lambda name=name: {"agents": fleet_of(name), "server": server_of(name)}  # type: ignore[misc]
         for name in ("fedavg", "fedspa", "fedpm")
@@ -227,7 +264,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-def break_off(fleet: dict[str, Any], folder: Path, *, at: tuple[int, int], every: int = 1, **config: Any) -> Path:
+def break_off(
+    fleet: dict[str, Any], folder: Path, *, at: tuple[int, int], every: int = 1, **config: Any
+) -> Path:
     """Begin a run that ends when an agent has answered in a round."""
 
     def stumble(round: int, agent: int, reply: object) -> None:
@@ -236,21 +275,36 @@ def break_off(fleet: dict[str, Any], folder: Path, *, at: tuple[int, int], every
 
     record = RunRecord.create(folder, name="broken", config=config)
     with pytest.raises(Interruption):
-        simulate(**fleet, num_rounds=ROUNDS, evaluate_every=2, record=record, checkpoint_every=every, on_reply=stumble)
+        simulate(
+            **fleet,
+            num_rounds=ROUNDS,
+            evaluate_every=2,
+            record=record,
+            checkpoint_every=every,
+            on_reply=stumble,
+        )
     return record.path
 
 
-CASES = [("mcepl", round) for round in range(2, ROUNDS + 2)] + [("fedavg", round) for round in range(2, ROUNDS + 2)]
+CASES = [("mcepl", round) for round in range(2, ROUNDS + 2)] + [
+    ("fedavg", round) for round in range(2, ROUNDS + 2)
+]
 
 
-@pytest.mark.parametrize(("name", "round"), [*CASES, ("dfedavgm", 4), ("dispfl", 4), ("fedspa", 4), ("fedpm", 3)])
+@pytest.mark.parametrize(
+    ("name", "round"), [*CASES, ("dfedavgm", 4), ("dispfl", 4), ("fedspa", 4), ("fedpm", 3)]
+)
 def test_a_resumed_simulation_is_one_that_was_never_interrupted(
     name: str, round: int, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
     path = break_off(FLEETS[name](), tmp_path, at=(round, 2))
-    result = simulate(**FLEETS[name](), num_rounds=ROUNDS, evaluate_every=2, checkpoint_every=1, resume=path)
+    result = simulate(
+        **FLEETS[name](), num_rounds=ROUNDS, evaluate_every=2, checkpoint_every=1, resume=path
+    )
     assert_same_records(path, whole(name))
-    assert result.rows == [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+    assert result.rows == [
+        json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()
+    ]
     (noted,) = read_run(path).config["resumptions"]
     assert noted["after_round"] == round - 1
     assert noted["versions"]["torch"]
@@ -292,7 +346,9 @@ def test_a_damaged_checkpoint_costs_the_rounds_since_the_one_before(
 def test_a_record_may_hold_the_run_config_that_the_agents_were_made_from(
     whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    path = break_off(FLEETS["mcepl"](), tmp_path, at=(4, 2), run_config={"algorithm": "mcepl", "score-lr": 1.0})
+    path = break_off(
+        FLEETS["mcepl"](), tmp_path, at=(4, 2), run_config={"algorithm": "mcepl", "score-lr": 1.0}
+    )
     simulate(**FLEETS["mcepl"](), num_rounds=ROUNDS, evaluate_every=2, resume=path)
     assert_same_records(path, whole("mcepl"))
 
@@ -313,20 +369,35 @@ def test_more_rounds_than_the_run_had(tmp_path: Path) -> None:
         ({"threads": 2}, "threads was 1 and is now 2"),
         ({"topology": Topology.complete(SIZE)}, "topology was .* and is now "),
         ({"agents": make_fleet(SIZE, seed=8)}, "seed was 7 and is now 8"),
-        ({"num_rounds": ROUNDS - 1}, f"num-rounds may grow when a run is resumed, not shrink; it was {ROUNDS}; got 4"),
+        (
+            {"num_rounds": ROUNDS - 1},
+            f"num-rounds may grow when a run is resumed, not shrink; it was {ROUNDS}; got 4",
+        ),
     ],
 )
-def test_other_settings_are_refused_by_name(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_other_settings_are_refused_by_name(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     path = break_off(FLEETS["mcepl"](), tmp_path, at=(4, 2))
     before = (path / "relay.jsonl").read_text()
     with pytest.raises(ConfigError, match=message):
-        simulate(**{**FLEETS["mcepl"](), "num_rounds": ROUNDS, "evaluate_every": 2, "resume": path, **options})
+        simulate(
+            **{
+                **FLEETS["mcepl"](),
+                "num_rounds": ROUNDS,
+                "evaluate_every": 2,
+                "resume": path,
+                **options,
+            }
+        )
     assert (path / "relay.jsonl").read_text() == before  # and nothing has changed
 
 
 def test_what_cannot_be_resumed_is_refused(whole: Callable[[str], Path], tmp_path: Path) -> None:
     options = {"num_rounds": ROUNDS, "evaluate_every": 2}
-    with pytest.raises(RecordError, match=r"can be resumed until it has finished, and the one in .* has, after"):
+    with pytest.raises(
+        RecordError, match=r"can be resumed until it has finished, and the one in .* has, after"
+    ):
         simulate(**FLEETS["mcepl"](), **options, resume=whole("mcepl"))
     path = break_off(FLEETS["mcepl"](), tmp_path, at=(2, 0), every=0)
     with pytest.raises(RecordError, match=r"is resumed from a checkpoint, and .* holds none"):
@@ -371,7 +442,9 @@ simulate(make_fleet(4), Topology.ring(4), **options, record=record, on_reply=kil
 """
 
 
-def test_a_killed_process_leaves_a_record_that_is_resumed(whole: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_killed_process_leaves_a_record_that_is_resumed(
+    whole: Callable[[str], Path], tmp_path: Path
+) -> None:
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, check=False)
     assert done.returncode == -9
@@ -398,7 +471,9 @@ node_ids = itertools.count(1000, 1000)
 def new_grid(name: str, size: int = SIZE, **node_config: Any) -> InProcessGrid:
     """Nodes under new ids, with empty contexts."""
     settings = DIFFERENCES if name == "dfedavgm" else {}
-    make: Callable[[int], Any] = make_agent if name == "mcepl" else lambda index: agent_of(name, index, **settings)
+    make: Callable[[int], Any] = (
+        make_agent if name == "mcepl" else lambda index: agent_of(name, index, **settings)
+    )
     client_module._agents.clear()
     grid = InProcessGrid(make_agent_app(lambda context: make(agent_index(context))), 0)
     first = next(node_ids)
@@ -414,7 +489,9 @@ def strategy_of(name: str, **options: Any) -> GossipStrategy | ServerStrategy:
     return ServerStrategy(server_of(name), **options)
 
 
-def run_flower(name: str, *, stop: int | None = None, grid: InProcessGrid | None = None, **options: Any) -> Any:
+def run_flower(
+    name: str, *, stop: int | None = None, grid: InProcessGrid | None = None, **options: Any
+) -> Any:
     strategy = strategy_of(name, **options)
 
     def look(round: int, _: object) -> None:
@@ -432,7 +509,11 @@ def run_flower(name: str, *, stop: int | None = None, grid: InProcessGrid | None
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize(
     ("name", "round"),
-    [*((n, r) for n in ("mcepl", "fedavg") for r in range(1, ROUNDS + 1)), ("dfedavgm", 1), ("dfedavgm", 4)],
+    [
+        *((n, r) for n in ("mcepl", "fedavg") for r in range(1, ROUNDS + 1)),
+        ("dfedavgm", 1),
+        ("dfedavgm", 4),
+    ],
 )
 def test_a_resumed_run_of_flower_is_one_that_was_never_interrupted(
     name: str, round: int, whole: Callable[[str], Path], tmp_path: Path
@@ -461,12 +542,16 @@ def test_a_resumed_run_of_flower_is_one_that_was_never_interrupted(
 
 
 @pytest.mark.usefixtures("simulated")
-def test_rounds_since_the_checkpoint_are_played_again(whole: Callable[[str], Path], tmp_path: Path) -> None:
+def test_rounds_since_the_checkpoint_are_played_again(
+    whole: Callable[[str], Path], tmp_path: Path
+) -> None:
     path = run_flower("mcepl", stop=4, record=tmp_path, checkpoint_every=3).record.path
     assert len(read_run(path).relay) == 4
     grid = new_grid("mcepl")
     run_flower("mcepl", resume=path, grid=grid, checkpoint_every=3)
-    assert {sent_round(message) for message in grid.log if message.metadata.message_type != "query"} == {4, 5, 6}
+    assert {
+        sent_round(message) for message in grid.log if message.metadata.message_type != "query"
+    } == {4, 5, 6}
     assert plain_rows(path, "rounds.jsonl") == plain_rows(whole("mcepl"), "rounds.jsonl")
 
 
@@ -505,7 +590,8 @@ def test_a_run_goes_on_without_the_agent_that_had_died_before_it_broke_off(tmp_p
 
     dying = new_grid("mcepl", 3)
     dying.tamper = die
-    with pytest.raises(Interruption):  # it breaks off again before a round is over, when round 4 is forgotten
+    # it breaks off again before a round is over, when round 4 is forgotten
+    with pytest.raises(Interruption):
         strategy_of("mcepl", resume=path).start(dying, num_rounds=ROUNDS)
     run_flower("mcepl", resume=path, grid=new_grid("mcepl", 3))
     run = read_run(path)
@@ -525,7 +611,9 @@ def test_a_resumed_run_needs_the_same_run_config(tmp_path: Path) -> None:
     }
 
     def start(**changes: Any) -> None:
-        strategy = GossipStrategy.from_run_config({**config, **{k.replace("_", "-"): v for k, v in changes.items()}})
+        strategy = GossipStrategy.from_run_config(
+            {**config, **{k.replace("_", "-"): v for k, v in changes.items()}}
+        )
         strategy.start(new_grid("dispfl"), evaluate_fn=look)
 
     def look(round: int, _: object) -> None:
@@ -543,7 +631,12 @@ def test_a_resumed_run_needs_the_same_run_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="anneal-rounds would change from 5 to 6"):
         start(resume=resume, num_rounds=6)
     free = {"round_timeout": 9.0, "wait_timeout": 3.0, "timeout_factor": 2.0, "checkpoint_every": 2}
-    free |= {"keep_frames": True, "tell_classes": False, "state_dir": str(tmp_path / "states"), "state_runs": 1}
+    free |= {
+        "keep_frames": True,
+        "tell_classes": False,
+        "state_dir": str(tmp_path / "states"),
+        "state_runs": 1,
+    }
     start(resume=resume, record_dir="elsewhere", **free)
     assert read_run(path).summary is not None
 
@@ -557,7 +650,9 @@ def test_devices_keep_the_states_of_the_checkpoints(
     (tmp_path / "runs").mkdir()
     on_disk = {"state-dir": str(tmp_path / "states")}
     grid = new_grid("mcepl", **on_disk)
-    path = run_flower("mcepl", stop=stop, record=tmp_path / "runs", checkpoint_every=3, grid=grid).record.path
+    path = run_flower(
+        "mcepl", stop=stop, record=tmp_path / "runs", checkpoint_every=3, grid=grid
+    ).record.path
     assert not (path / "agents").exists()
     run_flower("mcepl", resume=path, checkpoint_every=3, grid=new_grid("mcepl", **on_disk))
     assert [line["fresh"] for line in read_run(path).relay[1:]] == [[]] * ROUNDS

@@ -10,14 +10,32 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl import ConfigError, DivergedError, StateError, UnsupportedLayerError
-from flower_mcepl.agents import ALGORITHMS, AgentState, find_algorithm, load_state, make_server, save_state
+from flower_mcepl.agents import (
+    ALGORITHMS,
+    AgentState,
+    find_algorithm,
+    load_state,
+    make_server,
+    save_state,
+)
 from flower_mcepl.agents.fedpm import FedpmConfig
 from flower_mcepl.agents.fedspa import NEXT_MASK
 from flower_mcepl.masks.sparsity import from_sparse
 from flower_mcepl.streams import torch_stream
 
 from . import slow_servers
-from .baselines import CLOSE, SEED, agent_of, arrays, assert_same, blobs, fleet_of, serve, server_of, two_layers
+from .baselines import (
+    CLOSE,
+    SEED,
+    agent_of,
+    arrays,
+    assert_same,
+    blobs,
+    fleet_of,
+    serve,
+    server_of,
+    two_layers,
+)
 from .fleet import noisy_net, same_tensors, split
 
 SERVED = sorted(name for name, entry in ALGORITHMS.items() if entry.server is not None)
@@ -44,7 +62,9 @@ def plain(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def test_fedavg_by_the_published_equation() -> None:
-    server, agents = run_of("fedavg", lr=0.3, weight_decay=0.02, momentum=0.5, local_epochs=3, split=unequal)
+    server, agents = run_of(
+        "fedavg", lr=0.3, weight_decay=0.02, momentum=0.5, local_epochs=3, split=unequal
+    )
     w, data = arrays(agents[0]), [tuple(part.numpy() for part in unequal(k)) for k in range(4)]
     for round in (1, 2, 3):
         w, models = slow_servers.fedavg(w, data, steps=3, lr=0.3, decay=0.02, momentum=0.5)
@@ -72,20 +92,43 @@ def test_fedavg_takes_an_unknown_size_for_one() -> None:
 
 # --- FedSpa ---
 
-EQUATIONS = {"lr": 0.4, "lr_decay": 0.9, "weight_decay": 0.02, "clip_norm": 0.3, "local_epochs": 2, "anneal_rounds": 4}
+EQUATIONS = {
+    "lr": 0.4,
+    "lr_decay": 0.9,
+    "weight_decay": 0.02,
+    "clip_norm": 0.3,
+    "local_epochs": 2,
+    "anneal_rounds": 4,
+}
 
 
 @pytest.mark.parametrize("alpha", [0.6, 0.0], ids=["dynamic", "static"])
 @pytest.mark.parametrize("density", [0.5, "0.3, 0.5, 0.9"], ids=["equal", "mixed"])
 def test_fedspa_by_the_published_equations(alpha: float, density: object) -> None:
     server, agents = run_of("fedspa", density=density, drop_fraction=alpha, **EQUATIONS)
-    w = {short: server.weights[name].double().numpy() for short, name in (*MASKED.items(), *BIASES.items())}
-    masks, data = [plain(agent.masks) for agent in agents], [tuple(t.numpy() for t in blobs(k)) for k in range(4)]
+    w = {
+        short: server.weights[name].double().numpy()
+        for short, name in (*MASKED.items(), *BIASES.items())
+    }
+    masks, data = (
+        [plain(agent.masks) for agent in agents],
+        [tuple(t.numpy() for t in blobs(k)) for k in range(4)],
+    )
     moved = 0
     for round in range(1, 6):  # in the last one nothing moves any more
         before = masks
         w, masks, updates = slow_servers.fedspa(
-            w, masks, data, round=round, steps=2, lr=0.4, lr_decay=0.9, decay=0.02, clip=0.3, alpha=alpha, rounds=4
+            w,
+            masks,
+            data,
+            round=round,
+            steps=2,
+            lr=0.4,
+            lr_decay=0.9,
+            decay=0.02,
+            clip=0.3,
+            alpha=alpha,
+            rounds=4,
         )
         for agent, update in zip(agents, updates, strict=True):
             agent.train(round=round)
@@ -100,7 +143,9 @@ def test_fedspa_by_the_published_equations(alpha: float, density: object) -> Non
                 moved += int((mask != before[agent.index][short]).sum())
         for short, name in (*MASKED.items(), *BIASES.items()):
             np.testing.assert_allclose(server.weights[name].numpy(), w[short], **CLOSE)
-        assert_same(agents, [{n: value * mask.get(n, 1) for n, value in w.items()} for mask in masks])
+        assert_same(
+            agents, [{n: value * mask.get(n, 1) for n, value in w.items()} for mask in masks]
+        )
     assert moved > 20 if alpha else moved == 0
 
 
@@ -163,7 +208,9 @@ def test_fedspa_takes_note_of_a_mask_without_moving() -> None:
     agents[1].train(round=1)
     server.note(1, agents[1].outgoing())
     assert same_tensors(before, server.weights)
-    assert torch.equal(from_sparse(server.payload_for(1, round=1)["0.weight"])[1], agents[1].masks["0.weight"])
+    assert torch.equal(
+        from_sparse(server.payload_for(1, round=1)["0.weight"])[1], agents[1].masks["0.weight"]
+    )
 
 
 # --- FedPM ---
@@ -172,27 +219,46 @@ def test_fedspa_takes_note_of_a_mask_without_moving() -> None:
 def uniforms(agent: int, round: int, steps: int) -> list[dict[str, Any]]:
     stream = torch_stream(SEED, "training-masks", agent=agent, round=round)
     shapes = {"w1": (6, 4), "w2": (3, 6)}
-    return [{n: torch.rand(shape, generator=stream).numpy() for n, shape in shapes.items()} for _ in range(steps)]
+    return [
+        {n: torch.rand(shape, generator=stream).numpy() for n, shape in shapes.items()}
+        for _ in range(steps)
+    ]
 
 
 def scores_of(agent: Any) -> dict[str, Any]:
-    return {short: agent.scores[name].detach().double().numpy().copy() for short, name in MASKED.items()}
+    return {
+        short: agent.scores[name].detach().double().numpy().copy() for short, name in MASKED.items()
+    }
 
 
 def frozen(agent: Any) -> dict[str, Any]:
     weights = dict(agent.network.named_parameters())
-    return {short: weights[name].double().numpy() for short, name in (*MASKED.items(), *BIASES.items())}
+    return {
+        short: weights[name].double().numpy() for short, name in (*MASKED.items(), *BIASES.items())
+    }
 
 
 def test_fedpm_by_the_published_equations() -> None:
-    settings = {"score_lr": 20.0, "weight_decay": 0.01, "momentum": 0.5, "local_epochs": 3, "reset_rounds": 2}
+    settings = {
+        "score_lr": 20.0,
+        "weight_decay": 0.01,
+        "momentum": 0.5,
+        "local_epochs": 3,
+        "reset_rounds": 2,
+    }
     server, agents = run_of("fedpm", 3, **settings)
     history = []
     for round in (1, 2, 3, 4, 5):
         for k, agent in enumerate(agents):
             data = tuple(part.numpy() for part in blobs(k))
             expected = slow_servers.fedpm_steps(
-                scores_of(agent), frozen(agent), data, uniforms(k, round, 3), lr=20.0, decay=0.01, momentum=0.5
+                scores_of(agent),
+                frozen(agent),
+                data,
+                uniforms(k, round, 3),
+                lr=20.0,
+                decay=0.01,
+                momentum=0.5,
             )
             agent.train(round=round)
             for short, value in scores_of(agent).items():
@@ -213,8 +279,14 @@ def test_fedpm_counts_since_the_last_reset(reset: int) -> None:
     assert server.payload_for(0, round=0) is None
     rng, history = np.random.default_rng(3), []
     for round in range(1, 8):
-        masks = [{"w1": rng.random((6, 4)) < 0.5, "w2": rng.random((3, 6)) < 0.2} for _ in range(1 + round % 3)]
-        sent = {k: {MASKED[n]: torch.from_numpy(m) for n, m in mask.items()} for k, mask in enumerate(masks)}
+        masks = [
+            {"w1": rng.random((6, 4)) < 0.5, "w2": rng.random((3, 6)) < 0.2}
+            for _ in range(1 + round % 3)
+        ]
+        sent = {
+            k: {MASKED[n]: torch.from_numpy(m) for n, m in mask.items()}
+            for k, mask in enumerate(masks)
+        }
         history.append(masks)
         server.receive(sent, round=round, num_examples={})
         theta = slow_servers.fedpm_posterior(history, reset=reset)
@@ -259,7 +331,9 @@ def through_a_file(state: AgentState, tmp_path: Path) -> AgentState:
 
 
 @pytest.mark.parametrize(
-    ("trained", "way"), [(False, in_memory), (True, through_a_file)], ids=["between rounds", "before the exchange"]
+    ("trained", "way"),
+    [(False, in_memory), (True, through_a_file)],
+    ids=["between rounds", "before the exchange"],
 )
 @pytest.mark.parametrize("algorithm", SERVED)
 def test_restored_agents_and_server_continue_bit_for_bit(
@@ -345,7 +419,14 @@ def test_without_a_word_from_the_server_the_agent_goes_on_alone(algorithm: str) 
 
 @pytest.mark.parametrize("algorithm", SERVED)
 def test_learning_beats_chance(algorithm: str) -> None:
-    settings = {"score_lr": 200.0, "lr": 0.3, "density": 0.6, "num_rounds": 20, "weight_decay": 0.0, "local_epochs": 2}
+    settings = {
+        "score_lr": 200.0,
+        "lr": 0.3,
+        "density": 0.6,
+        "num_rounds": 20,
+        "weight_decay": 0.0,
+        "local_epochs": 2,
+    }
     server, agents = run_of(algorithm, model_fn=wide_net, **settings)
     serve(server, agents, *range(1, 21))
     assert np.mean([agent.evaluate()["accuracy"] for agent in agents]) > 0.7  # chance is 1/3
@@ -375,13 +456,21 @@ def test_payloads_have_the_shapes_and_kinds_that_were_said(algorithm: str) -> No
         for agent in agents:
             agent.train(round=round)
             sent = agent.outgoing()
-            assert {name: tuple(tensor.shape) for name, tensor in sent.items()} == agent.layers == server.layers
-            assert {name for name, tensor in sent.items() if tensor.dtype == torch.bool} == server.mask_layers
+            assert (
+                {name: tuple(tensor.shape) for name, tensor in sent.items()}
+                == agent.layers
+                == server.layers
+            )
+            assert {
+                name for name, tensor in sent.items() if tensor.dtype == torch.bool
+            } == server.mask_layers
             assert agent.first_payload() is None
         server.receive({a.index: a.outgoing() for a in agents}, round=round, num_examples={})
         for agent in agents:
             payload = server.payload_for(agent.index, round=round)
-            assert {name: tuple(tensor.shape) for name, tensor in payload.items()} == server.layers_down
+            assert {
+                name: tuple(tensor.shape) for name, tensor in payload.items()
+            } == server.layers_down
             assert (agent.layers_down or agent.layers) == server.layers_down
             assert {tensor.dtype for tensor in payload.values()} == {torch.float32}
             agent.fuse({2: payload}, round=round)
@@ -392,7 +481,9 @@ def test_payloads_have_the_shapes_and_kinds_that_were_said(algorithm: str) -> No
 def test_agents_and_server_shake_hands(algorithm: str) -> None:
     server, agent = server_of(algorithm, 3), agent_of(algorithm, 2)
     facts = agent.describe()
-    assert server.describe() == {key: facts[key] for key in ("algorithm", "seed", "fingerprint", "num-weights")}
+    assert server.describe() == {
+        key: facts[key] for key in ("algorithm", "seed", "fingerprint", "num-weights")
+    }
     assert facts["num-weights"] == (42 if algorithm == "fedpm" else 51)
     assert 0 < facts["kept-weights"] <= facts["num-weights"]
     assert facts["num-examples"] == 18
@@ -407,7 +498,12 @@ def test_agents_and_server_shake_hands(algorithm: str) -> None:
 def test_running_statistics_stay_at_home(algorithm: str) -> None:
     server, agents = run_of(algorithm, 2, **FULL)
     serve(server, agents, 1)
-    assert not [name for agent in agents for name in agent.outgoing() if "running" in name or "tracked" in name]
+    assert not [
+        name
+        for agent in agents
+        for name in agent.outgoing()
+        if "running" in name or "tracked" in name
+    ]
     means = [agent.state().tensors["buffer/1.running_mean"] for agent in agents]
     assert not torch.equal(*means)
 
@@ -438,14 +534,18 @@ BAD = [
 
 
 @pytest.mark.parametrize(("algorithm", "settings", "message"), BAD)
-def test_a_bad_parameter_is_refused_by_its_key(algorithm: str, settings: dict[str, Any], message: str) -> None:
+def test_a_bad_parameter_is_refused_by_its_key(
+    algorithm: str, settings: dict[str, Any], message: str
+) -> None:
     for make in (agent_of, server_of):
         with pytest.raises(ConfigError, match=message):
             make(algorithm, **settings)
 
 
 def test_a_server_needs_an_algorithm_that_has_one_and_agents() -> None:
-    with pytest.raises(ConfigError, match=r"with a server are fedavg, fedspa, fedpm; got 'dsgd', whose agents hear"):
+    with pytest.raises(
+        ConfigError, match=r"with a server are fedavg, fedspa, fedpm; got 'dsgd', whose agents hear"
+    ):
         server_of("dsgd")
     with pytest.raises(ConfigError, match=r"Did you mean 'fedavg'"):
         server_of("fedavgg")
@@ -455,7 +555,9 @@ def test_a_server_needs_an_algorithm_that_has_one_and_agents() -> None:
 
 def test_a_section_of_the_run_config_is_the_algorithms_own() -> None:
     run_config = {"reset-rounds": 2, "fedpm.reset-rounds": 5}
-    assert make_server("fedpm", two_layers(), 1, run_config, seed=1).parameters() == {"reset_rounds": 5}
+    assert make_server("fedpm", two_layers(), 1, run_config, seed=1).parameters() == {
+        "reset_rounds": 5
+    }
     assert FedpmConfig().reset_rounds == 1
 
 
@@ -466,14 +568,19 @@ def test_a_loss_that_is_not_finite_names_the_agent(algorithm: str) -> None:
         inputs[0] = float("nan")
         return inputs, labels
 
-    with pytest.raises(DivergedError, match=r"agent 2: the training loss of round 4 is nan\. Lower (score-)?lr \(now"):
+    with pytest.raises(
+        DivergedError,
+        match=r"agent 2: the training loss of round 4 is nan\. Lower (score-)?lr \(now",
+    ):
         agent_of(algorithm, 2, split=bad).train(round=4)
 
 
 @pytest.mark.parametrize("algorithm", SERVED)
 def test_what_leaves_the_numbers_is_not_sent(algorithm: str) -> None:
     settings = {"lr": 3e38, "score_lr": 3e38, "weight_decay": 1e3, "local_epochs": 1}
-    message = r"agent 2: round 1 left (weights|scores) that are not finite\. Lower (score-)?lr \(now 3e"
+    message = (
+        r"agent 2: round 1 left (weights|scores) that are not finite\. Lower (score-)?lr \(now 3e"
+    )
     with pytest.raises(DivergedError, match=message):
         agent_of(algorithm, 2, **settings).train(round=1)
 
@@ -485,7 +592,9 @@ def test_fedspa_without_weights_under_a_mask_is_refused() -> None:
         model[5].weight.requires_grad_(False)
         return model
 
-    with pytest.raises(UnsupportedLayerError, match="algorithm fedspa needs conv or linear weights that train"):
+    with pytest.raises(
+        UnsupportedLayerError, match="algorithm fedspa needs conv or linear weights that train"
+    ):
         agent_of("fedspa", model_fn=only_norms_train)
 
 
@@ -505,12 +614,16 @@ def test_the_state_of_another_run_is_refused(algorithm: str) -> None:
 @pytest.mark.parametrize("damage", ["missing", "misshapen"])
 @pytest.mark.parametrize("who", ["agent", "server"])
 @pytest.mark.parametrize("algorithm", SERVED)
-def test_an_incomplete_state_is_refused_and_changes_nothing(algorithm: str, who: str, damage: str) -> None:
+def test_an_incomplete_state_is_refused_and_changes_nothing(
+    algorithm: str, who: str, damage: str
+) -> None:
     server, agents = run_of(algorithm, 1, **FULL)
     serve(server, agents, 1)
     agents[0].train(round=2)
     one, fresh = (
-        (agents[0], agent_of(algorithm, **FULL)) if who == "agent" else (server, server_of(algorithm, 1, **FULL))
+        (agents[0], agent_of(algorithm, **FULL))
+        if who == "agent"
+        else (server, server_of(algorithm, 1, **FULL))
     )
     groups = {name.partition("/")[0] for name in one.state().tensors}
     for group in groups:
@@ -522,6 +635,8 @@ def test_an_incomplete_state_is_refused_and_changes_nothing(algorithm: str, who:
             del state.tensors[victim]
         else:
             continue
-        with pytest.raises(StateError, match=rf"(agent 0|the server) is incomplete: its {group} must hold"):
+        with pytest.raises(
+            StateError, match=rf"(agent 0|the server) is incomplete: its {group} must hold"
+        ):
             fresh.restore(state)
         assert same_tensors(before, fresh.state().tensors)

@@ -66,7 +66,14 @@ def test_flower_gives_the_rows_bytes_and_server_of_simulate(algorithm: str, tmp_
 
     module = shared_module(small_net, seed=SEED)
     agents = [
-        make_agent(algorithm, i, module, AgentData.of(split(i), split(1000 + i), agent=i), config, seed=SEED)
+        make_agent(
+            algorithm,
+            i,
+            module,
+            AgentData.of(split(i), split(1000 + i), agent=i),
+            config,
+            seed=SEED,
+        )
         for i in range(NUM_AGENTS)
     ]
     server = make_server(algorithm, module, NUM_AGENTS, config, seed=SEED)
@@ -79,8 +86,14 @@ def test_flower_gives_the_rows_bytes_and_server_of_simulate(algorithm: str, tmp_
     assert strategy.record is not None
     run = read_run(strategy.record.path)
     assert run.config["server"]["number"] == NUM_AGENTS
-    assert same_tensors(load_state(strategy.record.agents_dir / "server.safetensors").tensors, server.state().tensors)
-    digests = [json.loads(line)["frames"] for line in (strategy.record.path / "relay.jsonl").read_text().splitlines()]
+    assert same_tensors(
+        load_state(strategy.record.agents_dir / "server.safetensors").tensors,
+        server.state().tensors,
+    )
+    digests = [
+        json.loads(line)["frames"]
+        for line in (strategy.record.path / "relay.jsonl").read_text().splitlines()
+    ]
     assert all(len(found) == NUM_AGENTS for found in digests[:3])
 
 

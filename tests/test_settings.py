@@ -8,7 +8,13 @@ import torch
 
 from flower_mcepl import ConfigError, MceplConfig, Topology, TopologyError
 from flower_mcepl.agents.registry import ALGORITHMS, read_config
-from flower_mcepl.config.fields import field_keys, per_agent, read_fields, refuse_unknown_keys, with_section
+from flower_mcepl.config.fields import (
+    field_keys,
+    per_agent,
+    read_fields,
+    refuse_unknown_keys,
+    with_section,
+)
 from flower_mcepl.masks.model import MaskedModel
 from flower_mcepl.models import AlexNetCifar
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
@@ -55,11 +61,15 @@ def test_a_value_of_the_wrong_type_names_its_key(key: str, value: Any, kind: str
 
 
 def test_unknown_keys_get_a_hint() -> None:
-    with pytest.raises(ConfigError, match=r"unknown run-config key 'topologie'\. Did you mean 'topology'\?"):
+    with pytest.raises(
+        ConfigError, match=r"unknown run-config key 'topologie'\. Did you mean 'topology'\?"
+    ):
         RunSettings.from_run_config({"topologie": "ring"})
     with pytest.raises(ConfigError, match=r"unknown run-config key 'zzz'\. Known keys: a, b"):
         refuse_unknown_keys({"a": 1, "zzz": 2}, ["b", "a"])
-    assert RunSettings.from_run_config({"data-path": "/data"}, app_keys=["data-path"]) == RunSettings()
+    assert (
+        RunSettings.from_run_config({"data-path": "/data"}, app_keys=["data-path"]) == RunSettings()
+    )
 
 
 def test_retention_itself_is_no_key() -> None:
@@ -102,7 +112,11 @@ def test_a_whole_run_config() -> None:
         ("retention-linear", 1.5, "key retention-linear .* got 1.5"),
         ("retention-conv", "0.1, 2", "key retention-conv .* got 2"),
         ("retention-conv", "nan", "key retention-conv .* got nan"),
-        ("retention-conv", "0.1;0.3", "retention-conv must be a number or numbers separated by commas"),
+        (
+            "retention-conv",
+            "0.1;0.3",
+            "retention-conv must be a number or numbers separated by commas",
+        ),
         ("retention-conv", "", "retention-conv must be a number"),
         (
             "retention-layers",
@@ -110,10 +124,18 @@ def test_a_whole_run_config() -> None:
             "retention-layers must be NAME=RATIO, each layer once, .*; got 'conv1.weight'",
         ),
         ("retention-layers", "=0.3", "retention-layers must be NAME=RATIO"),
-        ("retention-layers", "a=0.3, a=0.5", "retention-layers must be NAME=RATIO, each layer once"),
+        (
+            "retention-layers",
+            "a=0.3, a=0.5",
+            "retention-layers must be NAME=RATIO, each layer once",
+        ),
         ("retention-layers", 0.3, "retention-layers must be NAME=RATIO"),
         ("retention-layers", "a=1.2", r"key retention-layers, a .* \(0, 1\]; got 1.2"),
-        ("retention-layers", "conv=0.3", "names layers, not kinds; got 'conv'. Use retention-conv."),
+        (
+            "retention-layers",
+            "conv=0.3",
+            "names layers, not kinds; got 'conv'. Use retention-conv.",
+        ),
         ("score-lr", 0, "score-lr must be > 0; got 0"),
         ("score-lr", float("inf"), "score-lr must be a finite number"),
         ("finetune-lr", -1, "finetune-lr must be a finite number >= 0"),
@@ -133,7 +155,9 @@ def test_bad_values_are_found_before_anything_runs(key: str, value: Any, message
         RunSettings.from_run_config({key: value})
 
 
-@pytest.mark.parametrize("topology", ["rign", "random-regular:degree=10", "ring:degree=2", "torus:rows=3"])
+@pytest.mark.parametrize(
+    "topology", ["rign", "random-regular:degree=10", "ring:degree=2", "torus:rows=3"]
+)
 def test_an_impossible_graph_is_found_before_anything_runs(topology: str) -> None:
     with pytest.raises(TopologyError):
         RunSettings.from_run_config({"topology": topology, "num-agents": 10})
@@ -150,12 +174,23 @@ def test_agents_take_their_ratios_in_turn() -> None:
 
 
 def test_single_layers_have_their_own_ratio_on_all_agents() -> None:
-    config = {"retention-conv": "0.1, 0.3", "retention-linear": 0.9, "retention-layers": "conv1.weight=0.6, fc* = 1"}
+    config = {
+        "retention-conv": "0.1, 0.3",
+        "retention-linear": 0.9,
+        "retention-layers": "conv1.weight=0.6, fc* = 1",
+    }
     agents = [MceplConfig.from_run_config(config, agent=i) for i in range(2)]
     assert [agent.retention["conv"] for agent in agents] == [0.1, 0.3]
     for agent in agents:
-        assert agent.first_retention == {"conv": 0.2, "linear": 0.9, "conv1.weight": 0.6, "fc*": 1.0}
-        model = MaskedModel(AlexNetCifar(width=0.1), retention=agent.retention, generator=torch.Generator())
+        assert agent.first_retention == {
+            "conv": 0.2,
+            "linear": 0.9,
+            "conv1.weight": 0.6,
+            "fc*": 1.0,
+        }
+        model = MaskedModel(
+            AlexNetCifar(width=0.1), retention=agent.retention, generator=torch.Generator()
+        )
         assert model.retention == {
             "conv1.weight": 0.6, "conv2.weight": agent.retention["conv"], "conv3.weight": agent.retention["conv"],
             "fc1.weight": 1.0, "fc2.weight": 1.0,
@@ -169,7 +204,10 @@ def test_a_cosine_lasts_the_run_unless_it_has_a_length_of_its_own() -> None:
     cosine = {"lr-schedule": "cosine", "num-rounds": 40, "lr-rounds": 0}
     for algorithm in ALGORITHMS:
         assert read_config(algorithm, cosine, agent=0).lr_rounds == 40
-        assert read_config(algorithm, {**cosine, f"{algorithm}.lr-rounds": 25}, agent=0).lr_rounds == 25
+        assert (
+            read_config(algorithm, {**cosine, f"{algorithm}.lr-rounds": 25}, agent=0).lr_rounds
+            == 25
+        )
         assert read_config(algorithm, {"num-rounds": 40}, agent=0).lr_rounds == 0
     with pytest.raises(ConfigError, match="lr-schedule cosine needs lr-rounds >= 1"):
         read_config("local", {"lr-schedule": "cosine"}, agent=0)
@@ -178,14 +216,26 @@ def test_a_cosine_lasts_the_run_unless_it_has_a_length_of_its_own() -> None:
 
 def test_the_defaults_are_the_papers() -> None:
     config = MceplConfig.from_run_config({}, agent=3)
-    assert config.retention == config.first_retention == MceplConfig().retention == {"conv": 0.3, "linear": 0.9}
+    assert (
+        config.retention
+        == config.first_retention
+        == MceplConfig().retention
+        == {"conv": 0.3, "linear": 0.9}
+    )
     assert (config.score_lr, config.finetune_lr, config.weight_decay) == (10.0, 10.0, 5e-4)
-    assert (config.batch_size, config.local_steps, config.momentum, config.group_lasso) == (128, 1, 0.0, 0.0)
+    assert (config.batch_size, config.local_steps, config.momentum, config.group_lasso) == (
+        128,
+        1,
+        0.0,
+        0.0,
+    )
 
 
 def test_a_device_may_set_its_own_ratio() -> None:
     run_config = {"retention-conv": "0.1,0.5"}
-    config = MceplConfig.from_run_config(run_config, agent=1, node_config={"retention-conv": 0.2, "gpu": "yes"})
+    config = MceplConfig.from_run_config(
+        run_config, agent=1, node_config={"retention-conv": 0.2, "gpu": "yes"}
+    )
     assert config.retention == {"conv": 0.2, "linear": 0.9}
     assert config.first_retention == {"conv": 0.3, "linear": 0.9}
     with pytest.raises(ConfigError, match=r"key retention-conv .* got 7"):

@@ -33,7 +33,9 @@ def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-def run(agents: list[MceplAgent] | None = None, topology: Topology = RING, **options: Any) -> tuple[Any, list[bytes]]:
+def run(
+    agents: list[MceplAgent] | None = None, topology: Topology = RING, **options: Any
+) -> tuple[Any, list[bytes]]:
     """Rows without times, and every frame that any agent sent."""
     frames: list[bytes] = []
 
@@ -41,7 +43,9 @@ def run(agents: list[MceplAgent] | None = None, topology: Topology = RING, **opt
         frames.extend(frame.data for frame in reply.frames)
 
     agents = make_fleet(topology.num_agents) if agents is None else agents
-    result = simulate(agents, topology, on_reply=keep, **{"num_rounds": 4, "evaluate_every": 2, **options})
+    result = simulate(
+        agents, topology, on_reply=keep, **{"num_rounds": 4, "evaluate_every": 2, **options}
+    )
     return untimed(result.rows), frames
 
 
@@ -80,7 +84,10 @@ def test_agents_hear_their_neighbors_and_nobody_else() -> None:
         def keep(round: int, agent: int, reply: Reply) -> None:
             frames[round, agent] = [frame.data for frame in reply.frames]
 
-        agents = [make_agent(0, retention=retention, **mixed), *(make_agent(i, **mixed) for i in (1, 2, 3))]
+        agents = [
+            make_agent(0, retention=retention, **mixed),
+            *(make_agent(i, **mixed) for i in (1, 2, 3)),
+        ]
         simulate(agents, topology, num_rounds=3, on_reply=keep)
         return frames
 
@@ -90,18 +97,25 @@ def test_agents_hear_their_neighbors_and_nobody_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_rounds", "evaluate_every", "rounds"), [(5, 2, [2, 4, 5]), (4, 2, [2, 4]), (2, 10, [2]), (3, 1, [1, 2, 3])]
+    ("num_rounds", "evaluate_every", "rounds"),
+    [(5, 2, [2, 4, 5]), (4, 2, [2, 4]), (2, 10, [2]), (3, 1, [1, 2, 3])],
 )
-def test_multiples_and_the_last_round_are_evaluated(num_rounds: int, evaluate_every: int, rounds: list[int]) -> None:
+def test_multiples_and_the_last_round_are_evaluated(
+    num_rounds: int, evaluate_every: int, rounds: list[int]
+) -> None:
     rows, _ = run(num_rounds=num_rounds, evaluate_every=evaluate_every)
-    assert [(row["round"], row["agent"]) for row in rows] == [(round, agent) for round in rounds for agent in range(3)]
+    assert [(row["round"], row["agent"]) for row in rows] == [
+        (round, agent) for round in rounds for agent in range(3)
+    ]
 
 
 def test_an_evaluation_is_the_one_after_the_exchange_of_its_round() -> None:
     early, _ = run(num_rounds=2, evaluate_every=2)
     late, _ = run(num_rounds=6, evaluate_every=2)
     keys = ("round", "agent", "accuracy", "loss", "density")
-    assert [[row[key] for key in keys] for row in early] == [[row[key] for key in keys] for row in late[:3]]
+    assert [[row[key] for key in keys] for row in early] == [
+        [row[key] for key in keys] for row in late[:3]
+    ]
 
 
 def test_bytes_in_the_rows_are_the_frames_lengths() -> None:
@@ -111,12 +125,20 @@ def test_bytes_in_the_rows_are_the_frames_lengths() -> None:
         sizes[round, agent] = [len(frame.data) for frame in reply.frames]
 
     rows = simulate(make_fleet(3), RING, num_rounds=4, evaluate_every=2, on_reply=measure).rows
-    assert {key for key, frames in sizes.items() if not frames} == {(5, agent) for agent in range(3)}  # the closing one
-    assert all(len(frames) == 1 for key, frames in sizes.items() if key[0] < 5)  # small deltas: no key is due
+    # the closing one
+    assert {key for key, frames in sizes.items() if not frames} == {
+        (5, agent) for agent in range(3)
+    }
+    # small deltas: no key is due
+    assert all(len(frames) == 1 for key, frames in sizes.items() if key[0] < 5)
     for row in rows:
         up = [sum(sum(sizes[t, agent]) for t in range(1, row["round"] + 1)) for agent in range(3)]
         mine = up[row["agent"]]
-        assert (row["uplink_bytes"], row["sent_bytes"], row["received_bytes"]) == (mine, 2 * mine, sum(up) - mine)
+        assert (row["uplink_bytes"], row["sent_bytes"], row["received_bytes"]) == (
+            mine,
+            2 * mine,
+            sum(up) - mine,
+        )
 
 
 def test_agents_without_neighbors_still_learn() -> None:
@@ -130,7 +152,13 @@ def test_agents_without_neighbors_still_learn() -> None:
 def test_the_log_has_one_line_a_round() -> None:
     lines: list[str] = []
     run(log=lines.append)
-    assert [line.split(" | ")[0] for line in lines] == ["round 1/4", "round 2/4", "round 3/4", "round 4/4", "closing"]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "round 1/4",
+        "round 2/4",
+        "round 3/4",
+        "round 4/4",
+        "closing",
+    ]
     assert "3/3 answered" in lines[0]
     assert "accuracy after round 2" in lines[2]
     assert "accuracy after round 4" in lines[4]
@@ -173,8 +201,12 @@ def test_classes_stay_out_of_the_record_where_they_are_not_to_be_told(tmp_path: 
     assert "_counts" not in (tmp_path / "False" / "config.json").read_text()
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (DivergedError, "failed")])
-def test_a_stopped_run_leaves_a_readable_record(error: type[BaseException], status: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt, "interrupted"), (DivergedError, "failed")]
+)
+def test_a_stopped_run_leaves_a_readable_record(
+    error: type[BaseException], status: str, tmp_path: Path
+) -> None:
     def stop(round: int, agent: int, reply: Reply) -> None:
         if (round, agent) == (4, 1):
             raise error("stop")
@@ -216,7 +248,8 @@ def test_different_weights_are_refused_by_name() -> None:
         changed[0].weight.view(-1)[0] += 1e-7
     agents[2] = make_agent(2, model_fn=lambda: changed)
     with pytest.raises(
-        FingerprintError, match=f"agent 2 and agent 0 .*: {agents[2].fingerprint} and {agents[0].fingerprint}"
+        FingerprintError,
+        match=f"agent 2 and agent 0 .*: {agents[2].fingerprint} and {agents[0].fingerprint}",
     ):
         simulate(agents, RING, num_rounds=1)
 
@@ -231,7 +264,9 @@ def test_different_weights_are_refused_by_name() -> None:
         lambda a: [],
     ],
 )
-def test_a_fleet_that_does_not_fit_the_graph_is_refused(pick: Callable[[list[MceplAgent]], list[MceplAgent]]) -> None:
+def test_a_fleet_that_does_not_fit_the_graph_is_refused(
+    pick: Callable[[list[MceplAgent]], list[MceplAgent]],
+) -> None:
     agents = pick(make_fleet(3))
     indices = [agent.index for agent in agents]
     with pytest.raises(TopologyError) as refused:
@@ -240,7 +275,14 @@ def test_a_fleet_that_does_not_fit_the_graph_is_refused(pick: Callable[[list[Mce
 
 
 @pytest.mark.parametrize(
-    "bad", [{"num_rounds": 0}, {"threads": -1}, {"evaluate_every": 0}, {"max_staleness": -1}, {"key_interval": -1}]
+    "bad",
+    [
+        {"num_rounds": 0},
+        {"threads": -1},
+        {"evaluate_every": 0},
+        {"max_staleness": -1},
+        {"key_interval": -1},
+    ],
 )
 def test_numbers_out_of_range_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=r"must be >=|key-interval is a number of rounds"):
@@ -279,7 +321,9 @@ def without_a_wire(agents: list[MceplAgent], topology: Topology, num_rounds: int
             agent.train(round=round)
         sent = [agent.outgoing() for agent in agents]
         for agent in agents:
-            agent.fuse({j: sent[j] for j in topology.in_neighbors(agent.index, round=round)}, round=round)
+            agent.fuse(
+                {j: sent[j] for j in topology.in_neighbors(agent.index, round=round)}, round=round
+            )
 
 
 def packed_frames(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,8 +335,12 @@ def packed_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "write_frame", write)
 
 
-@pytest.mark.parametrize("topology", [RING, Topology.random_neighbors(6, degree=2, seed=4)], ids=["ring", "changing"])
-def test_masks_are_the_same_bits_however_they_travel(topology: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "topology", [RING, Topology.random_neighbors(6, degree=2, seed=4)], ids=["ring", "changing"]
+)
+def test_masks_are_the_same_bits_however_they_travel(
+    topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As changes and chains of changes, whole, packed at one bit per weight, and not at all."""
     size, rounds = topology.num_agents, 8
     kinds: dict[str, list[list[int | None]]] = {}
@@ -323,20 +371,34 @@ def test_masks_are_the_same_bits_however_they_travel(topology: Topology, monkeyp
     assert contents["changes"] == contents["keys"] == contents["packed"]
     truth = states(fleets["no wire"])
     for name in ("changes", "keys", "packed"):
-        assert all(same_tensors(mine, true) for mine, true in zip(states(fleets[name]), truth, strict=True)), name
+        assert all(
+            same_tensors(mine, true) for mine, true in zip(states(fleets[name]), truth, strict=True)
+        ), name
 
 
 def test_keys_come_at_the_interval(tmp_path: Path) -> None:
     record = RunRecord.create(name="test", config={}, path=tmp_path / "run")
     simulate(make_fleet(3), RING, num_rounds=7, key_interval=3, record=record)
     run = read_run(record.path)
-    traffic = [json.loads(line) for line in (record.path / "traffic.jsonl").read_text().splitlines()]
+    traffic = [
+        json.loads(line) for line in (record.path / "traffic.jsonl").read_text().splitlines()
+    ]
     keys = {line["round"]: [row[2] for row in line["uplinks"]] for line in traffic}
-    assert keys == {1: [1] * 3, 2: [0] * 3, 3: [0] * 3, 4: [1] * 3, 5: [0] * 3, 6: [0] * 3, 7: [1] * 3, 8: []}
+    assert keys == {
+        1: [1] * 3,
+        2: [0] * 3,
+        3: [0] * 3,
+        4: [1] * 3,
+        5: [0] * 3,
+        6: [0] * 3,
+        7: [1] * 3,
+        8: [],
+    }
     assert run.config["key_interval"] == 3
     assert run.summary is not None
     assert run.summary["bytes"]["uplink_keys"] == 9
-    assert run.summary["bytes"]["link_keys"] == 6  # those of round 1 alone: after that everyone holds what changed
+    # those of round 1 alone: after that everyone holds what changed
+    assert run.summary["bytes"]["link_keys"] == 6
 
 
 # --- threads ---
@@ -360,12 +422,27 @@ def test_the_record_says_how_to_repeat_it(tmp_path: Path) -> None:
     simulate(make_fleet(3), RING, num_rounds=2, evaluate_every=1, max_staleness=4, record=record)
     config = read_run(record.path).config
     assert Topology.from_config(config["topology"]) == RING
-    settings = {key: config[key] for key in ("seed", "num_rounds", "evaluate_every", "max_staleness", "threads")}
-    assert settings == {"seed": SEED, "num_rounds": 2, "evaluate_every": 1, "max_staleness": 4, "threads": 1}
+    settings = {
+        key: config[key]
+        for key in ("seed", "num_rounds", "evaluate_every", "max_staleness", "threads")
+    }
+    assert settings == {
+        "seed": SEED,
+        "num_rounds": 2,
+        "evaluate_every": 1,
+        "max_staleness": 4,
+        "threads": 1,
+    }
     assert config["agents"][1]["parameters"]["score_lr"] == make_fleet(3)[1].config.score_lr
 
 
 def test_different_first_masks_are_refused() -> None:
-    agents = [make_agent(0, retention=0.1), make_agent(1, retention=0.5), make_agent(2, retention=0.1)]
-    with pytest.raises(FingerprintError, match=r"agent 1 and agent 0 .*common first masks.*first_retention"):
+    agents = [
+        make_agent(0, retention=0.1),
+        make_agent(1, retention=0.5),
+        make_agent(2, retention=0.1),
+    ]
+    with pytest.raises(
+        FingerprintError, match=r"agent 1 and agent 0 .*common first masks.*first_retention"
+    ):
         simulate(agents, RING, num_rounds=1)

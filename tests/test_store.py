@@ -32,21 +32,29 @@ HEADER = 26  # bytes
 
 def generation(round: int, *, agent: int = 0, run: str = RUN, size: int = 64) -> Generation:
     """A state whose every array tells its round."""
-    tensors = {"scores/a": torch.full((size,), float(round)), "count": torch.tensor(round)}  # one without dimensions
+    # one without dimensions
+    tensors = {"scores/a": torch.full((size,), float(round)), "count": torch.tensor(round)}
     state = AgentState(tensors, {"agent": agent, "round": round})
     inbox = {"3/flips": np.full(size, round, np.uint32), "3/values": np.zeros(0, np.float32)}
-    return Generation(run, round, agent, state, inbox, {f"{round}/bits": np.full(size, round % 256, np.uint8)})
+    return Generation(
+        run, round, agent, state, inbox, {f"{round}/bits": np.full(size, round % 256, np.uint8)}
+    )
 
 
 def is_whole(found: Generation) -> bool:
     """Tell whether it is exactly what `generation` makes, no part of it from another round."""
-    sound = generation(found.round, agent=found.agent, run=found.run, size=len(found.inbox["3/flips"]))
+    sound = generation(
+        found.round, agent=found.agent, run=found.run, size=len(found.inbox["3/flips"])
+    )
     return (
         found.state.facts == sound.state.facts
         and same_tensors(found.state.tensors, sound.state.tensors)
         and all(
             mine.keys() == other.keys()
-            and all(mine[name].dtype == other[name].dtype and np.array_equal(mine[name], other[name]) for name in mine)
+            and all(
+                mine[name].dtype == other[name].dtype and np.array_equal(mine[name], other[name])
+                for name in mine
+            )
             for mine, other in ((found.inbox, sound.inbox), (found.outbox, sound.outbox))
         )
     )
@@ -104,7 +112,9 @@ def test_an_empty_store_has_nothing_and_makes_nothing(tmp_path: Path) -> None:
 
 @given(rounds=st.lists(st.integers(1, 30), min_size=1, max_size=20), agents=st.integers(1, 3))
 @settings(max_examples=25)
-def test_the_newest_two_stay_and_what_a_repeated_round_overtakes_goes(rounds: list[int], agents: int) -> None:
+def test_the_newest_two_stay_and_what_a_repeated_round_overtakes_goes(
+    rounds: list[int], agents: int
+) -> None:
     """Against the obvious: a list that is cut at each round and never longer than two."""
     with tempfile.TemporaryDirectory() as folder:
         told = a_store(Path(folder))
@@ -124,9 +134,18 @@ def test_the_newest_two_stay_and_what_a_repeated_round_overtakes_goes(rounds: li
 
 def test_what_a_checkpoint_needs_stays(tmp_path: Path) -> None:
     told = a_store(tmp_path)
-    for round, checkpoints in ((2, ()), (3, (3,)), (4, (3,)), (5, (3,)), (7, (3, 6)), (8, (3, 6)), (9, (6, 9))):
+    for round, checkpoints in (
+        (2, ()),
+        (3, (3,)),
+        (4, (3,)),
+        (5, (3,)),
+        (7, (3, 6)),
+        (8, (3, 6)),
+        (9, (6, 9)),
+    ):
         told.store.save(generation(round), checkpoints=checkpoints)
-        for checkpoint in checkpoints:  # round 6 was not played: the state of round 5 is what it goes on from
+        # round 6 was not played: the state of round 5 is what it goes on from
+        for checkpoint in checkpoints:
             found = told.load(checkpoint + 1)
             assert found is not None
             assert found.round == {3: 3, 6: 5, 9: 9}[checkpoint]
@@ -139,15 +158,21 @@ def test_going_back_is_told(tmp_path: Path) -> None:
     assert again is not None
     assert again.round == 6
     assert told.lines == [
-        "agent 0 plays round 7 again, from its state after round 6; the newest that it has is that after round 7."
+        "agent 0 plays round 7 again, from its state after round 6; the newest that it has is "
+        "that after round 7."
     ]
     assert told.load(3) is None
-    assert told.lines[1:] == [f"agent 0 has no sound state from before round 3 in {tmp_path}: it starts afresh."]
+    assert told.lines[1:] == [
+        f"agent 0 has no sound state from before round 3 in {tmp_path}: it starts afresh."
+    ]
 
 
 def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
     told = a_store(tmp_path / "deep" / "er", rounds=1)
-    assert (file_of(told.store.folder, 1).stat().st_mode & 0o777, told.store.folder.stat().st_mode & 0o777) == (
+    assert (
+        file_of(told.store.folder, 1).stat().st_mode & 0o777,
+        told.store.folder.stat().st_mode & 0o777,
+    ) == (
         0o600,
         0o700,
     )
@@ -258,7 +283,9 @@ def test_leftovers_of_a_killed_writer_mean_nothing_and_go(tmp_path: Path) -> Non
     assert [leftover.exists() for leftover in (*mine, others)] == [False, False, True]
 
 
-def test_a_failing_writer_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_writer_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = a_store(tmp_path, rounds=3)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
@@ -279,12 +306,20 @@ def test_a_failing_writer_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (generation(3, run="f" * 16), r"000003\.state is of run 'f{16}', but agent 0 needs that of run '0123"),
+        (
+            generation(3, run="f" * 16),
+            r"000003\.state is of run 'f{16}', but agent 0 needs that of run '0123",
+        ),
         (generation(3, agent=1), r"000003\.state is of agent 1, but agent 0 needs that of agent 0"),
-        (generation(2), r"000003\.state is of round 2, but agent 0 needs that of round 3.*move it away"),
+        (
+            generation(2),
+            r"000003\.state is of round 2, but agent 0 needs that of round 3.*move it away",
+        ),
     ],
 )
-def test_a_sound_file_of_something_else_is_refused_by_name(tmp_path: Path, found: Generation, message: str) -> None:
+def test_a_sound_file_of_something_else_is_refused_by_name(
+    tmp_path: Path, found: Generation, message: str
+) -> None:
     told = a_store(tmp_path, rounds=3)
     write_sealed(file_of(tmp_path, 3), found.encode(), STATE)
     with pytest.raises(StateError, match=message):
@@ -295,7 +330,9 @@ def test_a_sound_file_of_something_else_is_refused_by_name(tmp_path: Path, found
 def test_another_format_version_is_refused_by_name(tmp_path: Path) -> None:
     told = a_store(tmp_path, rounds=3)
     write_sealed(file_of(tmp_path, 3), SOUND, STATE._replace(version=7))
-    with pytest.raises(StateError, match=r"000003\.state is an agent's state of format version 7, but this release"):
+    with pytest.raises(
+        StateError, match=r"000003\.state is an agent's state of format version 7, but this release"
+    ):
         told.load()
 
 
@@ -319,7 +356,10 @@ def test_a_sealed_file_of_another_kind_is_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (make_agent(0, seed=SEED + 1), r"round-000001\.state: the saved state is of seed 7, but agent 0 has 8"),
+        (
+            make_agent(0, seed=SEED + 1),
+            r"round-000001\.state: the saved state is of seed 7, but agent 0 has 8",
+        ),
         (
             make_agent(0, model_fn=noisy_net),
             r"round-000001\.state: the saved state is of fingerprint .*, but agent 0 has",
@@ -327,22 +367,30 @@ def test_a_sealed_file_of_another_kind_is_damage(tmp_path: Path) -> None:
         (make_agent(1), r"round-000001\.state: the saved state is of agent 0, but agent 1 has 1"),
     ],
 )
-def test_a_state_of_another_seed_or_model_is_refused_by_name(tmp_path: Path, other: Any, message: str) -> None:
+def test_a_state_of_another_seed_or_model_is_refused_by_name(
+    tmp_path: Path, other: Any, message: str
+) -> None:
     agent = make_agent(0)
-    StateStore(tmp_path).save(Generation.of(agent, open_mail(agent, max_staleness=5), run=RUN, round=1))
+    StateStore(tmp_path).save(
+        Generation.of(agent, open_mail(agent, max_staleness=5), run=RUN, round=1)
+    )
     found = StateStore(tmp_path).load(0, run=RUN, before=2)
     assert found is not None
     with pytest.raises(StateError, match=message):
         found.restore(other, open_mail(other, max_staleness=5))
 
 
-@pytest.mark.parametrize("run", ["", "../../etc", "0123456789ABCDEF", RUN + "0", RUN[:-1], RUN[:-1] + "/"])
+@pytest.mark.parametrize(
+    "run", ["", "../../etc", "0123456789ABCDEF", RUN + "0", RUN[:-1], RUN[:-1] + "/"]
+)
 def test_a_runs_id_that_is_no_folders_name_is_refused(tmp_path: Path, run: str) -> None:
     with pytest.raises(StateError, match="a run's id is 16 lower-case hex digits; got"):
         device_store(tmp_path, run=run, agent=0)
 
 
-def test_a_file_without_the_right_to_read_it_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_the_right_to_read_it_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = a_store(tmp_path, rounds=3)
 
     def refuse(path: Path) -> bytes:
@@ -354,7 +402,9 @@ def test_a_file_without_the_right_to_read_it_is_no_damage(tmp_path: Path, monkey
     assert told.store.rounds(0) == [2, 3]
 
 
-def test_a_sector_that_the_disk_cannot_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sector_that_the_disk_cannot_read_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = a_store(tmp_path, rounds=3)
     read = Path.read_bytes
 
@@ -390,7 +440,12 @@ def test_old_runs_go_but_nothing_else(tmp_path: Path) -> None:
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     state = "agent-0000/agent-0000-round-000001.state"
     other = "agent-0001/agent-0001-round-000001.state"
-    assert left == [f"{runs[0]}/{state}", f"{runs[1]}/{state}", f"{runs[2]}/agent-0000/mine.txt", f"{runs[3]}/{other}"]
+    assert left == [
+        f"{runs[0]}/{state}",
+        f"{runs[1]}/{state}",
+        f"{runs[2]}/agent-0000/mine.txt",
+        f"{runs[3]}/{other}",
+    ]
     assert (tmp_path / "notes").is_dir()
     forget_runs(tmp_path, agent=1, keep=1)
     assert (tmp_path / runs[3]).is_dir()
@@ -410,7 +465,9 @@ def test_a_run_that_left_no_state_takes_no_other_runs_place(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("call", ["is_dir", "unlink"])
-def test_what_cannot_be_removed_stays_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_what_cannot_be_removed_stays_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     runs = [f"{number:016x}" for number in range(4)]  # the newest first
     older_runs(tmp_path, runs)
     theirs = tmp_path / runs[2] / "agent-0000"
@@ -424,7 +481,9 @@ def test_what_cannot_be_removed_stays_and_is_told(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, call, denied)
     lines: list[str] = []
     forget_runs(tmp_path, agent=0, keep=1, log=lines.append)
-    assert [line.partition(": ")[0] for line in lines] == [f"states of earlier runs in {theirs} stay there"]
+    assert [line.partition(": ")[0] for line in lines] == [
+        f"states of earlier runs in {theirs} stay there"
+    ]
     assert "Permission denied" in lines[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == [runs[0], runs[2]]
 
@@ -443,11 +502,18 @@ def test_two_processes_do_not_play_one_agent(tmp_path: Path) -> None:
     folder = tmp_path / RUN / "agent-0000"
     older_runs(tmp_path, [RUN])
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", HOLDER, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(StateError, match=rf"one process at a time plays agent 0; process {other.pid} is at it in"):
+        with pytest.raises(
+            StateError,
+            match=rf"one process at a time plays agent 0; process {other.pid} is at it in",
+        ):
             StateStore(folder).hold(0).__enter__()
         with StateStore(folder).hold(1):
             pass
@@ -501,7 +567,11 @@ def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:
     moments = random.Random(0)
     reached = 0
     with subprocess.Popen(
-        [sys.executable, "-c", WRITERS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", WRITERS, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     ) as writers:
         assert writers.stdin is not None
         assert writers.stdout is not None
@@ -518,7 +588,8 @@ def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:
             assert found is not None or finished == [0]
             if found is not None:
                 assert is_whole(found)
-                assert found.round in (finished[-1], finished[-1] + 1)  # killed after the rename, before it said so
+                # killed after the rename, before it said so
+                assert found.round in (finished[-1], finished[-1] + 1)
                 before = told.load(found.round)
                 assert before is None or (is_whole(before) and before.round == found.round - 1)
                 assert before is not None or found.round == 1

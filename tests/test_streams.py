@@ -23,7 +23,8 @@ def global_states() -> tuple[object, ...]:
 
 def test_stream_seeds_are_fixed_for_ever() -> None:
     """A changed number here changes every run that anyone recorded."""
-    # printf '0/weights/-/-' | b2sum -l 64; likewise 0/batches/3/17; then without the last bit
+    # printf '0/weights/-/-' | b2sum -l 64; likewise 0/batches/3/17; then without the
+    # last bit
     assert stream_seed(0, "weights") == 0xC6EBEF5C5CFA9CF1 >> 1
     assert stream_seed(0, "batches", agent=3, round=17) == 0x0836F0F9F8E5CB1B >> 1
 
@@ -90,9 +91,11 @@ def test_a_model_function_draws_from_the_stream_alone() -> None:
 @pytest.mark.slow
 def test_another_process_draws_the_same() -> None:
     code = (
-        "import torch; from flower_mcepl.streams import *\n"
-        "print(torch.rand(3, generator=torch_stream(4, 'x')).tolist(), numpy_stream(4, 'x').random(3).tolist())"
+        "import torch; from flower_mcepl.streams import *\nprint(torch.rand(3, "
+        "generator=torch_stream(4, 'x')).tolist(), numpy_stream(4, 'x').random(3).tolist())"
     )
     here = f"{torch.rand(3, generator=torch_stream(4, 'x')).tolist()} {numpy_stream(4, 'x').random(3).tolist()}"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == here

@@ -33,7 +33,15 @@ from flower_mcepl.studies.flower_app import FlowerApp, imported_client
 from flower_mcepl.studies.lines import key_lines, line_of_error
 from flower_mcepl.studies.lock import study_lock
 from flower_mcepl.studies.processes import side_by_side
-from flower_mcepl.studies.runner import CSV, MARKDOWN, UNFINISHED, Outcome, finished_runs, strangers, tasks_of
+from flower_mcepl.studies.runner import (
+    CSV,
+    MARKDOWN,
+    UNFINISHED,
+    Outcome,
+    finished_runs,
+    strangers,
+    tasks_of,
+)
 from flower_mcepl.studies.sources import read_source, read_sources
 
 from .inprocess_grid import InProcessGrid
@@ -101,7 +109,12 @@ def test_every_key_has_the_line_of_its_statement() -> None:
     }
 
 
-@given(st.lists(st.tuples(st.sampled_from(["blank", "plain", "list", "text"]), st.integers(1, 4)), max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["blank", "plain", "list", "text"]), st.integers(1, 4)),
+        max_size=12,
+    )
+)
 def test_lines_are_found_below_statements_of_any_height(blocks: list[tuple[str, int]]) -> None:
     written: list[str] = []
     expected = {}
@@ -121,7 +134,8 @@ def test_lines_are_found_below_statements_of_any_height(blocks: list[tuple[str, 
 
 
 @pytest.mark.parametrize(
-    ("text", "line"), [("a = 1\nb = \n", 2), ("a = 1\n\nb = [1,\n2,\n", 3), ("a = 1\n[t]\nb = 1\n[t]\nc = 2\n", 4)]
+    ("text", "line"),
+    [("a = 1\nb = \n", 2), ("a = 1\n\nb = [1,\n2,\n", 3), ("a = 1\n[t]\nb = 1\n[t]\nc = 2\n", 4)],
 )
 def test_broken_toml_has_a_line(text: str, line: int) -> None:
     with pytest.raises(tomllib.TOMLDecodeError) as error:
@@ -148,7 +162,9 @@ def test_grid_and_runs_stand_beside_each_other(study: Callable[..., Study]) -> N
         [[runs]]
         num-rounds = 4
         """)
-    told = [(r.label, r.config["algorithm"], r.config["topology"], r.config["seed"]) for r in plan.runs]
+    told = [
+        (r.label, r.config["algorithm"], r.config["topology"], r.config["seed"]) for r in plan.runs
+    ]
     assert told == [
         (None, "mcepl", "ring", 1),
         (None, "mcepl", "ring", 2),
@@ -189,10 +205,18 @@ def test_slugs_are_readable_and_follow_the_whole_config(study: Callable[..., Stu
 
 
 def test_settings_of_the_command_line_win_over_the_file(tmp_path: Path, app: Path) -> None:
-    path = write_study(tmp_path, app, "[config]\nnum-rounds = 3\n[grid]\nseed = [1, 2]\n[[runs]]\ntopology = 'path'\n")
+    path = write_study(
+        tmp_path,
+        app,
+        "[config]\nnum-rounds = 3\n[grid]\nseed = [1, 2]\n[[runs]]\ntopology = 'path'\n",
+    )
     plan = read_study(path, {"num-rounds": 5, "dsgd": {"lr": 0.3}})
-    assert [(run.config["num-rounds"], run.config["dsgd.lr"]) for run in plan.runs] == [(5, 0.3)] * 3
-    assert {run.digest for run in plan.runs}.isdisjoint({run.digest for run in read_study(path).runs})
+    assert [(run.config["num-rounds"], run.config["dsgd.lr"]) for run in plan.runs] == [
+        (5, 0.3)
+    ] * 3
+    assert {run.digest for run in plan.runs}.isdisjoint(
+        {run.digest for run in read_study(path).runs}
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,11 +242,17 @@ def test_study_without_a_grid_is_one_run(study: Callable[..., Study]) -> None:
     assert run.slug == f"run_{run.digest[:8]}"
 
 
-def test_defaults_come_from_the_files_name(tmp_path: Path, app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_come_from_the_files_name(
+    tmp_path: Path, app: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "graphs.toml").write_text(f'app = "{os.path.relpath(app, tmp_path)}"\n')
     plan = read_study(Path("graphs.toml"))
-    assert (plan.name, plan.engine, plan.out) == ("graphs", "flower", tmp_path / "studies" / "graphs")
+    assert (plan.name, plan.engine, plan.out) == (
+        "graphs",
+        "flower",
+        tmp_path / "studies" / "graphs",
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +269,11 @@ def test_defaults_come_from_the_files_name(tmp_path: Path, app: Path, monkeypatc
         ("[config]\nseed = [1]", 5, "bool, int, float or str"),
         ("[config]\n\nsead = 1", 6, "Did you mean 'seed'"),
         ("[config]\nlr = 1.0", 5, "[tool.flwr.app.config]"),
-        ("[config]\n'dsgd.lr' = 1.0\n[config.dsgd]\nlr = 2.0", 7, "twice; the other time on line 5"),
+        (
+            "[config]\n'dsgd.lr' = 1.0\n[config.dsgd]\nlr = 2.0",
+            7,
+            "twice; the other time on line 5",
+        ),
         ("[config]\nrecord-dir = 'here'", 5, "Say `out`"),
         ("[config]\nnum-rounds = 1.5", 5, "must be int"),
         ("[config]\ncrash = 1", 5, "must be bool, as in the app's config (False)"),
@@ -250,7 +284,11 @@ def test_defaults_come_from_the_files_name(tmp_path: Path, app: Path, monkeypatc
         ("[config]\nseed = 1\n[grid]\nseed = [1, 2]", 7, "on line 5, in [config]"),
         ("[grid]\nseed = [1, 2]\nalgorithm = ['mcepl', 'mcelp']", 6, "Did you mean 'mcepl'"),
         ("[grid]\ntopology = ['ring', 'donut']", 5, "donut"),
-        ("[config]\nnum-agents = 7\n[grid]\nseed = [1]\ntopology = ['ring', 'torus']", 8, "num-agents = 7 on line 5"),
+        (
+            "[config]\nnum-agents = 7\n[grid]\nseed = [1]\ntopology = ['ring', 'torus']",
+            8,
+            "num-agents = 7 on line 5",
+        ),
         ("[config]\nnum-agents = 0\n", 5, "num-agents must be >= 1"),
         ("[config]\nnum-agents = 0\nnum-rounds = 0", 5, "num-agents must be >= 1"),
         ("[[runs]]\nseed = 1\n[[runs]]\nseed = [2, 1]", 6, "the table on line 4"),
@@ -260,15 +298,21 @@ def test_defaults_come_from_the_files_name(tmp_path: Path, app: Path, monkeypatc
         ("[config]\nx = [\n", 5, "no TOML"),
     ],
 )
-def test_bad_study_is_refused_with_its_line(text: str, line: int, words: str, study: Callable[..., Study]) -> None:
+def test_bad_study_is_refused_with_its_line(
+    text: str, line: int, words: str, study: Callable[..., Study]
+) -> None:
     with pytest.raises(ConfigError) as error:
         study(text)
     assert f"study.toml, line {line}: " in str(error.value)
     assert words in str(error.value)
 
 
-def test_bad_head_is_refused_with_its_line(tmp_path: Path, app: Path, study: Callable[..., Study]) -> None:
-    with pytest.raises(ConfigError, match=r"line 3: engine must be one of flower, in-process; got 'ray'"):
+def test_bad_head_is_refused_with_its_line(
+    tmp_path: Path, app: Path, study: Callable[..., Study]
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"line 3: engine must be one of flower, in-process; got 'ray'"
+    ):
         study("", engine="ray")
     file = tmp_path / "other.toml"
     file.write_text("\nname = 'x'\n")
@@ -281,7 +325,9 @@ def test_bad_head_is_refused_with_its_line(tmp_path: Path, app: Path, study: Cal
         read_study(tmp_path / "missing.toml")
 
 
-def test_value_that_flower_cannot_be_told_is_refused_for_flower_only(study: Callable[..., Study]) -> None:
+def test_value_that_flower_cannot_be_told_is_refused_for_flower_only(
+    study: Callable[..., Study],
+) -> None:
     text = '[grid]\nretention-conv = [\'0.1\', """0.5,\n0.1"""]\n'
     assert len(study(text).runs) == 2
     with pytest.raises(ConfigError, match=r"line 5: .*one-line"):
@@ -359,12 +405,15 @@ def test_failing_run_does_not_stop_the_others(study: Callable[..., Study]) -> No
 def test_ctrl_c_stops_the_study_even_where_a_library_makes_another_error_of_it(
     study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    # a shell's background jobs ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     plan = study("[grid]\nseed = [1, 2, 3]\n")
     in_process = runner.ENGINES["in-process"]
 
-    def interrupted(app: FlowerApp, config: Mapping[str, Any], folder: Path, log: Callable[[str], None]) -> Path:
+    def interrupted(
+        app: FlowerApp, config: Mapping[str, Any], folder: Path, log: Callable[[str], None]
+    ) -> Path:
         if config["seed"] == 2:
             try:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -388,9 +437,13 @@ def test_ctrl_c_stops_the_study_even_where_a_library_makes_another_error_of_it(
 def test_one_process_at_a_time(study: Callable[..., Study]) -> None:
     plan = study("")
     plan.out.mkdir()
-    with study_lock(plan.out), pytest.raises(ConfigError, match=f"process {os.getpid()} is at work"):
+    with (
+        study_lock(plan.out),
+        pytest.raises(ConfigError, match=f"process {os.getpid()} is at work"),
+    ):
         run_study(plan)
-    (plan.out / ".lock").write_text("1")  # as one that was killed leaves it: process 1 is alive, but does not hold it
+    # as one that was killed leaves it: process 1 is alive, but does not hold it
+    (plan.out / ".lock").write_text("1")
     assert len(run_study(plan)) == 1
 
 
@@ -401,7 +454,9 @@ def test_jobs_are_for_runs_in_process(study: Callable[..., Study]) -> None:
         run_study(study(""), jobs=0)
 
 
-def test_the_same_bits_as_through_flowers_messages(study: Callable[..., Study], tmp_path: Path) -> None:
+def test_the_same_bits_as_through_flowers_messages(
+    study: Callable[..., Study], tmp_path: Path
+) -> None:
     plan = study("[grid]\nalgorithm = ['mcepl', 'dsgd', 'local-masks']\n")
     run_study(plan)
     with imported_client(plan.app) as client:
@@ -416,7 +471,9 @@ def test_the_same_bits_as_through_flowers_messages(study: Callable[..., Study], 
             assert not any(line["failed"] for line in read_run(task.record).relay)
 
 
-def test_both_engines_keep_the_agents_classes_secret(study: Callable[..., Study], tmp_path: Path) -> None:
+def test_both_engines_keep_the_agents_classes_secret(
+    study: Callable[..., Study], tmp_path: Path
+) -> None:
     app = study("").app
     config = {**app.config, "tell-classes": False, "record-dir": str(tmp_path / "flower")}
     alone = run_in_process(app, config, tmp_path / "alone", print)
@@ -424,9 +481,13 @@ def test_both_engines_keep_the_agents_classes_secret(study: Callable[..., Study]
         strategy = GossipStrategy.from_run_config(config, app_keys=app.config)
         strategy.start(grid=InProcessGrid(client, 4, config))
     assert strategy.record is not None
-    in_process, in_flower = (read_run(path).config["agents"] for path in (alone, strategy.record.path))
+    in_process, in_flower = (
+        read_run(path).config["agents"] for path in (alone, strategy.record.path)
+    )
     assert [agent.keys() for agent in in_process] == [agent.keys() for agent in in_flower]
-    assert not any({"classes", "train_counts", "test_counts"} & agent.keys() for agent in in_process)
+    assert not any(
+        {"classes", "train_counts", "test_counts"} & agent.keys() for agent in in_process
+    )
 
 
 def test_server_based_algorithm_runs_around_its_server(study: Callable[..., Study]) -> None:
@@ -438,20 +499,27 @@ def test_server_based_algorithm_runs_around_its_server(study: Callable[..., Stud
     (row,) = compare([run], target=1e-9).rows
     relay = [json.loads(line) for line in (run.path / "relay.jsonl").read_text().splitlines()]
     assert row.mean("link_bytes") == relay[-1]["link_bytes"] + relay[-1]["uplink_bytes"] > 0
-    assert row.mean("target_bytes") == relay[1]["link_bytes"] + relay[0]["uplink_bytes"]  # after round 1
+    # after round 1
+    assert row.mean("target_bytes") == relay[1]["link_bytes"] + relay[0]["uplink_bytes"]
 
 
-def test_client_of_another_making_or_place_is_refused(tmp_path: Path, study: Callable[..., Study]) -> None:
+def test_client_of_another_making_or_place_is_refused(
+    tmp_path: Path, study: Callable[..., Study]
+) -> None:
     other = write_app(tmp_path, "other")
     settings = other / "pyproject.toml"
     client = other / "mcepl_other_probe" / "client_app.py"
     client.write_text("from flwr.clientapp import ClientApp\n\napp = ClientApp()\n")
-    (tmp_path / "other.toml").write_text(f'app = "{other}"\nengine = "in-process"\nout = "{tmp_path / "out"}"\n')
+    (tmp_path / "other.toml").write_text(
+        f'app = "{other}"\nengine = "in-process"\nout = "{tmp_path / "out"}"\n'
+    )
     (outcome,) = run_study(read_study(tmp_path / "other.toml"))
     assert outcome.error is not None
     assert "make_client_app" in outcome.error
 
-    settings.write_text(settings.read_text().replace("mcepl_other_probe.client_app", "json.decoder"))
+    settings.write_text(
+        settings.read_text().replace("mcepl_other_probe.client_app", "json.decoder")
+    )
     (outcome,) = run_study(read_study(tmp_path / "other.toml"))
     assert outcome.error is not None
     assert "a name of its own" in outcome.error
@@ -512,8 +580,10 @@ def killed(path: Path, at: str, count: int) -> None:
         ("rename", 2, 1),  # the second record is whole, but not in its place
         pytest.param("log_round", 5, 1, marks=pytest.mark.slow),  # in the second run
         pytest.param("log_round", 1, 0, marks=pytest.mark.slow),
-        pytest.param("amend_config", 3, 0, marks=pytest.mark.slow),  # the first record is whole, but unmarked
-        pytest.param("rmdir", 1, 1, marks=pytest.mark.slow),  # right after the first record went to its place
+        # the first record is whole, but unmarked
+        pytest.param("amend_config", 3, 0, marks=pytest.mark.slow),
+        # right after the first record went to its place
+        pytest.param("rmdir", 1, 1, marks=pytest.mark.slow),
         pytest.param("write_csv", 1, 3, marks=pytest.mark.slow),
     ],
 )
@@ -537,9 +607,12 @@ def test_sigkill_loses_no_finished_run_and_repeats_none(
 
 def started(path: Path, *more: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "flower_mcepl", "run", str(path), *more]
-    # Where pytest itself was started in the background, it and its children would ignore Ctrl-C.
+    # Where pytest itself was started in the background, it and its children would
+    # ignore Ctrl-C.
     hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hears)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hears
+    )
 
 
 def until(holds: Callable[[], bool], seconds: float = 120) -> None:
@@ -570,7 +643,8 @@ def test_signal_from_outside(signum: signal.Signals, jobs: int, tmp_path: Path, 
         time.sleep(1)
         quiet = sorted((p, p.stat().st_size) for p in plan.out.rglob("*.jsonl"))
         time.sleep(1)
-        assert sorted((p, p.stat().st_size) for p in plan.out.rglob("*.jsonl")) == quiet  # nobody works on
+        # nobody works on
+        assert sorted((p, p.stat().st_size) for p in plan.out.rglob("*.jsonl")) == quiet
     with started(path, "--jobs", str(jobs)) as process:
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -579,7 +653,9 @@ def test_signal_from_outside(signum: signal.Signals, jobs: int, tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_flower_gives_the_bits_of_in_process(tmp_path: Path, app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flower_gives_the_bits_of_in_process(
+    tmp_path: Path, app: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     text = "[grid]\nseed = [1, 2]\n"
     here, there = tmp_path / "here", tmp_path / "there"
@@ -598,7 +674,9 @@ def test_flower_gives_the_bits_of_in_process(tmp_path: Path, app: Path, monkeypa
 # --- comparing ---
 
 
-def test_filters_that_are_off_are_counted_where_the_lasso_varies(study: Callable[..., Study]) -> None:
+def test_filters_that_are_off_are_counted_where_the_lasso_varies(
+    study: Callable[..., Study],
+) -> None:
     plan = study("[config]\nretention-conv = '0.1'\n[grid]\ngroup-lasso = [0.0, 0.5]\n")
     assert [outcome.error for outcome in run_study(plan)] == [None, None]
     runs = find_records([plan.out])
@@ -620,7 +698,11 @@ def write_record(root: Path, *, accuracies: np.ndarray, sent: int = 100, **run_c
     record = RunRecord.create(root, name="made", config={"run_config": run_config})
     record.amend_config(
         agents=[
-            {"agent": a, "num_examples": 10, "parameters": {"batch_size": 4, "local_steps": 2, "local_epochs": 0}}
+            {
+                "agent": a,
+                "num_examples": 10,
+                "parameters": {"batch_size": 4, "local_steps": 2, "local_epochs": 0},
+            }
             for a in range(agents)
         ]
     )
@@ -640,9 +722,20 @@ def write_record(root: Path, *, accuracies: np.ndarray, sent: int = 100, **run_c
             }
             for agent in range(agents)
         )
-        counts = {"answered": agents, "agents": agents, "failed": {}, "missing": [], "link_bytes": 0, "uplink_bytes": 0}
+        counts = {
+            "answered": agents,
+            "agents": agents,
+            "failed": {},
+            "missing": [],
+            "link_bytes": 0,
+            "uplink_bytes": 0,
+        }
         record.log_round({"round": round, **counts, "seconds": 0.0})
-    total = {"links_total": rounds * sent * agents, "bits_per_weight": 0.25, "busiest_agent_total": 3 * sent}
+    total = {
+        "links_total": rounds * sent * agents,
+        "bits_per_weight": 0.25,
+        "busiest_agent_total": 3 * sent,
+    }
     record.finish("finished", num_rounds=rounds, bytes=total, seconds=float(sent))
     return record.path
 
@@ -665,7 +758,9 @@ def records(tmp_path: Path) -> Iterator[tuple[Path, dict[tuple[str, int], np.nda
     return tmp_path / "records", made
 
 
-def test_table_equals_a_slow_recount(records: tuple[Path, dict[tuple[str, int], np.ndarray]], tmp_path: Path) -> None:
+def test_table_equals_a_slow_recount(
+    records: tuple[Path, dict[tuple[str, int], np.ndarray]], tmp_path: Path
+) -> None:
     root, made = records
     comparison = compare(find_records([root]), target=0.57)
     assert comparison.keys == ("algorithm",)
@@ -744,7 +839,11 @@ def test_records_that_do_not_count_are_named(tmp_path: Path) -> None:
     comparison = compare(find_records([tmp_path]))
     assert [row.mean("accuracy") for row in comparison.rows] == [0.5, 1.0]
     notes = "\n".join(comparison.notes)
-    for path, why in ((old, "newer record"), (stopped, "interrupted"), (going.path, "without a summary")):
+    for path, why in (
+        (old, "newer record"),
+        (stopped, "interrupted"),
+        (going.path, "without a summary"),
+    ):
         assert f"left out: {path.name}" in notes
         assert why in notes
     with pytest.raises(ConfigError, match="at least one finished run"):
@@ -776,7 +875,8 @@ def test_a_folders_runs_stand_in_the_order_of_its_study(tmp_path: Path) -> None:
 
     assert order() == "abcdefg"
     file.write_text(
-        'app = "no longer there"\nconfig = {num-rounds = 9}\n'  # the runs' own was given on the command line
+        # the runs' own was given on the command line
+        'app = "no longer there"\nconfig = {num-rounds = 9}\n'
         "[[runs]]\nlabel = 'torus'\ntopology = 'torus'\n"
         "[[runs]]\nalgorithm = 'mcepl'\ntopology = 'complete'\n"
         "[[runs]]\nalgorithm = ['mcepl', 'dsgd']\nseed = [2, 1]\n"
@@ -804,15 +904,24 @@ def test_what_a_record_does_not_say_is_left_open(tmp_path: Path) -> None:
     bare.finish("finished", num_rounds=2)
     comparison = compare(find_records([tmp_path]))
     assert comparison.keys == ("run",)
-    made, empty = comparison.rows if comparison.rows[0].settings["run"] is None else comparison.rows[::-1]
+    made, empty = (
+        comparison.rows if comparison.rows[0].settings["run"] is None else comparison.rows[::-1]
+    )
     assert made.mean("images") is None
     assert empty.mean("accuracy") is None
     assert empty.best() is None
     assert "-" in next(iter(cells(comparison)))
 
 
-@given(size=st.integers(1, 40), batch=st.integers(1, 12), steps=st.integers(1, 12), epochs=st.integers(0, 3))
-def test_images_are_those_that_the_data_deal_out(size: int, batch: int, steps: int, epochs: int) -> None:
+@given(
+    size=st.integers(1, 40),
+    batch=st.integers(1, 12),
+    steps=st.integers(1, 12),
+    epochs=st.integers(0, 3),
+)
+def test_images_are_those_that_the_data_deal_out(
+    size: int, batch: int, steps: int, epochs: int
+) -> None:
     told = {"batch_size": batch, "local_steps": steps, "local_epochs": epochs}
     taken = epochs * -(-size // batch) if epochs else steps
     dealt = _index_batches(size, steps=taken, batch_size=batch, generator=torch.Generator())

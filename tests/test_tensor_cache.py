@@ -28,7 +28,12 @@ class Decoder:
     def __call__(self) -> dict[str, Tensor]:
         self.calls += 1
         images = torch.arange(24.0).reshape(2, 3, 4).transpose(1, 2)  # not contiguous
-        return {"images": images, "labels": torch.tensor([4, 2]), "none": torch.zeros(0, 3), "flag": torch.tensor(True)}
+        return {
+            "images": images,
+            "labels": torch.tensor([4, 2]),
+            "none": torch.zeros(0, 3),
+            "flag": torch.tensor(True),
+        }
 
 
 def test_what_was_made_is_read(tmp_path: Path) -> None:
@@ -59,7 +64,9 @@ def test_other_settings_are_other_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 5, 30, 100, -1])
-def test_a_damaged_file_is_made_anew(tmp_path: Path, cut: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_file_is_made_anew(
+    tmp_path: Path, cut: int, caplog: pytest.LogCaptureFixture
+) -> None:
     decode = Decoder()
     cached_tensors(tmp_path, SETTINGS, decode)
     (file,) = tmp_path.glob("*.tensors")
@@ -92,9 +99,14 @@ def test_a_decoder_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert same_tensors(cached_tensors(tmp_path, SETTINGS, Decoder()), Decoder()())
 
 
-@pytest.mark.parametrize("settings", [{"x": {1}}, {"x": float("nan")}, {(1, 2): 3}, {"x": Path("data")}])
+@pytest.mark.parametrize(
+    "settings", [{"x": {1}}, {"x": float("nan")}, {(1, 2): 3}, {"x": Path("data")}]
+)
 def test_settings_must_be_plain(tmp_path: Path, settings: Any) -> None:
-    with pytest.raises(ConfigError, match="the settings of cached tensors must be numbers, text, lists and dicts; got"):
+    with pytest.raises(
+        ConfigError,
+        match="the settings of cached tensors must be numbers, text, lists and dicts; got",
+    ):
         cached_tensors(tmp_path, settings, Decoder())
 
 
@@ -141,14 +153,17 @@ def test_nobody_waits_for_ever(
     decode = Decoder()
 
     def hang() -> dict[str, Tensor]:
-        return cached_tensors(tmp_path, SETTINGS, decode)  # another one's lock, as far as flock goes
+        # another one's lock, as far as flock goes
+        return cached_tensors(tmp_path, SETTINGS, decode)
 
     assert same_tensors(cached_tensors(tmp_path, SETTINGS, hang), Decoder()())
     assert "has been making them for too long" in caplog.text
     assert decode.calls == 1
 
 
-def test_a_file_of_another_version_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_of_another_version_is_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cached_tensors(tmp_path, SETTINGS, Decoder())
     (file,) = tmp_path.glob("*.tensors")
     write_sealed(file, b"", TENSORS._replace(version=99))
@@ -173,6 +188,8 @@ print(float(cached_tensors(sys.argv[1], {}, decode)["x"].sum()))
 def test_of_many_processes_one_decodes(tmp_path: Path) -> None:
     made = tmp_path / "made.txt"
     command = [sys.executable, "-c", WORKER, tmp_path, made]
-    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    workers = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
+    ]
     assert [worker.communicate()[0] for worker in workers] == ["3.0\n"] * 2
     assert made.read_text() == "made "

@@ -24,11 +24,16 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
     events = accumulator.EventAccumulator(str(folder)).Reload()
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def test_every_number_is_that_of_the_record(record: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["tensorboard", str(record), "--out", str(tmp_path)], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, ["tensorboard", str(record), "--out", str(tmp_path)], catch_exceptions=False
+    )
     assert result.exit_code == 0, result.output
     found, run = scalars(tmp_path / record.name), read_run(record)
     assert set(found) == {
@@ -43,12 +48,18 @@ def test_every_number_is_that_of_the_record(record: Path, tmp_path: Path) -> Non
     assert found["bytes/links"] == {row["round"]: row["link_bytes"] for row in run.relay}
 
 
-def test_a_run_that_goes_on_is_followed_without_saying_anything_twice(record: Path, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_is_followed_without_saying_anything_twice(
+    record: Path, tmp_path: Path
+) -> None:
     growing = tmp_path / "growing"
     growing.mkdir()
     (growing / "config.json").write_text((record / "config.json").read_text())
-    lines = {name: (record / name).read_text().splitlines(keepends=True) for name in ("rounds.jsonl", "relay.jsonl")}
-    (growing / "rounds.jsonl").write_text("".join(lines["rounds.jsonl"][:4]))  # round 2, and one agent of round 4
+    lines = {
+        name: (record / name).read_text().splitlines(keepends=True)
+        for name in ("rounds.jsonl", "relay.jsonl")
+    }
+    # round 2, and one agent of round 4
+    (growing / "rounds.jsonl").write_text("".join(lines["rounds.jsonl"][:4]))
     (growing / "relay.jsonl").write_text("".join(lines["relay.jsonl"][:3]))
     writer = ScalarWriter(growing, tmp_path / "events")
     assert writer.update().summary is None
@@ -59,7 +70,9 @@ def test_a_run_that_goes_on_is_followed_without_saying_anything_twice(record: Pa
     (growing / "summary.json").write_text(json.dumps({"status": "finished"}))
     assert writer.update().summary is not None
     writer.close()
-    CliRunner().invoke(app, ["tensorboard", str(record), "--out", str(tmp_path)], catch_exceptions=False)
+    CliRunner().invoke(
+        app, ["tensorboard", str(record), "--out", str(tmp_path)], catch_exceptions=False
+    )
     assert scalars(tmp_path / "events") == scalars(tmp_path / record.name)
 
 
@@ -77,7 +90,9 @@ def test_records_of_one_name_get_folders_of_their_own(record: Path, tmp_path: Pa
         (tmp_path / parent / record.name).symlink_to(record)
     command = ["tensorboard", *(str(tmp_path / parent / record.name) for parent in ("a", "b"))]
     CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")], catch_exceptions=False)
-    assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == [f"{p}-{record.name}" for p in ("a", "b")]
+    assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == [
+        f"{p}-{record.name}" for p in ("a", "b")
+    ]
 
 
 def test_without_tensorboard_it_says_what_to_install(

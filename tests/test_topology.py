@@ -55,7 +55,9 @@ def adjacency_of(topology: Topology, round: int = 0) -> np.ndarray:
 
 @light
 @given(edge_lists())
-def test_neighbors_match_the_adjacency_matrix(case: tuple[int, list[tuple[int, int]], bool]) -> None:
+def test_neighbors_match_the_adjacency_matrix(
+    case: tuple[int, list[tuple[int, int]], bool],
+) -> None:
     n, edges, directed = case
     adjacency = slow_adjacency(n, edges, directed)
     topology = Topology.from_edges(edges, num_agents=n, directed=directed)
@@ -105,7 +107,9 @@ def test_metropolis_is_doubly_stochastic_and_matches_slow_loops(
 
 @light
 @given(edge_lists())
-def test_config_networkx_and_pickle_round_trips(case: tuple[int, list[tuple[int, int]], bool]) -> None:
+def test_config_networkx_and_pickle_round_trips(
+    case: tuple[int, list[tuple[int, int]], bool],
+) -> None:
     n, edges, directed = case
     topology = Topology.from_edges(edges, num_agents=n, directed=directed)
     assert Topology.from_config(json.loads(json.dumps(topology.to_config()))) == topology
@@ -162,7 +166,16 @@ def test_global_randomness_is_neither_used_nor_moved() -> None:
 
 
 def test_named_shapes() -> None:
-    assert Topology.ring(4).links() == ((0, 1), (0, 3), (1, 0), (1, 2), (2, 1), (2, 3), (3, 0), (3, 2))
+    assert Topology.ring(4).links() == (
+        (0, 1),
+        (0, 3),
+        (1, 0),
+        (1, 2),
+        (2, 1),
+        (2, 3),
+        (3, 0),
+        (3, 2),
+    )
     assert Topology.path(3).links() == ((0, 1), (1, 0), (1, 2), (2, 1))
     assert Topology.star(3).links() == ((0, 1), (0, 2), (1, 0), (2, 0))
     assert Topology.complete(3).links() == ((0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1))
@@ -171,7 +184,9 @@ def test_named_shapes() -> None:
     assert Topology.parse("torus", num_agents=12) == Topology.torus(3, 4)
     assert Topology.parse("torus:rows=4", num_agents=12) == Topology.torus(4, 3)
     assert Topology.parse("torus:rows=1", num_agents=7) == Topology.torus(1, 7)
-    assert nx.is_isomorphic(Topology.torus(3, 4).to_networkx(), nx.grid_2d_graph(3, 4, periodic=True))
+    assert nx.is_isomorphic(
+        Topology.torus(3, 4).to_networkx(), nx.grid_2d_graph(3, 4, periodic=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["ring", "path", "star", "complete"])
@@ -206,7 +221,9 @@ def test_mean_degree_is_the_expected_degree() -> None:
 
 @light
 @given(n=st.integers(1, 15), data=st.data(), seed=st.integers(0, 99), round=st.integers(0, 10**6))
-def test_random_neighbors_have_the_degree_and_random_access(n: int, data: st.DataObject, seed: int, round: int) -> None:
+def test_random_neighbors_have_the_degree_and_random_access(
+    n: int, data: st.DataObject, seed: int, round: int
+) -> None:
     degree = data.draw(st.integers(0, n - 1))
     topology = Topology.random_neighbors(n, degree=degree, seed=seed)
     assert topology.time_varying
@@ -219,7 +236,9 @@ def test_random_neighbors_have_the_degree_and_random_access(n: int, data: st.Dat
         if degree:
             others = [j for j in range(n) if j != i]  # the slow obvious draw
             stream = numpy_stream(seed, "topology", agent=i, round=round)
-            assert set(senders) == {others[k] for k in stream.choice(n - 1, size=degree, replace=False)}
+            assert set(senders) == {
+                others[k] for k in stream.choice(n - 1, size=degree, replace=False)
+            }
     fresh = Topology.random_neighbors(n, degree=degree, seed=seed)
     for t in (0, 1, round):  # rounds asked for in any order, by another object
         fresh.links(round=t)
@@ -252,8 +271,8 @@ def test_describe() -> None:
     assert pairs.describe().endswith("NOT connected: 2 components")
     chain = Topology.from_edges([(0, 1), (1, 2)], num_agents=3, directed=True)
     assert chain.describe() == (
-        "edges: 3 agents, 2 directed links, in-degree 0 to 1 (mean 0.7), out-degree 0 to 1 (mean 0.7), "
-        "NOT strongly connected: 3 components"
+        "edges: 3 agents, 2 directed links, in-degree 0 to 1 (mean 0.7), out-degree 0 to 1 (mean "
+        "0.7), NOT strongly connected: 3 components"
     )
 
 
@@ -263,7 +282,10 @@ def test_describe_time_varying_reports_the_union() -> None:
     assert not sparse.is_connected()
     said = sparse.describe().rpartition("; ")[2]
     last = int(said.removeprefix("union of rounds 0 to ").removesuffix(" strongly connected"))
-    unions = [nx.DiGraph([e for t in range(k + 1) for e in sparse.links(round=t)]) for k in range(last + 1)]
+    unions = [
+        nx.DiGraph([e for t in range(k + 1) for e in sparse.links(round=t)])
+        for k in range(last + 1)
+    ]
     assert [len(g) == 20 and nx.is_strongly_connected(g) for g in unions] == [False] * last + [True]
     silent = Topology.random_neighbors(3, degree=0, seed=0)
     assert silent.describe().endswith("union of rounds 0 to 2 NOT strongly connected")
@@ -286,7 +308,9 @@ def test_numpy_integers_are_welcome() -> None:
 CHAIN = "0 1 0\n0 0 1\n0 0 0\n"  # 0 sends to 1, 1 sends to 2
 
 
-@pytest.mark.parametrize("text", [CHAIN, "# who sends\n" + CHAIN.replace(" ", ",") + "\n", "\ufeff" + CHAIN])
+@pytest.mark.parametrize(
+    "text", [CHAIN, "# who sends\n" + CHAIN.replace(" ", ",") + "\n", "\ufeff" + CHAIN]
+)
 def test_text_matrix(tmp_path: Path, text: str) -> None:
     (tmp_path / "graph.csv").write_text(text, encoding="utf-8")
     topology = Topology.from_file(tmp_path / "graph.csv")
@@ -361,7 +385,9 @@ def test_bad_arrays_and_sizes_in_files(tmp_path: Path) -> None:
     with pytest.raises(TopologyError, match="has 3 agents, but 4 are asked for"):
         Topology.from_file(tmp_path / "three.npy", num_agents=4)
     (tmp_path / "list.txt").write_text("0 5\n")
-    with pytest.raises(TopologyError, match=r"edge \(0, 5\) names agent 5, but the graph has agents 0..3"):
+    with pytest.raises(
+        TopologyError, match=r"edge \(0, 5\) names agent 5, but the graph has agents 0..3"
+    ):
         Topology.parse(f"file:{tmp_path / 'list.txt'}", num_agents=4)
 
 
@@ -390,7 +416,10 @@ def test_bad_edges(edge: Any, message: str) -> None:
         ("xyzzy", "known: .*star, torus.$"),
         ("", "unknown topology ''"),
         ("ring:degree=2", "unknown parameter of ring 'degree'; known: none"),
-        ("erdos-renyi:degre=3", "unknown parameter of erdos-renyi 'degre'; known: degree, probability. Did"),
+        (
+            "erdos-renyi:degre=3",
+            "unknown parameter of erdos-renyi 'degre'; known: degree, probability. Did",
+        ),
         ("erdos-renyi", "either a probability or a mean degree"),
         ("erdos-renyi:degree=3,probability=0.1", "not both"),
         ("erdos-renyi:degree=12", r"mean degree must be in \[0, 11\]; got 12"),
@@ -434,7 +463,9 @@ def test_bad_number_of_agents(spec: str, n: Any) -> None:
         Topology.parse(spec, num_agents=n)
 
 
-@pytest.mark.parametrize("topology", [Topology.ring(4), Topology.random_neighbors(4, degree=1, seed=0)])
+@pytest.mark.parametrize(
+    "topology", [Topology.ring(4), Topology.random_neighbors(4, degree=1, seed=0)]
+)
 def test_bad_questions(topology: Topology) -> None:
     for ask in (topology.in_neighbors, topology.out_neighbors):
         for agent in (-1, 4):
@@ -446,7 +477,9 @@ def test_bad_questions(topology: Topology) -> None:
             ask(0, round=-1)
     with pytest.raises(TopologyError, match="round must be"):
         topology.mixing(round=-1)
-    with pytest.raises(TopologyError, match=r"unknown mixing kind 'metropolitan'.*Did you mean 'metropolis'"):
+    with pytest.raises(
+        TopologyError, match=r"unknown mixing kind 'metropolitan'.*Did you mean 'metropolis'"
+    ):
         topology.mixing(kind="metropolitan")  # type: ignore[arg-type]
 
 
@@ -469,7 +502,10 @@ def test_networkx_nodes_must_be_numbered() -> None:
         ({"name": "ring", "num_agents": 3, "edges": None, "directed": False}, "what to_config"),
         ({"name": "ring", "num_agents": 2, "edges": [[0, 2]], "directed": False}, "names agent 2"),
         ({"name": "random-neighbors", "num_agents": 3, "degree": 1}, "what to_config.*seed"),
-        ({"name": "random-neighbors", "num_agents": 3, "degree": 1, "seed": "x"}, "seed must be a whole"),
+        (
+            {"name": "random-neighbors", "num_agents": 3, "degree": 1, "seed": "x"},
+            "seed must be a whole",
+        ),
         ({"name": "random-neighbor", "num_agents": 3, "degree": 1, "seed": 0}, "Did you mean"),
         ([], "what to_config"),
     ],

@@ -10,7 +10,15 @@ from flower_mcepl import MceplAgent, Topology, simulate
 from flower_mcepl.exchange.turn import Reply
 
 from .fleet import Reader, same_tensors
-from .reference import LAYERS, NUM_AGENTS, NUM_ROUNDS, VECTORS, FrozenBatches, recorded_masks, reference_agent
+from .reference import (
+    LAYERS,
+    NUM_AGENTS,
+    NUM_ROUNDS,
+    VECTORS,
+    FrozenBatches,
+    recorded_masks,
+    reference_agent,
+)
 
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-6}
 
@@ -23,7 +31,9 @@ def assert_as_after(round: int, agent: MceplAgent) -> None:
     """Scores, mask and logits of the agent are those recorded after the exchange of ``round``."""
     for layer in LAYERS:
         assert_close(
-            agent.model.scores[f"{layer}.weight"].detach(), recorded(f"scores.{round}.{agent.index}.{layer}"), **FLOAT32
+            agent.model.scores[f"{layer}.weight"].detach(),
+            recorded(f"scores.{round}.{agent.index}.{layer}"),
+            **FLOAT32,
         )
     assert same_tensors(agent.model.masks(), recorded_masks("mask", round, agent.index))
     inputs, _ = FrozenBatches(agent.index).batch(round)
@@ -75,13 +85,19 @@ def test_simulate_reproduces_the_trajectory(num_rounds: int) -> None:
                 round,
                 written.reference,
             )
-            assert frame.header.fingerprint == (None if written.reference else agents[agent].fingerprint)
+            assert frame.header.fingerprint == (
+                None if written.reference else agents[agent].fingerprint
+            )
             assert same_tensors(frame.tensors, recorded_masks("sent", round, agent))
         assert_loss(round, agent, reply.metrics["train-loss"])
         seen.add((round, agent))
 
-    simulate(agents, Topology.ring(NUM_AGENTS), num_rounds=num_rounds, evaluate_every=2, on_reply=compare)
-    assert seen == {(round, agent) for round in range(1, num_rounds + 1) for agent in range(NUM_AGENTS)}
+    simulate(
+        agents, Topology.ring(NUM_AGENTS), num_rounds=num_rounds, evaluate_every=2, on_reply=compare
+    )
+    assert seen == {
+        (round, agent) for round in range(1, num_rounds + 1) for agent in range(NUM_AGENTS)
+    }
     for agent in agents:
         assert_as_after(num_rounds, agent)
 
@@ -93,4 +109,7 @@ def test_the_trajectory_depends_on_the_neighbors() -> None:
         for agent in agents:
             agent.train(round=round)
             agent.fuse({}, round=round)
-    assert not any(same_tensors(agent.model.masks(), recorded_masks("mask", 2, agent.index)) for agent in agents)
+    assert not any(
+        same_tensors(agent.model.masks(), recorded_masks("mask", 2, agent.index))
+        for agent in agents
+    )

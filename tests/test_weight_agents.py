@@ -14,7 +14,18 @@ from flower_mcepl.agents.parts.averaging import DEGREE, metropolis_pull
 from flower_mcepl.exchange.turn import Reply, open_mail
 
 from . import slow_weights
-from .baselines import CLOSE, NAMES, PAW, RING, agent_of, arrays, assert_same, data_of, fleet_of, play
+from .baselines import (
+    CLOSE,
+    NAMES,
+    PAW,
+    RING,
+    agent_of,
+    arrays,
+    assert_same,
+    data_of,
+    fleet_of,
+    play,
+)
 from .fleet import Reader, same_tensors
 
 ALONE = ["local", "local-masks"]
@@ -52,7 +63,9 @@ def test_a_cosine_halves_the_step_midway() -> None:
     late.train(round=3)
     plain.train(round=3)
     for name, value in arrays(plain).items():
-        np.testing.assert_allclose(arrays(late)[name] - start[name], 0.5 * (value - start[name]), atol=1e-7)
+        np.testing.assert_allclose(
+            arrays(late)[name] - start[name], 0.5 * (value - start[name]), atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("algorithm", ALONE)
@@ -72,7 +85,11 @@ def test_those_alone_say_and_hear_nothing(algorithm: str) -> None:
 @pytest.mark.parametrize("neighbors", [RING, PAW], ids=["ring", "paw"])
 def test_dsgd_by_the_published_equation(neighbors: Any) -> None:
     agents = fleet_of("dsgd", lr=0.5, weight_decay=0.02)
-    x, data, w = [arrays(agent) for agent in agents], data_of(agents), slow_weights.metropolis(neighbors)
+    x, data, w = (
+        [arrays(agent) for agent in agents],
+        data_of(agents),
+        slow_weights.metropolis(neighbors),
+    )
     for round in (1, 2, 3, 4):  # from the first round on, for then all start equal
         x = slow_weights.dsgd(x, data, w, lr=0.5, decay=0.02)
         play(agents, neighbors, round)
@@ -119,12 +136,16 @@ def test_dfedavgm_by_the_published_equations(neighbors: Any) -> None:
 
 
 def graph_of(neighbors: Any) -> Topology:
-    return Topology.from_edges([(i, j) for i, others in enumerate(neighbors) for j in others if i < j], num_agents=4)
+    return Topology.from_edges(
+        [(i, j) for i, others in enumerate(neighbors) for j in others if i < j], num_agents=4
+    )
 
 
 @pytest.mark.parametrize("key_interval", [0, 1])
 @pytest.mark.parametrize("neighbors", [RING, PAW], ids=["ring", "paw"])
-def test_dfedavgm_of_quantized_differences_by_the_equations(neighbors: Any, key_interval: int) -> None:
+def test_dfedavgm_of_quantized_differences_by_the_equations(
+    neighbors: Any, key_interval: int
+) -> None:
     """Each round from the z that came out of the one before, so that no rounding to another step multiplies."""
     local: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.02, "momentum": 0.8}
     agents = fleet_of("dfedavgm", local_steps=3, precision="int8-differences", **local)
@@ -144,7 +165,9 @@ def test_dfedavgm_of_quantized_differences_by_the_equations(neighbors: Any, key_
         z = []
         for i in range(4):
             sent = {short: replies[round, i].payload[name].numpy() for short, name in NAMES.items()}
-            stepped = slow_weights.heavy_ball(x[i], data[i], steps=3, lr=0.1, decay=0.02, momentum=0.8)
+            stepped = slow_weights.heavy_ball(
+                x[i], data[i], steps=3, lr=0.1, decay=0.02, momentum=0.8
+            )
             for short, value in sent.items():
                 np.testing.assert_allclose(value, stepped[short], **CLOSE)
                 held[i][short] = held[i][short] + slow_weights.in_127_steps(value - held[i][short])
@@ -172,14 +195,19 @@ def test_errors_of_differences_are_smaller_than_those_of_whole_weights() -> None
             error = torch.cat([(came[name] - payload[name]).flatten() for name in NAMES.values()])
             errors.setdefault(precision, []).append(float(error.square().mean().sqrt()))
             assert round < 2 or came[DEGREE].tolist() == [2.0]
-    assert all(ours < theirs for ours, theirs in zip(errors["int8-differences"], errors["int8"], strict=True))
+    assert all(
+        ours < theirs
+        for ours, theirs in zip(errors["int8-differences"], errors["int8"], strict=True)
+    )
     assert errors["int8-differences"][-1] < 0.1 * errors["int8"][-1]
 
 
 def one_hot_payloads(degrees: list[int]) -> dict[int, dict[str, Tensor]]:
     """Payloads from which the mixing matrix can be read: agent j holds the j-th unit vector."""
     unit = torch.eye(len(degrees), dtype=torch.float64)
-    return {j: {"x": unit[j], DEGREE: torch.tensor([float(degrees[j])])} for j in range(len(degrees))}
+    return {
+        j: {"x": unit[j], DEGREE: torch.tensor([float(degrees[j])])} for j in range(len(degrees))
+    }
 
 
 def row_of(i: int, others: list[int], degrees: list[int]) -> np.ndarray[Any, Any]:
@@ -190,7 +218,9 @@ def row_of(i: int, others: list[int], degrees: list[int]) -> np.ndarray[Any, Any
 
 
 @given(n=st.integers(2, 9), p=st.floats(0.1, 1.0), seed=st.integers(0, 999))
-def test_where_all_are_heard_the_weights_are_the_metropolis_matrix(n: int, p: float, seed: int) -> None:
+def test_where_all_are_heard_the_weights_are_the_metropolis_matrix(
+    n: int, p: float, seed: int
+) -> None:
     linked = np.triu(np.random.default_rng(seed).random((n, n)) < p, 1)
     neighbors = [list(np.flatnonzero(row)) for row in linked | linked.T]
     rows = [row_of(i, neighbors[i], [len(others) for others in neighbors]) for i in range(n)]
@@ -202,7 +232,9 @@ def test_where_all_are_heard_the_weights_are_the_metropolis_matrix(n: int, p: fl
 
 
 @given(data=st.data(), n=st.integers(2, 9))
-def test_whoever_is_missing_and_whatever_they_say_rows_sum_to_one(data: st.DataObject, n: int) -> None:
+def test_whoever_is_missing_and_whatever_they_say_rows_sum_to_one(
+    data: st.DataObject, n: int
+) -> None:
     degrees = data.draw(st.lists(st.integers(0, 12), min_size=n, max_size=n))
     others = sorted(data.draw(st.sets(st.integers(1, n - 1))))
     row = row_of(0, others, degrees)

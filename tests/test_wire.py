@@ -36,7 +36,8 @@ quick = settings(deadline=None, max_examples=60)
 FINGERPRINT = "000102030405060708090a0b0c0d0e0f"
 BITS = torch.tensor([[1, 0, 1], [1, 0, 0], [0, 1, 1]], dtype=torch.bool)
 TENSORS = {"a": BITS, "b": torch.tensor(-1.5)}
-# The test vectors of docs/wire-format.md. If one changes, WIRE_VERSION must change, too.
+# The test vectors of docs/wire-format.md. If one changes, WIRE_VERSION must change,
+# too.
 GOLDEN = bytes.fromhex(
     "4d43504c 02 01 0200 03000000 07000000 ffffffff 3c9b72e00a28a39f 81814013501d2537 59000000"
     "000102030405060708090a0b0c0d0e0f 0100 61 02 03000000 03000000 0100 62 00"
@@ -94,7 +95,9 @@ def is_same(left: Tensor, right: Tensor) -> bool:
     if left.dtype != right.dtype or left.shape != right.shape or left.layout != right.layout:
         return False
     if left.layout is torch.sparse_coo:
-        return torch.equal(left.indices(), right.indices()) and torch.equal(left.values(), right.values())
+        return torch.equal(left.indices(), right.indices()) and torch.equal(
+            left.values(), right.values()
+        )
     return torch.equal(left, right)
 
 
@@ -106,7 +109,9 @@ def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None
 
 def sparse_of(mask: Tensor, values: Tensor) -> Tensor:
     """Values where the mask is on; zeros among them count."""
-    return torch.sparse_coo_tensor(mask.nonzero().t(), values[mask], mask.shape, check_invariants=True).coalesce()
+    return torch.sparse_coo_tensor(
+        mask.nonzero().t(), values[mask], mask.shape, check_invariants=True
+    ).coalesce()
 
 
 # ---- what agents send -------------------------------------------------------------------------------------
@@ -151,17 +156,25 @@ class Case:
     def plain_reference(self) -> oracle.Reference | None:
         if self.reference is None:
             return None
-        bits = {name: plain(tensor, "float32").bits for name, tensor in self.reference.tensors.items()}
+        bits = {
+            name: plain(tensor, "float32").bits for name, tensor in self.reference.tensors.items()
+        }
         flips = {name: flips.tolist() for name, flips in self.reference.flips.items()}
         values = {
             name: tensor.flatten().tolist()
             for name, tensor in self.reference.tensors.items()
             if bits[name] is None and tensor.shape == self.tensors[name].shape
         }
-        return oracle.Reference(self.reference.round, {n: b for n, b in bits.items() if b is not None}, flips, values)
+        return oracle.Reference(
+            self.reference.round, {n: b for n, b in bits.items() if b is not None}, flips, values
+        )
 
     def plain_classes(self) -> dict[str, list[int]] | None:
-        return None if self.labels is None else {n: label.flatten().tolist() for n, label in self.labels.items()}
+        return (
+            None
+            if self.labels is None
+            else {n: label.flatten().tolist() for n, label in self.labels.items()}
+        )
 
 
 def plain(tensor: Tensor, precision: str) -> oracle.Layer:
@@ -170,8 +183,12 @@ def plain(tensor: Tensor, precision: str) -> oracle.Layer:
         return oracle.Layer(shape, tensor.flatten().int().tolist())
     if tensor.layout is torch.strided:
         return oracle.Layer(shape, None, tensor.flatten().tolist(), precision)
-    on = torch.sparse_coo_tensor(tensor.indices(), torch.ones(len(tensor.values())), shape, check_invariants=True)
-    return oracle.Layer(shape, on.to_dense().flatten().int().tolist(), tensor.values().tolist(), precision)
+    on = torch.sparse_coo_tensor(
+        tensor.indices(), torch.ones(len(tensor.values())), shape, check_invariants=True
+    )
+    return oracle.Layer(
+        shape, on.to_dense().flatten().int().tolist(), tensor.values().tolist(), precision
+    )
 
 
 def tensor_of(layer: oracle.Layer) -> Tensor:
@@ -182,16 +199,24 @@ def tensor_of(layer: oracle.Layer) -> Tensor:
     mask = torch.tensor(layer.bits, dtype=torch.bool).reshape(layer.shape)
     if values is None:
         return mask
-    return torch.sparse_coo_tensor(mask.nonzero().t(), values, layer.shape, is_coalesced=True, check_invariants=True)
+    return torch.sparse_coo_tensor(
+        mask.nonzero().t(), values, layer.shape, is_coalesced=True, check_invariants=True
+    )
 
 
 @st.composite
-def cases(draw: st.DrawFn, precisions: Sequence[str] = (*PRECISIONS,), *, known: bool = False) -> Case:
+def cases(
+    draw: st.DrawFn, precisions: Sequence[str] = (*PRECISIONS,), *, known: bool = False
+) -> Case:
     """``known``: there is a reference, and most likely one of use."""
     precision = draw(st.sampled_from(precisions))
     of_differences = PRECISIONS[precision].of_differences  # for dense layers alone
     kinds = [FLOATS, FLOATS, MASK] if of_differences else [MASK, MASK, FLOATS, SPARSE]
-    layers = draw(st.dictionaries(names, st.tuples(shapes, st.sampled_from(kinds)), min_size=int(known), max_size=3))
+    layers = draw(
+        st.dictionaries(
+            names, st.tuples(shapes, st.sampled_from(kinds)), min_size=int(known), max_size=3
+        )
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
 
     def random_mask(shape: tuple[int, ...], density: float) -> Tensor:
@@ -208,10 +233,20 @@ def cases(draw: st.DrawFn, precisions: Sequence[str] = (*PRECISIONS,), *, known:
             if draw(st.booleans()):
                 flips[name] = np.flatnonzero(random_mask(shape, draw(rates)).flatten().numpy())
         if kind == FLOATS and draw(st.integers(0, 5)):
-            near = values - draw(st.sampled_from([0.0, 1e-3, 1.0])) * torch.randn(shape, generator=generator)
-            last[name] = draw(st.sampled_from([*[near] * 6, near.reshape(1, *shape), old, sparse_of(old, near)]))
-        labels[name] = torch.randint(0, draw(st.sampled_from([1, 3, 9])), shape, generator=generator).to(torch.uint8)
-    reference = Reference(draw(st.sampled_from([0, 6])), last, flips) if known or draw(st.booleans()) else None
+            near = values - draw(st.sampled_from([0.0, 1e-3, 1.0])) * torch.randn(
+                shape, generator=generator
+            )
+            last[name] = draw(
+                st.sampled_from([*[near] * 6, near.reshape(1, *shape), old, sparse_of(old, near)])
+            )
+        labels[name] = torch.randint(
+            0, draw(st.sampled_from([1, 3, 9])), shape, generator=generator
+        ).to(torch.uint8)
+    reference = (
+        Reference(draw(st.sampled_from([0, 6])), last, flips)
+        if known or draw(st.booleans())
+        else None
+    )
     return Case(tensors, reference, labels if draw(st.booleans()) else None, precision)
 
 
@@ -243,12 +278,16 @@ def test_round_trip_and_bytes_of_the_oracle(case: Case, packed: bool) -> None:
     )
     assert_same(came, {name: tensor_of(layer) for name, layer in layers.items()})
     of_differences = PRECISIONS[case.precision].of_differences
-    assert_same(written.decoded, {n: t for n, t in came.items() if t.dtype != torch.bool} if of_differences else {})
+    assert_same(
+        written.decoded,
+        {n: t for n, t in came.items() if t.dtype != torch.bool} if of_differences else {},
+    )
     if case.precision == "float32":
         assert_same(came, case.tensors)
     header = read_header(written.data, shapes_of(case.tensors))
     tellings = {
-        str(entry.name): oracle.Telling(entry.kind, entry.with_classes, entry.with_recent) for entry in header.layers
+        str(entry.name): oracle.Telling(entry.kind, entry.with_classes, entry.with_recent)
+        for entry in header.layers
     }
     again = oracle.encode(
         case.plain(),
@@ -275,7 +314,12 @@ def test_frames_of_the_oracle_told_in_any_way_are_read(case: Case, data: st.Data
     for name in case.tensors:
         known = reference is not None and name in reference.bits
         kind = data.draw(st.sampled_from([PACKED, ALONE, *([DELTA] * 3 if known else [])]))
-        with_recent = kind == DELTA and reference is not None and name in reference.flips and data.draw(st.booleans())
+        with_recent = (
+            kind == DELTA
+            and reference is not None
+            and name in reference.flips
+            and data.draw(st.booleans())
+        )
         with_classes = kind != PACKED and case.labels is not None and data.draw(st.booleans())
         tellings[name] = oracle.Telling(kind, with_classes, with_recent)
     frame = oracle.encode(
@@ -288,7 +332,9 @@ def test_frames_of_the_oracle_told_in_any_way_are_read(case: Case, data: st.Data
         classes=case.plain_classes(),
     )
     came = case.decode(frame)
-    wanted = oracle.decode(frame, shapes=shapes_of(case.tensors), reference=reference, classes=case.plain_classes())
+    wanted = oracle.decode(
+        frame, shapes=shapes_of(case.tensors), reference=reference, classes=case.plain_classes()
+    )
     assert_same(came, {name: tensor_of(layer) for name, layer in wanted.items()})
 
 
@@ -298,25 +344,42 @@ def test_golden_frame_never_drifts() -> None:
     header = read_header(GOLDEN)
     assert (header.version, header.sender, header.round, header.reference) == (2, 3, 7, None)
     assert (header.model, header.content) == ("3c9b72e00a28a39f", "81814013501d2537")
-    assert (header.fingerprint, header.total, header.coded_bytes, header.header_bytes) == (FINGERPRINT, 89, 0, 83)
-    assert header.layers == (LayerEntry("a", (3, 3), PACKED, None), LayerEntry("b", (), 0, PRECISIONS["float32"]))
+    assert (header.fingerprint, header.total, header.coded_bytes, header.header_bytes) == (
+        FINGERPRINT,
+        89,
+        0,
+        83,
+    )
+    assert header.layers == (
+        LayerEntry("a", (3, 3), PACKED, None),
+        LayerEntry("b", (), 0, PRECISIONS["float32"]),
+    )
 
 
 def test_golden_delta_frame_never_drifts() -> None:
-    written = write_frame(NEW, sender=3, round=7, fingerprint=FINGERPRINT, reference=SIX, prior=CLASSES)
+    written = write_frame(
+        NEW, sender=3, round=7, fingerprint=FINGERPRINT, reference=SIX, prior=CLASSES
+    )
     assert written.data == GOLDEN_DELTA
     assert written.flips["w"].tolist() == [8, 20, 22]
     frame = decode_frame(GOLDEN_DELTA, fingerprint=FINGERPRINT, **DELTA_KNOWN)
     assert_same(frame.tensors, NEW)
     assert frame.flips["w"].tolist() == [8, 20, 22]
-    assert frame.header.layers == (LayerEntry("w", (24,), DELTA, None, with_classes=True, with_recent=True, told=3),)
+    assert frame.header.layers == (
+        LayerEntry("w", (24,), DELTA, None, with_classes=True, with_recent=True, told=3),
+    )
     assert frame.as_reference().round == 7
 
 
 def test_golden_frame_of_differences_never_drifts() -> None:
     new = {"v": torch.tensor([1.5, -2.25, 0.5])}
     written = write_frame(
-        new, sender=3, round=7, fingerprint=FINGERPRINT, reference=VALUES, precision="int8-differences"
+        new,
+        sender=3,
+        round=7,
+        fingerprint=FINGERPRINT,
+        reference=VALUES,
+        precision="int8-differences",
     )
     assert written.data == GOLDEN_DIFFERENCES
     assert written.reference == 6
@@ -330,7 +393,9 @@ def test_golden_frame_of_differences_never_drifts() -> None:
 
 def test_the_page_shows_the_same_bytes() -> None:
     page = (Path(__file__).parents[1] / "docs" / "wire-format.md").read_text()
-    blocks = [block for block in page.split("```") if "magic" in block and "checksum of bytes" in block]
+    blocks = [
+        block for block in page.split("```") if "magic" in block and "checksum of bytes" in block
+    ]
     frames = []
     for block in blocks:
         frame = b""
@@ -355,16 +420,29 @@ def test_the_page_shows_the_same_bytes() -> None:
 def test_golden_symbols_are_those_of_the_page() -> None:
     told: list[tuple[int, int]] = []
     groups = oracle.sort_weights(24, LAST["w"].int().tolist(), [22], [0] * 19 + [1] * 5)
-    oracle.write_positions(lambda *symbol: told.append(symbol), [[int(k in (8, 20, 22)) for k in g] for g in groups])
+    oracle.write_positions(
+        lambda *symbol: told.append(symbol), [[int(k in (8, 20, 22)) for k in g] for g in groups]
+    )
     assert [len(group) for group in groups] == [0, 1, 17, 2, 3, 1]
-    counts = [(1, 1677721), (1, 6790777), (0, 5304830), (0, 2796202), (0, 645277), (1, 3595117), (0, 1161499)]
+    counts = [
+        (1, 1677721),
+        (1, 6790777),
+        (0, 5304830),
+        (0, 2796202),
+        (0, 645277),
+        (1, 3595117),
+        (0, 1161499),
+    ]
     gap = [(1, 8134407), (1, 7880673), (1, 7376450), (0, 6393341), (0, 4611749)]
     assert told == [*counts, (0, 1677721), *gap, (1, 5592405), (0, 5592405), (0, 5592405)]
 
 
 def test_bytes_do_not_depend_on_order_layout_or_gradient() -> None:
     assert encode(dict(reversed(TENSORS.items())), packed=True) == GOLDEN
-    scattered = {"a": BITS.t().contiguous().t(), "b": torch.tensor([-1.5, 9.0], requires_grad=True)[0]}
+    scattered = {
+        "a": BITS.t().contiguous().t(),
+        "b": torch.tensor([-1.5, 9.0], requires_grad=True)[0],
+    }
     assert not scattered["a"].is_contiguous()
     assert encode(scattered, packed=True) == GOLDEN
     sloppy_true = {"a": torch.tensor([2, 0, 255], dtype=torch.uint8).view(torch.bool)}
@@ -378,12 +456,19 @@ def test_bytes_do_not_depend_on_order_layout_or_gradient() -> None:
 def test_order_of_reference_and_classes_does_not_matter() -> None:
     generator = torch.Generator().manual_seed(0)
     last = {name: torch.rand(200, generator=generator) < 0.3 for name in "abc"}
-    new = {name: mask ^ (torch.rand(200, generator=generator) < 0.03) for name, mask in last.items()}
+    new = {
+        name: mask ^ (torch.rand(200, generator=generator) < 0.03) for name, mask in last.items()
+    }
     labels = {name: torch.arange(200).to(torch.uint8) % 4 for name in "abc"}
     flips = {name: np.arange(5) for name in "abc"}
-    back = {name: dict(reversed(found.items())) for name, found in (("l", last), ("f", flips), ("p", labels))}
+    back = {
+        name: dict(reversed(found.items()))
+        for name, found in (("l", last), ("f", flips), ("p", labels))
+    }
     assert encode(new, reference=Reference(1, last, flips), prior=Prior(labels)) == encode(
-        dict(reversed(new.items())), reference=Reference(1, back["l"], back["f"]), prior=Prior(back["p"])
+        dict(reversed(new.items())),
+        reference=Reference(1, back["l"], back["f"]),
+        prior=Prior(back["p"]),
     )
 
 
@@ -394,29 +479,42 @@ def test_scalars_empty_layers_and_no_layers() -> None:
         "none": torch.zeros(0, 5),
         "wide": torch.zeros(2, 0, dtype=torch.bool),
         "sparse": sparse_of(torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 0)),
-        "off": torch.sparse_coo_tensor(torch.zeros(0, 0, dtype=torch.long), none, (), check_invariants=True).coalesce(),
+        "off": torch.sparse_coo_tensor(
+            torch.zeros(0, 0, dtype=torch.long), none, (), check_invariants=True
+        ).coalesce(),
         "on": sparse_of(torch.tensor(True), torch.tensor(2.5)),
     }
     for packed in (False, True):
         assert_same(decode_frame(encode(tensors, packed=packed)).tensors, tensors)
         assert decode_frame(encode({}, packed=packed)).tensors == {}
-    again = decode_frame(encode(tensors, reference=Reference(0, tensors)), references=[Reference(0, tensors)])
+    again = decode_frame(
+        encode(tensors, reference=Reference(0, tensors)), references=[Reference(0, tensors)]
+    )
     assert_same(again.tensors, tensors)
 
 
 def test_floats_keep_every_bit() -> None:
-    odd = torch.tensor([0x7FC00123, -0x80000000, 0x00000001, 0x7F800000, 0x7F800001], dtype=torch.int32)
+    odd = torch.tensor(
+        [0x7FC00123, -0x80000000, 0x00000001, 0x7F800000, 0x7F800001], dtype=torch.int32
+    )
     came = decode_frame(encode({"w": odd.view(torch.float32)})).tensors["w"]
     assert torch.equal(came.view(torch.int32), odd)  # NaN -0 tiny inf and a signaling NaN
 
 
 def test_halves_and_bytes_round_as_torch_does() -> None:
-    values = torch.cat([torch.randn(500, generator=torch.Generator().manual_seed(1)) * 10.0**e for e in range(-9, 9)])
+    values = torch.cat(
+        [
+            torch.randn(500, generator=torch.Generator().manual_seed(1)) * 10.0**e
+            for e in range(-9, 9)
+        ]
+    )
     for precision, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
         came = decode_frame(encode({"w": values}, precision=precision)).tensors["w"]
         assert came.dtype == torch.float32
         assert torch.equal(came, values.to(dtype).float())
-        assert torch.equal(decode_frame(encode({"w": values.to(dtype)}, precision=precision)).tensors["w"], came)
+        assert torch.equal(
+            decode_frame(encode({"w": values.to(dtype)}, precision=precision)).tensors["w"], came
+        )
     came = decode_frame(encode({"w": values}, precision="int8")).tensors["w"]
     assert (came - values).abs().max() <= 0.501 * values.abs().max() / 127
     for flat in (torch.zeros(5), torch.full((5,), 1e-45), torch.zeros(0)):
@@ -447,7 +545,12 @@ def test_differences_miss_by_half_a_step_of_the_largest_change(
 
 def test_what_has_no_base_travels_whole_and_exact() -> None:
     values = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-    useless = [torch.zeros(3, 2), torch.zeros(6), torch.zeros(2, 3).bool(), sparse_of(torch.ones(2, 3) > 0, values)]
+    useless = [
+        torch.zeros(3, 2),
+        torch.zeros(6),
+        torch.zeros(2, 3).bool(),
+        sparse_of(torch.ones(2, 3) > 0, values),
+    ]
     for reference in (None, Reference(6, {}), *(Reference(6, {"w": tensor}) for tensor in useless)):
         frame = encode({"w": values}, reference=reference, precision="int8-differences")
         header = read_header(frame)
@@ -456,11 +559,17 @@ def test_what_has_no_base_travels_whole_and_exact() -> None:
 
 
 def test_one_weight_is_as_short_as_it_is_exact() -> None:
-    values = {"all": torch.tensor([0.1, 0.2]), "one": torch.tensor([0.3]), "none": torch.zeros(0, 2)}
+    values = {
+        "all": torch.tensor([0.1, 0.2]),
+        "one": torch.tensor([0.3]),
+        "none": torch.zeros(0, 2),
+    }
     known = Reference(6, {name: torch.zeros_like(tensor) for name, tensor in values.items()})
     frame = encode(values, reference=known, precision="int8-differences")
     found = decode_frame(frame, layers=shapes_of(values), references=[known])
-    told = {str(layer.name): layer.precision.name for layer in found.header.layers if layer.precision}
+    told = {
+        str(layer.name): layer.precision.name for layer in found.header.layers if layer.precision
+    }
     assert told == {"all": "int8-differences", "none": "float32", "one": "float32"}
     assert found.tensors["one"].tolist() == values["one"].tolist()
 
@@ -470,11 +579,16 @@ def test_packing_the_masks_leaves_the_differences_as_they_are() -> None:
     random = torch.rand(400, generator=generator) < 0.5  # nothing to gain from the reference
     known = Reference(6, {"m": random.roll(1), "w": torch.zeros(50)})
     new = {"m": random, "w": torch.randn(50, generator=generator)}
-    frames = [encode(new, reference=known, precision="int8-differences", packed=packed) for packed in (False, True)]
+    frames = [
+        encode(new, reference=known, precision="int8-differences", packed=packed)
+        for packed in (False, True)
+    ]
     assert frames[0] == frames[1]
     header = read_header(frames[0], shapes_of(new))
     assert (header.reference, header.layers[0].kind) == (6, PACKED)
-    assert torch.equal(decode_frame(frames[0], layers=shapes_of(new), references=[known]).tensors["m"], random)
+    assert torch.equal(
+        decode_frame(frames[0], layers=shapes_of(new), references=[known]).tensors["m"], random
+    )
 
 
 def test_the_content_of_differences_is_that_of_the_values_they_give() -> None:
@@ -491,22 +605,31 @@ def test_the_content_of_differences_is_that_of_the_values_they_give() -> None:
 def test_against_another_base_differences_ask_for_a_whole_frame() -> None:
     for base, reason in (
         (torch.tensor([1.0, -2.0, 0.75]), "it decodes to something else than was encoded"),
-        (torch.tensor([1.0, -2.0]), "'v' the receiver does not know its values of an earlier round"),
+        (
+            torch.tensor([1.0, -2.0]),
+            "'v' the receiver does not know its values of an earlier round",
+        ),
         (torch.ones(3).bool(), "'v' the receiver does not know its values of an earlier round"),
         (None, "'v' the receiver does not know its values of an earlier round"),
     ):
         reference = Reference(6, {} if base is None else {"v": base})
         with pytest.raises(errors.MissingReferenceError, match=reason):
             decode_frame(GOLDEN_DIFFERENCES, layers={"v": (3,)}, references=[reference])
-    with pytest.raises(errors.MissingReferenceError, match=r"builds on round 6, and the rounds held .* are: 5"):
-        decode_frame(GOLDEN_DIFFERENCES, layers={"v": (3,)}, references=[Reference(5, VALUES.tensors)])
+    with pytest.raises(
+        errors.MissingReferenceError, match=r"builds on round 6, and the rounds held .* are: 5"
+    ):
+        decode_frame(
+            GOLDEN_DIFFERENCES, layers={"v": (3,)}, references=[Reference(5, VALUES.tensors)]
+        )
 
 
 def test_odd_differences_are_refused_without_a_crash() -> None:
     for scale in (float("nan"), float("inf"), -1.0, 3e38, 0.0):
         with pytest.raises(errors.MissingReferenceError, match="something else"):
             decode_frame(forged(GOLDEN_DIFFERENCES, 42, struct.pack("<f", scale)), **VALUES_KNOWN)
-    with pytest.raises(errors.CorruptFrameError, match="builds on another frame, but the header names none"):
+    with pytest.raises(
+        errors.CorruptFrameError, match="builds on another frame, but the header names none"
+    ):
         decode_frame(forged(GOLDEN_DIFFERENCES, 16, b"\xff\xff\xff\xff"), **VALUES_KNOWN)
 
 
@@ -550,7 +673,9 @@ def test_every_kind_of_buffer() -> None:
 @given(case=all_cases)
 def test_never_longer_than_packed_bits(case: Case) -> None:
     packed = encode(case.tensors, packed=True, precision=case.precision)
-    ours = encode(case.tensors, reference=case.reference, prior=case.prior, precision=case.precision)
+    ours = encode(
+        case.tensors, reference=case.reference, prior=case.prior, precision=case.precision
+    )
     assert len(ours) <= len(packed)
 
 
@@ -581,7 +706,8 @@ def test_classes_and_recent_flips_pay_where_they_tell_something() -> None:
     assert len(frame) < 0.8 * len(encode(new, reference=Reference(5, last)))
     entry = read_header(frame, {"w": (100_000,)}).layers[0]
     assert (entry.with_classes, entry.with_recent) == (True, True)
-    many = Reference(5, last, {"w": np.arange(10_000)})  # more than one in 16 has flipped: no groups of their own
+    # more than one in 16 has flipped: no groups of their own
+    many = Reference(5, last, {"w": np.arange(10_000)})
     assert not read_header(encode(new, reference=many), {"w": (100_000,)}).layers[0].with_recent
 
 
@@ -594,7 +720,8 @@ def test_all_on_and_all_off_cost_nothing() -> None:
 
 def test_a_delta_frame_does_not_describe_itself() -> None:
     assert read_header(encode(NEW, reference=Reference(6, LAST))).fingerprint is None
-    assert read_header(encode(NEW, reference=Reference(0, LAST))).fingerprint == FINGERPRINT  # a key frame
+    # a key frame
+    assert read_header(encode(NEW, reference=Reference(0, LAST))).fingerprint == FINGERPRINT
     header = read_header(GOLDEN_DELTA)
     assert (header.layers[0].name, header.layers[0].shape, header.layers[0].told) == (None, None, 3)
     random = torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -612,8 +739,12 @@ def test_other_types_name_the_way_out(dtype: torch.dtype) -> None:
 
 
 def test_what_does_not_fit_is_a_config_error() -> None:
-    uncoalesced = torch.sparse_coo_tensor(torch.tensor([[0, 0]]), torch.ones(2), (3,), check_invariants=True)
-    hybrid = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1, 2), (3, 2), check_invariants=True).coalesce()
+    uncoalesced = torch.sparse_coo_tensor(
+        torch.tensor([[0, 0]]), torch.ones(2), (3,), check_invariants=True
+    )
+    hybrid = torch.sparse_coo_tensor(
+        torch.tensor([[0]]), torch.ones(1, 2), (3, 2), check_invariants=True
+    ).coalesce()
     for tensors in (
         {"w": uncoalesced},
         {"w": hybrid},
@@ -629,13 +760,20 @@ def test_what_does_not_fit_is_a_config_error() -> None:
     for sender, round in ((-1, 0), (2**32, 0), (0, -1), (0, 2**32 - 1)):
         with pytest.raises(errors.ConfigError, match=f"lie in 0 to .*; got {sender or round}"):
             encode(TENSORS, sender=sender, round=round)
-    for fingerprint in ("", "ab", FINGERPRINT.upper().replace("0", "A"), "g" * 32, FINGERPRINT + "\n"):
+    for fingerprint in (
+        "",
+        "ab",
+        FINGERPRINT.upper().replace("0", "A"),
+        "g" * 32,
+        FINGERPRINT + "\n",
+    ):
         with pytest.raises(errors.ConfigError, match="hex"):
             encode_frame(TENSORS, sender=0, round=0, fingerprint=fingerprint)
         with pytest.raises(errors.ConfigError, match="hex"):
             decode_frame(GOLDEN, fingerprint=fingerprint)
     with pytest.raises(
-        errors.ConfigError, match="one of float32, float16, bfloat16, int8, int8-differences; got 'fp8'"
+        errors.ConfigError,
+        match="one of float32, float16, bfloat16, int8, int8-differences; got 'fp8'",
     ):
         encode(TENSORS, precision="fp8")
     for value in (float("nan"), float("inf")):
@@ -652,8 +790,14 @@ def test_differences_must_be_finite(value: float) -> None:
 
 def test_differences_of_sparse_layers_are_refused_with_the_way_out() -> None:
     for reference in (None, Reference(6, {"w": torch.zeros(3, 3)})):
-        with pytest.raises(errors.ConfigError, match=r"for dense layers.*'w' is sparse\. Send it with .* int8"):
-            encode({"w": sparse_of(BITS, torch.ones(3, 3))}, reference=reference, precision="int8-differences")
+        with pytest.raises(
+            errors.ConfigError, match=r"for dense layers.*'w' is sparse\. Send it with .* int8"
+        ):
+            encode(
+                {"w": sparse_of(BITS, torch.ones(3, 3))},
+                reference=reference,
+                precision="int8-differences",
+            )
 
 
 def test_classes_must_be_for_the_layer() -> None:
@@ -673,7 +817,9 @@ def test_every_truncation_is_called_truncated(length: int) -> None:
 
 
 def test_truncation_names_sender_and_round() -> None:
-    with pytest.raises(errors.TruncatedFrameError, match="sender 3 in round 7 says 89 bytes and has 80"):
+    with pytest.raises(
+        errors.TruncatedFrameError, match="sender 3 in round 7 says 89 bytes and has 80"
+    ):
         decode_frame(GOLDEN[:80])
 
 
@@ -693,7 +839,8 @@ def test_every_flipped_bit_is_refused_by_name(good: bytes, known: dict[str, Any]
         elif byte == 4 and data[4]:
             expected = errors.FutureFrameError
         elif 36 <= byte < 40 and int.from_bytes(data[36:40], "little") > len(data):
-            expected = errors.TruncatedFrameError  # it says more than came: nobody can tell the two apart
+            # it says more than came: nobody can tell the two apart
+            expected = errors.TruncatedFrameError
         with pytest.raises(expected) as caught:
             decode_frame(data, fingerprint=FINGERPRINT, sender=3, latest_round=7, **known)
         assert type(caught.value) is expected
@@ -702,7 +849,11 @@ def test_every_flipped_bit_is_refused_by_name(good: bytes, known: dict[str, Any]
 @quick
 @given(data=st.binary(max_size=200), start=st.sampled_from([0, 4, 5, 8, 40, 72]))
 def test_garbage_raises_nothing_but_frame_errors(data: bytes, start: int) -> None:
-    for candidate in (GOLDEN[:start] + data, sealed(GOLDEN[:start] + data), replaced(GOLDEN, start, 81, data)):
+    for candidate in (
+        GOLDEN[:start] + data,
+        sealed(GOLDEN[:start] + data),
+        replaced(GOLDEN, start, 81, data),
+    ):
         with pytest.raises(errors.FrameError):
             decode_frame(candidate)
 
@@ -720,7 +871,9 @@ def test_forged_frames_with_a_good_checksum_decode_to_what_was_encoded_or_are_re
     except errors.FrameError:
         return
     came = [frame.tensors[name] for name in sorted(frame.tensors)]
-    assert [tensor.flatten().tolist() for tensor in came] == [tensor.flatten().tolist() for tensor in TENSORS.values()]
+    assert [tensor.flatten().tolist() for tensor in came] == [
+        tensor.flatten().tolist() for tensor in TENSORS.values()
+    ]
 
 
 def test_nothing_large_is_allocated_for_declared_sizes() -> None:
@@ -728,9 +881,12 @@ def test_nothing_large_is_allocated_for_declared_sizes() -> None:
     claims = (
         forged(GOLDEN, 36, b"\xff\xff\xff\xff"),
         forged(GOLDEN, 60, huge),
-        replaced(forged(GOLDEN, 60, huge), LINES, LINES + 1, b"\x10\x00"),  # all off, so that the length is right
+        # all off, so that the length is right
+        replaced(forged(GOLDEN, 60, huge), LINES, LINES + 1, b"\x10\x00"),
         replaced(forged(GOLDEN, 60, huge), LINES, LINES + 1, b"\x10" + varint(2**59)),
-        replaced(forged(GOLDEN, 60, struct.pack("<II", 2**12, 2**12)), LINES, LINES + 1, b"\x10\x00"),
+        replaced(
+            forged(GOLDEN, 60, struct.pack("<II", 2**12, 2**12)), LINES, LINES + 1, b"\x10\x00"
+        ),
         forged(GOLDEN, 6, b"\xff\xff"),
         forged(GOLDEN, 56, b"\xff\xff"),
         forged(GOLDEN, 59, b"\xff"),
@@ -753,7 +909,10 @@ def test_a_frame_that_tells_of_many_weights_needs_little_more_memory_than_an_hon
     known: dict[str, Any] = {"layers": {"w": (400_000,)}, "references": [Reference(6, last)]}
     honest = encode(new, reference=Reference(6, last))
     peaks = []
-    for line in (honest[40:-8], *(b"\x18" + varint(n) + varint(0) for n in (20_000, 25_000, 200_000, 400_000))):
+    for line in (
+        honest[40:-8],
+        *(b"\x18" + varint(n) + varint(0) for n in (20_000, 25_000, 200_000, 400_000)),
+    ):
         data = replaced(honest, 40, len(honest) - 8, line)
         tracemalloc.start()
         try:
@@ -804,7 +963,9 @@ def test_strides_of_an_empty_layer_cannot_overflow() -> None:
         (28, 29, b"\x82", "it decodes to something else than was encoded"),
     ],
 )
-def test_structure_is_checked_behind_the_checksum(begin: int, end: int, new: bytes, reason: str) -> None:
+def test_structure_is_checked_behind_the_checksum(
+    begin: int, end: int, new: bytes, reason: str
+) -> None:
     with pytest.raises(errors.CorruptFrameError, match=reason) as caught:
         decode_frame(replaced(GOLDEN, begin, end, new))
     assert type(caught.value) is errors.CorruptFrameError
@@ -841,11 +1002,13 @@ def test_content_tells_kinds_and_precisions_apart() -> None:
     values = torch.randn(16, generator=torch.Generator().manual_seed(0))
     half = encode({"w": values}, precision="float16")
     line = read_header(half).header_bytes - 8 - 2
-    with pytest.raises(errors.CorruptFrameError, match="something else"):  # the same bytes as other numbers
+    # the same bytes as other numbers
+    with pytest.raises(errors.CorruptFrameError, match="something else"):
         decode_frame(forged(half, line, b"\x03"))
     off = encode({"w": torch.zeros(16, dtype=torch.bool)}, packed=True)
     line = read_header(off).header_bytes - 8 - 2
-    with pytest.raises(errors.CorruptFrameError, match="something else"):  # a mask as a sparse layer without values
+    # a mask as a sparse layer without values
+    with pytest.raises(errors.CorruptFrameError, match="something else"):
         decode_frame(replaced(off, line, line + 1, b"\x09\x00"))
 
 
@@ -865,7 +1028,10 @@ def test_header_is_checked_like_the_frame() -> None:
 
 
 def test_frames_of_version_1_are_foreign() -> None:
-    with pytest.raises(errors.ForeignFrameError, match=r"frames of version 2; one came of version 1.*Update .* there"):
+    with pytest.raises(
+        errors.ForeignFrameError,
+        match=r"frames of version 2; one came of version 1.*Update .* there",
+    ):
         decode_frame(forged(GOLDEN, 4, b"\x01"))
 
 
@@ -892,15 +1058,32 @@ LIKE = {"a": (3, 3), "b": ()}
         ({"fingerprint": "f" * 32}, errors.ForeignFrameError, "sender 3 in round 7 carries 0001"),
         ({"sender": 4}, errors.ForeignFrameError, "filed under, 4; this is the frame of sender 3"),
         ({"latest_round": 6}, errors.FutureFrameError, "at most 6; .* sender 3 in round 7"),
-        ({"layers": {"a": (3, 3)}}, errors.ForeignFrameError, r"'b' has shape \(\) instead of none"),
-        ({"layers": {"a": (9,), "b": ()}}, errors.ForeignFrameError, r"'a' has shape \(3, 3\) instead of \(9,\)"),
+        (
+            {"layers": {"a": (3, 3)}},
+            errors.ForeignFrameError,
+            r"'b' has shape \(\) instead of none",
+        ),
+        (
+            {"layers": {"a": (9,), "b": ()}},
+            errors.ForeignFrameError,
+            r"'a' has shape \(3, 3\) instead of \(9,\)",
+        ),
         ({"layers": {**LIKE, "c": (1,)}}, errors.ForeignFrameError, "'c' has shape none"),
-        ({"dtype": torch.bool}, errors.ForeignFrameError, "torch.bool only; .* has float32 in layer 'b'"),
-        ({"dtype": torch.float32}, errors.ForeignFrameError, "torch.float32 only; .* has a mask in layer 'a'"),
+        (
+            {"dtype": torch.bool},
+            errors.ForeignFrameError,
+            "torch.bool only; .* has float32 in layer 'b'",
+        ),
+        (
+            {"dtype": torch.float32},
+            errors.ForeignFrameError,
+            "torch.float32 only; .* has a mask in layer 'a'",
+        ),
         (
             {"layers": LIKE, "fingerprint": FINGERPRINT, "prior": CLASSES},
             errors.ForeignFrameError,
-            "together [0-9a-f]{16}; .* has 3c9b72e00a28a39f. Give both agents the same model, seed and algorithm",
+            "together [0-9a-f]{16}; .* has 3c9b72e00a28a39f. Give both agents the same model, "
+            "seed and algorithm",
         ),
     ],
 )
@@ -910,14 +1093,18 @@ def test_expectations(expected: dict[str, Any], error: type[Exception], reason: 
 
 
 def test_met_expectations_pass() -> None:
-    frame = decode_frame(GOLDEN, fingerprint=FINGERPRINT, layers={"b": (), "a": (3, 3)}, sender=3, latest_round=7)
+    frame = decode_frame(
+        GOLDEN, fingerprint=FINGERPRINT, layers={"b": (), "a": (3, 3)}, sender=3, latest_round=7
+    )
     assert_same(frame.tensors, TENSORS)
 
 
 def test_many_weights_in_few_bytes_need_the_layers() -> None:
     tensors = {"w": torch.zeros(2**21, dtype=torch.bool)}
     data = encode(tensors)
-    with pytest.raises(errors.CorruptFrameError, match=r"declares 2097152 weights .* pass the layers"):
+    with pytest.raises(
+        errors.CorruptFrameError, match=r"declares 2097152 weights .* pass the layers"
+    ):
         decode_frame(data)
     assert_same(decode_frame(data, layers=shapes_of(tensors)).tensors, tensors)
 
@@ -928,31 +1115,59 @@ def test_many_weights_in_few_bytes_need_the_layers() -> None:
 @pytest.mark.parametrize(
     ("known", "error", "reason"),
     [
-        ({"references": []}, errors.MissingReferenceError, "builds on round 6, and the rounds held .* are: none"),
+        (
+            {"references": []},
+            errors.MissingReferenceError,
+            "builds on round 6, and the rounds held .* are: none",
+        ),
         (
             {"references": [Reference(4, LAST), Reference(0, LAST)]},
             errors.MissingReferenceError,
             "builds on round 6, and the rounds held of this sender are: 4, 0. The relay sends",
         ),
-        ({"references": [Reference(6, {})]}, errors.MissingReferenceError, "its mask of an earlier round"),
+        (
+            {"references": [Reference(6, {})]},
+            errors.MissingReferenceError,
+            "its mask of an earlier round",
+        ),
         (
             {"references": [Reference(6, {"w": LAST["w"].reshape(4, 6)})]},
             errors.MissingReferenceError,
             "its mask of an earlier round",
         ),
-        ({"references": [Reference(6, LAST)]}, errors.MissingReferenceError, "which of its weights flipped"),
-        ({"prior": None}, errors.MissingReferenceError, "in layer 'w' .* the classes of its weights"),
+        (
+            {"references": [Reference(6, LAST)]},
+            errors.MissingReferenceError,
+            "which of its weights flipped",
+        ),
+        (
+            {"prior": None},
+            errors.MissingReferenceError,
+            "in layer 'w' .* the classes of its weights",
+        ),
         ({"prior": Prior({})}, errors.MissingReferenceError, "the classes of its weights"),
         (
             {"prior": Prior({"w": torch.zeros(7, dtype=torch.uint8)})},
             errors.MissingReferenceError,
             "the classes of its weights",
         ),
-        ({"prior": None, "fingerprint": FINGERPRINT}, errors.ForeignFrameError, "has 197397cca7b371c4"),
-        ({"layers": None}, errors.ForeignFrameError, "does not repeat names and shapes, 1 here; .* with none expected"),
+        (
+            {"prior": None, "fingerprint": FINGERPRINT},
+            errors.ForeignFrameError,
+            "has 197397cca7b371c4",
+        ),
+        (
+            {"layers": None},
+            errors.ForeignFrameError,
+            "does not repeat names and shapes, 1 here; .* with none expected",
+        ),
         ({"layers": {"v": (1,), "w": (24,)}}, errors.ForeignFrameError, "read with 2 expected"),
         ({"layers": {"w": (4, 6)}}, errors.MissingReferenceError, "its mask of an earlier round"),
-        ({"layers": {"w": (4, 6)}, "fingerprint": FINGERPRINT}, errors.ForeignFrameError, "has 197397cca7b371c4"),
+        (
+            {"layers": {"w": (4, 6)}, "fingerprint": FINGERPRINT},
+            errors.ForeignFrameError,
+            "has 197397cca7b371c4",
+        ),
     ],
 )
 def test_delta_frames_are_refused_without_what_they_build_on(
@@ -968,14 +1183,20 @@ def test_one_other_bit_in_what_is_known_is_noticed(weight: int) -> None:
     other = {"w": LAST["w"] ^ mask_of(24, weight)}
     for flips in ({"w": np.array([22])}, {"w": np.array([weight])}):
         with pytest.raises(errors.MissingReferenceError, match="sender 3 in round 7 does not fit"):
-            decode_frame(GOLDEN_DELTA, **{**DELTA_KNOWN, "references": [Reference(6, other, flips)]})
+            decode_frame(
+                GOLDEN_DELTA, **{**DELTA_KNOWN, "references": [Reference(6, other, flips)]}
+            )
 
 
 @settings(deadline=None, max_examples=150)
 @given(case=all_cases, data=st.data())
-def test_what_the_receiver_knows_wrongly_never_gives_another_payload(case: Case, data: st.DataObject) -> None:
+def test_what_the_receiver_knows_wrongly_never_gives_another_payload(
+    case: Case, data: st.DataObject
+) -> None:
     """Other masks, values, flips, classes: refused, or (where they are of no consequence) the same payload."""
-    frame = encode(case.tensors, reference=case.reference, prior=case.prior, precision=case.precision)
+    frame = encode(
+        case.tensors, reference=case.reference, prior=case.prior, precision=case.precision
+    )
     truth = case.decode(frame)
     generator = np.random.default_rng(data.draw(st.integers(0, 99)))
     reference, labels = case.reference, case.labels
@@ -983,20 +1204,26 @@ def test_what_the_receiver_knows_wrongly_never_gives_another_payload(case: Case,
         tensors = {}
         for name, tensor in reference.tensors.items():
             bits = plain(tensor, "float32").bits
-            flat = tensor.flatten().clone() if bits is None else torch.tensor(bits, dtype=torch.bool)
+            flat = (
+                tensor.flatten().clone() if bits is None else torch.tensor(bits, dtype=torch.bool)
+            )
             if flat.numel() and data.draw(st.booleans()):
                 place = generator.integers(flat.numel())
                 flat[place] = ~flat[place] if flat.dtype == torch.bool else 2 * flat[place] + 1
             tensors[name] = flat.reshape(tensor.shape)
         flips = {
-            name: np.flatnonzero(generator.random(tensor.numel()) < 0.03) if data.draw(st.booleans()) else found
+            name: np.flatnonzero(generator.random(tensor.numel()) < 0.03)
+            if data.draw(st.booleans())
+            else found
             for name, tensor in tensors.items()
             if (found := reference.flips.get(name)) is not None
         }
         reference = Reference(reference.round, tensors, flips)
     if labels is not None and data.draw(st.booleans()):
         labels = {
-            name: torch.from_numpy(generator.permutation(label.flatten().numpy())).reshape(label.shape)
+            name: torch.from_numpy(generator.permutation(label.flatten().numpy())).reshape(
+                label.shape
+            )
             for name, label in labels.items()
         }
     try:
@@ -1012,11 +1239,23 @@ def test_what_the_receiver_knows_wrongly_never_gives_another_payload(case: Case,
 
 
 def test_model_digest_covers_weights_layers_and_classes() -> None:
-    def model(tensors: Mapping[str, Tensor] = NEW, fingerprint: str = FINGERPRINT, prior: Prior | None = None) -> str:
-        return read_header(encode_frame(tensors, sender=0, round=1, fingerprint=fingerprint, prior=prior)).model
+    def model(
+        tensors: Mapping[str, Tensor] = NEW,
+        fingerprint: str = FINGERPRINT,
+        prior: Prior | None = None,
+    ) -> str:
+        return read_header(
+            encode_frame(tensors, sender=0, round=1, fingerprint=fingerprint, prior=prior)
+        ).model
 
     shaped, named = {"w": NEW["w"].reshape(4, 6)}, {"v": NEW["w"]}
-    models = [model(), model(shaped), model(named), model(fingerprint="f" * 32), model(prior=CLASSES)]
+    models = [
+        model(),
+        model(shaped),
+        model(named),
+        model(fingerprint="f" * 32),
+        model(prior=CLASSES),
+    ]
     models.append(model(prior=Prior({"w": torch.zeros(24, dtype=torch.uint8)})))
     models.append(model(prior=Prior({})))
     assert len(set(models)) == len(models)
@@ -1024,5 +1263,10 @@ def test_model_digest_covers_weights_layers_and_classes() -> None:
 
 
 def test_content_is_the_same_however_it_is_told() -> None:
-    frames = [encode(NEW), encode(NEW, packed=True), GOLDEN_DELTA, encode(NEW, reference=Reference(0, LAST))]
+    frames = [
+        encode(NEW),
+        encode(NEW, packed=True),
+        GOLDEN_DELTA,
+        encode(NEW, reference=Reference(0, LAST)),
+    ]
     assert {read_header(frame, {"w": (24,)}).content for frame in frames} == {"97746967517fc18a"}

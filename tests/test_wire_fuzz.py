@@ -45,7 +45,11 @@ def test_thousands_of_mutants(fuzzer: ModuleType, count: int) -> None:
 
 
 def test_every_kind_of_layer_is_among_the_honest(fuzzer: ModuleType) -> None:
-    entries = [e for case in fuzzer.honest_frames(2) for e in fuzzer.read_header(case.data, fuzzer.LAYERS).layers]
+    entries = [
+        e
+        for case in fuzzer.honest_frames(2)
+        for e in fuzzer.read_header(case.data, fuzzer.LAYERS).layers
+    ]
     assert {entry.kind for entry in entries} == {0, 1, 2, 3}
     assert {entry.precision.name for entry in entries if entry.precision} == {*PRECISIONS}
     assert any(entry.with_classes for entry in entries)
@@ -58,7 +62,9 @@ def test_a_decoder_that_returns_something_else_is_found_out(fuzzer: ModuleType) 
         try:
             return decode_frame(data, **expected)
         except CorruptFrameError:
-            return SimpleNamespace(tensors={name: torch.zeros(shape) for name, shape in fuzzer.LAYERS.items()})
+            return SimpleNamespace(
+                tensors={name: torch.zeros(shape) for name, shape in fuzzer.LAYERS.items()}
+            )
 
     with patch.object(fuzzer, "decode_frame", careless):
         outcome = fuzzer.fuzz(200, seed=2)

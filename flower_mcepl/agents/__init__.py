@@ -1,6 +1,14 @@
 """The algorithms, one a file; each is an `Agent`."""
 
-from flower_mcepl.agents.agent import CLASS_FACTS, Agent, AgentState, Payload, agent_file, load_state, save_state
+from flower_mcepl.agents.agent import (
+    CLASS_FACTS,
+    Agent,
+    AgentState,
+    Payload,
+    agent_file,
+    load_state,
+    save_state,
+)
 from flower_mcepl.agents.mcepl import MceplAgent, MceplConfig
 from flower_mcepl.agents.neighbor_average import NeighborAverageAgent
 from flower_mcepl.agents.own_loop import OwnLoopAgent

@@ -33,9 +33,9 @@ class AgentState:
 class Agent(abc.ABC):
     """One participant of a decentralized algorithm.
 
-    Verbs, in the order of a round: `fuse` what the neighbors sent, `evaluate` the personal model, `train`,
-    say what is `outgoing`; and `state` / `restore` to survive. An agent never knows whether it lives in a
-    test, in Ray or on a device.
+    Verbs, in the order of a round: `fuse` what the neighbors sent, `evaluate` the
+    personal model, `train`, say what is `outgoing`; and `state` / `restore` to survive.
+    An agent never knows whether it lives in a test, in Ray or on a device.
     """
 
     algorithm: str  # name in records and saved states
@@ -44,8 +44,10 @@ class Agent(abc.ABC):
     fingerprint: str  # of the shared frozen weights, 32 hex characters
     layers: dict[str, tuple[int, ...]]  # shape of each layer's outgoing tensor
     layers_down: dict[str, tuple[int, ...]] | None = None  # of what it hears; None: the same
-    server_based: bool = False  # it hears a `Server` alone, which is number N in the graph, and never other agents
-    undirected_only: bool = False  # the algorithm's mixing weights are not defined on a directed graph
+    # it hears a `Server` alone, which is number N in the graph, and never other agents
+    server_based: bool = False
+    # the algorithm's mixing weights are not defined on a directed graph
+    undirected_only: bool = False
     prior: Prior | None = None  # what all agents know of every mask beforehand; spares bytes
     precision: str = "float32"  # how the wire carries floats, see `encode_frame`
 
@@ -104,19 +106,20 @@ class Agent(abc.ABC):
         for key, mine in self._facts().items():
             if facts.get(key) != mine:
                 raise StateError(
-                    f"the saved state is of {key} {facts.get(key)!r}, but agent {self.index} has {mine!r}. "
-                    "Use the state of this agent and run, or start afresh without it."
+                    f"the saved state is of {key} {facts.get(key)!r}, but agent {self.index} has "
+                    f"{mine!r}. Use the state of this agent and run, or start afresh without it."
                 )
 
 
-CLASS_FACTS = ("classes", "train-counts", "validation-counts", "test-counts")  # what `data_facts` tells of classes
+# what `data_facts` tells of classes
+CLASS_FACTS = ("classes", "train-counts", "validation-counts", "test-counts")
 
 
 def data_facts(data: AgentData) -> dict[str, Any]:
     """Return the handshake's facts about an agent's data: the splits' sizes, and their classes where they are known.
 
-    ``train-counts``, ``validation-counts`` and ``test-counts`` are texts such as ``"0:57 3:61"``: class and number of
-    examples.
+    ``train-counts``, ``validation-counts`` and ``test-counts`` are texts such as
+    ``"0:57 3:61"``: class and number of examples.
     """
     facts: dict[str, Any] = {
         "num-examples": data.train.num_examples,
@@ -136,7 +139,9 @@ def save_state(state: AgentState, path: Path) -> None:
     """Write a state as one safetensors file for its owner alone, in one step; the facts stand in its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    data = safetensors.torch.save(tensors, metadata={"facts": json.dumps(state.facts, sort_keys=True)})
+    data = safetensors.torch.save(
+        tensors, metadata={"facts": json.dumps(state.facts, sort_keys=True)}
+    )
     replace_file(path, data, mode=0o600)
     remove_leftovers(path.parent, path.name)
 
@@ -154,7 +159,9 @@ def load_state(path: Path) -> AgentState:
             facts = json.loads((file.metadata() or {})["facts"])
             return AgentState({name: file.get_tensor(name) for name in file.keys()}, facts)
     except (OSError, safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise StateError(f"{path} is no readable agent state ({error}). Use another copy, or start afresh.") from error
+        raise StateError(
+            f"{path} is no readable agent state ({error}). Use another copy, or start afresh."
+        ) from error
 
 
 def agent_file(agent: int) -> str:

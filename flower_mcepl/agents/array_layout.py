@@ -24,7 +24,8 @@ class ArrayLayout:
     arrays : mapping
         Name to NumPy type (such as ``"float32"``) and shape, in the app's order.
     fingerprint : str
-        32 hex digits, which differ when a name, type, shape, the order or one bit of the first arrays differs.
+        32 hex digits, which differ when a name, type, shape, the order or one bit of
+        the first arrays differs.
     """
 
     arrays: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -37,7 +38,10 @@ class ArrayLayout:
         for name, array in arrays.items():
             digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
-        return cls({name: (array.dtype.str, array.shape) for name, array in arrays.items()}, digest.hexdigest())
+        return cls(
+            {name: (array.dtype.str, array.shape) for name, array in arrays.items()},
+            digest.hexdigest(),
+        )
 
     def to_json(self) -> str:
         """Return it as text; `from_json` takes it back."""
@@ -48,7 +52,10 @@ class ArrayLayout:
     def from_json(cls, text: str) -> "ArrayLayout":
         """Take back what `to_json` gave."""
         told = json.loads(text)
-        return cls({name: (dtype, tuple(shape)) for name, dtype, shape in told["arrays"]}, told["fingerprint"])
+        return cls(
+            {name: (dtype, tuple(shape)) for name, dtype, shape in told["arrays"]},
+            told["fingerprint"],
+        )
 
     def averaged(self) -> list[str]:
         """Return the names of the arrays that are averaged: those of real floating-point numbers.
@@ -59,33 +66,41 @@ class ArrayLayout:
             If there are none, or an array is of a type that cannot be kept.
         """
         for name, (dtype, _) in self.arrays.items():
-            if np.dtype(dtype).kind not in "fiub" or not np.dtype(dtype).isnative or np.dtype(dtype).itemsize > 8:
+            if (
+                np.dtype(dtype).kind not in "fiub"
+                or not np.dtype(dtype).isnative
+                or np.dtype(dtype).itemsize > 8
+            ):
                 raise ConfigError(
-                    "an app's arrays must be of floats, integers or booleans of at most 64 bits, in the byte order of "
-                    f"this machine; {name!r} is {np.dtype(dtype)}. Keep it out of the ArrayRecord."
+                    "an app's arrays must be of floats, integers or booleans of at most 64 bits, "
+                    f"in the byte order of this machine; {name!r} is {np.dtype(dtype)}. Keep it "
+                    f"out of the ArrayRecord."
                 )
         found = [name for name, (dtype, _) in self.arrays.items() if np.dtype(dtype).kind == "f"]
         if not found:
             raise ConfigError(
-                f"neighbors average arrays of floats, and the app has none; its initial arrays are {self._told()}. "
-                "Pass the model's arrays to GossipStrategy.start(initial_arrays=...), as to FedAvg."
+                f"neighbors average arrays of floats, and the app has none; its initial arrays "
+                f"are {self._told()}. Pass the model's arrays to "
+                "GossipStrategy.start(initial_arrays=...), as to FedAvg."
             )
         return found
 
     def take(self, arrays: Arrays) -> dict[str, NDArray[Any]]:
         """Return what an app gave, in this order and of these types.
 
-        A type is widened where that loses nothing (float32 to float64); nothing else is cast.
+        A type is widened where that loses nothing (float32 to float64); nothing else is
+        cast.
 
         Raises
         ------
         AnswerError
-            If a name is missing or new, a shape differs, or a type cannot be had without loss.
+            If a name is missing or new, a shape differs, or a type cannot be had
+            without loss.
         """
         if arrays.keys() != self.arrays.keys():
             raise AnswerError(
-                f"the app must return the arrays that it got; got {self._told()}, returned {_named(list(arrays))}. "
-                "Return the whole model under the same names."
+                f"the app must return the arrays that it got; got {self._told()}, returned "
+                f"{_named(list(arrays))}. Return the whole model under the same names."
             )
         return {name: self._taken(name, arrays[name]) for name in self.arrays}
 
@@ -93,9 +108,9 @@ class ArrayLayout:
         dtype, shape = np.dtype(self.arrays[name][0]), self.arrays[name][1]
         if array.shape != shape or not np.can_cast(array.dtype, dtype, "safe"):
             raise AnswerError(
-                f"the app must return arrays of the shapes and types that it got; {name!r} was {dtype} {shape} and "
-                f"came back as {array.dtype} {array.shape}. Let the app keep them, or begin with such arrays: "
-                "GossipStrategy.start(initial_arrays=...)."
+                f"the app must return arrays of the shapes and types that it got; {name!r} was "
+                f"{dtype} {shape} and came back as {array.dtype} {array.shape}. Let the app keep "
+                f"them, or begin with such arrays: GossipStrategy.start(initial_arrays=...)."
             )
         return array.astype(dtype, copy=False)
 

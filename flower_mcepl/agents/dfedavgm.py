@@ -16,8 +16,9 @@ from flower_mcepl.wire import PRECISIONS
 class DfedavgmConfig(SgdConfig):
     """Parameters of DFedAvgM (arXiv:2104.11375).
 
-    The step size is tuned on the quickstart's digits (10 agents of 3 classes on a ring, validation split, two seeds,
-    30 rounds): of 0.005, 0.01, 0.02, 0.05 and 0.1 the best (0.1 on one seed only). K and θ are common choices of ours.
+    The step size is tuned on the quickstart's digits (10 agents of 3 classes on a ring,
+    validation split, two seeds, 30 rounds): of 0.005, 0.01, 0.02, 0.05 and 0.1 the best
+    (0.1 on one seed only). K and θ are common choices of ours.
 
     Raises
     ------
@@ -28,19 +29,25 @@ class DfedavgmConfig(SgdConfig):
     lr: float = 0.05  # η > 0
     momentum: float = 0.9  # θ: of the heavy ball within one round
     local_steps: int = 5  # K: mini-batches a round
-    precision: str = "float32"  # of the weights on the wire; "int8", "int8-differences": 8 bits each
+    # of the weights on the wire; "int8", "int8-differences": 8 bits each
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}", self.precision)
+        check(
+            self.precision in PRECISIONS,
+            f"precision must be one of {', '.join(PRECISIONS)}",
+            self.precision,
+        )
 
 
 @final
 class DfedavgmAgent(MixingAgent[DfedavgmConfig]):
     """One DFedAvgM agent: K local steps with heavy-ball momentum, then the average, ``x_i^{t+1} = Σ_j W_ij z_j^t``.
 
-    ``y^{k+1} = y^k - η g(y^k) + θ (y^k - y^{k-1})`` from ``y^0 = y^{-1} = x_i^t``, and ``z_i^t = y^K`` is what goes
-    out: the momentum starts anew every round. W is that of `MixingAgent`.
+    ``y^{k+1} = y^k - η g(y^k) + θ (y^k - y^{k-1})`` from ``y^0 = y^{-1} = x_i^t``, and
+    ``z_i^t = y^K`` is what goes out: the momentum starts anew every round. W is that of
+    `MixingAgent`.
 
     Notes
     -----
@@ -52,11 +59,12 @@ class DfedavgmAgent(MixingAgent[DfedavgmConfig]):
     what one round rounds away is part of the next one's difference. For neighbors that missed frames ``x^_i`` itself
     goes up to the relay as float32, whenever the differences since the last time have as many bytes.
 
-    Differs from the paper: its quantized variant sends ``Q(z_i - x_i)``, where ``x_i`` is the sender's own model before
-    its local steps, which its neighbors do not hold. Differences from what both ends hold are those of CHOCO-SGD.
+    Differs from the paper: its quantized variant sends ``Q(z_i - x_i)``, where ``x_i``
+    is the sender's own model before its local steps, which its neighbors do not hold.
+    Differences from what both ends hold are those of CHOCO-SGD.
 
-    Sources: Sun, Li, Wang 2021, arXiv:2104.11375, algorithm 1, and algorithm 2 for quantized differences; Koloskova,
-    Stich, Jaggi 2019, arXiv:1902.00340, for ``x^``.
+    Sources: Sun, Li, Wang 2021, arXiv:2104.11375, algorithm 1, and algorithm 2 for
+    quantized differences; Koloskova, Stich, Jaggi 2019, arXiv:1902.00340, for ``x^``.
     """
 
     algorithm = "dfedavgm"

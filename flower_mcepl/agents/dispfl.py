@@ -29,19 +29,23 @@ class DispflAgent(SparseAgent[DispflConfig]):
 
     In round t:
 
-    1. `train`: local epochs under the mask, ``w = (w - η (clip(g) + μ w)) * m_i^t``; then `outgoing` is ``w`` at the
-       places of ``m_i^t``. The next mask ``m_i^{t+1}`` lacks the share ``α_t`` of each layer's smallest weights and
-       has as many others, those of largest gradient in one batch (or random ones).
-    2. `fuse`: ``w = (Σ_j w_j ⊘ Σ_j m_j^t) * m_i^{t+1}``, j over the neighbors and i itself, whatever number of them
-       holds a weight. A weight that has just grown back takes the neighbors' mean, or starts at zero.
+    1. `train`: local epochs under the mask, ``w = (w - η (clip(g) + μ w)) * m_i^t``;
+       then `outgoing` is ``w`` at the places of ``m_i^t``. The next mask ``m_i^{t+1}``
+       lacks the share ``α_t`` of each layer's smallest weights and has as many others,
+       those of largest gradient in one batch (or random ones).
+    2. `fuse`: ``w = (Σ_j w_j ⊘ Σ_j m_j^t) * m_i^{t+1}``, j over the neighbors and i
+       itself, whatever number of them holds a weight. A weight that has just grown back
+       takes the neighbors' mean, or starts at zero.
 
-    Maskable are conv and linear weights; biases and norm layers are trained and averaged as ordinary weights
-    (the paper's code masks all parameters; its networks have hardly any others). The first masks are ERK, drawn by
-    each agent for itself from weights that are common to all.
+    Maskable are conv and linear weights; biases and norm layers are trained and
+    averaged as ordinary weights (the paper's code masks all parameters; its networks
+    have hardly any others). The first masks are ERK, drawn by each agent for itself
+    from weights that are common to all.
 
-    Source: Dai et al. 2022, arXiv:2206.00187, algorithms 1 and 2; as in its published code, what is sent is the model
-    as trained, before its mask moves, the gradient for growing is taken in evaluation mode, and momentum, if there is
-    any, starts anew every round.
+    Source: Dai et al. 2022, arXiv:2206.00187, algorithms 1 and 2; as in its published
+    code, what is sent is the model as trained, before its mask moves, the gradient for
+    growing is taken in evaluation mode, and momentum, if there is any, starts anew
+    every round.
     """
 
     algorithm = "dispfl"

@@ -16,8 +16,9 @@ from flower_mcepl.agents.parts.groups import Shapes
 class DsgdConfig(SgdConfig):
     """Parameters of DSGD; one mini-batch a round, no momentum, as published (arXiv:1705.09056, algorithm 1).
 
-    The step size is tuned on the quickstart's digits (10 agents of 3 classes on a ring, validation split, two seeds,
-    100 rounds): of 0.01, 0.03, 0.05, 0.1, 0.3 and 1 the best; from 0.3 on nothing is learned.
+    The step size is tuned on the quickstart's digits (10 agents of 3 classes on a ring,
+    validation split, two seeds, 100 rounds): of 0.01, 0.03, 0.05, 0.1, 0.3 and 1 the
+    best; from 0.3 on nothing is learned.
 
     Raises
     ------
@@ -32,20 +33,24 @@ class DsgdConfig(SgdConfig):
 class DsgdAgent(MixingAgent[DsgdConfig]):
     """One D-PSGD agent: ``x_i^{t+1} = Σ_j W_ij x_j^t - η ∇F_i(x_i^t)``, j over the neighbors and i itself.
 
-    `train` of round t takes the gradient at ``x_i^t``, sends ``x_i^t``, and holds the step back; `fuse`, when the
-    neighbors' ``x_j^t`` have come, makes ``x_i^{t+1}``. Both the sum and the gradient are those of round t, as
-    published; nothing is one round late. `evaluate` after `fuse` sees ``x_i^{t+1}``. F includes the weight decay,
-    ``μ/2 ‖x‖²``. W is that of `MixingAgent`; in round 1, where degrees are unknown, all ``x_j`` are equal, so that
-    on an undirected graph that does not change every round is exact.
+    `train` of round t takes the gradient at ``x_i^t``, sends ``x_i^t``, and holds the
+    step back; `fuse`, when the neighbors' ``x_j^t`` have come, makes ``x_i^{t+1}``.
+    Both the sum and the gradient are those of round t, as published; nothing is one
+    round late. `evaluate` after `fuse` sees ``x_i^{t+1}``. F includes the weight decay,
+    ``μ/2 ‖x‖²``. W is that of `MixingAgent`; in round 1, where degrees are unknown, all
+    ``x_j`` are equal, so that on an undirected graph that does not change every round
+    is exact.
 
-    With K local steps a round, the gradient step becomes the K steps' whole move: ``x_i^{t+1} = Σ_j W_ij x_j^t +
-    (x_i^{t,K} - x_i^t)``. An agent whose neighbors' frames never come goes on from ``x_i^{t,K}`` alone.
+    With K local steps a round, the gradient step becomes the K steps' whole move:
+    ``x_i^{t+1} = Σ_j W_ij x_j^t + (x_i^{t,K} - x_i^t)``. An agent whose neighbors'
+    frames never come goes on from ``x_i^{t,K}`` alone.
 
     Source: Lian et al. 2017, arXiv:1705.09056, algorithm 1.
     """
 
     algorithm = "dsgd"
-    _start: Mapping[str, Tensor] | None = None  # x_i^t between train and fuse, while the weights are x_i^{t,K}
+    # x_i^t between train and fuse, while the weights are x_i^{t,K}
+    _start: Mapping[str, Tensor] | None = None
 
     def train(self, *, round: int) -> dict[str, float]:
         """Take the local steps from ``x_i^t``, and keep ``x_i^t`` for the exchange."""

@@ -15,8 +15,9 @@ from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
 class FedavgConfig(SgdConfig):
     """Parameters of FedAvg; E is a common choice of the paper (arXiv:1602.05629).
 
-    The step size is tuned on the quickstart's digits (10 agents of 3 classes, validation split, two seeds, 20 rounds):
-    of 0.02, 0.05, 0.1 and 0.2 the best; 0.1 came within 0.2 points.
+    The step size is tuned on the quickstart's digits (10 agents of 3 classes,
+    validation split, two seeds, 20 rounds): of 0.02, 0.05, 0.1 and 0.2 the best; 0.1
+    came within 0.2 points.
 
     Raises
     ------
@@ -32,8 +33,9 @@ class FedavgConfig(SgdConfig):
 class FedavgAgent(DenseAgent[FedavgConfig]):
     """One FedAvg agent: E local epochs of SGD from the global model ``w``, which `fuse` takes over whole.
 
-    ``w_k`` is what goes out, and the server's average of all ``w_k`` is what comes back. `evaluate` after `fuse` sees
-    the global model, on the agent's own test split. Momentum, if there is any, starts anew every round.
+    ``w_k`` is what goes out, and the server's average of all ``w_k`` is what comes
+    back. `evaluate` after `fuse` sees the global model, on the agent's own test split.
+    Momentum, if there is any, starts anew every round.
 
     Notes
     -----

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
 from flower_mcepl.agents.parts.evaluation import evaluate_classifier
 from flower_mcepl.agents.parts.groups import check_group, join_groups, split_groups
-from flower_mcepl.agents.parts.training import TrainingConfig, descent_direction, finite_loss, train_locally
+from flower_mcepl.agents.parts.training import (
+    TrainingConfig,
+    descent_direction,
+    finite_loss,
+    train_locally,
+)
 from flower_mcepl.config.fields import check
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import DivergedError
@@ -27,9 +32,11 @@ from flower_mcepl.streams import isolated_rng, torch_stream
 class FedpmConfig(TrainingConfig):
     """Parameters of FedPM; epochs and reset are those of the published code (arXiv:2209.15328).
 
-    The step size is tuned on the quickstart's digits (10 agents of 3 classes, validation split, two seeds, 15 rounds):
-    of 1, 50, 200, 500, 1000 and 2000 the best. It is that large because the gradient on a score is the one on a weight
-    times that weight times ``σ'(s) <= 1/4``, and the server's mean of a few masks tells only large moves from chance.
+    The step size is tuned on the quickstart's digits (10 agents of 3 classes,
+    validation split, two seeds, 15 rounds): of 1, 50, 200, 500, 1000 and 2000 the best.
+    It is that large because the gradient on a score is the one on a weight times that
+    weight times ``σ'(s) <= 1/4``, and the server's mean of a few masks tells only large
+    moves from chance.
 
     Raises
     ------
@@ -46,36 +53,58 @@ class FedpmConfig(TrainingConfig):
         super().__post_init__()
         self._check_not_negative("score_lr")
         check(self.score_lr > 0, "score-lr must be > 0", self.score_lr)
-        check(self.reset_rounds >= 0, "reset-rounds must be >= 0", self.reset_rounds, "0 never resets.")
+        check(
+            self.reset_rounds >= 0,
+            "reset-rounds must be >= 0",
+            self.reset_rounds,
+            "0 never resets.",
+        )
 
 
 @final
 class FedpmAgent(Agent):
     """One FedPM agent: scores ``s`` over the shared frozen network, whose masks are drawn anew in every forward pass.
 
-    ``θ = σ(s)``, ``m ~ Bernoulli(θ)``, loss ``CE(f(x; w ⊙ m))``; straight through the draw, ``∂m/∂θ := 1``, so that
-    ``g = ∂CE/∂(w ⊙ m) ⊙ w ⊙ σ'(s)``. One mask drawn from the trained θ is what goes out; `fuse` takes the server's θ
-    over, ``s = σ⁻¹(θ)``. Momentum, if there is any, starts anew every round. All agents begin from common scores,
-    standard normal; biases and norm layers stay frozen.
+    ``θ = σ(s)``, ``m ~ Bernoulli(θ)``, loss ``CE(f(x; w ⊙ m))``; straight through the
+    draw, ``∂m/∂θ := 1``, so that ``g = ∂CE/∂(w ⊙ m) ⊙ w ⊙ σ'(s)``. One mask drawn from
+    the trained θ is what goes out; `fuse` takes the server's θ over, ``s = σ⁻¹(θ)``.
+    Momentum, if there is any, starts anew every round. All agents begin from common
+    scores, standard normal; biases and norm layers stay frozen.
 
-    `evaluate` after `fuse` sees the network under one mask drawn from the server's θ, on the agent's own test split:
-    such a mask is the global model that the method hands out, as the mean of the weights is FedAvg's. The agent's own
-    θ after its local steps is no result of the method, and would compare it after a fine-tuning that others lack.
+    `evaluate` after `fuse` sees the network under one mask drawn from the server's θ,
+    on the agent's own test split: such a mask is the global model that the method hands
+    out, as the mean of the weights is FedAvg's. The agent's own θ after its local steps
+    is no result of the method, and would compare it after a fine-tuning that others
+    lack.
 
     Notes
     -----
     The frozen weights are those of the model function; the paper's are signed constants.
 
-    Source: Isik et al. 2023, arXiv:2209.15328, algorithm 1; standard normal scores as in its published code.
+    Source: Isik et al. 2023, arXiv:2209.15328, algorithm 1; standard normal scores as
+    in its published code.
     """
 
     algorithm = "fedpm"
     server_based = True
 
     def __init__(
-        self, index: int, module: nn.Module, data: AgentData, config: FedpmConfig, *, seed: int, device: str = "cpu"
+        self,
+        index: int,
+        module: nn.Module,
+        data: AgentData,
+        config: FedpmConfig,
+        *,
+        seed: int,
+        device: str = "cpu",
     ) -> None:
-        self.index, self.seed, self.data, self.config, self.device = index, seed, data, config, device
+        self.index, self.seed, self.data, self.config, self.device = (
+            index,
+            seed,
+            data,
+            config,
+            device,
+        )
         specs = find_maskable(module)
         self.fingerprint = fingerprint(module, specs)
         self.layers = {name: tuple(spec.shape) for name, spec in specs.items()}
@@ -85,7 +114,9 @@ class FedpmAgent(Agent):
             name: torch.randn(shape, generator=common).to(device).requires_grad_()
             for name, shape in self.layers.items()
         }
-        self._kept_at_first = round(sum(float(s.detach().sigmoid().sum()) for s in self.scores.values()))
+        self._kept_at_first = round(
+            sum(float(s.detach().sigmoid().sum()) for s in self.scores.values())
+        )
         self._velocity: dict[str, Tensor] = {}
         self._round = 0  # in which it last trained
 
@@ -107,7 +138,9 @@ class FedpmAgent(Agent):
         self.network.train()
         self._velocity, self._round = {}, round
         step = partial(self._local_step, round=round, draws=self._stream("training-masks"))
-        metrics = train_locally(step, self.data.train, self.config, seed=self.seed, agent=self.index, round=round)
+        metrics = train_locally(
+            step, self.data.train, self.config, seed=self.seed, agent=self.index, round=round
+        )
         self._velocity = {}
         if not all(bool(s.isfinite().all()) for s in self.scores.values()):
             raise DivergedError(
@@ -118,7 +151,9 @@ class FedpmAgent(Agent):
 
     def outgoing(self) -> dict[str, Tensor]:
         """Return one mask, drawn from the probabilities: the same one until the agent trains again."""
-        return {name: mask.cpu() for name, mask in self._draw_all(self._stream("sent-mask")).items()}
+        return {
+            name: mask.cpu() for name, mask in self._draw_all(self._stream("sent-mask")).items()
+        }
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -127,11 +162,15 @@ class FedpmAgent(Agent):
         model = copy.deepcopy(self.network)
         for name, mask in masks.items():
             model.get_parameter(name).mul_(mask)
-        with isolated_rng(self.seed, "evaluation", agent=self.index):  # transforms of the test split may draw
+        # transforms of the test split may draw
+        with isolated_rng(self.seed, "evaluation", agent=self.index):
             metrics = evaluate_classifier(
                 model, self.data.test, batch_size=self.config.eval_batch_size, device=self.device
             )
-        return {**metrics, "density": sum(int(mask.sum()) for mask in masks.values()) / self._num_weights()}
+        return {
+            **metrics,
+            "density": sum(int(mask.sum()) for mask in masks.values()) / self._num_weights(),
+        }
 
     def first_payload(self) -> None:
         """Return None: the server has said nothing yet, and all start from the common scores."""
@@ -153,7 +192,13 @@ class FedpmAgent(Agent):
         """Return scores and buffers, and the round of the last training, on which the mask that is sent depends."""
         buffers = dict(self.network.named_buffers())
         return AgentState(
-            join_groups({"scores": self.scores, "buffer": buffers, "round": {"last": torch.tensor([self._round])}}),
+            join_groups(
+                {
+                    "scores": self.scores,
+                    "buffer": buffers,
+                    "round": {"last": torch.tensor([self._round])},
+                }
+            ),
             self._facts(),
         )
 
@@ -172,16 +217,23 @@ class FedpmAgent(Agent):
             buffer.copy_(groups["buffer"][name])
         self._velocity, self._round = {}, int(groups["round"]["last"])
 
-    def _local_step(self, inputs: Any, labels: Tensor, *, round: int, draws: torch.Generator) -> float:
+    def _local_step(
+        self, inputs: Any, labels: Tensor, *, round: int, draws: torch.Generator
+    ) -> float:
         weights = {name: self._masked_weight(name, draws) for name in self.scores}
         logits = torch.func.functional_call(self.network, weights, (inputs.to(self.device),))
         loss = nn.functional.cross_entropy(logits, labels.to(self.device))
-        value = finite_loss(loss, agent=self.index, round=round, key="score-lr", lr=self.config.score_lr)
+        value = finite_loss(
+            loss, agent=self.index, round=round, key="score-lr", lr=self.config.score_lr
+        )
         gradients = torch.autograd.grad(loss, list(self.scores.values()), materialize_grads=True)
         lr = self.config.score_lr * self.config.lr_factor(round)
         with torch.no_grad():
             for (name, s), g in zip(self.scores.items(), gradients, strict=True):
-                s.add_(descent_direction(name, s, g, velocity=self._velocity, config=self.config), alpha=-lr)
+                s.add_(
+                    descent_direction(name, s, g, velocity=self._velocity, config=self.config),
+                    alpha=-lr,
+                )
         return value
 
     def _masked_weight(self, name: str, draws: torch.Generator) -> Tensor:

@@ -12,16 +12,19 @@ from flower_mcepl.agents.parts.groups import Shapes
 from flower_mcepl.agents.parts.sparse import SparseAgent, SparseConfig
 from flower_mcepl.masks.sparsity import from_sparse
 
-NEXT_MASK = "next-mask/"  # before a layer's name in an agent's payload: its mask of the next round, where masks move
+# before a layer's name in an agent's payload: its mask of the next round, where masks
+# move
+NEXT_MASK = "next-mask/"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedspaConfig(SparseConfig):
     """Parameters of FedSpa; ``drop_fraction = 0`` is the paper's RSM, random static masks, anything else its DST.
 
-    Local training is that of Dis-PFL (arXiv:2206.00187, section 5.1), with which it shares its masks. On the
-    quickstart's digits (10 agents of 3 classes, validation split, two seeds, 20 rounds) the step size 0.1 was also the
-    best of 0.05, 0.1, 0.2 and 0.4; RSM and DST came within a point of each other.
+    Local training is that of Dis-PFL (arXiv:2206.00187, section 5.1), with which it
+    shares its masks. On the quickstart's digits (10 agents of 3 classes, validation
+    split, two seeds, 20 rounds) the step size 0.1 was also the best of 0.05, 0.1, 0.2
+    and 0.4; RSM and DST came within a point of each other.
 
     Raises
     ------
@@ -36,14 +39,17 @@ class FedspaAgent(SparseAgent[FedspaConfig]):
 
     In round t:
 
-    1. `train`: from ``w̃_0 = m_k ⊙ w_t``, N steps ``w̃ = (w̃ - η (clip(g) + μ w̃)) ⊙ m_k``; then `outgoing` is
-       ``U_k = w̃_0 - w̃_N`` at the places of ``m_k``, and, where masks move, the next mask.
-    2. The mask moves as that of Dis-PFL does: cosine-annealed drop of the smallest weights, as many grown back by
-       gradient, from an ERK start (DST); with ``drop_fraction = 0`` it stands still (RSM).
-    3. `fuse`: the server's ``m_k ⊙ w_{t+1}`` becomes the agent's model, the one that is evaluated; its places become
-       the agent's mask, should an answer have been lost.
+    1. `train`: from ``w̃_0 = m_k ⊙ w_t``, N steps ``w̃ = (w̃ - η (clip(g) + μ w̃)) ⊙
+       m_k``; then `outgoing` is ``U_k = w̃_0 - w̃_N`` at the places of ``m_k``, and,
+       where masks move, the next mask.
+    2. The mask moves as that of Dis-PFL does: cosine-annealed drop of the smallest
+       weights, as many grown back by gradient, from an ERK start (DST); with
+       ``drop_fraction = 0`` it stands still (RSM).
+    3. `fuse`: the server's ``m_k ⊙ w_{t+1}`` becomes the agent's model, the one that is
+       evaluated; its places become the agent's mask, should an answer have been lost.
 
-    Biases and norm layers have no mask: they are trained and averaged as ordinary weights.
+    Biases and norm layers have no mask: they are trained and averaged as ordinary
+    weights.
 
     Source: Huang et al. 2022, arXiv:2201.11380, algorithms 1 and 2.
     """
@@ -55,7 +61,9 @@ class FedspaAgent(SparseAgent[FedspaConfig]):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.layers_down = dict(self._shapes)
-        self.layers = payload_layers(self._shapes, list(self.masks), moving=self.config.drop_fraction > 0)
+        self.layers = payload_layers(
+            self._shapes, list(self.masks), moving=self.config.drop_fraction > 0
+        )
 
     @torch.no_grad()
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
@@ -78,7 +86,9 @@ class FedspaAgent(SparseAgent[FedspaConfig]):
     def outgoing(self) -> dict[str, Tensor]:
         """Return ``U_k``, sparse where there is a mask, and the next mask where masks move."""
         start = self.weights if self._start is None else self._start
-        moved = self._sparse({name: start[name].detach() - w.detach() for name, w in self.weights.items()})
+        moved = self._sparse(
+            {name: start[name].detach() - w.detach() for name, w in self.weights.items()}
+        )
         masks = {NEXT_MASK + name: mask.cpu().clone() for name, mask in self.masks.items()}
         return {name: {**moved, **masks}[name] for name in self.layers}
 
@@ -93,6 +103,8 @@ class FedspaAgent(SparseAgent[FedspaConfig]):
         self._start = groups.get("start")
 
 
-def payload_layers(shapes: Shapes, masked: list[str], *, moving: bool) -> dict[str, tuple[int, ...]]:
+def payload_layers(
+    shapes: Shapes, masked: list[str], *, moving: bool
+) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of what a FedSpa agent sends: all weights, and the next masks where masks move."""
     return {**shapes, **({NEXT_MASK + name: shapes[name] for name in masked} if moving else {})}

@@ -14,8 +14,9 @@ from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
 class LocalConfig(SgdConfig):
     """Parameters of local training: SGD on weights.
 
-    The step size is tuned on the quickstart's digits (10 agents of 3 classes on a ring, validation split, two seeds,
-    100 rounds of one mini-batch): of 0.01, 0.02, 0.03, 0.05, 0.1, 0.3 and 1 the best; from 0.3 on nothing is learned.
+    The step size is tuned on the quickstart's digits (10 agents of 3 classes on a ring,
+    validation split, two seeds, 100 rounds of one mini-batch): of 0.01, 0.02, 0.03,
+    0.05, 0.1, 0.3 and 1 the best; from 0.3 on nothing is learned.
 
     Raises
     ------

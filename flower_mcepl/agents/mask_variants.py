@@ -36,7 +36,9 @@ class NoFinetuningConfig(MceplConfig):
         )
 
     @classmethod
-    def from_run_config(cls, run_config: RunConfig, *, agent: int, node_config: RunConfig | None = None) -> Self:
+    def from_run_config(
+        cls, run_config: RunConfig, *, agent: int, node_config: RunConfig | None = None
+    ) -> Self:
         """Read the settings of MCE-PL, but for ``finetune-lr``: the same run config serves both algorithms."""
         without = {key: value for key, value in run_config.items() if key != "finetune-lr"}
         return super().from_run_config(without, agent=agent, node_config=node_config)
@@ -76,9 +78,10 @@ class LocalMasksAgent(MceplAgent):
 class MaskAveragingAgent(MceplAgent):
     """Direct averaging: the network lives under the mean of its own and its neighbors' masks.
 
-    ``m̄_i = (m_i + Σ_{j in N_i} m_j) / (1 + |N_i|)`` takes the place of the mask in training and evaluation, where
-    ``m_i`` is the top-k mask of ``|z_i|`` alone; ``m_i`` is what travels. The density is the share of weights with
-    ``m̄ > 0``. All else is MCE-PL, the fine-tuning step included (``finetune_lr = 0`` leaves it out).
+    ``m̄_i = (m_i + Σ_{j in N_i} m_j) / (1 + |N_i|)`` takes the place of the mask in
+    training and evaluation, where ``m_i`` is the top-k mask of ``|z_i|`` alone; ``m_i``
+    is what travels. The density is the share of weights with ``m̄ > 0``. All else is
+    MCE-PL, the fine-tuning step included (``finetune_lr = 0`` leaves it out).
 
     Notes
     -----

@@ -23,19 +23,23 @@ EvaluateFn = Callable[[dict[str, NDArray[Any]]], Metrics]
 class NeighborAverageAgent(Agent):
     """One agent of decentralized federated averaging, for a model of which it knows nothing but its arrays.
 
-    In round t the app trains from ``x_i^t`` to ``z_i^t``, which goes to the neighbors; when theirs have come,
-    ``x_i^{t+1} = Σ_j W_ij z_j^t`` over the neighbors and i itself. W are the Metropolis-Hastings weights
-    ``1 / (1 + max(d_i, d_j))``, as in `MixingAgent`: on a graph whose agents all have the same number of neighbors
-    that is the plain mean of the neighborhood, the agent included. A neighbor of whom nothing usable is held is left
-    out, and its weight falls to the agent itself. On a directed graph the rows of W still sum to 1, but what the
-    agents agree on is no longer the mean of all.
+    In round t the app trains from ``x_i^t`` to ``z_i^t``, which goes to the neighbors;
+    when theirs have come, ``x_i^{t+1} = Σ_j W_ij z_j^t`` over the neighbors and i
+    itself. W are the Metropolis-Hastings weights ``1 / (1 + max(d_i, d_j))``, as in
+    `MixingAgent`: on a graph whose agents all have the same number of neighbors that is
+    the plain mean of the neighborhood, the agent included. A neighbor of whom nothing
+    usable is held is left out, and its weight falls to the agent itself. On a directed
+    graph the rows of W still sum to 1, but what the agents agree on is no longer the
+    mean of all.
 
-    Arrays of floats are averaged; integers and booleans, such as the counters of batch norm, stay the agent's own and
-    are never sent. float32 and float64 travel bit for bit, a float64 as two 32-bit words, float16 as float32; the sums
-    are taken in float32 for float16 and in the array's own type otherwise.
+    Arrays of floats are averaged; integers and booleans, such as the counters of batch
+    norm, stay the agent's own and are never sent. float32 and float64 travel bit for
+    bit, a float64 as two 32-bit words, float16 as float32; the sums are taken in
+    float32 for float16 and in the array's own type otherwise.
 
-    Source: Lian et al. 2017 (D-PSGD), arXiv:1705.09056, where averaging follows the local steps; Sun et al. 2021
-    (DFedAvg), arXiv:2104.11375, for several steps a round; Xiao and Boyd 2004 for the weights.
+    Source: Lian et al. 2017 (D-PSGD), arXiv:1705.09056, where averaging follows the
+    local steps; Sun et al. 2021 (DFedAvg), arXiv:2104.11375, for several steps a round;
+    Xiao and Boyd 2004 for the weights.
 
     Parameters
     ----------
@@ -44,12 +48,15 @@ class NeighborAverageAgent(Agent):
     layout : ArrayLayout
         What the app's arrays look like, the same on all agents.
     train_fn : callable
-        ``train_fn(arrays, round)`` returns the trained arrays and metrics: ``train-loss`` and ``num-examples``, where
-        they are known. It may keep and change the arrays that it gets.
+        ``train_fn(arrays, round)`` returns the trained arrays and metrics:
+        ``train-loss`` and ``num-examples``, where they are known. It may keep and
+        change the arrays that it gets.
     evaluate_fn : callable
-        ``evaluate_fn(arrays)`` returns ``accuracy``, ``loss`` and ``num-examples``, or nothing.
+        ``evaluate_fn(arrays)`` returns ``accuracy``, ``loss`` and ``num-examples``, or
+        nothing.
     initial : mapping, optional
-        The arrays that all agents begin with; None for an agent that is going to be restored.
+        The arrays that all agents begin with; None for an agent that is going to be
+        restored.
     seed : int (default: 0)
         Seed of the run; nothing is drawn from it here.
     """
@@ -66,11 +73,19 @@ class NeighborAverageAgent(Agent):
         initial: Arrays | None = None,
         seed: int = 0,
     ) -> None:
-        self.index, self.seed, self.layout, self.fingerprint = index, seed, layout, layout.fingerprint
+        self.index, self.seed, self.layout, self.fingerprint = (
+            index,
+            seed,
+            layout,
+            layout.fingerprint,
+        )
         self._train_fn, self._evaluate_fn = train_fn, evaluate_fn
         self._averaged = layout.averaged()
         if DEGREE in self._averaged:
-            raise ConfigError(f"the name {DEGREE!r} is taken by the neighbors' number. Give the app's array another.")
+            raise ConfigError(
+                f"the name {DEGREE!r} is taken by the neighbors' number. Give the app's array "
+                f"another."
+            )
         self._shapes = {name: shape for name, (_, shape) in layout.arrays.items()}
         self.layers = {name: self._shape_sent(name) for name in self._averaged} | {DEGREE: (1,)}
         self._arrays = {} if initial is None else _tensors(layout.take(initial))
@@ -82,11 +97,14 @@ class NeighborAverageAgent(Agent):
         """Average the own arrays with the neighbors': ``x_i`` moves by ``Σ_j W_ij (x_j - x_i)``."""
         own = {name: _summed(self._present()[name]) for name in self._averaged}
         heard = {
-            sender: {DEGREE: payload[DEGREE]} | {name: _heard(payload[name], like=x) for name, x in own.items()}
+            sender: {DEGREE: payload[DEGREE]}
+            | {name: _heard(payload[name], like=x) for name, x in own.items()}
             for sender, payload in inbox.items()
         }
         pull = metropolis_pull(own, heard, degree=max(self._degree, len(inbox)))
-        self._arrays |= {name: (x + pull[name]).to(self._arrays[name].dtype) for name, x in own.items()}
+        self._arrays |= {
+            name: (x + pull[name]).to(self._arrays[name].dtype) for name, x in own.items()
+        }
         self._degree = len(inbox)
 
     def train(self, *, round: int) -> dict[str, float]:
@@ -104,12 +122,13 @@ class NeighborAverageAgent(Agent):
         bad = [name for name in self._averaged if not np.isfinite(taken[name]).all()]
         if bad:
             raise DivergedError(
-                f"the app's training left numbers that are not finite in {', '.join(bad[:5])}; they are not sent. "
-                "Lower its step size."
+                f"the app's training left numbers that are not finite in {', '.join(bad[:5])}; "
+                f"they are not sent. Lower its step size."
             )
         self._arrays = _tensors(taken)
         self._num_examples = int(metrics["num-examples"]) if "num-examples" in metrics else None
-        return {name: value for name, value in metrics.items() if name != "num-examples"}  # that is in the handshake
+        # that is in the handshake
+        return {name: value for name, value in metrics.items() if name != "num-examples"}
 
     def outgoing(self) -> dict[str, Tensor]:
         """Return the trained arrays of floats, as they travel, and the agent's degree."""
@@ -146,15 +165,18 @@ class NeighborAverageAgent(Agent):
         """Continue exactly where `state` was taken."""
         self._check_facts(state.facts)
         groups = split_groups(state.tensors, device="cpu")
-        check_group(groups, "arrays", self._shapes, whose=f"agent {self.index}", may_be_absent=False)
+        check_group(
+            groups, "arrays", self._shapes, whose=f"agent {self.index}", may_be_absent=False
+        )
         self._arrays = {name: groups["arrays"][name] for name in self.layout.arrays}
         self._degree, self._num_examples = int(state.facts["degree"]), state.facts["num-examples"]
 
     def _present(self) -> dict[str, Tensor]:
         if not self._arrays:
             raise StateError(
-                f"agent {self.index} holds no arrays: its node has lost its state, or never got any. Nothing need be "
-                "done: the server sends the initial arrays with its next message, and the agent begins afresh."
+                f"agent {self.index} holds no arrays: its node has lost its state, or never got "
+                f"any. Nothing need be done: the server sends the initial arrays with its next "
+                "message, and the agent begins afresh."
             )
         return self._arrays
 
@@ -185,4 +207,8 @@ def _words(x: Tensor) -> Tensor:
 def _heard(words: Tensor, *, like: Tensor) -> Tensor:
     """Undo `_words`, in the type in which sums are taken."""
     words = words.to_dense().to(torch.float32)
-    return words.contiguous().view(torch.float64).reshape(like.shape) if like.dtype == torch.float64 else words
+    return (
+        words.contiguous().view(torch.float64).reshape(like.shape)
+        if like.dtype == torch.float64
+        else words
+    )

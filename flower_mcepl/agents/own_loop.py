@@ -20,21 +20,24 @@ OwnEvaluateFn = Callable[[nn.Module], Mapping[str, float]]
 class OwnLoopAgent(MceplAgent):
     """An MCE-PL agent whose local steps and evaluation are functions of the user's.
 
-    Everything else, masks, fusion, fine-tuning and frames, is `MceplAgent`'s. Of the configuration count
-    ``retention``, ``first_retention``, ``finetune_lr`` and ``score_init``; the step size on the scores is what
-    ``train_fn`` chooses (the reference value is 10, with plain SGD).
+    Everything else, masks, fusion, fine-tuning and frames, is `MceplAgent`'s. Of the
+    configuration count ``retention``, ``first_retention``, ``finetune_lr`` and
+    ``score_init``; the step size on the scores is what ``train_fn`` chooses (the
+    reference value is 10, with plain SGD).
 
     Parameters
     ----------
     index, module, data, config, seed, device : see `MceplAgent`
         Of the data only the numbers of examples are used.
     train_fn : callable
-        ``train_fn(model, round)`` trains a `MaskedModel` as any module and returns the mean loss. Its parameters with
-        a gradient are the scores: ``torch.optim.SGD(model.parameters(), lr=...)`` does what it should. The gradient
-        that the last ``backward`` leaves is the one of the fine-tuning step: do not clear it at the end.
+        ``train_fn(model, round)`` trains a `MaskedModel` as any module and returns the
+        mean loss. Its parameters with a gradient are the scores:
+        ``torch.optim.SGD(model.parameters(), lr=...)`` does what it should. The
+        gradient that the last ``backward`` leaves is the one of the fine-tuning step:
+        do not clear it at the end.
     evaluate_fn : callable
-        ``evaluate_fn(model)`` gets an ordinary module, the network under the mask, and returns ``accuracy`` (0..1),
-        ``loss`` and ``num-examples``.
+        ``evaluate_fn(model)`` gets an ordinary module, the network under the mask, and
+        returns ``accuracy`` (0..1), ``loss`` and ``num-examples``.
     """
 
     def __init__(
@@ -69,17 +72,18 @@ class OwnLoopAgent(MceplAgent):
         bad = [name for name, z in scores.items() if not bool(z.isfinite().all())]
         if bad:
             raise DivergedError(
-                f"agent {self.index}: round {round} left scores that are not finite in {', '.join(bad)}. "
-                "Lower the step size of the train function."
+                f"agent {self.index}: round {round} left scores that are not finite in "
+                f"{', '.join(bad)}. Lower the step size of the train function."
             )
         if self.config.finetune_lr and all(z.grad is None for z in scores.values()):
             raise ConfigError(
-                "the fine-tuning step needs the gradient of the last local step, and the train function left none on "
-                "the scores. Let it call loss.backward() on the model that it gets, and zero_grad() before that, not "
-                "after; or set finetune_lr=0."
+                "the fine-tuning step needs the gradient of the last local step, and the train "
+                "function left none on the scores. Let it call loss.backward() on the model that "
+                "it gets, and zero_grad() before that, not after; or set finetune_lr=0."
             )
         self._gradient = {
-            name: torch.zeros_like(z) if z.grad is None else z.grad.detach().clone() for name, z in scores.items()
+            name: torch.zeros_like(z) if z.grad is None else z.grad.detach().clone()
+            for name, z in scores.items()
         }
         for z in scores.values():
             z.grad = None
@@ -94,7 +98,7 @@ class OwnLoopAgent(MceplAgent):
         missing = [key for key in ("accuracy", "loss", "num-examples") if key not in metrics]
         if missing:
             raise ConfigError(
-                f"the evaluate function must return accuracy, loss and num-examples; {', '.join(missing)} is missing "
-                f"from {', '.join(metrics) or 'nothing'}. Add it."
+                f"the evaluate function must return accuracy, loss and num-examples; "
+                f"{', '.join(missing)} is missing from {', '.join(metrics) or 'nothing'}. Add it."
             )
         return {**metrics, "density": kept / self.model.num_weights}

@@ -36,7 +36,8 @@ class Algorithm(NamedTuple):
 
     agent: type[Agent]  # made with (index, module, data, config, *, seed, device)
     config: type[TrainingConfig]  # its fields in kebab-case are run-config keys
-    server: type[Server] | None = None  # made with (module, num_agents, config, *, seed); None: agents hear each other
+    # made with (module, num_agents, config, *, seed); None: agents hear each other
+    server: type[Server] | None = None
 
 
 _CLASSES = (
@@ -86,8 +87,8 @@ def read_config(
 ) -> TrainingConfig:
     """Return one agent's parameters of the named algorithm.
 
-    A key in the algorithm's section of the run config counts in place of the plain one, and a cosine schedule without
-    ``lr-rounds`` lasts ``num-rounds``.
+    A key in the algorithm's section of the run config counts in place of the plain one,
+    and a cosine schedule without ``lr-rounds`` lasts ``num-rounds``.
 
     Raises
     ------
@@ -97,7 +98,9 @@ def read_config(
     own = with_section(run_config, algorithm)
     if own.get("lr-schedule") == "cosine" and not own.get("lr-rounds") and "num-rounds" in own:
         own["lr-rounds"] = own["num-rounds"]
-    return find_algorithm(algorithm).config.from_run_config(own, agent=agent, node_config=node_config)
+    return find_algorithm(algorithm).config.from_run_config(
+        own, agent=agent, node_config=node_config
+    )
 
 
 def make_agent(
@@ -120,11 +123,13 @@ def make_agent(
     index : int
         The agent's number in the graph, 0..N-1.
     module : nn.Module
-        The network with the weights that all agents share or start from, as from `shared_module`.
+        The network with the weights that all agents share or start from, as from
+        `shared_module`.
     data : AgentData
         Training and test split.
     run_config, node_config : mapping
-        Flower's settings of the run, and of this device; keys of other algorithms do not matter.
+        Flower's settings of the run, and of this device; keys of other algorithms do
+        not matter.
     seed : int
         Seed of the run, the same on all agents.
     device : str (default: "cpu")
@@ -170,14 +175,15 @@ def make_server(
     Raises
     ------
     ConfigError
-        If there is no such algorithm, it has no server, or one of its settings is out of range.
+        If there is no such algorithm, it has no server, or one of its settings is out
+        of range.
     """
     chosen = find_algorithm(algorithm)
     if chosen.server is None:
         served = ", ".join(name for name, entry in ALGORITHMS.items() if entry.server is not None)
         raise ConfigError(
-            f"the algorithms with a server are {served}; got {algorithm!r}, whose agents hear each other. "
-            "Give it a graph instead."
+            f"the algorithms with a server are {served}; got {algorithm!r}, whose agents hear "
+            f"each other. Give it a graph instead."
         )
     config = read_config(algorithm, run_config, agent=0)
     make: Callable[..., Server] = kind or chosen.server

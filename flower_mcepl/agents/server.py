@@ -18,13 +18,15 @@ from flower_mcepl.masks.model import fingerprint
 class Server(abc.ABC):
     """The middle of a star: the participant whose payload every agent hears, and no agent hears another.
 
-    Verbs, in the order of a round: `receive` what the agents answered, `payload_for` each of them; and `state` /
-    `restore` to survive. All agents begin round 1 from what they have in common, without a word from the server.
+    Verbs, in the order of a round: `receive` what the agents answered, `payload_for`
+    each of them; and `state` / `restore` to survive. All agents begin round 1 from what
+    they have in common, without a word from the server.
 
     Parameters
     ----------
     module : nn.Module
-        The network with the weights that all agents share or start from, as from `shared_module`.
+        The network with the weights that all agents share or start from, as from
+        `shared_module`.
     num_agents : int
         N; the server itself is participant number N.
     seed : int
@@ -35,7 +37,8 @@ class Server(abc.ABC):
     shared: bool  # every agent gets the same payload
     layers: dict[str, tuple[int, ...]]  # shape of each layer of what agents send
     layers_down: dict[str, tuple[int, ...]]  # the same of what the server sends
-    mask_layers: frozenset[str] = frozenset()  # those of `layers` that are bool masks; the others hold floats
+    # those of `layers` that are bool masks; the others hold floats
+    mask_layers: frozenset[str] = frozenset()
 
     def __init__(self, module: nn.Module, num_agents: int, *, seed: int) -> None:
         check(num_agents >= 1, "num_agents must be >= 1", num_agents)
@@ -48,10 +51,13 @@ class Server(abc.ABC):
         return self.num_agents
 
     @abc.abstractmethod
-    def receive(self, inbox: Mapping[int, Payload], *, round: int, num_examples: Mapping[int, int]) -> None:
+    def receive(
+        self, inbox: Mapping[int, Payload], *, round: int, num_examples: Mapping[int, int]
+    ) -> None:
         """Aggregate the payloads of ``round``, at least one, by agent index.
 
-        ``num_examples`` are the sizes of the agents' training splits, where they are known.
+        ``num_examples`` are the sizes of the agents' training splits, where they are
+        known.
         """
 
     @abc.abstractmethod
@@ -97,13 +103,14 @@ class Server(abc.ABC):
         Raises
         ------
         StateError
-            If it is the state of another algorithm, run or number of agents, or incomplete.
+            If it is the state of another algorithm, run or number of agents, or
+            incomplete.
         """
         for key, mine in self._facts().items():
             if state.facts.get(key) != mine:
                 raise StateError(
-                    f"the saved state is of {key} {state.facts.get(key)!r}, but the server has {mine!r}. "
-                    "Use the state of this server and run, or start afresh without it."
+                    f"the saved state is of {key} {state.facts.get(key)!r}, but the server has "
+                    f"{mine!r}. Use the state of this server and run, or start afresh without it."
                 )
         groups = split_groups(state.tensors, device="cpu")
         for group, (shapes, may_be_absent) in self._group_shapes().items():
@@ -116,7 +123,9 @@ class Server(abc.ABC):
 
 def trained_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return copies of all weights that train, by name."""
-    return {name: w.detach().cpu().clone() for name, w in module.named_parameters() if w.requires_grad}
+    return {
+        name: w.detach().cpu().clone() for name, w in module.named_parameters() if w.requires_grad
+    }
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,8 @@ from flower_mcepl.errors import FlowerMceplError
 
 app = typer.Typer(
     name="flower-mcepl",
-    help="Personal models by mask gossip on Flower: do many runs, compare and draw them, look at what they sent.",
+    help="Personal models by mask gossip on Flower: do many runs, compare and draw them, look at "
+    "what they sent.",
     epilog="A single run is started with `flwr run APP` or `python -m flower_mcepl.launch APP`.",
     no_args_is_help=True,
     add_completion=False,

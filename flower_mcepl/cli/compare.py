@@ -18,18 +18,25 @@ from flower_mcepl.studies.sources import read_sources
 
 def compare(
     records: Annotated[
-        list[Path], typer.Argument(help="Run records, folders of them such as a study's, or STUDY.toml files.")
+        list[Path],
+        typer.Argument(help="Run records, folders of them such as a study's, or STUDY.toml files."),
     ],
     target: Annotated[
-        float | None, typer.Option(help="Accuracy: show the bytes over the links until it was reached.")
+        float | None,
+        typer.Option(help="Accuracy: show the bytes over the links until it was reached."),
     ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the table to this Markdown file, too.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write its plain numbers to this CSV file, too.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the table to this Markdown file, too.")
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="Write its plain numbers to this CSV file, too.")
+    ] = None,
 ) -> None:
     """Put run records side by side: what each setting reached, and what it cost.
 
-    A row is one combination of the settings in which the records differ; runs that differ by their seed alone are
-    pooled. Runs that are not finished are left out, and named. A study's runs stand in the order of its file.
+    A row is one combination of the settings in which the records differ; runs that
+    differ by their seed alone are pooled. Runs that are not finished are left out, and
+    named. A study's runs stand in the order of its file.
 
     \b
     Examples:

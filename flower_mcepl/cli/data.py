@@ -16,32 +16,44 @@ from flower_mcepl.studies.flower_app import flat, read_app
 
 
 def data(
-    app: Annotated[Path, typer.Argument(help="Folder of a Flower app, the one with its pyproject.toml.")],
+    app: Annotated[
+        Path, typer.Argument(help="Folder of a Flower app, the one with its pyproject.toml.")
+    ],
     run_config: Annotated[
-        list[str] | None, typer.Option(help="Override settings of the app, as in `flwr run`; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Override settings of the app, as in `flwr run`; may be repeated."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help='Draw it into this PNG, too (needs the extra "report").')] = None,
+    out: Annotated[
+        Path | None, typer.Option(help='Draw it into this PNG, too (needs the extra "report").')
+    ] = None,
 ) -> None:
     """Show who holds what, before any run: each agent's examples of each class, split by split.
 
-    Nothing is trained or sent. The app's agents are built as for a run, so an impossible division is told here, too.
-    Classes are counted where an app's labels lie in tensors, or in a column of its data set.
+    Nothing is trained or sent. The app's agents are built as for a run, so an
+    impossible division is told here, too. Classes are counted where an app's labels lie
+    in tensors, or in a column of its data set.
 
     \b
     In the apps of examples/, the key partition says how the data are divided:
     \b
       iid                        equal parts, drawn at random
-      pathological:classes=3     three classes an agent; assignment=random, deterministic or first-deterministic
-      dirichlet:alpha=0.3        each class in shares drawn from Dirichlet(0.3); min-size=10 examples an agent at least
-      shards:per-agent=2         sorted by class, cut into equal shards, two for each agent
-      linear, square, exponential   unequal sizes: agent i gets i + 1, its square, or its exponential
+      pathological:classes=3     three classes an agent; assignment=random,
+      deterministic or first-deterministic
+      dirichlet:alpha=0.3        each class in shares drawn from Dirichlet(0.3);
+      min-size=10 examples an agent at least
+      shards:per-agent=2         sorted by class, cut into equal shards, two for each
+      agent
+      linear, square, exponential   unequal sizes: agent i gets i + 1, its square, or
+      its exponential
     \b
-    and train-fraction, validation-fraction, test-fraction and stratify how each agent divides its part.
+    and train-fraction, validation-fraction, test-fraction and stratify how each agent
+    divides its part.
 
     \b
     Examples:
       flower-mcepl data examples/quickstart
-      flower-mcepl data examples/quickstart --run-config 'partition="dirichlet:alpha=0.3" num-agents=20' --out who.png
+      flower-mcepl data examples/quickstart --run-config
+      'partition="dirichlet:alpha=0.3" num-agents=20' --out who.png
     """  # noqa: D301 (click's sign for lines that stay as they are)
     found = read_app(app.resolve())
     settings = flat(parse_run_config(run_config or []))
@@ -51,8 +63,9 @@ def data(
     holdings = holdings_of(introductions(found, {**found.config, **settings}))
     if holdings is None:
         raise ConfigError(
-            f"the data of {found.name} do not tell their classes at little cost. Let its data function return tensors "
-            "(images, labels), or data sets with `targets` or a column `label` of whole numbers."
+            f"the data of {found.name} do not tell their classes at little cost. Let its data "
+            f"function return tensors (images, labels), or data sets with `targets` or a column "
+            "`label` of whole numbers."
         )
     console = wide_console()
     print_holdings(holdings, console)

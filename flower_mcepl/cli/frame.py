@@ -15,20 +15,32 @@ from flower_mcepl.errors import FrameError
 from flower_mcepl.exchange.ledger import human_bytes
 from flower_mcepl.wire import FrameHeader, LayerEntry, read_header
 
-_KINDS = {0: "every weight", 1: "1 bit a weight", 2: "range-coded, on its own", 3: "range-coded flips"}
+_KINDS = {
+    0: "every weight",
+    1: "1 bit a weight",
+    2: "range-coded, on its own",
+    3: "range-coded flips",
+}
 
 
 def frame(
-    file: Annotated[Path, typer.Argument(help="A frame, as a run with keep-frames = true leaves it under frames/.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="A frame, as a run with keep-frames = true leaves it under frames/."),
+    ],
     like: Annotated[
         Path | None,
-        typer.Option(help="A whole frame of the same model, for the names of the layers (default: one beside FILE)."),
+        typer.Option(
+            help="A whole frame of the same model, for the names of the layers (default: one "
+            "beside FILE)."
+        ),
     ] = None,
 ) -> None:
     """Explain a frame: who sent it, what it builds on, how each layer is told, and how many bits that takes.
 
-    A delta frame does not repeat the names and shapes of its layers; they are taken from a whole frame of the same
-    model. Nothing is decoded. The format stands in docs/wire-format.md.
+    A delta frame does not repeat the names and shapes of its layers; they are taken
+    from a whole frame of the same model. Nothing is decoded. The format stands in
+    docs/wire-format.md.
     """
     data = file.read_bytes()
     header = read_header(data)
@@ -44,7 +56,9 @@ def frame(
     console.print(_table(header))
 
 
-def _described(header: FrameHeader, files: list[Path]) -> tuple[Path, dict[str, tuple[int, ...]]] | None:
+def _described(
+    header: FrameHeader, files: list[Path]
+) -> tuple[Path, dict[str, tuple[int, ...]]] | None:
     """Return the first file that describes this model, and its layers."""
     for file in files:
         try:
@@ -67,8 +81,8 @@ def _lines(header: FrameHeader, source: Path | None) -> Iterator[str]:
     yield f"agent {header.sender}, round {header.round}, wire version {header.version}"
     yield kind
     yield (
-        f"{human_bytes(header.total)}: {header.header_bytes} bytes of header and checksum, {human_bytes(raw)} as they "
-        f"are, {human_bytes(header.coded_bytes)} range-coded"
+        f"{human_bytes(header.total)}: {header.header_bytes} bytes of header and checksum, "
+        f"{human_bytes(raw)} as they are, {human_bytes(header.coded_bytes)} range-coded"
     )
     weights = sum(_numel(entry) for entry in header.layers)
     if weights:
@@ -86,11 +100,18 @@ def _lines(header: FrameHeader, source: Path | None) -> Iterator[str]:
 
 def _table(header: FrameHeader) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for title, justify in (("layer", "left"), ("shape", "left"), ("weights", "right"), ("told as", "left")):
+    for title, justify in (
+        ("layer", "left"),
+        ("shape", "left"),
+        ("weights", "right"),
+        ("told as", "left"),
+    ):
         table.add_column(title, justify=justify)  # type: ignore[arg-type]
     table.add_column("weights told", justify="right")
     table.add_column("their entropy*", justify="right")
-    table.caption = "* of so many among the layer's weights, if all were equally likely; groups bring it below"
+    table.caption = (
+        "* of so many among the layer's weights, if all were equally likely; groups bring it below"
+    )
     table.caption_justify = "left"
     for number, entry in enumerate(header.layers):
         name = entry.name if entry.name is not None else f"layer {number}"
@@ -110,7 +131,11 @@ def _how(entry: LayerEntry) -> str:
     if entry.with_recent:
         parts.append("recent flips apart")
     if entry.precision is not None:
-        parts.append(f"{entry.num_values:,} {entry.precision.name} values" if entry.is_sparse else entry.precision.name)
+        parts.append(
+            f"{entry.num_values:,} {entry.precision.name} values"
+            if entry.is_sparse
+            else entry.precision.name
+        )
     return ", ".join(parts)
 
 

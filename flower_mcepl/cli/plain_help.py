@@ -10,13 +10,18 @@ from typer.core import TyperArgument, TyperCommand
 class PlainCommand(TyperCommand):
     r"""A command whose help page has its arguments' texts, and brackets as they are.
 
-    Two faults of typer before 0.21, and Flower takes no newer one: with click 8.5 the text of an argument gets lost,
-    and where rich is installed ``[required]`` becomes ``\[required]``, though rich does not print here.
+    Two faults of typer before 0.21, and Flower takes no newer one: with click 8.5 the
+    text of an argument gets lost, and where rich is installed ``[required]`` becomes
+    ``\[required]``, though rich does not print here.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        told = get_type_hints(inspect.unwrap(self.callback), include_extras=True) if self.callback else {}
+        told = (
+            get_type_hints(inspect.unwrap(self.callback), include_extras=True)
+            if self.callback
+            else {}
+        )
         for parameter in self.params:
             if isinstance(parameter, TyperArgument) and parameter.help is None:
                 parameter.help = told[str(parameter.name)].__metadata__[0].help

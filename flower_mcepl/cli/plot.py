@@ -12,11 +12,15 @@ from flower_mcepl.studies.sources import read_sources
 
 def plot(
     records: Annotated[
-        list[Path], typer.Argument(help="Run records, folders of them such as a study's, or STUDY.toml files.")
+        list[Path],
+        typer.Argument(help="Run records, folders of them such as a study's, or STUDY.toml files."),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the PNGs (default: plots in the record or folder; of several, plots here)."),
+        typer.Option(
+            help="Folder for the PNGs (default: plots in the record or folder; of several, plots "
+            "here)."
+        ),
     ] = None,
 ) -> None:
     """Draw run records: what they reached, at what cost, and how the agents' masks relate.
@@ -26,15 +30,19 @@ def plot(
       accuracy-bytes.png     accuracy by bytes over the links, on a logarithmic axis
       spread.png             every agent's accuracy at the end
       graph.png              who talks to whom, colored by accuracy
-      holdings*.png          who holds what: examples of each class in each agent's splits
-      agreement*.png         how far the agents' masks agree, beside the overlap of their classes
+      holdings*.png          who holds what: examples of each class in each agent's
+      splits
+      agreement*.png         how far the agents' masks agree, beside the overlap of
+      their classes
       filters*.png           share of kept weights in every filter, layer by layer
 
-    Runs that differ by their seed alone are one line: their mean, and a band of one standard deviation over the
-    seeds. For one record alone the band is over its agents. The last two need the agents' final states, which
-    simulations leave; they are drawn for the first seed of each combination.
+    Runs that differ by their seed alone are one line: their mean, and a band of one
+    standard deviation over the seeds. For one record alone the band is over its agents.
+    The last two need the agents' final states, which simulations leave; they are drawn
+    for the first seed of each combination.
 
-    What a record does not hold is not drawn, and told. Needs the extra "report" (matplotlib).
+    What a record does not hold is not drawn, and told. Needs the extra "report"
+    (matplotlib).
 
     \b
     Examples:

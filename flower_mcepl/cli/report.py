@@ -10,19 +10,25 @@ from flower_mcepl.studies.sources import read_source
 
 
 def report(
-    source: Annotated[Path, typer.Argument(help="A study's folder, a run record, or a STUDY.toml.")],
+    source: Annotated[
+        Path, typer.Argument(help="A study's folder, a run record, or a STUDY.toml.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="The page to write (default: report.html in the study's folder or record).")
+        Path | None,
+        typer.Option(
+            help="The page to write (default: report.html in the study's folder or record)."
+        ),
     ] = None,
 ) -> None:
     """Write everything about a study, or about one run, as one HTML page.
 
-    The page opens from disk in any browser, and can be mailed as it is: pictures are inside, and it loads nothing. It
-    holds the table of `compare`, the pictures of `plot`, the study file, settings and versions, and what each run's
-    agents reached. Needs the extra "report" (matplotlib).
+    The page opens from disk in any browser, and can be mailed as it is: pictures are
+    inside, and it loads nothing. It holds the table of `compare`, the pictures of
+    `plot`, the study file, settings and versions, and what each run's agents reached.
+    Needs the extra "report" (matplotlib).
 
-    A folder holds a study file's text if `flower-mcepl run` has made it; given STUDY.toml itself, the page is of the
-    finished runs of the study as it is now.
+    A folder holds a study file's text if `flower-mcepl run` has made it; given
+    STUDY.toml itself, the page is of the finished runs of the study as it is now.
 
     \b
     Examples:

@@ -18,17 +18,31 @@ from flower_mcepl.launch.plan import parse_run_config
 from flower_mcepl.record.writing import Run, read_run
 from flower_mcepl.report.compare import link_bytes
 from flower_mcepl.studies import Outcome, Study, compare, read_study, run_study
-from flower_mcepl.studies.runner import CSV, MARKDOWN, finished_runs, is_finished, strangers, tasks_of
+from flower_mcepl.studies.runner import (
+    CSV,
+    MARKDOWN,
+    finished_runs,
+    is_finished,
+    strangers,
+    tasks_of,
+)
 
 
 def run(
     study: Annotated[Path, typer.Argument(help="The study: a TOML file.", metavar="STUDY.toml")],
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time (engine in-process only).")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at the same time (engine in-process only).")
+    ] = 1,
     run_config: Annotated[
         list[str] | None,
-        typer.Option(help="Settings for every run, over those of [config], as in `flwr run`; may be repeated."),
+        typer.Option(
+            help="Settings for every run, over those of [config], as in `flwr run`; may be "
+            "repeated."
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the study, list its runs, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the study, list its runs, and stop.")
+    ] = False,
 ) -> None:
     """Do all runs of a study, and put them side by side.
 
@@ -36,30 +50,36 @@ def run(
     A study names an app and what to vary:
     \b
       app = "../quickstart"        # a Flower app, relative to this file
-      engine = "in-process"        # or "flower" (default): the same bits, slower to start
-      out = "runs/ablation"        # default: studies/NAME; relative to where you start it
+      engine = "in-process"        # or "flower" (default): the same bits, slower to
+      start
+      out = "runs/ablation"        # default: studies/NAME; relative to where you start
+      it
       target = 0.9                 # optional: accuracy for the tables' column of bytes
       [config]                     # run-config keys for every run
       num-rounds = 40
       [grid]                       # all combinations of these
       algorithm = ["mcepl", "local-masks"]
       seed = [1, 2, 3]
-      [[runs]]                     # and, one by one, further combinations; a list stands for all its values
+      [[runs]]                     # and, one by one, further combinations; a list
+      stands for all its values
       label = "torus"
       topology = "torus"
       seed = [1, 2, 3]
 
-    Every run is checked before the first one begins. Each leaves a run record in a folder of its own below `out`,
-    and all together a table in compare.md and compare.csv.
+    Every run is checked before the first one begins. Each leaves a run record in a
+    folder of its own below `out`, and all together a table in compare.md and
+    compare.csv.
 
-    Ctrl-C, a crash or a power cut cost nothing but the run that was going on: start the same command again, and what
-    is finished is skipped. A run that fails is told and left for the next time; the exit code is then 1.
+    Ctrl-C, a crash or a power cut cost nothing but the run that was going on: start the
+    same command again, and what is finished is skipped. A run that fails is told and
+    left for the next time; the exit code is then 1.
 
     \b
     Examples:
       flower-mcepl run examples/paper/2-ablation.toml --dry-run
       flower-mcepl run examples/paper/2-ablation.toml --jobs 2
-      flower-mcepl run examples/paper/cifar10-methods.toml --run-config 'data="/path/to/cifar10"'
+      flower-mcepl run examples/paper/cifar10-methods.toml --run-config
+      'data="/path/to/cifar10"'
       flower-mcepl compare runs/ablation --target 0.9
     """  # noqa: D301 (click's sign for lines that stay as they are)
     plan = read_study(study, parse_run_config(run_config or []))
@@ -71,7 +91,10 @@ def run(
         outcomes = _run(plan, jobs, console)
     except KeyboardInterrupt as stop:
         done = len(finished_runs(plan))
-        console.print(f"stopped; {done} of {len(plan.runs)} runs are finished. The same command goes on from here.")
+        console.print(
+            f"stopped; {done} of {len(plan.runs)} runs are finished. The same command goes on "
+            f"from here."
+        )
         raise typer.Exit(128 + getattr(stop, "signum", signal.SIGINT)) from None
     _report(plan, outcomes, console)
     if any(outcome.error is not None for outcome in outcomes):
@@ -88,15 +111,28 @@ def _list_runs(plan: Study, console: Console) -> None:
         values = [str(task.run.config[key]) for key in plan.varied]
         table.add_row(*map(Text, (task.run.slug, *values, states[-1])))
     print_table(table)
-    console.print(f"{len(states)} runs, {states.count('to do')} to do, engine {plan.engine}, records in {plan.out}")
+    console.print(
+        f"{len(states)} runs, {states.count('to do')} to do, engine {plan.engine}, records in "
+        f"{plan.out}"
+    )
 
 
 def _run(plan: Study, jobs: int, console: Console) -> list[Outcome]:
     waiting = sum(not is_finished(task) for task in tasks_of(plan))
     done = len(plan.runs) - waiting
-    console.print(f"{plan.name}: {len(plan.runs)} runs, {done} finished, {waiting} to do; records in {plan.out}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    console.print(
+        f"{plan.name}: {len(plan.runs)} runs, {done} finished, {waiting} to do; records in "
+        f"{plan.out}"
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         teller = _Teller(console, progress, waiting, jobs)
         return run_study(plan, jobs=jobs, tell=teller.tell)
 
@@ -144,11 +180,13 @@ def _report(plan: Study, outcomes: list[Outcome], console: Console) -> None:
         console.print(f"the same as files: {plan.out / MARKDOWN}, {plan.out / CSV}")
     if others := strangers(plan):
         console.print(
-            f"{len(others)} records in {plan.out} are of no run of this study as it is now (not in the table): "
-            f"{', '.join(path.name for path in others)}"
+            f"{len(others)} records in {plan.out} are of no run of this study as it is now (not "
+            f"in the table): {', '.join(path.name for path in others)}"
         )
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if failed:
-        console.print(f"failed: {len(failed)} of {len(outcomes)} runs; the same command tries them again:")
+        console.print(
+            f"failed: {len(failed)} of {len(outcomes)} runs; the same command tries them again:"
+        )
         for outcome in failed:
             console.print(f"  {outcome.task.run.slug}: {outcome.error}")

@@ -11,14 +11,21 @@ from flower_mcepl.studies import find_records
 
 
 def tensorboard(
-    records: Annotated[list[Path], typer.Argument(help="Run records, or folders of them such as a study's.")],
-    out: Annotated[Path, typer.Option(help="Folder for the event files, one folder a record below it.")] = Path(
-        "tensorboard"
-    ),
+    records: Annotated[
+        list[Path], typer.Argument(help="Run records, or folders of them such as a study's.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the event files, one folder a record below it.")
+    ] = Path("tensorboard"),
     follow: Annotated[
-        bool, typer.Option("--follow", help="Go on while a run goes on: add its new rounds until all have ended.")
+        bool,
+        typer.Option(
+            "--follow", help="Go on while a run goes on: add its new rounds until all have ended."
+        ),
     ] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks with --follow.")] = 5.0,
+    every: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between two looks with --follow.")
+    ] = 5.0,
 ) -> None:
     """Write accuracy, loss and bytes by round as TensorBoard scalars.
 
@@ -30,7 +37,10 @@ def tensorboard(
       flower-mcepl tensorboard runs/20260131-141500-ring --follow
     """  # noqa: D301 (click's sign for lines that stay as they are)
     folders = [run.path for run in find_records(records)]
-    writers = [ScalarWriter(folder, out / name) for folder, name in zip(folders, _names(folders), strict=True)]
+    writers = [
+        ScalarWriter(folder, out / name)
+        for folder, name in zip(folders, _names(folders), strict=True)
+    ]
     try:
         going = writers
         while True:
@@ -50,5 +60,6 @@ def _names(folders: list[Path]) -> list[str]:
     """Return each folder's name, with its parent's in front where two are called the same."""
     names = [folder.name for folder in folders]
     return [
-        f"{folder.parent.name}-{folder.name}" if names.count(folder.name) > 1 else folder.name for folder in folders
+        f"{folder.parent.name}-{folder.name}" if names.count(folder.name) > 1 else folder.name
+        for folder in folders
     ]

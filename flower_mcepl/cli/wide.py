@@ -13,7 +13,8 @@ _WIDEST = 1000  # columns of a table
 
 def wide_console() -> Console:
     """Return a console that breaks no line itself, and shows text as it is."""
-    # The file is named, as runs in this process have their standard output sent to a log.
+    # The file is named, as runs in this process have their standard output sent to a
+    # log.
     return Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -37,7 +37,8 @@ AgentFn = Callable[[Context], Agent]
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
 
 AGENTS_KEPT = 32  # in one process, so that not every message builds its agent anew
-_shared: dict[tuple[object, ...], Any] = {}  # modules and data of the present run, for all agents of this process
+# modules and data of the present run, for all agents of this process
+_shared: dict[tuple[object, ...], Any] = {}
 _agents: dict[tuple[object, ...], Agent] = {}  # those last used come last
 
 
@@ -45,11 +46,14 @@ _agents: dict[tuple[object, ...], Agent] = {}  # those last used come last
 class AgentApp(ClientApp):
     """A ClientApp that plays one agent; its functions give who runs it without Flower the same agent and network."""
 
-    def __init__(self, agent_fn: AgentFn, module_fn: ModelFn | None, mods: Sequence[Mod] = ()) -> None:
+    def __init__(
+        self, agent_fn: AgentFn, module_fn: ModelFn | None, mods: Sequence[Mod] = ()
+    ) -> None:
         check_mods(mods)
         super().__init__(mods=list(mods))
         self.agent_fn, self.module_fn = agent_fn, module_fn
-        self.id = uuid.uuid4().hex  # Ray pickles the app for every message: identity must travel with it
+        # Ray pickles the app for every message: identity must travel with it
+        self.id = uuid.uuid4().hex
         self._open: contextlib.ExitStack | None = None  # what is held until the message is answered
         self._finish: Callable[[], None] | None = None  # keeps the new state
 
@@ -69,7 +73,9 @@ class AgentApp(ClientApp):
         """Play the round that a message orders; `__call__` keeps the state."""
         assert self._open is not None
         with _naming_the_agent(context):
-            self._open.close()  # of an earlier call, where a mod calls twice: the round is then played again
+            # of an earlier call, where a mod calls twice: the round is then played
+            # again
+            self._open.close()
             order = _order(message)
             settings = _device_settings(context)
             memory = self._open.enter_context(
@@ -86,16 +92,19 @@ def make_client_app(model_fn: ModelFn, data_fn: DataFn, *, mods: Sequence[Mod] =
     Parameters
     ----------
     model_fn : callable
-        ``model_fn(context)`` returns the network, freshly initialised. It is called on the run's seed, so that
-        every device draws the same weights; they are never sent.
+        ``model_fn(context)`` returns the network, freshly initialised. It is called on
+        the run's seed, so that every device draws the same weights; they are never
+        sent.
     data_fn : callable
-        ``data_fn(context)`` returns the agent's splits ``(train, test)`` or ``(train, validation, test)``: pairs of
-        tensors, map-style datasets or DataLoaders (see `flower_mcepl.data.batches.AgentData.of`). The run-config key
-        ``evaluate-on`` says which of the last two the agent is evaluated on. Which agent it is stands in
-        ``context.node_config["partition-id"]``.
+        ``data_fn(context)`` returns the agent's splits ``(train, test)`` or ``(train,
+        validation, test)``: pairs of tensors, map-style datasets or DataLoaders (see
+        `flower_mcepl.data.batches.AgentData.of`). The run-config key ``evaluate-on``
+        says which of the last two the agent is evaluated on. Which agent it is stands
+        in ``context.node_config["partition-id"]``.
     mods : sequence of callables (default: none)
-        Flower's mods around every message, ``mod(message, context, call_next)``, as for any ClientApp. The agent's
-        new state is kept only after they have let the answer pass.
+        Flower's mods around every message, ``mod(message, context, call_next)``, as for
+        any ClientApp. The agent's new state is kept only after they have let the answer
+        pass.
 
     Raises
     ------
@@ -118,7 +127,9 @@ def make_client_app(model_fn: ModelFn, data_fn: DataFn, *, mods: Sequence[Mod] =
     def module_fn(context: Context) -> nn.Module:
         seed = int(context.run_config.get("seed", 0))
         module: nn.Module = _once(
-            context, (app_id, "module", seed), lambda: shared_module(lambda: model_fn(context), seed=seed)
+            context,
+            (app_id, "module", seed),
+            lambda: shared_module(lambda: model_fn(context), seed=seed),
         )
         return module
 
@@ -140,13 +151,16 @@ def make_client_app(model_fn: ModelFn, data_fn: DataFn, *, mods: Sequence[Mod] =
     return make_agent_app(agent_fn, module_fn, mods=mods)
 
 
-def make_agent_app(agent_fn: AgentFn, module_fn: ModelFn | None = None, *, mods: Sequence[Mod] = ()) -> ClientApp:
+def make_agent_app(
+    agent_fn: AgentFn, module_fn: ModelFn | None = None, *, mods: Sequence[Mod] = ()
+) -> ClientApp:
     """Make a ClientApp from a function that builds the agent of a context.
 
-    Where a process gets several messages for one agent it may build it once and `Agent.restore` it for each.
+    Where a process gets several messages for one agent it may build it once and
+    `Agent.restore` it for each.
 
-    ``module_fn`` gives the network that a server of these agents is made with, where they have one and are run
-    without Flower; ``mods`` are as for `make_client_app`.
+    ``module_fn`` gives the network that a server of these agents is made with, where
+    they have one and are run without Flower; ``mods`` are as for `make_client_app`.
     """
     app = AgentApp(agent_fn, module_fn, mods)
 
@@ -161,7 +175,10 @@ def make_agent_app(agent_fn: AgentFn, module_fn: ModelFn | None = None, *, mods:
     @app.query()
     def identify(message: Message, context: Context) -> Message:
         """Say which agent this node is, without building it."""
-        return Message(RecordDict({keys.AGENT: ConfigRecord({"agent": agent_index(context)})}), reply_to=message)
+        return Message(
+            RecordDict({keys.AGENT: ConfigRecord({"agent": agent_index(context)})}),
+            reply_to=message,
+        )
 
     return app
 
@@ -171,8 +188,9 @@ def agent_index(context: Context) -> int:
     index = context.node_config.get(keys.PARTITION_ID)
     if not isinstance(index, int) or index < 0:
         raise ConfigError(
-            f"node {context.node_id} must say which agent it is: its node config needs partition-id, a number >= 0; "
-            f"got {index!r}. Start its SuperNode with --node-config 'partition-id=0' (one number per node)."
+            f"node {context.node_id} must say which agent it is: its node config needs "
+            f"partition-id, a number >= 0; got {index!r}. Start its SuperNode with --node-config "
+            f"'partition-id=0' (one number per node)."
         )
     return index
 
@@ -190,7 +208,8 @@ def _naming_the_agent(context: Context) -> Iterator[None]:
         raise type(error)(f"{who}: {error}") from error
     except Exception as error:
         raise FlowerMceplError(
-            f"{who}: {type(error).__name__}: {error}. Its traceback is in the log of node {context.node_id}."
+            f"{who}: {type(error).__name__}: {error}. Its traceback is in the log of node "
+            f"{context.node_id}."
         ) from error
 
 
@@ -198,9 +217,9 @@ def _order(message: Message) -> ConfigRecord:
     order = message.content.config_records.get(keys.ORDER)
     if order is None or order.get(keys.VERSION) != keys.MESSAGE_VERSION:
         raise ConfigError(
-            f"this device understands GossipStrategy messages of version {keys.MESSAGE_VERSION}; got "
-            f"{None if order is None else order.get(keys.VERSION)!r}. Use GossipStrategy, and the same release "
-            "of flower-mcepl on server and devices."
+            f"this device understands GossipStrategy messages of version {keys.MESSAGE_VERSION}; "
+            f"got {None if order is None else order.get(keys.VERSION)!r}. Use GossipStrategy, and "
+            f"the same release of flower-mcepl on server and devices."
         )
     return order
 
@@ -212,7 +231,8 @@ def _play(
     parcel, damaged = _parcel(message, order)
     place = (context.run_id, app.id, agent_index(context))
     past = memory.recall(before=parcel.round)
-    # Only a state makes a used agent what it has to be; where anything fails below, it is not used again.
+    # Only a state makes a used agent what it has to be; where anything fails below, it
+    # is not used again.
     used = _agents.pop(place, None)
     agent = used if used is not None and past is not None else app.agent_fn(context)
     mail = open_mail(agent, max_staleness=int(order[keys.MAX_STALENESS]))  # type: ignore[arg-type]
@@ -223,7 +243,9 @@ def _play(
     reply = play_round(agent, mail, parcel)
     reply = replace(reply, refused=[*damaged, *reply.refused])
     introduce = past is None or bool(order.get(keys.INTRODUCE, True))
-    content = _answer(agent, reply, fresh=past is None, facts=_introduction(agent, context) if introduce else {})
+    content = _answer(
+        agent, reply, fresh=past is None, facts=_introduction(agent, context) if introduce else {}
+    )
     _keep(place, agent)
     future = Generation.of(agent, mail, run=str(order[keys.RUN]), round=parcel.round)
     return content, partial(_finish_round, memory, future, order)
@@ -264,13 +286,18 @@ def _answer(agent: Agent, reply: Reply, *, fresh: bool, facts: Mapping[str, Any]
         keys.LACKING: reply.lacking,
         keys.HELD_AGENTS: list(reply.held),
         keys.HELD_ROUNDS: list(reply.held.values()),
-        keys.BUILDS_ON: [-1 if frame.reference is None else frame.reference for frame in reply.frames],
+        keys.BUILDS_ON: [
+            -1 if frame.reference is None else frame.reference for frame in reply.frames
+        ],
         keys.HEADER_BYTES: [frame.header_bytes for frame in reply.frames],
     }
-    facts.update({key: values for key, values in lists.items() if values})  # Flower's tools trip over empty lists
+    # Flower's tools trip over empty lists
+    facts.update({key: values for key, values in lists.items() if values})
     if reply.frames:
         facts[keys.CONTENT] = reply.frames[0].content
-    content = RecordDict({keys.AGENT: ConfigRecord(facts), keys.METRICS: MetricRecord(dict(reply.metrics))})
+    content = RecordDict(
+        {keys.AGENT: ConfigRecord(facts), keys.METRICS: MetricRecord(dict(reply.metrics))}
+    )
     if reply.frames:
         content[keys.FRAME] = ArrayRecord(
             {
@@ -295,8 +322,8 @@ def _load(data_fn: DataFn, context: Context, *, seed: int) -> AgentData:
     if not isinstance(splits, tuple) or len(splits) not in (2, 3):
         got = f"a tuple of {len(splits)}" if isinstance(splits, tuple) else type(splits).__name__
         raise DataError(
-            "the data function must return the pair (train, test), or (train, validation, test); for agent "
-            f"{index} it gave {got}."
+            "the data function must return the pair (train, test), or (train, validation, test); "
+            f"for agent {index} it gave {got}."
         )
     train, *validation, test = splits
     return AgentData.of(
@@ -335,8 +362,10 @@ def _device(context: Context) -> str:
     if told != "auto":
         if torch.device(told).type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
-                f'device is {told!r}, but torch finds no CUDA here. Use device = "auto" or "cpu"; in simulation, give '
-                "each client a share of the GPU (client-resources-num-gpus in --federation-config)."
+                f'device is {told!r}, but torch finds no CUDA here. Use device = "auto" or "cpu"; '
+                f"in simulation, give "
+                "each client a share of the GPU (client-resources-num-gpus in "
+                "--federation-config)."
             )
         return told
     if torch.cuda.is_available():

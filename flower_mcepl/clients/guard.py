@@ -1,7 +1,7 @@
 """Whatever happens in a ClientApp, its SuperNode gets an answer: one without stops serving all later runs, too.
 
-Flower waits for a reply that bears the id of the message, without an end and without a look at what the ClientApp
-gave instead.
+Flower waits for a reply that bears the id of the message, without an end and without a
+look at what the ClientApp gave instead.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,8 +13,9 @@ from flower_mcepl.errors import ConfigError, FlowerMceplError
 
 FAILED = 2  # Flower's code for a ClientApp that raised
 
-# Of Flower's own mods these expect one set of arrays in, and the same keys out. Here neighbors' frames come in and the
-# agent's own goes out; they then answer with an error to the reply instead of to the message.
+# Of Flower's own mods these expect one set of arrays in, and the same keys out. Here
+# neighbors' frames come in and the agent's own goes out; they then answer with an error
+# to the reply instead of to the message.
 _UNFIT = {"fixedclipping_mod", "adaptiveclipping_mod", "LocalDpMod", "secagg_mod", "secaggplus_mod"}
 
 Call = Callable[[Message, Context], Any]
@@ -26,18 +27,22 @@ def check_mods(mods: Iterable[object]) -> None:
     Raises
     ------
     ConfigError
-        If one cannot be called, or is one of Flower's that clip, add noise to or sum up a model's arrays.
+        If one cannot be called, or is one of Flower's that clip, add noise to or sum up
+        a model's arrays.
     """
     for mod in mods:
         if not callable(mod):
-            raise ConfigError(f"a mod must be callable as mod(message, context, call_next); got {mod!r:.80}.")
+            raise ConfigError(
+                f"a mod must be callable as mod(message, context, call_next); got {mod!r:.80}."
+            )
         made_by = mod if hasattr(mod, "__qualname__") else type(mod)
         name = getattr(made_by, "__qualname__", "")
         if name in _UNFIT and str(getattr(made_by, "__module__", "")).partition(".")[0] == "flwr":
             raise ConfigError(
-                f"mods must let an agent's frames pass as they are; Flower's {name} changes the arrays of a global "
-                "model, which there is none of here, and would leave the SuperNode waiting for ever. Leave it out: "
-                "masks are bits, which have no norm to clip and take no Gaussian noise."
+                f"mods must let an agent's frames pass as they are; Flower's {name} changes the "
+                f"arrays of a global model, which there is none of here, and would leave the "
+                "SuperNode waiting for ever. Leave it out: masks are bits, which have no norm to "
+                "clip and take no Gaussian noise."
             )
 
 
@@ -47,7 +52,8 @@ def answer_to(message: Message, context: Context, call: Call) -> Message:
     Raises
     ------
     FlowerMceplError
-        If ``call`` tries to end the process. Other exceptions pass: Flower answers with an error itself.
+        If ``call`` tries to end the process. Other exceptions pass: Flower answers with
+        an error itself.
     """
     try:
         reply = call(message, context)
@@ -55,8 +61,8 @@ def answer_to(message: Message, context: Context, call: Call) -> Message:
         if _flower_ends_it(error):
             raise
         raise FlowerMceplError(
-            f"node {context.node_id}: the app or a mod called sys.exit({error.code!r}), which would leave the message "
-            "without an answer. Raise an exception instead."
+            f"node {context.node_id}: the app or a mod called sys.exit({error.code!r}), which "
+            f"would leave the message without an answer. Raise an exception instead."
         ) from error
     wrong = _fault(reply, message)
     if wrong is None:
@@ -65,8 +71,9 @@ def answer_to(message: Message, context: Context, call: Call) -> Message:
     if isinstance(reply, Message) and reply.has_error():
         code, told = reply.error.code, f" It said: {reply.error.reason}"
     reason = (
-        f"node {context.node_id}: a ClientApp and each of its mods must return Message(content, reply_to=message), "
-        f"with the message that came; here {wrong}. Mend or leave out the mods of make_client_app.{told}"
+        f"node {context.node_id}: a ClientApp and each of its mods must return Message(content, "
+        f"reply_to=message), with the message that came; here {wrong}. Mend or leave out the mods "
+        f"of make_client_app.{told}"
     )
     return Message(Error(code, reason), reply_to=message)
 
@@ -74,7 +81,11 @@ def answer_to(message: Message, context: Context, call: Call) -> Message:
 def _fault(reply: Any, message: Message) -> str | None:
     """Say what is wrong with a reply, None if nothing is."""
     if not isinstance(reply, Message):
-        return f"{type(reply).__name__} came out" if reply is not None else "None came out (is a return missing?)"
+        return (
+            f"{type(reply).__name__} came out"
+            if reply is not None
+            else "None came out (is a return missing?)"
+        )
     sent, came = reply.metadata, message.metadata
     if sent.reply_to_message_id != came.message_id or (sent.src_node_id, sent.dst_node_id) != (
         came.dst_node_id,
@@ -99,4 +110,6 @@ def _flower_ends_it(error: SystemExit) -> bool:
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
-    return place is not None and str(place.tb_frame.f_globals.get("__name__", "")).startswith("flwr.")
+    return place is not None and str(place.tb_frame.f_globals.get("__name__", "")).startswith(
+        "flwr."
+    )

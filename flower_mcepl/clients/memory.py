@@ -33,7 +33,8 @@ class Memory(Protocol):
 class ContextMemory:
     """The last state, in Flower's ``Context.state``: it travels with every message and ends with the process.
 
-    It is one array: Flower handles each on its own, and many small ones take longer than a large one.
+    It is one array: Flower handles each on its own, and many small ones take longer
+    than a large one.
     """
 
     def __init__(self, context: Context, *, run: str) -> None:
@@ -48,15 +49,17 @@ class ContextMemory:
         if found.run == self._run and found.round < before:
             return found
         logger.warning(
-            f"agent {found.agent} starts afresh: round {before} of run {self._run or '?'} was asked for, and its state "
-            f"is that after round {found.round} of run {found.run or '?'}."
+            f"agent {found.agent} starts afresh: round {before} of run {self._run or '?'} was "
+            f"asked for, and its state is that after round {found.round} of run "
+            f"{found.run or '?'}."
         )
         return None
 
     def remember(self, generation: Generation) -> None:
         """Put the state into the context."""
         data = generation.encode()
-        # Bytes as they are: NumPy's format, in which Flower carries arrays, would copy them twice more.
+        # Bytes as they are: NumPy's format, in which Flower carries arrays, would copy
+        # them twice more.
         array = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
         self._context.state[STATE] = ArrayRecord({"generation": array})
 
@@ -77,7 +80,9 @@ class DiskMemory:
         Rounds that the relay could go back to.
     """
 
-    def __init__(self, root: Path, *, run: str, agent: int, keep_runs: int, checkpoints: Collection[int]) -> None:
+    def __init__(
+        self, root: Path, *, run: str, agent: int, keep_runs: int, checkpoints: Collection[int]
+    ) -> None:
         self._root, self._run, self._agent, self._keep_runs = root, run, agent, keep_runs
         self._checkpoints = checkpoints
         self._store = device_store(root, run=run, agent=agent, log=logger.warning)
@@ -98,17 +103,27 @@ class DiskMemory:
 class CheckpointedMemory:
     """A simulated agent's state: in the context, and in the run record as well, from which a run is resumed.
 
-    It is written there in the rounds that a checkpoint follows (``store``), and read in any.
+    It is written there in the rounds that a checkpoint follows (``store``), and read in
+    any.
     """
 
-    def __init__(self, context: Context, folder: Path, *, run: str, agent: int, store: bool) -> None:
-        self._context, self._run, self._agent, self._stores = ContextMemory(context, run=run), run, agent, store
+    def __init__(
+        self, context: Context, folder: Path, *, run: str, agent: int, store: bool
+    ) -> None:
+        self._context, self._run, self._agent, self._stores = (
+            ContextMemory(context, run=run),
+            run,
+            agent,
+            store,
+        )
         self._store = StateStore(folder, log=logger.warning)
 
     def recall(self, *, before: int) -> Generation | None:
         """Return the state in the context; in a resumed run, whose contexts are empty, that in the run record."""
         found = self._context.recall(before=before)
-        return self._store.load(self._agent, run=self._run, before=before) if found is None else found
+        return (
+            self._store.load(self._agent, run=self._run, before=before) if found is None else found
+        )
 
     def remember(self, generation: Generation) -> None:
         """Keep the state in both places, or in the context alone."""
@@ -119,7 +134,9 @@ class CheckpointedMemory:
 
 
 @contextlib.contextmanager
-def open_memory(context: Context, order: ConfigRecord, *, agent: int, settings: DeviceSettings) -> Iterator[Memory]:
+def open_memory(
+    context: Context, order: ConfigRecord, *, agent: int, settings: DeviceSettings
+) -> Iterator[Memory]:
     """Give the memory of an agent for one message; on disk, no other process has it meanwhile.
 
     Raises
@@ -131,7 +148,9 @@ def open_memory(context: Context, order: ConfigRecord, *, agent: int, settings: 
     """
     run = order.get(keys.RUN)
     if not isinstance(run, str):
-        raise ConfigError(f"an order must say of which run it is ({keys.RUN}); got {run!r}. Use GossipStrategy.")
+        raise ConfigError(
+            f"an order must say of which run it is ({keys.RUN}); got {run!r}. Use GossipStrategy."
+        )
     folder = settings.state_folder()
     if in_simulation() or folder is None:
         if keys.AGENTS_DIR in order and in_simulation():
@@ -142,7 +161,9 @@ def open_memory(context: Context, order: ConfigRecord, *, agent: int, settings: 
     else:
         with device_store(folder, run=run, agent=agent).hold(agent):
             checkpoints: Any = order.get(keys.CHECKPOINTS, [])
-            yield DiskMemory(folder, run=run, agent=agent, keep_runs=settings.state_runs, checkpoints=checkpoints)
+            yield DiskMemory(
+                folder, run=run, agent=agent, keep_runs=settings.state_runs, checkpoints=checkpoints
+            )
 
 
 def in_simulation() -> bool:

@@ -19,7 +19,9 @@ def read_training(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {**found, **_num_examples(metrics)}
 
 
-def read_evaluation(metrics: Mapping[str, Any], *, accuracy: str | None, loss: str | None) -> dict[str, float]:
+def read_evaluation(
+    metrics: Mapping[str, Any], *, accuracy: str | None, loss: str | None
+) -> dict[str, float]:
     """Return ``accuracy``, ``loss`` and ``num-examples`` of an app's evaluate metrics.
 
     Parameters
@@ -27,42 +29,59 @@ def read_evaluation(metrics: Mapping[str, Any], *, accuracy: str | None, loss: s
     metrics : mapping
         As the app answered.
     accuracy, loss : str, optional
-        Their names; None looks for a known one: ``accuracy`` or ``acc``, ``loss`` or ``logloss``, each also with
-        ``eval``, ``test`` or ``val`` before it, with hyphens or underscores.
+        Their names; None looks for a known one: ``accuracy`` or ``acc``, ``loss`` or
+        ``logloss``, each also with ``eval``, ``test`` or ``val`` before it, with
+        hyphens or underscores.
 
     Raises
     ------
     AnswerError
-        If the accuracy or the number of examples is not there, two names fit, or the accuracy is no fraction. A loss
-        that is not there is not a number.
+        If the accuracy or the number of examples is not there, two names fit, or the
+        accuracy is no fraction. A loss that is not there is not a number.
     """
     name = _find("accuracy", metrics, accuracy, _ACCURACY)
     if name is None:
         raise AnswerError(
-            f"an evaluation needs an accuracy; the app's evaluate metrics are {_told(metrics)}. Say which one it is: "
-            'NeighborAverageMod(accuracy="NAME"); where there is none, NeighborAverageMod(evaluate=False).'
+            f"an evaluation needs an accuracy; the app's evaluate metrics are {_told(metrics)}. "
+            f"Say which one it is: "
+            'NeighborAverageMod(accuracy="NAME"); where there is none, '
+            "NeighborAverageMod(evaluate=False)."
         )
     if not 0 <= float(metrics[name]) <= 1:
-        raise AnswerError(f"an accuracy is a fraction in 0..1; the app's {name} is {metrics[name]}. Divide it.")
+        raise AnswerError(
+            f"an accuracy is a fraction in 0..1; the app's {name} is {metrics[name]}. Divide it."
+        )
     examples = _num_examples(metrics)
     if not examples:
-        raise AnswerError(f"FedAvg and this mod need {NUM_EXAMPLES!r} among the metrics; got {_told(metrics)}. Add it.")
+        raise AnswerError(
+            f"FedAvg and this mod need {NUM_EXAMPLES!r} among the metrics; got {_told(metrics)}. "
+            f"Add it."
+        )
     told = _find("loss", metrics, loss, _LOSS)
-    return {"accuracy": float(metrics[name]), "loss": float("nan" if told is None else metrics[told]), **examples}
+    return {
+        "accuracy": float(metrics[name]),
+        "loss": float("nan" if told is None else metrics[told]),
+        **examples,
+    }
 
 
-def _find(what: str, metrics: Mapping[str, Any], name: str | None, known: re.Pattern[str]) -> str | None:
+def _find(
+    what: str, metrics: Mapping[str, Any], name: str | None, known: re.Pattern[str]
+) -> str | None:
     if name is not None:
         if not _is_number(metrics.get(name)):
             raise AnswerError(
-                f"the {what} was said to be {name!r}; the app's metrics are {_told(metrics)}. Name another."
+                f"the {what} was said to be {name!r}; the app's metrics are {_told(metrics)}. "
+                f"Name another."
             )
         return name
-    fits = [key for key, value in metrics.items() if known.fullmatch(_plain(key)) and _is_number(value)]
+    fits = [
+        key for key, value in metrics.items() if known.fullmatch(_plain(key)) and _is_number(value)
+    ]
     if len(fits) > 1:
         raise AnswerError(
-            f"several of the app's metrics may be the {what}: {', '.join(fits)}. Say which one it is: "
-            "NeighborAverageMod(accuracy=..., loss=...)."
+            f"several of the app's metrics may be the {what}: {', '.join(fits)}. Say which one it "
+            f"is: NeighborAverageMod(accuracy=..., loss=...)."
         )
     return fits[0] if fits else None
 

@@ -24,7 +24,8 @@ from flower_mcepl.messages import keys
 CallNext = Callable[[Message, Context], Message]
 
 _WITHOUT_EVALUATE = "No evaluate function registered"  # what Flower says to an app that has none
-# Flower's mods that expect one set of arrays in and the same keys out; outside of this one they see frames.
+# Flower's mods that expect one set of arrays in and the same keys out; outside of this
+# one they see frames.
 _INSIDE_ONLY = {
     flowers_mods.fixedclipping_mod.__code__: "fixedclipping_mod",
     flowers_mods.adaptiveclipping_mod.__code__: "adaptiveclipping_mod",
@@ -37,20 +38,23 @@ _INSIDE_ONLY = {
 class NeighborAverageMod:
     """Let the neighbors' average stand where an app written for FedAvg expects the global model.
 
-    `neighbor_average_mod` is one with the defaults. The server runs `GossipStrategy`, whose ``start`` gets the
-    ``initial_arrays`` as FedAvg's does. In every round the agent averages its own arrays with those that its neighbors
-    sent (`NeighborAverageAgent`), calls the app's evaluate function on the average if an evaluation is due, then its
-    train function, and sends what that returns.
+    `neighbor_average_mod` is one with the defaults. The server runs `GossipStrategy`,
+    whose ``start`` gets the ``initial_arrays`` as FedAvg's does. In every round the
+    agent averages its own arrays with those that its neighbors sent
+    (`NeighborAverageAgent`), calls the app's evaluate function on the average if an
+    evaluation is due, then its train function, and sends what that returns.
 
     Parameters
     ----------
     arrays, config : str (default: "arrays", "config")
-        Names of the records in which the app expects the model and the configuration, as in FedAvg
-        (``arrayrecord_key``, ``configrecord_key``).
+        Names of the records in which the app expects the model and the configuration,
+        as in FedAvg (``arrayrecord_key``, ``configrecord_key``).
     evaluate : bool (default: True)
-        Call the app's evaluate function, if it has one. False for a model that has no accuracy.
+        Call the app's evaluate function, if it has one. False for a model that has no
+        accuracy.
     accuracy, loss : str, optional
-        Names of these in the app's evaluate metrics; by default a known name is looked for (`read_evaluation`).
+        Names of these in the app's evaluate metrics; by default a known name is looked
+        for (`read_evaluation`).
 
     Notes
     -----
@@ -76,32 +80,40 @@ class NeighborAverageMod:
         Raises
         ------
         ConfigError
-            If another strategy sent a train or evaluate message, or a mod stands before this one that cannot.
+            If another strategy sent a train or evaluate message, or a mod stands before
+            this one that cannot.
         FlowerMceplError
-            If the app or one of its mods fails, or answers what it must not; the message names the agent.
+            If the app or one of its mods fails, or answers what it must not; the
+            message names the agent.
         """
         kind = message.metadata.message_type
         if _call.get() is not None or kind not in ("train", "evaluate", "query"):
             return call_next(message, context)
         if keys.IDENTIFY in message.content:
-            return Message(RecordDict({keys.AGENT: ConfigRecord({"agent": agent_index(context)})}), reply_to=message)
+            return Message(
+                RecordDict({keys.AGENT: ConfigRecord({"agent": agent_index(context)})}),
+                reply_to=message,
+            )
         if kind == "query":
             return call_next(message, context)
         if keys.ORDER not in message.content:
             raise ConfigError(
                 "neighbor_average_mod takes messages of GossipStrategy; this one holds "
-                f"{', '.join(message.content) or 'nothing'}. Use GossipStrategy on the server, or leave the mod out."
+                f"{', '.join(message.content) or 'nothing'}. Use GossipStrategy on the server, or "
+                f"leave the mod out."
             )
         app = _running_app()
         if isinstance(app, AgentApp):
             raise ConfigError(
-                "an app of make_client_app exchanges with its neighbors by itself; neighbor_average_mod is for an "
-                "ordinary ClientApp with train and evaluate functions. Use one of the two."
+                "an app of make_client_app exchanges with its neighbors by itself; "
+                "neighbor_average_mod is for an ordinary ClientApp with train and evaluate "
+                "functions. Use one of the two."
             )
         call = _Call(self, message, context, call_next, app)
         player = make_agent_app(call.agent)
         assert isinstance(player, AgentApp)
-        player.id = f"neighbor-average/{call.layout.fingerprint}"  # an agent built earlier may be used again
+        # an agent built earlier may be used again
+        player.id = f"neighbor-average/{call.layout.fingerprint}"
         with _calling(call):
             return player(message, _plain(context))
 
@@ -124,8 +136,9 @@ class _Call:
         told = self.message.content.config_records[keys.ORDER].get(keys.LAYOUT)
         if told is None:
             raise ConfigError(
-                "an app with neighbor_average_mod begins with the server's initial arrays, and there are none. Pass "
-                "them as to FedAvg: strategy.start(grid=grid, initial_arrays=ArrayRecord(...), ...)."
+                "an app with neighbor_average_mod begins with the server's initial arrays, and "
+                "there are none. Pass them as to FedAvg: strategy.start(grid=grid, "
+                "initial_arrays=ArrayRecord(...), ...)."
             )
         object.__setattr__(self, "layout", ArrayLayout.from_json(str(told)))
 
@@ -147,8 +160,9 @@ class _Call:
         found = list(reply.array_records.values())
         if len(found) != 1:
             raise AnswerError(
-                f"the app's train function must return one ArrayRecord, as for FedAvg; it returned {len(found)} "
-                f"({', '.join(reply) or 'no records'}). Put all arrays of the model into one."
+                f"the app's train function must return one ArrayRecord, as for FedAvg; it "
+                f"returned {len(found)} ({', '.join(reply) or 'no records'}). Put all arrays of "
+                f"the model into one."
             )
         return _numpy(found[0]), read_training(_metrics("train", reply))
 
@@ -176,7 +190,9 @@ class _Call:
     def _config(self, record: str) -> ConfigRecord:
         return self.message.content.config_records.get(record, ConfigRecord())
 
-    def _inside(self, message_type: str, arrays: Arrays, round: int, config: ConfigRecord) -> Message:
+    def _inside(
+        self, message_type: str, arrays: Arrays, round: int, config: ConfigRecord
+    ) -> Message:
         """Return the message that the app would have got from FedAvg."""
         blank = copy.copy(self.message)
         blank.content = RecordDict()
@@ -184,7 +200,9 @@ class _Call:
         message.metadata.message_type = message_type
         message.content = RecordDict(
             {
-                self.names.arrays: ArrayRecord({name: Array(array) for name, array in arrays.items()}),
+                self.names.arrays: ArrayRecord(
+                    {name: Array(array) for name, array in arrays.items()}
+                ),
                 self.names.config: ConfigRecord({**config, "server-round": round}),
             }
         )
@@ -198,7 +216,8 @@ class _Call:
             )
         if reply.has_error():
             raise AnswerError(
-                f"the app or one of its mods answered {function} with error {reply.error.code}: {reply.error.reason}"
+                f"the app or one of its mods answered {function} with error {reply.error.code}: "
+                f"{reply.error.reason}"
             )
         return reply.content
 
@@ -224,16 +243,16 @@ def _current() -> _Call:
 def _running_app() -> ClientApp | None:
     """Return the ClientApp whose call led here, None if the mod was called by hand; look at the mods on the way.
 
-    A mod gets the function that its message is for, and nothing else. Where a train message evaluates too, the
-    app's other function is reached through the app.
+    A mod gets the function that its message is for, and nothing else. Where a train
+    message evaluates too, the app's other function is reached through the app.
     """
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code in _INSIDE_ONLY:
             raise ConfigError(
-                f"{_INSIDE_ONLY[frame.f_code]} stands before neighbor_average_mod and would see neighbors' frames "
-                "instead of a model, and leave the SuperNode waiting for ever. Place it after: "
-                "ClientApp(mods=[neighbor_average_mod, ...])."
+                f"{_INSIDE_ONLY[frame.f_code]} stands before neighbor_average_mod and would see "
+                f"neighbors' frames instead of a model, and leave the SuperNode waiting for ever. "
+                "Place it after: ClientApp(mods=[neighbor_average_mod, ...])."
             )
         if frame.f_code is ClientApp.__call__.__code__:
             app: ClientApp = frame.f_locals["self"]
@@ -246,7 +265,9 @@ def _plain(context: Context) -> Context:
     """Return the context without what the app may mean by keys of the same name: it calculates as it likes."""
     ours: dict[str, Any] = {"device": "auto", "threads": 0}
     node_config, run_config = {**context.node_config, **ours}, {**context.run_config, **ours}
-    return Context(context.run_id, context.node_id, node_config, context.state, run_config, context.series_id)
+    return Context(
+        context.run_id, context.node_id, node_config, context.state, run_config, context.series_id
+    )
 
 
 def _numpy(record: ArrayRecord) -> dict[str, NDArray[Any]]:
@@ -257,7 +278,7 @@ def _metrics(function: str, content: RecordDict) -> dict[str, Any]:
     records = list(content.metric_records.values())
     if len(records) != 1:
         raise AnswerError(
-            f"the app's {function} function must return one MetricRecord, as for FedAvg; it returned {len(records)} "
-            f"({', '.join(content) or 'no records'})."
+            f"the app's {function} function must return one MetricRecord, as for FedAvg; it "
+            f"returned {len(records)} ({', '.join(content) or 'no records'})."
         )
     return dict(records[0])

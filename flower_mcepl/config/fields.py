@@ -33,7 +33,9 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind in (bool, int, float, str) and type(value) is not kind:
-        raise ConfigError(f"run-config key {key} must be {kind.__name__}; got {value!r} ({type(value).__name__}).")
+        raise ConfigError(
+            f"run-config key {key} must be {kind.__name__}; got {value!r} ({type(value).__name__})."
+        )
     return value
 
 
@@ -45,12 +47,17 @@ def field_keys(*classes: type) -> set[str]:
 def with_section(run_config: RunConfig, section: str) -> dict[str, Any]:
     """Return the run config in which the keys of a section stand in place of the plain ones.
 
-    The section ``dsgd`` of ``{"lr": 0.1, "dsgd.lr": 0.05, "local.lr": 0.03}`` gives ``{"lr": 0.05}``, so that one app
-    config can hold the settings of several algorithms.
+    The section ``dsgd`` of ``{"lr": 0.1, "dsgd.lr": 0.05, "local.lr": 0.03}`` gives
+    ``{"lr": 0.05}``, so that one app config can hold the settings of several
+    algorithms.
     """
     plain = {key: value for key, value in run_config.items() if "." not in key}
     prefix = section + "."
-    return plain | {key.removeprefix(prefix): value for key, value in run_config.items() if key.startswith(prefix)}
+    return plain | {
+        key.removeprefix(prefix): value
+        for key, value in run_config.items()
+        if key.startswith(prefix)
+    }
 
 
 def refuse_unknown_keys(run_config: RunConfig, known: Iterable[str]) -> None:
@@ -75,7 +82,8 @@ def per_agent(key: str, value: Any) -> list[float]:
         ratios = [float(part) for part in parts]
     except (TypeError, ValueError):
         raise ConfigError(
-            f'run-config key {key} must be a number or numbers separated by commas, such as "0.1, 0.3, 0.5"; '
+            f'run-config key {key} must be a number or numbers separated by commas, such as "0.1, '
+            f'0.3, 0.5"; '
             f"got {value!r}."
         ) from None
     return ratios
@@ -93,7 +101,8 @@ def per_layer(key: str, value: Any) -> dict[str, float]:
             number, name = 0.0, ""
         if not name or name in ratios or not isinstance(value, str):
             raise ConfigError(
-                f"run-config key {key} must be NAME=RATIO, each layer once, separated by commas, such as "
+                f"run-config key {key} must be NAME=RATIO, each layer once, separated by commas, "
+                f"such as "
                 f'"conv1.weight=0.6, fc*=0.95"; got {value!r}.'
             )
         ratios[name] = number

@@ -41,7 +41,9 @@ class Spec(Generic[T]):
             options[key] = _convert(kind, value, f"{name}:{key}", error)
         if missing := [key for key in self.needs if key not in options]:
             example = ",".join(f"{key}=..." for key in self.needs)
-            raise error(f"{name} needs {' and '.join(missing)}; got {text!r}. Write '{name}:{example}'.")
+            raise error(
+                f"{name} needs {' and '.join(missing)}; got {text!r}. Write '{name}:{example}'."
+            )
         return options
 
 
@@ -50,8 +52,8 @@ def parse_spec(
 ) -> tuple[str, Spec[T], dict[str, Any]]:
     """Return the name, its entry in ``known`` and the options of one line.
 
-    ``noun`` says in an error what the line names. An unknown name, an unknown or missing option and a value of the
-    wrong kind raise ``error``.
+    ``noun`` says in an error what the line names. An unknown name, an unknown or
+    missing option and a value of the wrong kind raise ``error``.
     """
     name, _, rest = str(text).partition(":")
     name = name.strip()

@@ -44,17 +44,24 @@ class AgentData:
     train: BatchSource
     test: BatchSource  # what the agent is evaluated on
     evaluated: str = "test"  # which split that is, one of EVALUATED
-    class_counts: Mapping[str, ClassCounts] = field(default_factory=dict)  # by split, where labels are cheap to know
+    # by split, where labels are cheap to know
+    class_counts: Mapping[str, ClassCounts] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, train: object, test: object, *, agent: int, validation: object = None, evaluate_on: str = "test"
+        cls,
+        train: object,
+        test: object,
+        *,
+        agent: int,
+        validation: object = None,
+        evaluate_on: str = "test",
     ) -> "AgentData":
         """Make the splits of ``agent`` from what a data function may return.
 
-        Each split is a pair of tensors ``(inputs, labels)``, a map-style dataset, a DataLoader (its data set and
-        ``collate_fn`` are used; batches are drawn by the agent's own stream with the configured batch size), or
-        a `BatchSource`.
+        Each split is a pair of tensors ``(inputs, labels)``, a map-style dataset, a
+        DataLoader (its data set and ``collate_fn`` are used; batches are drawn by the
+        agent's own stream with the configured batch size), or a `BatchSource`.
 
         Parameters
         ----------
@@ -63,39 +70,51 @@ class AgentData:
         agent : int
             Number of the agent, for errors.
         validation : split, optional
-            What it is evaluated on instead where ``evaluate_on`` is ``"validation"``, as while settings are chosen
-            (default: None).
+            What it is evaluated on instead where ``evaluate_on`` is ``"validation"``,
+            as while settings are chosen (default: None).
         evaluate_on : str
-            ``"test"`` or ``"validation"`` (default: ``"test"``). The other split is only counted.
+            ``"test"`` or ``"validation"`` (default: ``"test"``). The other split is
+            only counted.
 
         Raises
         ------
         DataError
-            If a split that is used is empty or of another type, or the validation split is asked for and missing.
+            If a split that is used is empty or of another type, or the validation split
+            is asked for and missing.
         ConfigError
             If ``evaluate_on`` is neither.
         """
-        check(evaluate_on in EVALUATED, f"evaluate-on must be one of {', '.join(EVALUATED)}", evaluate_on)
+        check(
+            evaluate_on in EVALUATED,
+            f"evaluate-on must be one of {', '.join(EVALUATED)}",
+            evaluate_on,
+        )
         splits = {"train": train, "validation": validation, "test": test}
         if splits[evaluate_on] is None:
             raise DataError(
-                f"evaluate-on is {evaluate_on!r}, but agent {agent} has no {evaluate_on} split. Let the data function "
-                "return (train, validation, test) with one, or evaluate on the other split."
+                f"evaluate-on is {evaluate_on!r}, but agent {agent} has no {evaluate_on} split. "
+                f"Let the data function return (train, validation, test) with one, or evaluate on "
+                "the other split."
             )
         sources = (
             _source(train, f"agent {agent}'s training"),
             _source(splits[evaluate_on], f"agent {agent}'s {evaluate_on}"),
         )
         counted = {name: class_counts(split) for name, split in splits.items() if split is not None}
-        return cls(*sources, evaluate_on, {name: counts for name, counts in counted.items() if counts is not None})
+        return cls(
+            *sources,
+            evaluate_on,
+            {name: counts for name, counts in counted.items() if counts is not None},
+        )
 
 
 def class_counts(split: object) -> ClassCounts | None:
     """Count the examples of each class, or return None where that would mean drawing examples.
 
-    Known are the labels of two tensors, of a TensorDataset of two, of a dataset with ``targets`` or a column ``label``
-    or ``labels``, and of a Subset of or a DataLoader over one of these; they must be whole numbers, one an example,
-    and of at most `MOST_CLASSES` classes.
+    Known are the labels of two tensors, of a TensorDataset of two, of a dataset with
+    ``targets`` or a column ``label`` or ``labels``, and of a Subset of or a DataLoader
+    over one of these; they must be whole numbers, one an example, and of at most
+    `MOST_CLASSES` classes.
     """
     try:
         labels = _labels(split)
@@ -136,8 +155,8 @@ def _source(split: object, whose: str) -> BatchSource:
     source = _coerce(split, whose)
     if source.num_examples < 1:
         raise DataError(
-            f"{whose} split is empty. Every agent needs at least one example of each split: use fewer agents, "
-            "another partitioning, or leave this agent out of the graph."
+            f"{whose} split is empty. Every agent needs at least one example of each split: use "
+            f"fewer agents, another partitioning, or leave this agent out of the graph."
         )
     return source
 
@@ -145,7 +164,11 @@ def _source(split: object, whose: str) -> BatchSource:
 def _coerce(split: object, whose: str) -> BatchSource:
     if isinstance(split, BatchSource):
         return split
-    if isinstance(split, (tuple, list)) and len(split) == 2 and all(isinstance(part, Tensor) for part in split):
+    if (
+        isinstance(split, (tuple, list))
+        and len(split) == 2
+        and all(isinstance(part, Tensor) for part in split)
+    ):
         return TensorBatches(*split, whose=whose)
     if isinstance(split, DataLoader) and isinstance(split.dataset, Sized):
         return DatasetBatches(split.dataset, collate=split.collate_fn)
@@ -153,15 +176,18 @@ def _coerce(split: object, whose: str) -> BatchSource:
     if isinstance(split, Sized) and hasattr(split, "__getitem__") and not no_dataset:
         return DatasetBatches(split)
     raise DataError(
-        f"{whose} split must be a pair of tensors (inputs, labels), a dataset with a length, a DataLoader over one, "
-        f"or a BatchSource; got {type(split).__name__}."
+        f"{whose} split must be a pair of tensors (inputs, labels), a dataset with a length, a "
+        f"DataLoader over one, or a BatchSource; got {type(split).__name__}."
     )
 
 
-def _index_batches(num_examples: int, *, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def _index_batches(
+    num_examples: int, *, steps: int, batch_size: int, generator: torch.Generator
+) -> Iterator[Tensor]:
     """Yield ``steps`` index batches: shuffled passes one after the other.
 
-    A pass's short last batch is kept; a single example that would be left over joins the batch before.
+    A pass's short last batch is kept; a single example that would be left over joins
+    the batch before.
     """
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -179,7 +205,10 @@ class TensorBatches:
 
     def __init__(self, inputs: Tensor, labels: Tensor, *, whose: str = "the") -> None:
         if len(inputs) != len(labels):
-            raise DataError(f"{whose} split holds {len(inputs)} inputs but {len(labels)} labels; they must pair up.")
+            raise DataError(
+                f"{whose} split holds {len(inputs)} inputs but {len(labels)} labels; they must "
+                f"pair up."
+            )
         self.inputs, self.labels = inputs, labels
         self.num_examples = len(inputs)
         present = labels.unique()  # type: ignore[no-untyped-call]
@@ -189,7 +218,9 @@ class TensorBatches:
         self, *, round: int, steps: int, batch_size: int, generator: torch.Generator
     ) -> Iterator[Batch]:
         """Yield batches drawn without replacement until the split is used up, then from a new shuffle."""
-        for index in _index_batches(self.num_examples, steps=steps, batch_size=batch_size, generator=generator):
+        for index in _index_batches(
+            self.num_examples, steps=steps, batch_size=batch_size, generator=generator
+        ):
             yield self.inputs[index], self.labels[index]
 
     def evaluation_batches(self, *, batch_size: int) -> Iterator[Batch]:
@@ -210,7 +241,9 @@ class DatasetBatches:
         self, *, round: int, steps: int, batch_size: int, generator: torch.Generator
     ) -> Iterator[Batch]:
         """Yield batches drawn without replacement until the split is used up, then from a new shuffle."""
-        for index in _index_batches(self.num_examples, steps=steps, batch_size=batch_size, generator=generator):
+        for index in _index_batches(
+            self.num_examples, steps=steps, batch_size=batch_size, generator=generator
+        ):
             yield self._batch(index.tolist())
 
     def evaluation_batches(self, *, batch_size: int) -> Iterator[Batch]:
@@ -224,8 +257,9 @@ class DatasetBatches:
             batch = _from_columns(batch)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(
-                f"a batch must be a pair (inputs, labels), or a dict of one column and its 'label' or 'labels'; the "
-                f"dataset gave {type(batch).__name__}. Pass a DataLoader whose collate_fn makes pairs."
+                f"a batch must be a pair (inputs, labels), or a dict of one column and its "
+                f"'label' or 'labels'; the dataset gave {type(batch).__name__}. Pass a DataLoader "
+                f"whose collate_fn makes pairs."
             )
         inputs, labels = batch
         return inputs, labels
@@ -237,8 +271,8 @@ def _from_columns(batch: dict[str, Any]) -> Batch:
     inputs = [name for name in batch if name not in names]
     if len(names) != 1 or len(inputs) != 1:
         raise DataError(
-            "a batch that is a dict must hold one column of inputs and one named 'label' or 'labels'; got "
-            f"{', '.join(map(str, batch))}. Keep these two with select_columns, or pass a DataLoader whose collate_fn "
-            "makes pairs."
+            "a batch that is a dict must hold one column of inputs and one named 'label' or "
+            f"'labels'; got {', '.join(map(str, batch))}. Keep these two with select_columns, or "
+            f"pass a DataLoader whose collate_fn makes pairs."
         )
     return batch[inputs[0]], batch[names[0]]

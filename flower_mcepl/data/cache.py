@@ -1,7 +1,8 @@
 """Decoded data on disk, so that not every process decodes them anew.
 
-On a device each message is a process of its own, and in simulation there are several workers; what they all need, such
-as images as tensors, is made once and read from then on.
+On a device each message is a process of its own, and in simulation there are several
+workers; what they all need, such as images as tensors, is made once and read from then
+on.
 """
 
 import contextlib
@@ -31,16 +32,19 @@ def cached_tensors(
 ) -> dict[str, Tensor]:
     """Return the tensors that ``make`` gives, from disk if they were made before.
 
-    Other processes that want the same wait until they are made, for ten minutes at most. A damaged file is made anew;
-    where nothing can be written, what was made is returned all the same. The log says either.
+    Other processes that want the same wait until they are made, for ten minutes at
+    most. A damaged file is made anew; where nothing can be written, what was made is
+    returned all the same. The log says either.
 
     Parameters
     ----------
     folder : str | Path
-        Where the files lie, one for each ``settings``; it is made when needed, and may be emptied at any time.
+        Where the files lie, one for each ``settings``; it is made when needed, and may
+        be emptied at any time.
     settings : mapping
-        Everything on which the result depends, JSON-able: where the data come from, the split, the seed, and a version
-        that you raise when ``make`` changes. Files of other settings stay.
+        Everything on which the result depends, JSON-able: where the data come from, the
+        split, the seed, and a version that you raise when ``make`` changes. Files of
+        other settings stay.
     make : callable
         Returns tensors by name; called only where there is no file.
 
@@ -60,8 +64,9 @@ def cached_tensors(
         name = json.dumps(dict(settings), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"the settings of cached tensors must be numbers, text, lists and dicts; got {dict(settings)!r:.200} "
-            f"({error}). Give what stands for them, such as a path as text."
+            f"the settings of cached tensors must be numbers, text, lists and dicts; got "
+            f"{dict(settings)!r:.200} ({error}). Give what stands for them, such as a path as "
+            f"text."
         ) from error
     file = f"{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.tensors"
     path = Path(folder).expanduser() / file
@@ -70,7 +75,9 @@ def cached_tensors(
         return found
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(file_lock(path.with_name(f".{file}.lock"), wait=PATIENCE, busy=_BUSY))
+            held.enter_context(
+                file_lock(path.with_name(f".{file}.lock"), wait=PATIENCE, busy=_BUSY)
+            )
         except (OSError, StateError) as error:
             _warn_unwritten(path, error)
             return _checked(make())
@@ -88,27 +95,39 @@ def _read(path: Path, name: str) -> dict[str, Tensor] | None:
         told = f"are damaged: {error}"
     except (OSError, StateError) as error:
         told = f"are of no use: {error}"
-    getLogger(__name__).warning("the cached tensors %s %s. They are made anew (%s).", path, told, name)
+    getLogger(__name__).warning(
+        "the cached tensors %s %s. They are made anew (%s).", path, told, name
+    )
     return None
 
 
 def _write(path: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed(path, safetensors.torch.save(dict(tensors), metadata={"settings": name}), TENSORS)
+        write_sealed(
+            path, safetensors.torch.save(dict(tensors), metadata={"settings": name}), TENSORS
+        )
         remove_leftovers(path.parent, path.name)
     except OSError as error:
         _warn_unwritten(path, error)
 
 
 def _warn_unwritten(path: Path, error: Exception) -> None:
-    getLogger(__name__).warning("tensors are not kept in %s, so every process makes them anew: %s", path, error)
+    getLogger(__name__).warning(
+        "tensors are not kept in %s, so every process makes them anew: %s", path, error
+    )
 
 
 def _checked(made: object) -> dict[str, Tensor]:
     if not isinstance(made, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in made.items()
     ):
-        raise DataError(f"tensors to be cached must come as a dict of name to tensor; got {type(made).__name__}.")
+        raise DataError(
+            f"tensors to be cached must come as a dict of name to tensor; got "
+            f"{type(made).__name__}."
+        )
     # Copies: no two of them may share memory in the file.
-    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in made.items()}
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in made.items()
+    }

@@ -1,7 +1,8 @@
 """Who holds which examples of a data set: the run-config key ``partition``, carried out by flwr-datasets.
 
-Only labels are divided, into indices; so images stay where they are, and any data set will do. Needs the extra
-``vision`` (flwr-datasets), which is imported only when something is divided.
+Only labels are divided, into indices; so images stay where they are, and any data set
+will do. Needs the extra ``vision`` (flwr-datasets), which is imported only when
+something is divided.
 """
 
 import warnings
@@ -44,18 +45,27 @@ class Partition:
     def parse(cls, text: str) -> "Partition":
         """Make a partition from one line, ``name`` or ``name:key=value,key=value``.
 
-        ==============================  ===========================================================================
+        ==============================
+        ===========================================================================
         ``iid``                         equal parts, drawn at random
-        ``pathological:classes=3``      so many classes an agent, each divided equally among its holders;
-                                        ``assignment=random`` (default), ``deterministic`` (agent i holds i, i+1,
+        ``pathological:classes=3``      so many classes an agent, each divided equally
+        among its holders;
+                                        ``assignment=random`` (default),
+                                        ``deterministic`` (agent i holds i, i+1,
                                         ...) or ``first-deterministic`` (arXiv:2102.02079)
-        ``dirichlet:alpha=0.3``         each class in shares drawn from Dirichlet(alpha) (arXiv:1905.12022); drawn
-                                        anew until every agent has ``min-size=10`` examples
-        ``shards:per-agent=2``          examples sorted by class, cut into equal shards, so many for each agent
-                                        (arXiv:1602.05629); what is left over, under one example a shard, is unused
-        ``linear``, ``square``,         drawn at random, in sizes proportional to i + 1, (i + 1)² or exp(i + 1) for
+        ``dirichlet:alpha=0.3``         each class in shares drawn from Dirichlet(alpha)
+        (arXiv:1905.12022); drawn
+                                        anew until every agent has ``min-size=10``
+                                        examples
+        ``shards:per-agent=2``          examples sorted by class, cut into equal shards,
+        so many for each agent
+                                        (arXiv:1602.05629); what is left over, under one
+                                        example a shard, is unused
+        ``linear``, ``square``,         drawn at random, in sizes proportional to i + 1,
+        (i + 1)² or exp(i + 1) for
         ``exponential``                 agent i
-        ==============================  ===========================================================================
+        ==============================
+        ===========================================================================
 
         Raises
         ------
@@ -63,13 +73,16 @@ class Partition:
             If the name or an option is unknown, missing, or of the wrong kind.
         """
         if not isinstance(text, str):
-            raise ConfigError(f'partition must be a text such as "pathological:classes=3"; got {text!r}.')
+            raise ConfigError(
+                f'partition must be a text such as "pathological:classes=3"; got {text!r}.'
+            )
         return cls(text)
 
     def divide(self, labels: ArrayLike, *, num_agents: int, seed: int) -> tuple[Indices, ...]:
         """Return each agent's examples as indices into ``labels``; no example goes to two agents.
 
-        The same arguments give the same parts on every machine; all agents of a run must pass the same.
+        The same arguments give the same parts on every machine; all agents of a run
+        must pass the same.
 
         Parameters
         ----------
@@ -91,8 +104,9 @@ class Partition:
         classes = np.asarray(labels)
         if classes.ndim != 1 or len(classes) < num_agents:
             raise DataError(
-                f"partition {self.text!r} needs one label for each example, and at least one example for each of "
-                f"{num_agents} agents; got labels of shape {list(classes.shape)}. Use fewer agents or more data."
+                f"partition {self.text!r} needs one label for each example, and at least one "
+                f"example for each of {num_agents} agents; got labels of shape "
+                f"{list(classes.shape)}. Use fewer agents or more data."
             )
         with _vision_extra():
             from datasets import Dataset
@@ -109,12 +123,17 @@ class Partition:
     def _load(self, partitioner: "Partitioner", num_agents: int) -> tuple[Indices, ...]:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of classes that nobody holds, and of every draw that was too small
-                parts = [partitioner.load_partition(agent).with_format("numpy") for agent in range(num_agents)]
+                # of classes that nobody holds, and of every draw that was too small
+                warnings.simplefilter("ignore")
+                parts = [
+                    partitioner.load_partition(agent).with_format("numpy")
+                    for agent in range(num_agents)
+                ]
         except (ValueError, ZeroDivisionError) as error:
             problem, way_out = _explained(error, partitioner)
             raise DataError(
-                f"partition {self.text!r} is impossible for {num_agents} agents: {problem}. {way_out}"
+                f"partition {self.text!r} is impossible for {num_agents} agents: {problem}. "
+                f"{way_out}"
             ) from error
         return tuple(np.asarray(part[_INDEX], dtype=np.int64) for part in parts)
 
@@ -124,9 +143,15 @@ def _explained(error: Exception, partitioner: "Partitioner") -> tuple[str, str]:
     sizes = getattr(partitioner, "partition_id_to_size", {})
     empty = [agent for agent, size in sizes.items() if size < 1]
     if empty:
-        return f"agent {empty[0]} would get no example", "Use fewer agents, more data, or parts of less unequal sizes."
+        return (
+            f"agent {empty[0]} would get no example",
+            "Use fewer agents, more data, or parts of less unequal sizes.",
+        )
     if "max number of attempts" in str(error):
-        return "some agent always got fewer than min-size", "Raise alpha, lower min-size, or use fewer agents."
+        return (
+            "some agent always got fewer than min-size",
+            "Raise alpha, lower min-size, or use fewer agents.",
+        )
     if isinstance(error, ZeroDivisionError):
         return "there are more shards than examples", "Lower per-agent, or use fewer agents."
     return str(error).rstrip("."), "Use fewer agents, more data, or another partition."
@@ -138,8 +163,8 @@ def _vision_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f'the key partition needs {error.name}: pip install "flower-mcepl[vision]" (in a clone: pip install -e '
-            '".[vision]").'
+            f'the key partition needs {error.name}: pip install "flower-mcepl[vision]" (in a '
+            f'clone: pip install -e ".[vision]").'
         ) from error
 
 
@@ -174,7 +199,11 @@ def _dirichlet(n: int, seed: int, alpha: float, min_size: int = 10) -> "Partitio
 
 def _shards(n: int, seed: int, per_agent: int) -> "Partitioner":
     return _partitioner(
-        "ShardPartitioner", num_partitions=n, partition_by=_LABEL, num_shards_per_partition=per_agent, seed=seed
+        "ShardPartitioner",
+        num_partitions=n,
+        partition_by=_LABEL,
+        num_shards_per_partition=per_agent,
+        seed=seed,
     )
 
 
@@ -182,7 +211,8 @@ def _sized(name: str) -> Callable[[int, int], "Partitioner"]:
     return lambda n, seed: _partitioner(name, num_partitions=n)
 
 
-PARTITIONS: "dict[str, Spec[Partitioner]]" = {  # built from the number of agents, the seed and the options
+# built from the number of agents, the seed and the options
+PARTITIONS: "dict[str, Spec[Partitioner]]" = {
     "iid": Spec(_sized("IidPartitioner")),
     "pathological": Spec(
         _pathological,

@@ -19,7 +19,8 @@ TEST_SPLITS = ("classes", "proportional")
 class DataSettings:
     """Who holds what, as keys of the run config; an app that declares such a key has it checked before a run.
 
-    The three fractions are of the agent's own examples, and what they leave over is unused.
+    The three fractions are of the agent's own examples, and what they leave over is
+    unused.
 
     Raises
     ------
@@ -31,14 +32,20 @@ class DataSettings:
     train_fraction: float = 1.0
     validation_fraction: float = 0.0
     test_fraction: float = 0.0  # 0 where the data set has test examples of its own
-    stratify: bool = False  # every split has the class shares of the whole, as nearly as whole examples allow
-    test_split: str = "classes"  # of a data set's own test examples: all of the agent's classes; or "proportional"
+    # every split has the class shares of the whole, as nearly as whole examples allow
+    stratify: bool = False
+    # of a data set's own test examples: all of the agent's classes; or "proportional"
+    test_split: str = "classes"
 
     def __post_init__(self) -> None:
         Partition.parse(self.partition)
         fractions = (self.train_fraction, self.validation_fraction, self.test_fraction)
         check(0 < self.train_fraction <= 1, "train-fraction must be in (0, 1]", self.train_fraction)
-        check(0 <= self.validation_fraction < 1, "validation-fraction must be in [0, 1)", self.validation_fraction)
+        check(
+            0 <= self.validation_fraction < 1,
+            "validation-fraction must be in [0, 1)",
+            self.validation_fraction,
+        )
         check(0 <= self.test_fraction < 1, "test-fraction must be in [0, 1)", self.test_fraction)
         check(
             sum(fractions) <= 1 + 1e-9,
@@ -46,7 +53,11 @@ class DataSettings:
             f"{' + '.join(f'{fraction:g}' for fraction in fractions)}",
             "Lower train-fraction by what the validation split takes.",
         )
-        check(self.test_split in TEST_SPLITS, f"test-split must be one of {', '.join(TEST_SPLITS)}", self.test_split)
+        check(
+            self.test_split in TEST_SPLITS,
+            f"test-split must be one of {', '.join(TEST_SPLITS)}",
+            self.test_split,
+        )
 
     @classmethod
     def from_run_config(cls, run_config: RunConfig) -> "DataSettings":
@@ -63,7 +74,8 @@ def check_data_keys(run_config: RunConfig, app_keys: Iterable[str]) -> None:
     Raises
     ------
     ConfigError
-        If one has the wrong type or is out of range, or a validation split is asked for and there is none.
+        If one has the wrong type or is out of range, or a validation split is asked for
+        and there is none.
     """
     declared = {key: run_config[key] for key in DATA_KEYS & set(app_keys) if key in run_config}
     settings = read_fields(DataSettings, declared)
@@ -89,10 +101,12 @@ class OwnSplits:
 def own_splits(labels: ArrayLike, settings: DataSettings, *, seed: int, agent: int) -> OwnSplits:
     """Divide one agent's examples into its splits.
 
-    They are shuffled by a stream of (seed, agent) alone. Training takes the first, validation the next ones, testing
-    the last; so neither a validation split nor a smaller training split changes what is tested. The numbers are
-    rounded, that of the test split up. With ``stratify`` the shuffled examples are first brought into an order whose
-    every beginning has the class shares of the whole (Sainte-Laguë's rule of apportionment).
+    They are shuffled by a stream of (seed, agent) alone. Training takes the first,
+    validation the next ones, testing the last; so neither a validation split nor a
+    smaller training split changes what is tested. The numbers are rounded, that of the
+    test split up. With ``stratify`` the shuffled examples are first brought into an
+    order whose every beginning has the class shares of the whole (Sainte-Laguë's rule
+    of apportionment).
 
     Parameters
     ----------
@@ -120,8 +134,9 @@ def own_splits(labels: ArrayLike, settings: DataSettings, *, seed: int, agent: i
         fraction = getattr(settings, f"{name}_fraction")
         if fraction > 0 and not len(getattr(splits, name)):
             raise DataError(
-                f"agent {agent} holds {len(order)} examples, of which {name}-fraction = {fraction:g} is less than one. "
-                "Raise it, use fewer agents, or a partition that gives every agent more."
+                f"agent {agent} holds {len(order)} examples, of which {name}-fraction = "
+                f"{fraction:g} is less than one. Raise it, use fewer agents, or a partition that "
+                "gives every agent more."
             )
     return splits
 
@@ -131,8 +146,9 @@ def own_tests(
 ) -> NDArray[np.int64]:
     """Return an agent's share of a data set's own test examples, as sorted places among them.
 
-    ``classes`` gives every test example of the classes that the agent holds. ``proportional`` gives as many as can be
-    had in the class shares of the agent, drawn by a stream of (seed, agent) alone. Agents may share test examples.
+    ``classes`` gives every test example of the classes that the agent holds.
+    ``proportional`` gives as many as can be had in the class shares of the agent, drawn
+    by a stream of (seed, agent) alone. Agents may share test examples.
 
     Parameters
     ----------
@@ -155,16 +171,19 @@ def own_tests(
     missing = [name for name in classes if not (tests == name).any()]
     if missing:
         raise DataError(
-            f"agent {agent} holds class {missing[0]}, of which there is no test example. Use test examples of every "
-            "class, or test on a part of each agent's own (test-fraction)."
+            f"agent {agent} holds class {missing[0]}, of which there is no test example. Use test "
+            f"examples of every class, or test on a part of each agent's own (test-fraction)."
         )
     if settings.test_split == "classes":
         return np.flatnonzero(np.isin(tests, classes))
     draw = numpy_stream(seed, "test-split", agent=agent)
     there = [draw.permutation(np.flatnonzero(tests == name)) for name in classes]
-    # The scarcest class, measured by what the agent wants of it, sets the size: it is used up.
+    # The scarcest class, measured by what the agent wants of it, sets the size: it is
+    # used up.
     per_example = min(len(places) / count for places, count in zip(there, counts, strict=True))
-    chosen = [places[: round(count * per_example)] for places, count in zip(there, counts, strict=True)]
+    chosen = [
+        places[: round(count * per_example)] for places, count in zip(there, counts, strict=True)
+    ]
     return np.sort(np.concatenate(chosen))
 
 

@@ -23,8 +23,8 @@ from flower_mcepl.topology import Topology
 
 _SETTINGS = "Correct it in --run-config, or in [tool.flwr.app.config] of the app's pyproject.toml."
 _APP = (
-    "Mend the app's model and data functions, or what they read on this machine; a device's own settings go into "
-    "--node-config."
+    "Mend the app's model and data functions, or what they read on this machine; a device's own "
+    "settings go into --node-config."
 )
 
 
@@ -57,11 +57,17 @@ def examine_run(
     node_config : mapping
         The device's.
     alone : bool
-        Whether this is all of the node config, as on a device; in simulation Flower adds ``num-partitions``.
+        Whether this is all of the node config, as on a device; in simulation Flower
+        adds ``num-partitions``.
     """
     with Examination("run-config", remedy=_SETTINGS) as check:
         run = _read(folder, run_config, node_config, alone=alone)
-        check.ok(_run_line(run), agent=run.agent, run_config=dict(run.config), node_config=dict(run.node_config))
+        check.ok(
+            _run_line(run),
+            agent=run.agent,
+            run_config=dict(run.config),
+            node_config=dict(run.node_config),
+        )
     yield check.finding
     if check.failed:
         return
@@ -73,7 +79,9 @@ def examine_run(
         yield from _examine_agent(run, graph)
 
 
-def _read(folder: Path, run_config: Mapping[str, Any], node_config: Mapping[str, Any], *, alone: bool) -> AppRun:
+def _read(
+    folder: Path, run_config: Mapping[str, Any], node_config: Mapping[str, Any], *, alone: bool
+) -> AppRun:
     app = read_app(folder.resolve())
     given = flat(run_config)
     for key in given:
@@ -85,8 +93,8 @@ def _read(folder: Path, run_config: Mapping[str, Any], node_config: Mapping[str,
     agent = node_config.get("partition-id")
     if type(agent) is not int or not 0 <= agent < settings.num_agents:
         raise ConfigError(
-            f"partition-id is a number from 0 to {settings.num_agents - 1} (num-agents - 1); got {agent!r}. Give each "
-            "device one of its own, or raise num-agents."
+            f"partition-id is a number from 0 to {settings.num_agents - 1} (num-agents - 1); got "
+            f"{agent!r}. Give each device one of its own, or raise num-agents."
         )
     added = {} if alone else {"num-partitions": settings.num_agents}
     return AppRun(app, config, {**added, **node_config}, settings)
@@ -95,8 +103,8 @@ def _read(folder: Path, run_config: Mapping[str, Any], node_config: Mapping[str,
 def _run_line(run: AppRun) -> str:
     settings = run.settings
     return (
-        f"{run.app.name}: {settings.algorithm}, agent {run.agent} of {settings.num_agents}, {settings.num_rounds} "
-        f"rounds, seed {settings.seed}"
+        f"{run.app.name}: {settings.algorithm}, agent {run.agent} of {settings.num_agents}, "
+        f"{settings.num_rounds} rounds, seed {settings.seed}"
     )
 
 
@@ -108,7 +116,12 @@ def _judge_graph(check: Examination, run: AppRun, graph: Topology) -> None:
     connected = _is_connected(graph, run.settings.num_rounds)
     degree = f"{len(heard)}" if heard == told else f"{len(heard)} in, {len(told)} out"
     found = f"{graph.describe()}; degree of agent {run.agent}: {degree}"
-    values = {"connected": connected, "in_degree": len(heard), "out_degree": len(told), "neighbors": list(heard)}
+    values = {
+        "connected": connected,
+        "in_degree": len(heard),
+        "out_degree": len(told),
+        "neighbors": list(heard),
+    }
     if connected:
         check.ok(found, **values)
     else:
@@ -133,8 +146,10 @@ def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
         own = _is_own_client(run.app)
         if own:
             check.warn(
-                f"{run.app.client} is a ClientApp of the app's own: no agent can be built of it before a run",
-                "Nothing, if it is meant so, as with neighbor_average_mod; else use make_client_app.",
+                f"{run.app.client} is a ClientApp of the app's own: no agent can be built of it "
+                f"before a run",
+                "Nothing, if it is meant so, as with neighbor_average_mod; else use "
+                "make_client_app.",
             )
         else:
             check.ok(f"{run.app.client} was imported")
@@ -146,7 +161,10 @@ def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
         with Examination("agent", remedy=_APP) as check:
             agent = held.enter_context(agent_of_node(run.app, run.config, run.node_config))
             facts = agent.describe()
-            check.ok(f"agent {agent.index} was built, algorithm {agent.algorithm}", algorithm=agent.algorithm)
+            check.ok(
+                f"agent {agent.index} was built, algorithm {agent.algorithm}",
+                algorithm=agent.algorithm,
+            )
         yield check.finding
         if check.failed:
             return
@@ -168,17 +186,29 @@ def _is_own_client(app: FlowerApp) -> bool:
     """Tell whether the app's clientapp is one that neither `make_client_app` nor `make_agent_app` made."""
     with imported_component(app) as client:
         if not callable(client):
-            raise ConfigError(f"a clientapp is a ClientApp; {app.client} is {type(client).__name__}.")
+            raise ConfigError(
+                f"a clientapp is a ClientApp; {app.client} is {type(client).__name__}."
+            )
         return not hasattr(client, "agent_fn")
 
 
 def _data(facts: Mapping[str, Any], device: DeviceSettings) -> Finding:
     with Examination("data", remedy=_APP) as check:
-        sizes = {key: value for key, value in facts.items() if key.startswith("num-") and key.endswith("examples")}
+        sizes = {
+            key: value
+            for key, value in facts.items()
+            if key.startswith("num-") and key.endswith("examples")
+        }
         secret = not device.tell_classes
-        classes = "its classes stay secret (tell-classes)" if secret else f"classes {facts.get('classes', 'not known')}"
+        classes = (
+            "its classes stay secret (tell-classes)"
+            if secret
+            else f"classes {facts.get('classes', 'not known')}"
+        )
         values = {
-            key.replace("-", "_"): facts[key] for key in (*sizes, *(() if secret else CLASS_FACTS)) if key in facts
+            key.replace("-", "_"): facts[key]
+            for key in (*sizes, *(() if secret else CLASS_FACTS))
+            if key in facts
         }
         check.ok(f"{_sizes(sizes)}; {classes}" if sizes else "the agent does not tell", **values)
     return check.finding
@@ -186,7 +216,9 @@ def _data(facts: Mapping[str, Any], device: DeviceSettings) -> Finding:
 
 def _sizes(sizes: Mapping[str, int]) -> str:
     names = {"num-examples": "training"}
-    return ", ".join(f"{count} {names.get(key, key.split('-')[1])} examples" for key, count in sizes.items())
+    return ", ".join(
+        f"{count} {names.get(key, key.split('-')[1])} examples" for key, count in sizes.items()
+    )
 
 
 def _weights(facts: Mapping[str, Any]) -> Finding:
@@ -209,7 +241,11 @@ def _tell_time(check: Examination, trial: Trial, agent: Agent, device: DeviceSet
     measured = f"measured now on this machine: {where}, median of {len(trial.seconds)} rounds after a warm-up"
     values = {"train_seconds": trial.train_seconds, "rounds": len(trial.seconds), "device": where}
     if trial.steps is None:
-        check.ok(f"{_seconds(trial.train_seconds)} of training a round ({measured})", **values, step_seconds=None)
+        check.ok(
+            f"{_seconds(trial.train_seconds)} of training a round ({measured})",
+            **values,
+            step_seconds=None,
+        )
         return
     step = trial.train_seconds / trial.steps
     check.ok(
@@ -228,7 +264,8 @@ def _frames(trial: Trial) -> Finding:
             whole, later = human_bytes(trial.whole_bytes), human_bytes(trial.later_bytes)
             last = len(trial.delta_bytes) + 1
             check.ok(
-                f"{whole} the first, whole one; {later} a later one (median of rounds 2 to {last}, tried alone)",
+                f"{whole} the first, whole one; {later} a later one (median of rounds 2 to "
+                f"{last}, tried alone)",
                 whole_bytes=trial.whole_bytes,
                 delta_bytes=trial.later_bytes,
             )
@@ -247,9 +284,15 @@ def _state(trial: Trial, device: DeviceSettings, neighbors: int, *, server: bool
             check.ok(f"{found}, in Flower's Context", **values)
             return check.finding
         free = shutil.disk_usage(existing(folder)).free
-        found += f", at most {human_bytes(most)} for {device.state_runs} runs; {human_bytes(free)} free"
+        found += (
+            f", at most {human_bytes(most)} for {device.state_runs} runs; {human_bytes(free)} free"
+        )
         if most > free:
-            check.fail(found, "Free some, lower state-runs, or choose a state-dir on a larger disk.", **values)
+            check.fail(
+                found,
+                "Free some, lower state-runs, or choose a state-dir on a larger disk.",
+                **values,
+            )
         else:
             check.ok(found, **values)
     return check.finding
@@ -259,12 +302,16 @@ def _traffic(trial: Trial, neighbors: int, *, server: bool) -> Finding:
     with Examination("traffic", remedy=_APP) as check:
         up = trial.later_bytes
         if server:
-            check.ok(f"{human_bytes(up)} up a round; down what the server sends (not tried)", up_bytes=up)
+            check.ok(
+                f"{human_bytes(up)} up a round; down what the server sends (not tried)", up_bytes=up
+            )
         else:
             check.ok(
-                f"about {human_bytes(up)} up and {human_bytes(neighbors * up)} down a round, if its {neighbors} "
-                f"neighbors send as much as it does; {human_bytes(trial.whole_bytes)} and "
-                f"{human_bytes(neighbors * trial.whole_bytes)} in the first. Whole frames come now and then, too",
+                f"about {human_bytes(up)} up and {human_bytes(neighbors * up)} down a round, if "
+                f"its {neighbors} neighbors send as much as it does; "
+                f"{human_bytes(trial.whole_bytes)} and "
+                f"{human_bytes(neighbors * trial.whole_bytes)} in the first. Whole frames come "
+                f"now and then, too",
                 up_bytes=up,
                 down_bytes=neighbors * up,
                 first_up_bytes=trial.whole_bytes,

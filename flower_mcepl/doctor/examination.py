@@ -8,7 +8,12 @@ from typing import Any
 from flower_mcepl.config.fields import read_fields
 from flower_mcepl.doctor.app_run import examine_run
 from flower_mcepl.doctor.findings import Examination, Finding
-from flower_mcepl.doctor.machine import check_disk, check_shared_memory, check_state_folder, check_torch
+from flower_mcepl.doctor.machine import (
+    check_disk,
+    check_shared_memory,
+    check_state_folder,
+    check_torch,
+)
 from flower_mcepl.doctor.packages import check_extras, check_packages, check_python
 from flower_mcepl.doctor.superlink import SuperLink, check_superlink
 from flower_mcepl.launch.plan import parse_run_config
@@ -49,17 +54,23 @@ def examine(order: Order) -> Iterator[Finding]:
         yield from check_superlink(order.superlink)
 
 
-def _examine_machine(config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Iterator[Finding]:
+def _examine_machine(
+    config: Mapping[str, Any], node_config: Mapping[str, Any]
+) -> Iterator[Finding]:
     yield check_python()
     yield check_packages()
     yield check_extras()
     device = DeviceSettings()
-    with Examination("device-settings", remedy="Correct it in --node-config or --run-config.") as check:
+    with Examination(
+        "device-settings", remedy="Correct it in --node-config or --run-config."
+    ) as check:
         device = read_fields(DeviceSettings, {**config, **node_config})
     if check.failed:
         yield check.finding
     yield check_torch(device)
-    with Examination("state-disk", remedy="Set state-dir to an absolute path in --node-config.") as check:
+    with Examination(
+        "state-disk", remedy="Set state-dir to an absolute path in --node-config."
+    ) as check:
         folder = device.state_folder()
     if check.failed:
         yield check.finding
@@ -74,7 +85,11 @@ def _examine_machine(config: Mapping[str, Any], node_config: Mapping[str, Any]) 
 def _record_disk(config: Mapping[str, Any], *, needed: bool) -> Finding:
     folder = Path(str(config.get("record-dir", RunSettings().record_dir)))
     return check_disk(
-        "record-disk", folder, "run records", "start from another folder, or set record-dir", needed=needed
+        "record-disk",
+        folder,
+        "run records",
+        "start from another folder, or set record-dir",
+        needed=needed,
     )
 
 

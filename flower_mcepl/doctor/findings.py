@@ -20,7 +20,8 @@ class Finding:
     status: str  # OK, WARNING or FAILED
     found: str  # one line
     remedy: str = ""  # what to do, unless it is ok
-    values: Mapping[str, Any] = field(default_factory=dict)  # the same for a script: JSON-able, keys in snake_case
+    # the same for a script: JSON-able, keys in snake_case
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON-able object."""
@@ -81,18 +82,24 @@ class Examination:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> bool:
         assert self._output is not None
         self._output.__exit__(kind, error, trace)
         if error is None:
             self._finding = self._finding or Finding(self._check, OK, "")
             return False
-        if not isinstance(error, Exception | SystemExit):  # an app may call sys.exit as it is imported; Ctrl-C passes
+        # an app may call sys.exit as it is imported; Ctrl-C passes
+        if not isinstance(error, Exception | SystemExit):
             return False
         text = " ".join(str(error).split())
         told = (
-            text if isinstance(error, FlowerMceplError) and text else f"{type(error).__name__}: {text or 'no reason'}"
+            text
+            if isinstance(error, FlowerMceplError) and text
+            else f"{type(error).__name__}: {text or 'no reason'}"
         )
         self.fail(told, self._remedy)
         return True

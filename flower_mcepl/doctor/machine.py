@@ -18,17 +18,25 @@ from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.settings import DeviceSettings
 from flower_mcepl.runs.store import StateStore
 
-LEAST_FREE, ENOUGH_FREE = 50_000_000, 1_000_000_000  # bytes: below the first nothing runs, below the second not long
+# bytes: below the first nothing runs, below the second not long
+LEAST_FREE, ENOUGH_FREE = 50_000_000, 1_000_000_000
 _ENOUGH_SHARED = 200_000_000  # bytes; a container has 64 MB unless told otherwise
 _FREE_SOMETHING = "Free some, or choose a folder on another disk"
 
 
 def check_torch(settings: DeviceSettings) -> Finding:
     """Calculate something on the device that the agent would use."""
-    with Examination("torch", remedy='Choose a device that torch finds, such as device = "cpu".') as check:
+    with Examination(
+        "torch", remedy='Choose a device that torch finds, such as device = "cpu".'
+    ) as check:
         name = _device(settings)
         cores, threads = os.cpu_count() or 1, settings.threads or torch.get_num_threads()
-        values = {"device": name, "threads": threads, "cores": cores, "cuda_devices": torch.cuda.device_count()}
+        values = {
+            "device": name,
+            "threads": threads,
+            "cores": cores,
+            "cuda_devices": torch.cuda.device_count(),
+        }
         square = torch.ones(8, 8, device=name)
         if float((square @ square).sum()) != 512.0:
             raise RuntimeError(f"{name} calculates wrongly")
@@ -39,14 +47,18 @@ def check_torch(settings: DeviceSettings) -> Finding:
             check.ok(f"{name}: {gpu}, {human_bytes(free)} of {human_bytes(total)} free", **values)
         elif threads > cores:
             check.warn(
-                f"{name}: {threads} threads on {cores} cores", "Set threads to the number of cores at most.", **values
+                f"{name}: {threads} threads on {cores} cores",
+                "Set threads to the number of cores at most.",
+                **values,
             )
         else:
             check.ok(f"{name}: {threads} of {cores} cores in use (threads)", **values)
     return check.finding
 
 
-def check_disk(check_name: str, folder: Path, what: str, key: str, *, needed: bool = True) -> Finding:
+def check_disk(
+    check_name: str, folder: Path, what: str, key: str, *, needed: bool = True
+) -> Finding:
     """Look how much is free where a folder is, or would be made; only where it is `needed` does the check fail."""
     remedy = f"{_FREE_SOMETHING}: {key}."
     with Examination(check_name, remedy=remedy) as check:
@@ -71,15 +83,21 @@ def check_disk(check_name: str, folder: Path, what: str, key: str, *, needed: bo
 def check_state_folder(settings: DeviceSettings) -> Finding:
     """Write a tiny state into the state folder as an agent does, read it back, and remove it."""
     remedy = (
-        "Give this process the right to write there and room on that disk, or set state-dir to another absolute path "
-        "in the SuperNode's --node-config."
+        "Give this process the right to write there and room on that disk, or set state-dir to "
+        "another absolute path in the SuperNode's --node-config."
     )
     with Examination("state-folder", remedy=remedy) as check:
         folder = settings.state_folder()
         if folder is None:
-            check.ok('none: with state-dir = "none" a SuperNode that stops loses its agent\'s state', folder=None)
+            check.ok(
+                'none: with state-dir = "none" a SuperNode that stops loses its agent\'s state',
+                folder=None,
+            )
         else:
-            with _made(folder), tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
+            with (
+                _made(folder),
+                tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch,
+            ):
                 _write_and_read_back(Path(scratch))
             check.ok(f"a state was written to {folder} and read back", folder=str(folder))
     return check.finding
@@ -94,7 +112,9 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding | None:
         found = f"{human_bytes(free)} free in {folder}, through which Ray's workers exchange"
         if free < _ENOUGH_SHARED:
             check.warn(
-                found, "Give a container more, for example `--shm-size=1g`; devices do not need it.", free_bytes=free
+                found,
+                "Give a container more, for example `--shm-size=1g`; devices do not need it.",
+                free_bytes=free,
             )
         else:
             check.ok(found, free_bytes=free)

@@ -18,9 +18,11 @@ _PURPOSES = {
     "tensorboard": "`flower-mcepl tensorboard`",
 }
 _NOT_FOR_USERS = ("dev", "all")  # tools of developers, and the sum of the others
-_SHOWN = ("flower-mcepl", "torch", "numpy", "flwr")  # what decides bits and messages: the same on all devices
+# what decides bits and messages: the same on all devices
+_SHOWN = ("flower-mcepl", "torch", "numpy", "flwr")
 _INSTALL = (
-    "Install flower-mcepl anew into this environment: `pip install -e .` in its clone, or `pip install FILE.whl`."
+    "Install flower-mcepl anew into this environment: `pip install -e .` in its clone, or `pip "
+    "install FILE.whl`."
 )
 
 
@@ -34,7 +36,12 @@ def check_python() -> Finding:
         if SpecifierSet(demanded).contains(version, prereleases=True):
             check.ok(found, version=version, needed=demanded)
         else:
-            check.fail(found, "Make the environment with a Python of that range.", version=version, needed=demanded)
+            check.fail(
+                found,
+                "Make the environment with a Python of that range.",
+                version=version,
+                needed=demanded,
+            )
     return check.finding
 
 
@@ -43,7 +50,10 @@ def check_packages() -> Finding:
     with Examination("packages", remedy=_INSTALL) as check:
         demanded = _demands(PROJECT)
         problems = [problem for requirement in demanded for problem in _problems(requirement)]
-        versions = {name: _version(name) for name in (PROJECT, *(requirement.name for requirement in demanded))}
+        versions = {
+            name: _version(name)
+            for name in (PROJECT, *(requirement.name for requirement in demanded))
+        }
         if problems:
             check.fail("; ".join(problems), _INSTALL, versions=versions)
         else:
@@ -62,7 +72,9 @@ def check_extras() -> Finding:
         wrong = [extra for extra, (state, _) in states.items() if state == "wrong version"]
         if wrong:
             check.warn(
-                told, f"Where they are needed: `pip install 'flower-mcepl[{','.join(wrong)}]'`.", extras=installed
+                told,
+                f"Where they are needed: `pip install 'flower-mcepl[{','.join(wrong)}]'`.",
+                extras=installed,
             )
         else:
             check.ok(told or "none are declared", extras=installed)
@@ -89,9 +101,17 @@ def _demands(distribution: str, extra: str = "") -> "list[Requirement]":
 
     found = [Requirement(line) for line in metadata.requires(distribution) or ()]
     if not extra:
-        return [need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})]
-    added = [need for need in found if need.marker is not None and not need.marker.evaluate({"extra": ""})]
-    return [need for need in added if need.marker is not None and need.marker.evaluate({"extra": extra})]
+        return [
+            need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})
+        ]
+    added = [
+        need
+        for need in found
+        if need.marker is not None and not need.marker.evaluate({"extra": ""})
+    ]
+    return [
+        need for need in added if need.marker is not None and need.marker.evaluate({"extra": extra})
+    ]
 
 
 def _problems(need: "Requirement") -> Iterator[str]:

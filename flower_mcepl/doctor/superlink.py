@@ -12,7 +12,9 @@ from typing import NamedTuple
 from flower_mcepl.doctor.findings import Examination, Finding
 from flower_mcepl.errors import ConfigError
 
-_ADDRESS = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.%]+)\]|(?P<host>[^:\[\]\s/]+)):(?P<port>[0-9]{1,5})")
+_ADDRESS = re.compile(
+    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.%]+)\]|(?P<host>[^:\[\]\s/]+)):(?P<port>[0-9]{1,5})"
+)
 SOON = 30  # days: a certificate that ends within them should be renewed
 _HOST = "Check the address, the network and the name service of this machine."
 _CERTIFICATES = "(examples/deployment/certificates.sh makes it)"
@@ -21,7 +23,10 @@ _REASONS = {  # OpenSSL's verify codes: what they mean here, and what to do
         "the certificate has expired",
         f"Renew the SuperLink's certificate {_CERTIFICATES}; check the clock of this machine.",
     ),
-    9: ("the certificate is not valid yet", "Check the clocks of this machine and of the one that made it."),
+    9: (
+        "the certificate is not valid yet",
+        "Check the clocks of this machine and of the one that made it.",
+    ),
     62: (
         "the certificate is for another host name",
         f"Use a name that is in it, or renew it with this name {_CERTIFICATES}.",
@@ -33,10 +38,14 @@ _REASONS = {  # OpenSSL's verify codes: what they mean here, and what to do
 }
 _FOREIGN = (
     "the certificate is not from the given certificate authority",
-    "Pass the SuperLink's own ca.crt as --root-certificates; if it is, something else answers at this address.",
+    "Pass the SuperLink's own ca.crt as --root-certificates; if it is, something else answers at "
+    "this address.",
 )
 _REASONS |= dict.fromkeys((18, 19, 20, 21), _FOREIGN)  # self-signed, or its issuer is not known
-_REFUSED = ("the certificate is refused", f"Make it and the certificate authority anew {_CERTIFICATES}.")
+_REFUSED = (
+    "the certificate is refused",
+    f"Make it and the certificate authority anew {_CERTIFICATES}.",
+)
 _NOT_TLS = "a server answers, but it does not speak TLS"
 
 
@@ -74,7 +83,8 @@ def split_address(address: str) -> tuple[str, int]:
     match = _ADDRESS.fullmatch(address)
     if match is None or not 0 < int(match["port"]) < 65536:
         raise ConfigError(
-            f"a SuperLink's address is HOST:PORT, or [IPV6]:PORT, with a port from 1 to 65535; got {address!r}."
+            f"a SuperLink's address is HOST:PORT, or [IPV6]:PORT, with a port from 1 to 65535; "
+            f"got {address!r}."
         )
     return match["ipv6"] or match["host"], int(match["port"])
 
@@ -93,7 +103,8 @@ def _connect(link: SuperLink, check: Examination) -> None:
     except TimeoutError:
         check.fail(
             f"{link.address} does not answer within {link.timeout:g} s",
-            f"{up}; open it in the firewalls between; check that --host is an address that others reach.",
+            f"{up}; open it in the firewalls between; check that --host is an address that others "
+            f"reach.",
         )
     else:
         check.ok(f"{link.address} answers after {1000 * seconds:.0f} ms", seconds=round(seconds, 4))
@@ -127,8 +138,10 @@ def _check_plain(link: SuperLink, check: Examination) -> None:
             )
     except OSError:
         check.warn(
-            "not encrypted: who is on the way can read and change masks, and the node's key proves nothing",
-            "Good for trying on one machine only; docs/security.md says more. Set up TLS: examples/deployment.",
+            "not encrypted: who is on the way can read and change masks, and the node's key "
+            "proves nothing",
+            "Good for trying on one machine only; docs/security.md says more. Set up TLS: "
+            "examples/deployment.",
         )
 
 
@@ -137,7 +150,8 @@ def _trusting(link: SuperLink, check: Examination) -> ssl.SSLContext | None:
         context = ssl.create_default_context(cafile=link.root_certificates)
     except (ssl.SSLError, OSError) as error:
         check.fail(
-            f"{link.root_certificates} cannot be read as certificates in PEM format ({error.args[-1]})",
+            f"{link.root_certificates} cannot be read as certificates in PEM format "
+            f"({error.args[-1]})",
             f"Copy the SuperLink's ca.crt here {_CERTIFICATES}.",
         )
         return None
@@ -158,16 +172,22 @@ def _judge_certificate(stream: ssl.SSLSocket, link: SuperLink, check: Examinatio
     until = str(certificate.get("notAfter"))
     days = (ssl.cert_time_to_seconds(until) - time.time()) / 86400
     trusted = link.root_certificates or "the system's certificate authorities"
-    found = f"{stream.version()}; the certificate is from {trusted} and valid for {days:.0f} more days"
+    found = (
+        f"{stream.version()}; the certificate is from {trusted} and valid for {days:.0f} more days"
+    )
     values = {"version": stream.version(), "valid_until": until, "days_left": round(days, 2)}
     if days < SOON:
-        check.warn(found, f"Renew the SuperLink's certificate {_CERTIFICATES}, then restart the SuperLink.", **values)
+        check.warn(
+            found,
+            f"Renew the SuperLink's certificate {_CERTIFICATES}, then restart the SuperLink.",
+            **values,
+        )
     else:
         check.ok(found, **values)
 
 
 def _no_tls_remedy() -> str:
     return (
-        "Start the SuperLink with --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or correct the port. "
-        "--insecure, here and on the SuperNode, is for trying on one machine only."
+        "Start the SuperLink with --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, or correct "
+        "the port. --insecure, here and on the SuperNode, is for trying on one machine only."
     )

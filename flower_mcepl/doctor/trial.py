@@ -27,7 +27,8 @@ class Trial:
     whole_bytes: int  # the first frame; 0: the algorithm sends nothing
     delta_bytes: list[int]  # the later ones, each building on the one before
     own_state_bytes: int  # the largest stored state, without what neighbors sent
-    neighbor_state_bytes: int  # the most that it holds of each neighbor, if that sends the same as this agent
+    # the most that it holds of each neighbor, if that sends the same as this agent
+    neighbor_state_bytes: int
 
     @property
     def train_seconds(self) -> float:
@@ -55,10 +56,13 @@ class _Seen:
 def try_rounds(agent: Agent, neighbors: Sequence[int], *, max_staleness: int) -> Trial:
     """Let the agent train for some rounds, as in a run in which nobody else answers.
 
-    The first round warms up and gives the whole frame; at most three more follow, fewer where training is slow. The
-    agent is of no further use.
+    The first round warms up and gives the whole frame; at most three more follow, fewer
+    where training is slow. The agent is of no further use.
     """
-    mail, neighbor = open_mail(agent, max_staleness=max_staleness), _neighbor_of(agent, max_staleness)
+    mail, neighbor = (
+        open_mail(agent, max_staleness=max_staleness),
+        _neighbor_of(agent, max_staleness),
+    )
     seen = _Seen()
     for number in range(1, TIMED_ROUNDS + 2):
         _play(agent, mail, neighbor, neighbors, number, seen)
@@ -74,7 +78,9 @@ def try_rounds(agent: Agent, neighbors: Sequence[int], *, max_staleness: int) ->
     )
 
 
-def _play(agent: Agent, mail: Mail, neighbor: Mailbox, neighbors: Sequence[int], number: int, seen: _Seen) -> None:
+def _play(
+    agent: Agent, mail: Mail, neighbor: Mailbox, neighbors: Sequence[int], number: int, seen: _Seen
+) -> None:
     if number > 1:
         agent.fuse(mail.inbox.current(neighbors, round=number - 1), round=number - 1)
     began = time.perf_counter()
@@ -83,7 +89,9 @@ def _play(agent: Agent, mail: Mail, neighbor: Mailbox, neighbors: Sequence[int],
         torch.cuda.synchronize()
     seen.seconds.append(time.perf_counter() - began)
     payload = agent.outgoing()
-    frames = mail.outbox.write(payload, round=number, acknowledged=number - 1 or None) if payload else []
+    frames = (
+        mail.outbox.write(payload, round=number, acknowledged=number - 1 or None) if payload else []
+    )
     neighbor.put(agent.index, [frame.data for frame in frames], latest_round=number)
     seen.sizes.append(sum(len(frame.data) for frame in frames))
     seen.states.append(len(Generation.of(agent, mail, run="0" * 16, round=number).encode()) + _SEAL)

@@ -14,7 +14,15 @@ from flower_mcepl.errors import CorruptFrameError, ForeignFrameError, FrameError
 from flower_mcepl.exchange.ledger import Ledger
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.outbox import Outbox
-from flower_mcepl.exchange.relay import ExchangeState, FrameT, Parcel, Posted, by_number, post_facts, shipments
+from flower_mcepl.exchange.relay import (
+    ExchangeState,
+    FrameT,
+    Parcel,
+    Posted,
+    by_number,
+    post_facts,
+    shipments,
+)
 from flower_mcepl.exchange.turn import refusal
 from flower_mcepl.topology import Topology
 
@@ -23,9 +31,10 @@ from flower_mcepl.topology import Topology
 class Center(Generic[FrameT]):
     """Stands between the agents as a `Relay` does, with a server in its midst: participant number N.
 
-    An answer of round t counts if its agent began from the newest model that the server has made; all begin round 1
-    from what they have in common. Agents that are missing, whose frame is refused, or that began from something else
-    are left out of the round. When the parcels of round t+1 are asked for, the server aggregates round t.
+    An answer of round t counts if its agent began from the newest model that the server
+    has made; all begin round 1 from what they have in common. Agents that are missing,
+    whose frame is refused, or that began from something else are left out of the round.
+    When the parcels of round t+1 are asked for, the server aggregates round t.
 
     Parameters
     ----------
@@ -36,9 +45,11 @@ class Center(Generic[FrameT]):
     wrap_frame : callable
         Gives the frame as it goes out, from its bytes.
     evaluate_every : int (default: 10)
-        Personal models are evaluated after each such number of rounds, and after the last one.
+        Personal models are evaluated after each such number of rounds, and after the
+        last one.
     max_staleness : int (default: 5)
-        For how many rounds an agent goes on from the last model that it got when no newer one came.
+        For how many rounds an agent goes on from the last model that it got when no
+        newer one came.
 
     Notes
     -----
@@ -59,21 +70,37 @@ class Center(Generic[FrameT]):
         evaluate_every: int = 10,
         max_staleness: int = 5,
     ) -> None:
-        check(evaluate_every >= 1, "evaluate-every is a number of rounds and must be >= 1", evaluate_every)
-        check(max_staleness >= 0, "max-staleness is a number of rounds and must be >= 0", max_staleness)
+        check(
+            evaluate_every >= 1,
+            "evaluate-every is a number of rounds and must be >= 1",
+            evaluate_every,
+        )
+        check(
+            max_staleness >= 0,
+            "max-staleness is a number of rounds and must be >= 0",
+            max_staleness,
+        )
         self.server, self.evaluate_every, self.max_staleness = server, evaluate_every, max_staleness
-        self.topology = replace(Topology.from_edges([], num_agents=server.num_agents), name="server")
+        self.topology = replace(
+            Topology.from_edges([], num_agents=server.num_agents), name="server"
+        )
         self.ledger = Ledger()
         self._open, self._wrap = open_frame, wrap_frame
         self._mailbox = Mailbox(
-            owner=server.index, fingerprint=server.fingerprint, layers=server.layers, max_staleness=0, dtype=None
+            owner=server.index,
+            fingerprint=server.fingerprint,
+            layers=server.layers,
+            max_staleness=0,
+            dtype=None,
         )
         self._outboxes: dict[int, Outbox] = {}
         self._facts: dict[int, Mapping[str, Any]] = {}
-        self._held: dict[int, int] = {}  # agent -> round of the model that it holds, as it last said; 0: the common one
+        # agent -> round of the model that it holds, as it last said; 0: the common one
+        self._held: dict[int, int] = {}
         self._newest = 0  # round of the newest model
         self._inbox: dict[int, Payload] = {}  # of the round that is under way
-        self._for_all: tuple[int, Posted[FrameT]] | None = None  # the frame that all get, and its model's round
+        # the frame that all get, and its model's round
+        self._for_all: tuple[int, Posted[FrameT]] | None = None
 
     def parcel(self, agent: int, *, round: int, closing: bool = False) -> Parcel[FrameT]:
         """Return the agent's parcel for ``round`` and count its frames as sent."""
@@ -83,7 +110,9 @@ class Center(Generic[FrameT]):
             return Parcel(round, None)
         posts = self._missing(agent)
         if posts:
-            self.ledger.add_delivery(self.server.index, agent, shipments(posts, self._facts.get(agent, {})))
+            self.ledger.add_delivery(
+                self.server.index, agent, shipments(posts, self._facts.get(agent, {}))
+            )
         return Parcel(
             round,
             (self.server.index,),
@@ -94,7 +123,11 @@ class Center(Generic[FrameT]):
         )
 
     def answered(
-        self, agent: int, facts: Mapping[str, Any], held: Mapping[int, int], lacking: Sequence[int] = ()
+        self,
+        agent: int,
+        facts: Mapping[str, Any],
+        held: Mapping[int, int],
+        lacking: Sequence[int] = (),
     ) -> None:
         """Note that the agent answered: the facts of its handshake, and the model that it holds."""
         self._facts[agent], self._held[agent] = facts, held.get(self.server.index, 0)
@@ -106,7 +139,9 @@ class Center(Generic[FrameT]):
         self.ledger.add_uplink(agent, shipments(posts, self._facts.get(agent, {})))
         try:
             self._mailbox.put(agent, [self._open(post.frame) for post in posts], latest_round=round)
-            self._inbox[agent] = self._checked(self._mailbox.current([agent], round=round), agent, round)
+            self._inbox[agent] = self._checked(
+                self._mailbox.current([agent], round=round), agent, round
+            )
         except FrameError as error:
             return [refusal(agent, error)]
         return []
@@ -115,7 +150,10 @@ class Center(Generic[FrameT]):
         """Return all that must survive after ``round``, which the server aggregates first if it has not."""
         self._close(round)
         server = self.server.state()
-        arrays = {f"server/{name}": tensor.detach().cpu().numpy() for name, tensor in server.tensors.items()}
+        arrays = {
+            f"server/{name}": tensor.detach().cpu().numpy()
+            for name, tensor in server.tensors.items()
+        }
         arrays |= {f"mailbox/{name}": array for name, array in self._mailbox.arrays().items()}
         for place, outbox in self._outboxes.items():
             arrays |= {f"outbox-{place}/{name}": array for name, array in outbox.arrays().items()}
@@ -125,10 +163,14 @@ class Center(Generic[FrameT]):
             "facts": {agent: dict(facts) for agent, facts in self._facts.items()},
             "held": dict(self._held),
             "newest": self._newest,
-            "for-all": None if self._for_all is None else [self._for_all[0], *post_facts(self._for_all[1])],
+            "for-all": None
+            if self._for_all is None
+            else [self._for_all[0], *post_facts(self._for_all[1])],
             "ledger": self.ledger.state(),
         }
-        return ExchangeState(facts, arrays, {} if self._for_all is None else {"for-all": self._for_all[1].frame})
+        return ExchangeState(
+            facts, arrays, {} if self._for_all is None else {"for-all": self._for_all[1].frame}
+        )
 
     def restore(self, state: ExchangeState[FrameT]) -> None:
         """Continue exactly where `state` was taken; the server must be one of the same algorithm, run and fleet.
@@ -143,7 +185,9 @@ class Center(Generic[FrameT]):
             group, _, name = place.partition("/")
             groups.setdefault(group, {})[name] = array
         facts = state.facts
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in groups.get("server", {}).items()}
+        tensors = {
+            name: torch.from_numpy(array.copy()) for name, array in groups.get("server", {}).items()
+        }
         self.server.restore(AgentState(tensors, facts["server"]))
         self._mailbox.restore(groups.get("mailbox", {}))
         self._outboxes = {}
@@ -161,27 +205,32 @@ class Center(Generic[FrameT]):
         """Return the payload that came if the server can make use of it."""
         if agent not in found:
             raise ReplayedFrameError(
-                f"the server takes frames of the present round, {round}; agent {agent} sent one of round "
-                f"{self._mailbox.rounds().get(agent)}. Nothing is lost: it sends a new one every round."
+                f"the server takes frames of the present round, {round}; agent {agent} sent one "
+                f"of round {self._mailbox.rounds().get(agent)}. Nothing is lost: it sends a new "
+                f"one every round."
             )
         for name, tensor in found[agent].items():
             is_mask = name in self.server.mask_layers
             if (tensor.dtype == torch.bool) != is_mask:
                 raise ForeignFrameError(
                     f"layer {name!r} must hold {'a mask' if is_mask else 'floats'} in algorithm "
-                    f"{self.server.algorithm}; agent {agent} sent {tensor.dtype}. Run the same release on both sides."
+                    f"{self.server.algorithm}; agent {agent} sent {tensor.dtype}. Run the same "
+                    f"release on both sides."
                 )
             if tensor.dtype != torch.bool and not bool(tensor.to_dense().isfinite().all()):
                 raise CorruptFrameError(
-                    f"the server takes finite values only; agent {agent} sent some in layer {name!r} that are "
-                    "infinite or not a number. Look at why its training left the finite numbers."
+                    f"the server takes finite values only; agent {agent} sent some in layer "
+                    f"{name!r} that are infinite or not a number. Look at why its training left "
+                    "the finite numbers."
                 )
         return found[agent]
 
     def _close(self, round: int) -> None:
         """Let the server aggregate what came in ``round``; a second call finds nothing."""
         timely = {
-            agent: self._inbox[agent] for agent in sorted(self._inbox) if self._held.get(agent, 0) == self._newest
+            agent: self._inbox[agent]
+            for agent in sorted(self._inbox)
+            if self._held.get(agent, 0) == self._newest
         }
         for agent in sorted(self._inbox.keys() - timely.keys()):
             self.server.note(agent, self._inbox[agent])
@@ -201,7 +250,9 @@ class Center(Generic[FrameT]):
         payload = self.server.payload_for(agent, round=self._newest)
         if payload is None:
             return []
-        (frame,) = self._outbox(agent).write(payload, round=self._newest, acknowledged=self._builds_on(held))
+        (frame,) = self._outbox(agent).write(
+            payload, round=self._newest, acknowledged=self._builds_on(held)
+        )
         post = Posted(self._wrap(frame.data), len(frame.data), frame.header_bytes, frame.reference)
         if self.server.shared:
             self._for_all = (self._newest, post)

@@ -15,8 +15,9 @@ Key = tuple[bytes, str]
 class DecodedFrames:
     """The last payloads that came out of frames, each under its frame's bytes and what the frame builds on.
 
-    A frame says by digest which weights, layers and classes it presumes, so equal bytes on an equal reference decode
-    to equal payloads. Only frames with range-coded bits are kept: the others decode as fast as they are found.
+    A frame says by digest which weights, layers and classes it presumes, so equal bytes
+    on an equal reference decode to equal payloads. Only frames with range-coded bits
+    are kept: the others decode as fast as they are found.
 
     Parameters
     ----------
@@ -42,7 +43,9 @@ class DecodedFrames:
             return bytes(data), ""
         if known is None or known.round != header.reference or not known.content:
             return None
-        flips = digest(part for name in sorted(known.flips) for part in (name.encode(), known.flips[name].data))
+        flips = digest(
+            part for name in sorted(known.flips) for part in (name.encode(), known.flips[name].data)
+        )
         return bytes(data), known.content + flips.hex()
 
     def get(self, key: Key | None) -> Held | None:

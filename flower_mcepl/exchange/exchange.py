@@ -22,7 +22,11 @@ class Exchange(Protocol[FrameT]):
         ...
 
     def answered(
-        self, agent: int, facts: Mapping[str, Any], held: Mapping[int, int], lacking: Sequence[int] = ()
+        self,
+        agent: int,
+        facts: Mapping[str, Any],
+        held: Mapping[int, int],
+        lacking: Sequence[int] = (),
     ) -> None:
         """Note that the agent answered: the facts of its handshake, and which round of which sender it holds.
 
@@ -30,7 +34,9 @@ class Exchange(Protocol[FrameT]):
         """
         ...
 
-    def post(self, agent: int, posts: Sequence[Posted[FrameT]], *, round: int) -> Sequence[str] | None:
+    def post(
+        self, agent: int, posts: Sequence[Posted[FrameT]], *, round: int
+    ) -> Sequence[str] | None:
         """Take the agent's frames of ``round``; whoever opens them returns why some are refused.
 
         Frames that come late, in a later round, count as those of their own round.

@@ -34,7 +34,8 @@ class Held:
     values : float32 array
         The values, layer after layer.
     flips : uint32 array
-        The weights that flipped when it was sent, ascending, all layers strung together.
+        The weights that flipped when it was sent, ascending, all layers strung
+        together.
     content : str
         The digest of the content that its frame told; empty if it came in no frame.
     """
@@ -55,7 +56,11 @@ class Held:
             tensor = reference.tensors.get(name)
             support = None if tensor is None else support_of(tensor)
             told = None if tensor is None else values_of(tensor)
-            kinds.append(ABSENT if tensor is None else (support is not None) * MASK + (told is not None) * DENSE)
+            kinds.append(
+                ABSENT
+                if tensor is None
+                else (support is not None) * MASK + (told is not None) * DENSE
+            )
             bits.append(b"" if support is None else pack(support))
             values.append(np.zeros(0, np.float32) if told is None else told)
             flips.append(np.asarray(reference.flips.get(name, ()), np.int64) + start)
@@ -85,7 +90,11 @@ class Held:
                 end = at_values + (numel if support is None else int(support.sum()))
                 values = torch.from_numpy(self.values[at_values:end].copy())
                 at_values = end
-                tensors[name] = values.reshape(shape) if support is None else join_support(support, values, shape)
+                tensors[name] = (
+                    values.reshape(shape)
+                    if support is None
+                    else join_support(support, values, shape)
+                )
             elif support is not None:
                 tensors[name] = torch.from_numpy(support).reshape(shape)
             begin, end = np.searchsorted(self.flips, [start, start + numel])
@@ -96,7 +105,11 @@ class Held:
 
     def arrays(self) -> Arrays:
         """Return what must be saved; `from_arrays` takes it back."""
-        told = {"content": np.frombuffer(bytes.fromhex(self.content), np.uint8)} if self.content else {}
+        told = (
+            {"content": np.frombuffer(bytes.fromhex(self.content), np.uint8)}
+            if self.content
+            else {}
+        )
         return {
             "round": np.array([self.round], np.int64),
             "kinds": self.kinds,
@@ -107,7 +120,9 @@ class Held:
         }
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], layers: Mapping[str, tuple[int, ...]]) -> "Held":
+    def from_arrays(
+        cls, arrays: Mapping[str, NDArray[Any]], layers: Mapping[str, tuple[int, ...]]
+    ) -> "Held":
         """Take back what `arrays` gave.
 
         Raises
@@ -118,12 +133,15 @@ class Held:
         try:
             (round,) = arrays["round"].tolist()
             content = arrays["content"].tobytes().hex() if "content" in arrays else ""
-            held = cls(round, arrays["kinds"], arrays["bits"], arrays["values"], arrays["flips"], content)
+            held = cls(
+                round, arrays["kinds"], arrays["bits"], arrays["values"], arrays["flips"], content
+            )
             held._check(layers)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise StateError(
-                f"a saved payload must be whole and of this model's layers; this one is not ({error!r}). Use the state "
-                "that this agent saved for this model, or start afresh."
+                f"a saved payload must be whole and of this model's layers; this one is not "
+                f"({error!r}). Use the state that this agent saved for this model, or start "
+                "afresh."
             ) from error
         return held
 

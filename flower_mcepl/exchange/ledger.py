@@ -41,13 +41,15 @@ class Count:
 class Ledger:
     """Counts bytes per directed link, and per uplink; all counts are totals since the start of the run.
 
-    A frame goes up to the relay once (uplink) and down once per neighbor (link). Both are told, never added, but for
-    what one node or the relay handles. Beside the real bytes stand two figures for comparison, over the same
-    deliveries: what fp32 weights would have cost, and the paper's own convention, one bit per *kept* weight.
+    A frame goes up to the relay once (uplink) and down once per neighbor (link). Both
+    are told, never added, but for what one node or the relay handles. Beside the real
+    bytes stand two figures for comparison, over the same deliveries: what fp32 weights
+    would have cost, and the paper's own convention, one bit per *kept* weight.
     """
 
     def __init__(self) -> None:
-        self.links: defaultdict[tuple[int, int], Count] = defaultdict(Count)  # by (sender, receiver)
+        # by (sender, receiver)
+        self.links: defaultdict[tuple[int, int], Count] = defaultdict(Count)
         self.uplinks: defaultdict[int, Count] = defaultdict(Count)  # by agent
         self._sent: defaultdict[int, int] = defaultdict(int)  # bytes over an agent's outgoing links
         self._received: defaultdict[int, int] = defaultdict(int)  # and over its incoming ones
@@ -87,7 +89,9 @@ class Ledger:
         """Return the run's totals in bytes, and the mean bits per weight of a frame on a link and on an uplink."""
         links, uplinks = _sum(self.links.values()), _sum(self.uplinks.values())
         both = _sum([links, uplinks])
-        handled = {agent: count.bytes + self.received(agent) for agent, count in self.uplinks.items()}
+        handled = {
+            agent: count.bytes + self.received(agent) for agent, count in self.uplinks.items()
+        }
         busiest = max(handled, key=lambda agent: handled[agent], default=None)
         return {
             "links_total": links.bytes,
@@ -118,7 +122,9 @@ class Ledger:
 
     def changes(self) -> dict[str, list[list[int]]]:
         """Return what was counted since the last call, in rows that `TRAFFIC_COLUMNS` names."""
-        links: list[tuple[tuple[int, ...], Count]] = sorted(self.links.items(), key=lambda item: item[0])
+        links: list[tuple[tuple[int, ...], Count]] = sorted(
+            self.links.items(), key=lambda item: item[0]
+        )
         uplinks: list[tuple[tuple[int, ...], Count]] = [
             ((agent,), self.uplinks[agent]) for agent in sorted(self.uplinks)
         ]
@@ -140,7 +146,9 @@ class Ledger:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Count on from where `state` was taken."""
-        self.links = defaultdict(Count, {(row[0], row[1]): Count(*row[2:]) for row in state["links"]})
+        self.links = defaultdict(
+            Count, {(row[0], row[1]): Count(*row[2:]) for row in state["links"]}
+        )
         self.uplinks = defaultdict(Count, {row[0]: Count(*row[1:]) for row in state["uplinks"]})
         self._sent = defaultdict(int, dict(state["sent"]))
         self._received = defaultdict(int, dict(state["received"]))

@@ -8,20 +8,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flower_mcepl.errors import ConfigError, ForeignFrameError, MissingReferenceError, ReplayedFrameError, StateError
+from flower_mcepl.errors import (
+    ConfigError,
+    ForeignFrameError,
+    MissingReferenceError,
+    ReplayedFrameError,
+    StateError,
+)
 from flower_mcepl.exchange.decoded import DecodedFrames, Key
 from flower_mcepl.exchange.held import Arrays, Held
-from flower_mcepl.wire import FrameBytes, FrameHeader, Prior, Reference, check_fingerprint, check_frame, unpack_frame
+from flower_mcepl.wire import (
+    FrameBytes,
+    FrameHeader,
+    Prior,
+    Reference,
+    check_fingerprint,
+    check_frame,
+    unpack_frame,
+)
 
-_DOUBTFUL = "doubtful"  # an array of this name tells that a sender's frames no longer fit what is held
+# an array of this name tells that a sender's frames no longer fit what is held
+_DOUBTFUL = "doubtful"
 _decoded = DecodedFrames()
 
 
 class Mailbox:
     """The newest payload of every neighbor, kept packed and unpacked only when it is used.
 
-    A payload of round ``r`` counts in round ``t`` when ``0 <= t - r <= max_staleness``. A neighbor that was never
-    heard of counts as holding the common first payload, sent in round 0, under the same rule.
+    A payload of round ``r`` counts in round ``t`` when ``0 <= t - r <= max_staleness``.
+    A neighbor that was never heard of counts as holding the common first payload, sent
+    in round 0, under the same rule.
 
     Parameters
     ----------
@@ -32,7 +48,8 @@ class Mailbox:
     layers : Mapping[str, tuple[int, ...]]
         Names and shapes of the layers that every frame must have.
     max_staleness : int
-        How many rounds a payload stays usable, >= 0; 0 means only in the round it was sent in.
+        How many rounds a payload stays usable, >= 0; 0 means only in the round it was
+        sent in.
     dtype : torch.dtype | None (default: torch.bool)
         ``torch.bool`` takes masks only; None takes whatever a frame can carry.
     prior : Prior | None (default: None)
@@ -59,7 +76,8 @@ class Mailbox:
     ) -> None:
         if max_staleness < 0:
             raise ConfigError(
-                f"max_staleness is a number of rounds, at least 0; got {max_staleness}. 0 takes fresh frames only."
+                f"max_staleness is a number of rounds, at least 0; got {max_staleness}. 0 takes "
+                f"fresh frames only."
             )
         self._owner = owner
         self._fingerprint = check_fingerprint(fingerprint)
@@ -67,14 +85,15 @@ class Mailbox:
         self._max_staleness = max_staleness
         self._dtype, self._prior, self._first = dtype, prior, first
         self._held: dict[int, Held] = {}
-        self._unpacked: dict[int, Reference] = {}  # what has just come and will be asked for at once
+        # what has just come and will be asked for at once
+        self._unpacked: dict[int, Reference] = {}
         self._doubtful: set[int] = set()  # senders whose frames no longer fit what is held of them
 
     def put(self, sender: int, frames: Sequence[FrameBytes], *, latest_round: int) -> None:
         """Take in the frames of one sender, oldest first, each building on the one before or on what is held.
 
-        Frames that are not newer than what is held change nothing, as when an answer to the relay was lost and they
-        come again.
+        Frames that are not newer than what is held change nothing, as when an answer to
+        the relay was lost and they come again.
 
         Parameters
         ----------
@@ -88,7 +107,8 @@ class Mailbox:
         Raises
         ------
         FrameError
-            If one is refused, or all are older than what is held. Those before it count, the others do not.
+            If one is refused, or all are older than what is held. Those before it
+            count, the others do not.
         """
         if sender == self._owner:
             raise ForeignFrameError(
@@ -117,8 +137,9 @@ class Mailbox:
             self._doubtful.discard(sender)
         if frames and known and newest < known[0].round:
             raise ReplayedFrameError(
-                f"agent {self._owner} takes only frames newer than what it holds of a sender; of sender "
-                f"{sender} it holds round {known[0].round} and round {newest} came. Nothing is lost: drop the older."
+                f"agent {self._owner} takes only frames newer than what it holds of a sender; of "
+                f"sender {sender} it holds round {known[0].round} and round {newest} came. "
+                f"Nothing is lost: drop the older."
             )
 
     def _unpack(
@@ -130,7 +151,9 @@ class Mailbox:
             return found.reference(self._layers), found
         first = [] if self._first is None else [Reference(0, self._first)]
         try:
-            reference = unpack_frame(payload, header, references=[*known, *first], prior=self._prior).as_reference()
+            reference = unpack_frame(
+                payload, header, references=[*known, *first], prior=self._prior
+            ).as_reference()
         except MissingReferenceError:
             self._doubtful.add(header.sender)
             raise
@@ -151,7 +174,8 @@ class Mailbox:
         Returns
         -------
         dict[int, Mapping[str, Tensor]]
-            Agent to its tensors, agents ascending. The first payload is handed out as it is, not copied.
+            Agent to its tensors, agents ascending. The first payload is handed out as
+            it is, not copied.
         """
         found: dict[int, Mapping[str, Tensor]] = {}
         for sender in sorted({*neighbors} - {self._owner}):
@@ -159,21 +183,32 @@ class Mailbox:
             if not 0 <= round - (held.round if held else 0) <= self._max_staleness:
                 continue
             if held is not None:
-                found[sender] = (self._unpacked.pop(sender, None) or held.reference(self._layers)).tensors
+                found[sender] = (
+                    self._unpacked.pop(sender, None) or held.reference(self._layers)
+                ).tensors
             elif self._first is not None:
                 found[sender] = self._first
         return found
 
     def rounds(self) -> dict[int, int]:
         """Return the round held of each sender that its next frame may build on, senders ascending."""
-        return {sender: held.round for sender, held in sorted(self._held.items()) if sender not in self._doubtful}
+        return {
+            sender: held.round
+            for sender, held in sorted(self._held.items())
+            if sender not in self._doubtful
+        }
 
     def forget(self, older_than: int) -> None:
         """Drop every payload that is too old to count in round ``older_than`` or any later one.
 
-        In a graph that changes, this keeps the memory to the senders of the last ``max_staleness`` rounds.
+        In a graph that changes, this keeps the memory to the senders of the last
+        ``max_staleness`` rounds.
         """
-        self._held = {s: held for s, held in self._held.items() if older_than - held.round <= self._max_staleness}
+        self._held = {
+            s: held
+            for s, held in self._held.items()
+            if older_than - held.round <= self._max_staleness
+        }
         self._doubtful &= self._held.keys()
         self._unpacked = {}
 
@@ -193,7 +228,8 @@ class Mailbox:
         Raises
         ------
         StateError
-            If something in it is damaged or belongs elsewhere; the mailbox is then as it was.
+            If something in it is damaged or belongs elsewhere; the mailbox is then as
+            it was.
         """
         self._held = restore_held(arrays, self._layers, f"the mailbox of agent {self._owner}")
         self._doubtful, self._unpacked = {s for s in self._held if f"{s}/{_DOUBTFUL}" in arrays}, {}

@@ -16,9 +16,10 @@ from flower_mcepl.wire.payload import support_of
 class Outbox:
     """Writes an agent's frames: what changed since the newest one that the relay has, or the whole payload.
 
-    An answer may be lost on its way. So the sender keeps what it sent until the relay says which of it has come, and
-    builds on nothing else. It keeps masks, and with a precision of differences the values as its receivers decode
-    them: 4 bytes a weight. Each difference is from those, so that errors of rounding do not add up.
+    An answer may be lost on its way. So the sender keeps what it sent until the relay
+    says which of it has come, and builds on nothing else. It keeps masks, and with a
+    precision of differences the values as its receivers decode them: 4 bytes a weight.
+    Each difference is from those, so that errors of rounding do not add up.
 
     Parameters
     ----------
@@ -54,7 +55,12 @@ class Outbox:
         self._sent: dict[int, Held] = {}  # by round
 
     def write(
-        self, tensors: Mapping[str, Tensor], *, round: int, acknowledged: int | None = None, key: bool = False
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        round: int,
+        acknowledged: int | None = None,
+        key: bool = False,
     ) -> list[WrittenFrame]:
         """Return the frames of one payload: one, or two of which each suffices.
 
@@ -65,16 +71,22 @@ class Outbox:
         round : int
             The round it is sent in.
         acknowledged : int | None (default: None)
-            Round of the newest frame of this agent that the relay has; None if it has none.
+            Round of the newest frame of this agent that the relay has; None if it has
+            none.
         key : bool (default: False)
             Write a whole frame, too, if the first one is not.
         """
         self._sent = {r: held for r, held in self._sent.items() if r == acknowledged}
-        last = self._sent[acknowledged].reference(self._layers) if acknowledged in self._sent else self._first
+        last = (
+            self._sent[acknowledged].reference(self._layers)
+            if acknowledged in self._sent
+            else self._first
+        )
         frames = [self._write(tensors, round, last, self._precision)]
         decoded = frames[0].decoded
         if key and frames[0].reference:
-            # What was rounded against one payload cannot be told as a rounded difference from another one.
+            # What was rounded against one payload cannot be told as a rounded
+            # difference from another one.
             precision = "float32" if decoded else self._precision
             frames.append(self._write({**tensors, **decoded}, round, self._first, precision))
         masks = {}
@@ -83,7 +95,8 @@ class Outbox:
             if bits is not None:
                 masks[name] = torch.from_numpy(bits).reshape(tensor.shape)
         if masks or decoded:
-            # Who starts from a whole frame does not know what flipped: the next frame must not presume it.
+            # Who starts from a whole frame does not know what flipped: the next frame
+            # must not presume it.
             flips = frames[0].flips if len(frames) == 1 and frames[0].reference else {}
             self._sent[round] = Held.of(Reference(round, {**masks, **decoded}, flips), self._layers)
         return frames
@@ -115,6 +128,7 @@ class Outbox:
         Raises
         ------
         StateError
-            If something in it is damaged or belongs elsewhere; the outbox is then as it was.
+            If something in it is damaged or belongs elsewhere; the outbox is then as it
+            was.
         """
         self._sent = restore_held(arrays, self._layers, f"the outbox of agent {self._owner}")

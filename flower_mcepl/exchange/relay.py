@@ -17,8 +17,9 @@ FrameT = TypeVar("FrameT")
 class Parcel(Generic[FrameT]):
     """What one agent gets for one round: last round's frames of its in-neighbors, and what to do.
 
-    ``round`` begins with this parcel; the frames are of ``round - 1`` or older, those of one sender oldest first.
-    ``neighbors`` is None where the agent has not exchanged anything yet: it keeps what it has.
+    ``round`` begins with this parcel; the frames are of ``round - 1`` or older, those
+    of one sender oldest first. ``neighbors`` is None where the agent has not exchanged
+    anything yet: it keeps what it has.
     """
 
     round: int
@@ -62,12 +63,14 @@ class Relay(Generic[FrameT]):
     topology : Topology
         Who is whose neighbor in which round.
     evaluate_every : int (default: 10)
-        Personal models are evaluated after each such number of rounds, and after the last one.
+        Personal models are evaluated after each such number of rounds, and after the
+        last one.
     max_staleness : int (default: 5)
-        For how many rounds a neighbor's last mask stays in use when no newer one came; 0 uses fresh ones alone.
+        For how many rounds a neighbor's last mask stays in use when no newer one came;
+        0 uses fresh ones alone.
     key_interval : int (default: 0)
-        Rounds after which an agent sends a whole frame beside its delta; 0: only when the deltas since the last whole
-        frame have as many bytes as that.
+        Rounds after which an agent sends a whole frame beside its delta; 0: only when
+        the deltas since the last whole frame have as many bytes as that.
 
     Notes
     -----
@@ -75,18 +78,41 @@ class Relay(Generic[FrameT]):
     """
 
     def __init__(
-        self, topology: Topology, *, evaluate_every: int = 10, max_staleness: int = 5, key_interval: int = 0
+        self,
+        topology: Topology,
+        *,
+        evaluate_every: int = 10,
+        max_staleness: int = 5,
+        key_interval: int = 0,
     ) -> None:
-        check(evaluate_every >= 1, "evaluate-every is a number of rounds and must be >= 1", evaluate_every)
-        check(max_staleness >= 0, "max-staleness is a number of rounds and must be >= 0", max_staleness)
-        check(key_interval >= 0, "key-interval is a number of rounds, or 0 for as few as pay", key_interval)
-        self.topology, self.evaluate_every, self.max_staleness = topology, evaluate_every, max_staleness
+        check(
+            evaluate_every >= 1,
+            "evaluate-every is a number of rounds and must be >= 1",
+            evaluate_every,
+        )
+        check(
+            max_staleness >= 0,
+            "max-staleness is a number of rounds and must be >= 0",
+            max_staleness,
+        )
+        check(
+            key_interval >= 0,
+            "key-interval is a number of rounds, or 0 for as few as pay",
+            key_interval,
+        )
+        self.topology, self.evaluate_every, self.max_staleness = (
+            topology,
+            evaluate_every,
+            max_staleness,
+        )
         self.key_interval = key_interval
         self.ledger = Ledger()
-        self._posted: dict[int, list[tuple[int, Posted[FrameT]]]] = {}  # with the round, oldest first
+        # with the round, oldest first
+        self._posted: dict[int, list[tuple[int, Posted[FrameT]]]] = {}
         self._facts: dict[int, Mapping[str, Any]] = {}
         self._held: dict[int, Mapping[int, int]] = {}  # agent -> sender -> round, as it last said
-        self._began_whole: dict[int, set[int]] = {}  # agent -> senders whose chain in its parcel began with a key
+        # agent -> senders whose chain in its parcel began with a key
+        self._began_whole: dict[int, set[int]] = {}
         self._broken: set[int] = set()  # senders of whom even such a chain could not be decoded
 
     def parcel(self, agent: int, *, round: int, closing: bool = False) -> Parcel[FrameT]:
@@ -111,7 +137,11 @@ class Relay(Generic[FrameT]):
         )
 
     def answered(
-        self, agent: int, facts: Mapping[str, Any], held: Mapping[int, int], lacking: Sequence[int] = ()
+        self,
+        agent: int,
+        facts: Mapping[str, Any],
+        held: Mapping[int, int],
+        lacking: Sequence[int] = (),
     ) -> None:
         """Note that the agent answered: the facts of its handshake, and which round of which sender it holds.
 
@@ -123,7 +153,8 @@ class Relay(Generic[FrameT]):
     def post(self, agent: int, posts: Sequence[Posted[FrameT]], *, round: int) -> None:
         """Take the agent's frames of ``round``, each of which suffices, for its neighbors' next parcels.
 
-        Frames that come late count as those of their own round; they never replace newer ones.
+        Frames that come late count as those of their own round; they never replace
+        newer ones.
         """
         if not posts:
             return
@@ -131,20 +162,28 @@ class Relay(Generic[FrameT]):
         kept = self._posted.get(agent, [])
         if kept and kept[-1][0] >= round:
             return
-        if any(post.is_key for post in posts):  # who lacks more than a few rounds gets the whole frame from now on
-            kept = [(r, post) for r, post in kept if not post.is_key and round - r <= self.max_staleness]
+        # who lacks more than a few rounds gets the whole frame from now on
+        if any(post.is_key for post in posts):
+            kept = [
+                (r, post) for r, post in kept if not post.is_key and round - r <= self.max_staleness
+            ]
             self._broken.discard(agent)
         self._posted[agent] = [*kept, *((round, post) for post in posts)]
 
     def state(self, *, round: int) -> ExchangeState[FrameT]:
         """Return all that must survive after ``round``, before any parcel of the next one is asked for."""
-        posted = {agent: [[r, *post_facts(post)] for r, post in posts] for agent, posts in self._posted.items()}
+        posted = {
+            agent: [[r, *post_facts(post)] for r, post in posts]
+            for agent, posts in self._posted.items()
+        }
         return ExchangeState(
             facts={
                 "posted": posted,
                 "facts": {agent: dict(facts) for agent, facts in self._facts.items()},
                 "held": {agent: dict(held) for agent, held in self._held.items()},
-                "began-whole": {agent: sorted(senders) for agent, senders in self._began_whole.items()},
+                "began-whole": {
+                    agent: sorted(senders) for agent, senders in self._began_whole.items()
+                },
                 "broken": sorted(self._broken),
                 "ledger": self.ledger.state(),
             },
@@ -159,12 +198,17 @@ class Relay(Generic[FrameT]):
         """Continue exactly where `state` was taken; topology and settings must be the same."""
         facts = state.facts
         self._posted = {
-            int(agent): [(r, Posted(state.frames[f"{agent}/{place}"], *rest)) for place, (r, *rest) in enumerate(posts)]
+            int(agent): [
+                (r, Posted(state.frames[f"{agent}/{place}"], *rest))
+                for place, (r, *rest) in enumerate(posts)
+            ]
             for agent, posts in facts["posted"].items()
         }
         self._facts = {int(agent): told for agent, told in facts["facts"].items()}
         self._held = {int(agent): by_number(held) for agent, held in facts["held"].items()}
-        self._began_whole = {int(agent): set(senders) for agent, senders in facts["began-whole"].items()}
+        self._began_whole = {
+            int(agent): set(senders) for agent, senders in facts["began-whole"].items()
+        }
         self._broken = set(facts["broken"])
         self.ledger.restore(facts["ledger"])
 
@@ -201,7 +245,9 @@ class Relay(Generic[FrameT]):
 def shipments(posts: Sequence[Posted[Any]], facts: Mapping[str, Any]) -> list[Shipment]:
     """Return frames as the ledger counts them; ``facts`` are of the handshake that says what they stand for."""
     weights, kept = int(facts.get("num-weights", 0)), int(facts.get("kept-weights", 0))
-    return [Shipment(post.num_bytes, post.header_bytes, post.is_key, weights, kept) for post in posts]
+    return [
+        Shipment(post.num_bytes, post.header_bytes, post.is_key, weights, kept) for post in posts
+    ]
 
 
 def post_facts(post: Posted[Any]) -> list[Any]:

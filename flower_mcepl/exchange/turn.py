@@ -32,8 +32,10 @@ class Reply:
     metrics: dict[str, float]
     held: dict[int, int]  # which round of which neighbor the next frame may build on
     refused: list[str] = field(default_factory=list)  # which frames, and why
-    lacking: list[int] = field(default_factory=list)  # neighbors whose frames build on some that are not held
-    payload: Payload = field(default_factory=dict)  # what the frames hold, for those who watch a simulation
+    # neighbors whose frames build on some that are not held
+    lacking: list[int] = field(default_factory=list)
+    # what the frames hold, for those who watch a simulation
+    payload: Payload = field(default_factory=dict)
 
 
 def open_mail(agent: Agent, *, max_staleness: int) -> Mail:
@@ -94,12 +96,16 @@ def _play(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
         metrics.update(agent.train(round=parcel.round))
         payload = agent.outgoing()
         if payload:  # some algorithms have no neighbors
-            frames = mail.outbox.write(payload, round=parcel.round, acknowledged=parcel.acknowledged, key=parcel.whole)
+            frames = mail.outbox.write(
+                payload, round=parcel.round, acknowledged=parcel.acknowledged, key=parcel.whole
+            )
     metrics["seconds"] = time.perf_counter() - start
     return Reply(frames, metrics, mail.inbox.rounds(), refused, lacking, payload)
 
 
-def _take_in(inbox: Mailbox, parcel: Parcel[bytes], *, latest_round: int) -> tuple[list[str], list[int]]:
+def _take_in(
+    inbox: Mailbox, parcel: Parcel[bytes], *, latest_round: int
+) -> tuple[list[str], list[int]]:
     refused, lacking = [], []
     for sender, frames in parcel.frames.items():
         try:

@@ -1,7 +1,8 @@
 """Files that are whole or refused: written atomically, under a checksum over all that they hold.
 
-A sealed file is a header (8 bytes that say of which kind it is, its format version, a digest) and a body. The digest
-covers everything else, so a file that was cut off or has a flipped bit anywhere shows.
+A sealed file is a header (8 bytes that say of which kind it is, its format version, a
+digest) and a body. The digest covers everything else, so a file that was cut off or has
+a flipped bit anywhere shows.
 """
 
 import contextlib
@@ -54,7 +55,9 @@ def read_sealed(path: Path, kind: Kind) -> memoryview:
     except OSError as error:
         if error.errno == errno.EIO:
             raise DamagedError(f"the disk cannot read it ({error})") from error
-        raise StateError(f"{path} cannot be read ({error}). Give this process the right to read it.") from error
+        raise StateError(
+            f"{path} cannot be read ({error}). Give this process the right to read it."
+        ) from error
     if len(data) < _HEADER.size:
         raise DamagedError(f"it has {len(data)} bytes and ends within its header of {_HEADER.size}")
     magic, version, digest = _HEADER.unpack_from(data)
@@ -65,8 +68,9 @@ def read_sealed(path: Path, kind: Kind) -> memoryview:
         raise DamagedError(f"the checksum over its {len(data)} bytes is wrong")
     if version != kind.version:
         raise StateError(
-            f"{path} is {kind.name} of format version {version}, but this release of flower-mcepl writes and reads "
-            f"version {kind.version}. Use the release that wrote it, or move the file away."
+            f"{path} is {kind.name} of format version {version}, but this release of flower-mcepl "
+            f"writes and reads version {kind.version}. Use the release that wrote it, or move the "
+            f"file away."
         )
     return body
 
@@ -96,7 +100,8 @@ def file_lock(path: Path, *, wait: float, busy: str) -> Iterator[None]:
     wait : float
         Seconds to wait for another process that holds it.
     busy : str
-        What to say where that was not long enough; ``{process}`` becomes the other process's id.
+        What to say where that was not long enough; ``{process}`` becomes the other
+        process's id.
 
     Raises
     ------
@@ -118,7 +123,9 @@ def file_lock(path: Path, *, wait: float, busy: str) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     file.seek(0)
-                    raise StateError(busy.replace("{process}", file.read().strip() or "?")) from None
+                    raise StateError(
+                        busy.replace("{process}", file.read().strip() or "?")
+                    ) from None
                 time.sleep(_LOOK_AGAIN)
         file.truncate(0)
         file.write(str(os.getpid()))

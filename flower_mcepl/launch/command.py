@@ -57,11 +57,28 @@ def _parser() -> argparse.ArgumentParser:
     pairs: dict[str, Any] = {"action": "append", "default": [], "metavar": "'KEY=VALUE ...'"}
     add = parser.add_argument
     add("app", type=Path, metavar="APP", help="folder of the app, the one with its pyproject.toml")
-    add("--run-config", **pairs, help="override settings of the app, as in `flwr run`; may be repeated")
-    add("--num-supernodes", type=int, metavar="N", help="nodes to simulate (default: the app's num-agents)")
-    add("--federation-config", **pairs, help="more, as in `flwr run` (default: client-resources-num-cpus=1)")
+    add(
+        "--run-config",
+        **pairs,
+        help="override settings of the app, as in `flwr run`; may be repeated",
+    )
+    add(
+        "--num-supernodes",
+        type=int,
+        metavar="N",
+        help="nodes to simulate (default: the app's num-agents)",
+    )
+    add(
+        "--federation-config",
+        **pairs,
+        help="more, as in `flwr run` (default: client-resources-num-cpus=1)",
+    )
     add("--timeout", type=float, metavar="S", help="stop the run after S seconds (default: never)")
-    add("--keep-superlink-log", action="store_true", help="leave superlink-<run>.log in the current folder")
+    add(
+        "--keep-superlink-log",
+        action="store_true",
+        help="leave superlink-<run>.log in the current folder",
+    )
     return parser
 
 

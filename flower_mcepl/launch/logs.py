@@ -21,7 +21,9 @@ def record_named_in(line: str) -> str | None:
 def excerpt(log: str) -> str:
     """Return the part of a log that says why: from the last traceback or error on, else its last lines."""
     lines = log.rstrip().splitlines()
-    tracebacks = [at for at, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    tracebacks = [
+        at for at, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")
+    ]
     errors = [at for at, line in enumerate(lines) if line.startswith("ERROR")]
     if tracebacks:
         before = [at for at in errors if at < tracebacks[-1]]

@@ -66,7 +66,8 @@ def parse_run_config(entries: Sequence[str]) -> dict[str, Any]:
             found |= {key: tomllib.loads(f"value = {value}")["value"] for key, value in pairs}
         except ValueError as error:
             raise ConfigError(
-                f"a run config is 'key=value key=\"text\" ...' or the path of a TOML file; got {entry!r}: {error}."
+                f"a run config is 'key=value key=\"text\" ...' or the path of a TOML file; got "
+                f"{entry!r}: {error}."
             ) from None
     return found
 
@@ -84,8 +85,8 @@ def _toml_value(key: str, value: object) -> str:
             if '"' not in text and "\\" not in text:
                 return f'"{text}"'
     raise ConfigError(
-        f"a run-config value must be a bool, int, float, or a one-line str with one kind of quote at most; "
-        f"`{key}` is {value!r}. Put other values into a TOML file and pass its path."
+        f"a run-config value must be a bool, int, float, or a one-line str with one kind of quote "
+        f"at most; `{key}` is {value!r}. Put other values into a TOML file and pass its path."
     )
 
 
@@ -117,15 +118,17 @@ def federation_line(num_supernodes: int, more: str = "") -> str:
 def refuse_shadowed(app: Path, cwd: Path) -> None:
     """Raise when the current folder holds a foreign package of the app's name.
 
-    Ray's workers search the current folder before the app, so the clients would silently run foreign code.
+    Ray's workers search the current folder before the app, so the clients would
+    silently run foreign code.
     """
     for reference in app_settings(app).get("components", {}).values():
         package = str(reference).partition(":")[0].partition(".")[0]
         for found in (cwd / package / "__init__.py", cwd / f"{package}.py"):
             if package and found.is_file() and not found.resolve().is_relative_to(app.resolve()):
                 raise ConfigError(
-                    f"the app's package `{package}` must not exist in the current folder too, because Ray "
-                    f"would import that one; found {found}. Start from another folder or rename the package."
+                    f"the app's package `{package}` must not exist in the current folder too, "
+                    f"because Ray would import that one; found {found}. Start from another folder "
+                    f"or rename the package."
                 )
 
 
@@ -134,7 +137,9 @@ def app_settings(app: Path) -> dict[str, Any]:
     try:
         settings = _read_toml(app / "pyproject.toml")["tool"]["flwr"]["app"]
     except KeyError:
-        raise ConfigError(f"a Flower app has [tool.flwr.app] in its pyproject.toml; {app} has none.") from None
+        raise ConfigError(
+            f"a Flower app has [tool.flwr.app] in its pyproject.toml; {app} has none."
+        ) from None
     return dict(settings)
 
 
@@ -142,4 +147,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} must be a readable TOML file: {error}. Look at path and content.") from error
+        raise ConfigError(
+            f"{path} must be a readable TOML file: {error}. Look at path and content."
+        ) from error

@@ -14,9 +14,10 @@ from typing import final
 class ProcessFamily:
     """The processes we started and all that descend from them, however they detach.
 
-    SuperLink puts its helper into a session of its own, and Ray's agents outlive the processes that started
-    them. A process belongs to the family when its parent does, when its process group belonged to a member,
-    or (on Linux) when it carries our mark in its environment. Never by its name.
+    SuperLink puts its helper into a session of its own, and Ray's agents outlive the
+    processes that started them. A process belongs to the family when its parent does,
+    when its process group belonged to a member, or (on Linux) when it carries our mark
+    in its environment. Never by its name.
 
     Parameters
     ----------
@@ -35,7 +36,9 @@ class ProcessFamily:
         mine = {pid for pid, _, group in table if group in self._groups or self._marked(pid)}
         for pid in parents:
             line = [pid]
-            while (parent := parents.get(line[-1], 0)) and line[-1] not in mine and parent not in line:
+            while (
+                (parent := parents.get(line[-1], 0)) and line[-1] not in mine and parent not in line
+            ):
                 line.append(parent)
             if line[-1] in mine:
                 mine.update(line)
@@ -81,7 +84,11 @@ def _process_table() -> list[tuple[int, int, int]]:
             ["ps", "-axo", "pid=,ppid=,pgid=,stat="], capture_output=True, text=True, check=True
         ).stdout
         rows = [row.split() for row in shown.splitlines()]
-        return [(int(pid), int(parent), int(group)) for pid, parent, group, state in rows if state[0] != "Z"]
+        return [
+            (int(pid), int(parent), int(group))
+            for pid, parent, group, state in rows
+            if state[0] != "Z"
+        ]
     table = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -20,8 +20,9 @@ class RunOutcome:
     run_id
         Flower's number of the run.
     status
-        Flower's word for it (``finished:completed``, ``finished:failed``, ``finished:stopped``), or
-        ``timed-out`` when its time was over, or ``lost`` when the SuperLink went away.
+        Flower's word for it (``finished:completed``, ``finished:failed``,
+        ``finished:stopped``), or ``timed-out`` when its time was over, or ``lost`` when
+        the SuperLink went away.
     details
         The reason, as far as it is known.
     log
@@ -56,18 +57,21 @@ def run_app(
 ) -> RunOutcome:
     """Run one Flower app in a private SuperLink and wait for its end.
 
-    The SuperLink starts in the current folder, so that an app's relative paths mean what the caller expects.
+    The SuperLink starts in the current folder, so that an app's relative paths mean
+    what the caller expects.
 
     Parameters
     ----------
     app
         Folder of the app, the one with its ``pyproject.toml``.
     run_config
-        Overrides of the app's settings: a mapping, or the strings that ``flwr run --run-config`` takes.
+        Overrides of the app's settings: a mapping, or the strings that ``flwr run
+        --run-config`` takes.
     num_supernodes
         How many SuperNodes Flower simulates (default: the app's ``num-agents``).
     federation_config
-        More of ``flwr run --federation-config``; ``client-resources-num-cpus`` is 1 unless said here.
+        More of ``flwr run --federation-config``; ``client-resources-num-cpus`` is 1
+        unless said here.
     timeout
         Seconds after which the run is stopped (default: none).
     on_line
@@ -85,7 +89,12 @@ def run_app(
     LaunchError
         The SuperLink does not start or does not answer.
     """
-    plan = plan_run(app, run_config=run_config, num_supernodes=num_supernodes, federation_config=federation_config)
+    plan = plan_run(
+        app,
+        run_config=run_config,
+        num_supernodes=num_supernodes,
+        federation_config=federation_config,
+    )
     return carry_out(plan, timeout=timeout, on_line=on_line or (lambda _: None))
 
 
@@ -100,6 +109,8 @@ def carry_out(plan: Plan, *, timeout: float | None, on_line: Callable[[str], obj
 
     with StopSignals() as signals, private_superlink(signals) as superlink:
         run_id = superlink.submit(plan)
-        status, details = superlink.follow(take, deadline=None if timeout is None else started + timeout)
+        status, details = superlink.follow(
+            take, deadline=None if timeout is None else started + timeout
+        )
         seconds = time.monotonic() - started
         return RunOutcome(run_id, status, details, "\n".join(lines), seconds, superlink.read_log())

@@ -29,7 +29,10 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 signum = getattr(signal, name, None)
-                if signum and signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
+                if signum and signal.getsignal(signum) in (
+                    signal.SIG_DFL,
+                    signal.default_int_handler,
+                ):
                     self._before[signum] = signal.signal(signum, self._stop)
         return self
 

@@ -35,7 +35,8 @@ _UNLESS_SET = {
 }
 _START_TIMEOUT = 120.0  # seconds; 3 on an idle machine, tens on a loaded one
 _CALL_TIMEOUT = 120.0  # seconds for one short `flwr` command
-_SOCKET_ROOM = 34  # Ray's socket paths hold 107 characters (103 on macOS), 67 of them below its folder
+# Ray's socket paths hold 107 characters (103 on macOS), 67 of them below its folder
+_SOCKET_ROOM = 34
 
 
 @contextlib.contextmanager
@@ -67,7 +68,8 @@ class SuperLink:
 
     def start(self) -> None:
         """Start the process and wait until it answers."""
-        for _attempt in range(3):  # between the choice of a port and its use, somebody else may take it
+        # between the choice of a port and its use, somebody else may take it
+        for _attempt in range(3):
             port = _free_port()
             (self._home / "config.toml").write_text(
                 f'[superlink]\ndefault = "{_CONNECTION}"\n\n'
@@ -76,20 +78,31 @@ class SuperLink:
             )
             flags = "--insecure --simulation --isolation subprocess --host 127.0.0.1 --port".split()
             with self._log_file.open("ab") as log:
-                self._process = self._spawn("flower-superlink", *flags, str(port), stdout=log, stderr=log)
+                self._process = self._spawn(
+                    "flower-superlink", *flags, str(port), stdout=log, stderr=log
+                )
             self._family.adopt(self._process.pid)
             if self._answers(port):
                 return
-        raise LaunchError(f"the SuperLink does not start; its log ends:\n{excerpt(self.read_log())}")
+        raise LaunchError(
+            f"the SuperLink does not start; its log ends:\n{excerpt(self.read_log())}"
+        )
 
     def submit(self, plan: Plan) -> int:
         """Hand the app to the SuperLink and return the run's number."""
         overrides = [word for entry in plan.run_config for word in ("--run-config", entry)]
         answer = self._flwr(
-            "run", str(plan.app), _CONNECTION, "--federation-config", plan.federation_config, *overrides
+            "run",
+            str(plan.app),
+            _CONNECTION,
+            "--federation-config",
+            plan.federation_config,
+            *overrides,
         )
         if not answer.get("success"):
-            raise ConfigError(f"Flower refuses {plan.app}: {answer.get('error-message', 'no reason given')}")
+            raise ConfigError(
+                f"Flower refuses {plan.app}: {answer.get('error-message', 'no reason given')}"
+            )
         self._open_run = int(answer["run-id"])
         return self._open_run
 
@@ -149,7 +162,11 @@ class SuperLink:
                 if self._alive():
                     raise
             else:
-                return (str(run[0]["status"]), str(run[0]["status-details"])) if run else ("unknown", "")
+                return (
+                    (str(run[0]["status"]), str(run[0]["status-details"]))
+                    if run
+                    else ("unknown", "")
+                )
         assert self._process is not None
         return LOST, f"the SuperLink went away with exit code {self._process.poll()}"
 
@@ -165,7 +182,8 @@ class SuperLink:
                     try:
                         line = lines.get(timeout=2)
                     except Empty:
-                        self._family.members()  # remembers process groups while their parents still live
+                        # remembers process groups while their parents still live
+                        self._family.members()
                         if not self._alive():
                             return
                         continue
@@ -212,7 +230,8 @@ class SuperLink:
 def private_environment(home: Path, inherited: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the SuperLink: Flower's and Ray's files in ``home``, no calls home, no proxy.
 
-    The SuperLink finds its helper programs through ``PATH`` only, so this interpreter's programs come first.
+    The SuperLink finds its helper programs through ``PATH`` only, so this interpreter's
+    programs come first.
     """
     loopback = "127.0.0.1,localhost"
     proxies = {name: inherited[name] for name in ("NO_PROXY", "no_proxy") if inherited.get(name)}
@@ -233,8 +252,9 @@ def _program(name: str, env: Mapping[str, str]) -> str:
     found = shutil.which(name, path=env["PATH"])
     if found is None:
         raise LaunchError(
-            f"the program `{name}` must be installed beside {sys.executable}; it is not. "
-            "Install flower-mcepl with its extra 'simulation' (in a clone: pip install -e '.[simulation]')."
+            f"the program `{name}` must be installed beside {sys.executable}; it is not. Install "
+            "flower-mcepl with its extra 'simulation' (in a clone: pip install -e "
+            "'.[simulation]')."
         )
     return found
 

@@ -1,6 +1,12 @@
 """The mathematics of masks, and the network that lives under one."""
 
-from flower_mcepl.masks.formulas import aggregate_scores, group_lasso, neighbor_mean, neighbor_step, topk_mask
+from flower_mcepl.masks.formulas import (
+    aggregate_scores,
+    group_lasso,
+    neighbor_mean,
+    neighbor_step,
+    topk_mask,
+)
 from flower_mcepl.masks.layers import CONV, LINEAR, LayerSpec, find_maskable, maskable
 from flower_mcepl.masks.model import MaskedModel, shared_module
 

@@ -35,15 +35,16 @@ def check_retention(retention: float, *, of: str = "a layer") -> None:
     """Raise ConfigError unless ``0 < retention <= 1``."""
     if not 0 < retention <= 1:  # also refuses NaN
         raise ConfigError(
-            f"the retention ratio of {of} is the fraction of weights that stays and must be in (0, 1]; "
-            f"got {retention!r}. Use for example 0.3 to keep 30 % of the weights."
+            f"the retention ratio of {of} is the fraction of weights that stays and must be in "
+            f"(0, 1]; got {retention!r}. Use for example 0.3 to keep 30 % of the weights."
         )
 
 
 def topk_mask(y: Float[Tensor, "*layer"], *, retention: float) -> Bool[Tensor, "*layer"]:
     """Keep the ``numel - int((1 - r) * numel)`` entries of largest magnitude ``|y|``.
 
-    Ties are broken by position: among equal magnitudes the lower flat index (C order) stays.
+    Ties are broken by position: among equal magnitudes the lower flat index (C order)
+    stays.
 
     Raises
     ------
@@ -56,7 +57,8 @@ def topk_mask(y: Float[Tensor, "*layer"], *, retention: float) -> Bool[Tensor, "
     magnitude = y.detach().abs().contiguous()  # channels_last too: positions count in C order
     if magnitude.sum().isnan():
         raise DivergedError(
-            "a mask cannot be ranked: the aggregation tensor holds NaN. Lower the score step size (score-lr)."
+            "a mask cannot be ranked: the aggregation tensor holds NaN. Lower the score step size "
+            "(score-lr)."
         )
     if keep == y.numel():
         return torch.ones_like(magnitude, dtype=torch.bool)
@@ -75,16 +77,20 @@ def _order_statistic(magnitude: Tensor, rank: int) -> Tensor:
     """Return the value that stands at ``rank`` (from 0) when ``magnitude`` is sorted upwards."""
     flat = magnitude.flatten()
     if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
-        # NumPy's vectorised quickselect took a small fraction of the time of torch.kthvalue on a CPU.
+        # NumPy's vectorised quickselect took a small fraction of the time of
+        # torch.kthvalue on a CPU.
         return torch.tensor(np.partition(flat.numpy(), rank)[rank], dtype=flat.dtype)
     return flat.sort().values[rank]  # on every device; kthvalue is missing on some
 
 
-def aggregate_scores(z: Float[Tensor, "*layer"], n: Float[Tensor, "*layer"]) -> Float[Tensor, "*layer"]:
+def aggregate_scores(
+    z: Float[Tensor, "*layer"], n: Float[Tensor, "*layer"]
+) -> Float[Tensor, "*layer"]:
     """Fuse scores with the neighbors' masks: ``y = z + mean(|z|) * sign(z) * n``.
 
-    ``mean`` and ``sign`` carry no gradient, so ``dy/dz = 1``; and ``|y| = |z| + mean(|z|) * n``: a weight that the
-    neighbors keep is lifted in the ranking, whatever the sign of its score.
+    ``mean`` and ``sign`` carry no gradient, so ``dy/dz = 1``; and ``|y| = |z| +
+    mean(|z|) * n``: a weight that the neighbors keep is lifted in the ranking, whatever
+    the sign of its score.
 
     Source: DESIGN.md section 1; arXiv:2504.17520.
     """
@@ -92,7 +98,9 @@ def aggregate_scores(z: Float[Tensor, "*layer"], n: Float[Tensor, "*layer"]) -> 
     return z + pull * n
 
 
-def neighbor_mean(count: Integer[Tensor, "*layer"], *, num_neighbors: int) -> Float[Tensor, "*layer"]:
+def neighbor_mean(
+    count: Integer[Tensor, "*layer"], *, num_neighbors: int
+) -> Float[Tensor, "*layer"]:
     """Average the masks of the neighbors, ``n = 1/|N| Σ m_j``, from their sum ``Σ m_j``.
 
     The agent itself is not among its neighbors. One without neighbors has ``n = 0``.
@@ -103,11 +111,16 @@ def neighbor_mean(count: Integer[Tensor, "*layer"], *, num_neighbors: int) -> Fl
 
 
 def neighbor_step(
-    z: Float[Tensor, "*layer"], g: Float[Tensor, "*layer"], n: Float[Tensor, "*layer"], *, finetune_lr: float
+    z: Float[Tensor, "*layer"],
+    g: Float[Tensor, "*layer"],
+    n: Float[Tensor, "*layer"],
+    *,
+    finetune_lr: float,
 ) -> Float[Tensor, "*layer"]:
     """Fine-tune towards the agent's own data where its neighbors keep weights: ``z'' = z' - η_f * g * n``.
 
-    ``g`` is the gradient of the last local step, ``n`` the mean of the masks that have just arrived.
+    ``g`` is the gradient of the last local step, ``n`` the mean of the masks that have
+    just arrived.
     """
     return z - finetune_lr * g * n
 
@@ -145,7 +158,8 @@ class TopKSTE(torch.autograd.Function):
 def init_scores(shape: torch.Size, *, generator: torch.Generator) -> Float[Tensor, "..."]:
     """Draw scores as PyTorch draws weights: uniform in ``±1/sqrt(fan_in)`` (kaiming_uniform, a = √5).
 
-    Uniform [-1, 1] and signed-constant scores did not train at the reference step sizes (DESIGN.md section 1).
+    Uniform [-1, 1] and signed-constant scores did not train at the reference step sizes
+    (DESIGN.md section 1).
     """
     fan_in = max(1, math.prod(shape[1:]))
     bound = fan_in**-0.5

@@ -24,7 +24,8 @@ class LayerSpec:
         """View a tensor of the weight's shape as [filters, weights of one filter]."""
         if not self.transposed_groups:
             return weight.flatten(1)
-        groups = self.transposed_groups  # a transposed convolution stores [in, out / groups, *kernel]
+        # a transposed convolution stores [in, out / groups, *kernel]
+        groups = self.transposed_groups
         split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
         return split.transpose(1, 2).reshape(groups * weight.shape[1], -1)
 
@@ -36,7 +37,8 @@ _FINDERS: dict[type[nn.Module], _Finder] = {}
 def maskable(*types: type[nn.Module]) -> Callable[[_Finder], _Finder]:
     """Register how to find the maskable weights of some layer types (and of their subclasses).
 
-    The decorated function yields, for one layer, ``(parameter name, kind, groups if transposed else 0)``.
+    The decorated function yields, for one layer, ``(parameter name, kind, groups if
+    transposed else 0)``.
     """
 
     def register(finder: _Finder) -> _Finder:
@@ -76,7 +78,8 @@ def find_maskable(module: nn.Module) -> dict[str, LayerSpec]:
     Raises
     ------
     UnsupportedLayerError
-        If nothing can be masked, or a weight is not an ordinary initialised float parameter.
+        If nothing can be masked, or a weight is not an ordinary initialised float
+        parameter.
     """
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -97,7 +100,8 @@ def find_maskable(module: nn.Module) -> dict[str, LayerSpec]:
         known = ", ".join(sorted(base.__name__ for base in _FINDERS))
         raise UnsupportedLayerError(
             f"{type(module).__name__} has nothing to mask: it holds none of the layers {known}. "
-            "Pass a module with at least one of them, or register your layer type with flower_mcepl.masks.maskable."
+            "Pass a module with at least one of them, or register your layer type with "
+            "flower_mcepl.masks.maskable."
         )
     return specs
 
@@ -106,11 +110,13 @@ def _ordinary_parameter(layer: nn.Module, local_name: str, name: str) -> nn.Para
     weight = layer._parameters.get(local_name)
     if weight is None:
         raise UnsupportedLayerError(
-            f"{name} of {type(layer).__name__} is not a plain parameter (weight norm or another parametrization?). "
-            "Remove the parametrization (torch.nn.utils.parametrize.remove_parametrizations) before masking."
+            f"{name} of {type(layer).__name__} is not a plain parameter (weight norm or another "
+            f"parametrization?). Remove the parametrization "
+            "(torch.nn.utils.parametrize.remove_parametrizations) before masking."
         )
     if weight.dtype not in (torch.float32, torch.float64):
         raise UnsupportedLayerError(
-            f"{name} has dtype {weight.dtype}; scores train in float32. Call .float() on the module before masking."
+            f"{name} has dtype {weight.dtype}; scores train in float32. Call .float() on the "
+            f"module before masking."
         )
     return weight

@@ -40,7 +40,8 @@ def resolve_retention(retention: Retention, layers: Mapping[str, LayerSpec]) -> 
     Raises
     ------
     ConfigError
-        If a ratio is out of range, a key fits no layer, or a layer is left without a ratio.
+        If a ratio is out of range, a key fits no layer, or a layer is left without a
+        ratio.
     """
     check_retentions(retention)
     if not isinstance(retention, Mapping):
@@ -49,8 +50,8 @@ def resolve_retention(retention: Retention, layers: Mapping[str, LayerSpec]) -> 
     for key in retention:
         if key not in ("conv", "linear") and not any(fnmatchcase(name, key) for name in layers):
             raise ConfigError(
-                f"the retention key {key!r} fits no layer; use a kind ({', '.join(sorted(kinds))}), "
-                f"a name or a pattern of: {', '.join(layers)}."
+                f"the retention key {key!r} fits no layer; use a kind "
+                f"({', '.join(sorted(kinds))}), a name or a pattern of: {', '.join(layers)}."
             )
     return {name: _ratio_of(spec, retention) for name, spec in layers.items()}
 
@@ -72,9 +73,10 @@ def _ratio_of(spec: LayerSpec, retention: Mapping[str, float]) -> float:
 class MaskedModel(nn.Module):
     """Wrap a module so that its weights stay frozen and binary masks over them learn.
 
-    Conv (1d, 2d, 3d, grouped, transposed), linear and attention-projection weights are masked; biases, norm
-    layers and everything else keep their initial values. The module is copied: the one passed in is untouched.
-    Layers that share a weight share its mask.
+    Conv (1d, 2d, 3d, grouped, transposed), linear and attention-projection weights are
+    masked; biases, norm layers and everything else keep their initial values. The
+    module is copied: the one passed in is untouched. Layers that share a weight share
+    its mask.
 
     Parameters
     ----------
@@ -98,7 +100,9 @@ class MaskedModel(nn.Module):
         If a retention ratio is out of range or fits no layer.
     """
 
-    def __init__(self, module: nn.Module, *, retention: Retention = 0.3, generator: torch.Generator) -> None:
+    def __init__(
+        self, module: nn.Module, *, retention: Retention = 0.3, generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.layers = find_maskable(module)
         self.retention = resolve_retention(retention, self.layers)
@@ -107,7 +111,9 @@ class MaskedModel(nn.Module):
         self._warn_of_zero_weights()
         for name, spec in self.layers.items():
             z = maths.init_scores(spec.shape, generator=generator)
-            self.register_parameter(_slot("scores", name), nn.Parameter(z.to(self._weight(name).device)))
+            self.register_parameter(
+                _slot("scores", name), nn.Parameter(z.to(self._weight(name).device))
+            )
             self.register_buffer(_slot("mean", name), None)
 
     @property
@@ -149,7 +155,10 @@ class MaskedModel(nn.Module):
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
         """Return the bool mask of every layer at the present scores and neighbor means."""
-        return {name: maths.topk_mask(y, retention=self.retention[name]) for name, y in self.aggregation().items()}
+        return {
+            name: maths.topk_mask(y, retention=self.retention[name])
+            for name, y in self.aggregation().items()
+        }
 
     def masked_weights(self) -> dict[str, Tensor]:
         """Return ``w * m`` of every layer, with the straight-through gradient to the scores."""
@@ -182,8 +191,9 @@ class MaskedModel(nn.Module):
         dead = [name for name in self.layers if not self._weight(name).any()]
         if dead:
             warnings.warn(
-                f"all frozen weights of {', '.join(dead)} are zero, so no mask over them can learn, and nothing "
-                "before them either. Initialize them at random in the model function (torchvision's ViT head is one).",
+                f"all frozen weights of {', '.join(dead)} are zero, so no mask over them can "
+                f"learn, and nothing before them either. Initialize them at random in the model "
+                "function (torchvision's ViT head is one).",
                 stacklevel=3,
             )
 
@@ -199,9 +209,10 @@ def _slot(role: str, name: str) -> str:
 def fingerprint(module: nn.Module, layers: Mapping[str, LayerSpec]) -> str:
     """Digest the frozen network: 32 hex characters that differ when one bit, shape, layer or layer type differs.
 
-    blake2b over the name, dtype, shape and bytes of every parameter and buffer, which of them are maskable, and the
-    types of all submodules. Running statistics do not count, they are an agent's own; nor do settings that are
-    neither tensors nor types, such as a stride.
+    blake2b over the name, dtype, shape and bytes of every parameter and buffer, which
+    of them are maskable, and the types of all submodules. Running statistics do not
+    count, they are an agent's own; nor do settings that are neither tensors nor types,
+    such as a stride.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, submodule in module.named_modules():
@@ -212,7 +223,10 @@ def fingerprint(module: nn.Module, layers: Mapping[str, LayerSpec]) -> str:
         if isinstance(norm, nn.modules.batchnorm._NormBase)
         for name, _ in norm.named_buffers(recurse=False)
     }
-    tensors = [*module.named_parameters(), *(pair for pair in module.named_buffers() if pair[0] not in own)]
+    tensors = [
+        *module.named_parameters(),
+        *(pair for pair in module.named_buffers() if pair[0] not in own),
+    ]
     for name, tensor in tensors:
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|{name in layers}|".encode())

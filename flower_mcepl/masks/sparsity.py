@@ -10,8 +10,8 @@ from torch import Tensor
 def erk_densities(shapes: Mapping[str, tuple[int, ...]], *, density: float) -> dict[str, float]:
     """Divide a density among layers by Erdős-Rényi-Kernel: a layer's share is proportional to ``Σ dims / Π dims``.
 
-    Layers that would be more than full are full, and the others divide what is left, so that the layers together
-    keep ``density`` of all weights.
+    Layers that would be more than full are full, and the others divide what is left, so
+    that the layers together keep ``density`` of all weights.
 
     Source: Evci et al. 2020 (RigL, arXiv:1911.11134), section 3.
     """
@@ -20,7 +20,11 @@ def erk_densities(shapes: Mapping[str, tuple[int, ...]], *, density: float) -> d
         budget = sum(density * math.prod(shape) for shape in shapes.values())
         budget -= sum(math.prod(shapes[name]) for name in full)
         scale = budget / sum(sum(shape) for name, shape in shapes.items() if name not in full)
-        shares = {name: scale * sum(shape) / math.prod(shape) for name, shape in shapes.items() if name not in full}
+        shares = {
+            name: scale * sum(shape) / math.prod(shape)
+            for name, shape in shapes.items()
+            if name not in full
+        }
         if max(shares.values()) <= 1:
             return {name: shares.get(name, 1.0) for name in shapes}
         full |= {name for name, share in shares.items() if share > 1}
@@ -38,7 +42,8 @@ def random_mask(shape: tuple[int, ...], *, density: float, generator: torch.Gene
 def drop_share(round: int, *, drop_fraction: float, anneal_rounds: int) -> float:
     """Return the share of weights that moves in ``round`` (from 1): ``α_t = α/2 (1 + cos(π t/T))``, t = round - 1.
 
-    Source: Dai et al. 2022 (Dis-PFL, arXiv:2206.00187), algorithm 2. Zero from ``t = T`` on.
+    Source: Dai et al. 2022 (Dis-PFL, arXiv:2206.00187), algorithm 2. Zero from ``t =
+    T`` on.
     """
     return drop_fraction / 2 * (1 + math.cos(math.pi * min((round - 1) / anneal_rounds, 1.0)))
 

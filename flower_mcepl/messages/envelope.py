@@ -11,7 +11,8 @@ from flower_mcepl.errors import CorruptFrameError
 def open_envelope(data: bytes) -> bytes:
     """Return the frame inside an ``.npy`` array of uint8, believing no length that it declares.
 
-    `numpy.load` allocates what the header asks for before it reads; a short message could so ask for terabytes.
+    `numpy.load` allocates what the header asks for before it reads; a short message
+    could so ask for terabytes.
 
     Raises
     ------
@@ -31,7 +32,8 @@ def open_envelope(data: bytes) -> bytes:
     rest = len(data) - stream.tell()
     if dtype != np.uint8 or len(shape) != 1 or math.prod(shape) != rest:
         raise CorruptFrameError(
-            f"a frame must come as a one-dimensional uint8 array of its own length; its header says {dtype} "
-            f"{tuple(shape)}, and {rest} bytes follow. The sender must run flower_mcepl's client."
+            f"a frame must come as a one-dimensional uint8 array of its own length; its header "
+            f"says {dtype} {tuple(shape)}, and {rest} bytes follow. The sender must run "
+            f"flower_mcepl's client."
         )
     return data[stream.tell() :]

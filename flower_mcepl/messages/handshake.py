@@ -11,14 +11,17 @@ from flower_mcepl.messages import keys
 def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:
     """Return what an agent tells the others and the record: its handshake and its algorithm's parameters.
 
-    Without ``tell_classes`` it keeps to itself which classes it holds, and how many examples of each.
+    Without ``tell_classes`` it keeps to itself which classes it holds, and how many
+    examples of each.
     """
     secret = () if tell_classes else CLASS_FACTS
     facts = {key: fact for key, fact in agent.describe().items() if key not in secret}
     return {**facts, keys.PARAMETERS: agent.parameters()}
 
 
-def check_common_ground(mine: str, my_facts: Mapping[str, Any], other: str, other_facts: Mapping[str, Any]) -> None:
+def check_common_ground(
+    mine: str, my_facts: Mapping[str, Any], other: str, other_facts: Mapping[str, Any]
+) -> None:
     """Compare two agents' handshakes (`Agent.describe`).
 
     Parameters
@@ -42,17 +45,26 @@ def check_common_ground(mine: str, my_facts: Mapping[str, Any], other: str, othe
 
 _MUST_AGREE = (
     ("algorithm", "algorithms", "Run the same algorithm on all devices."),
-    ("num-weights", "models (numbers of maskable weights)", "Use the same model function and settings on all devices."),
+    (
+        "num-weights",
+        "models (numbers of maskable weights)",
+        "Use the same model function and settings on all devices.",
+    ),
     (
         "fingerprint",
         "frozen weights (fingerprints)",
-        "Use the same seed, model function and torch release on all devices; every random draw of the model function "
-        "must come from torch, NumPy or Python's random module.",
+        "Use the same seed, model function and torch release on all devices; every random draw of "
+        "the model function must come from torch, NumPy or Python's random module.",
     ),
     (
         "first-mask",
         "common first masks (digests)",
-        "Use the same seed on all devices, and where retention differs from agent to agent, the same first_retention.",
+        "Use the same seed on all devices, and where retention differs from agent to agent, the "
+        "same first_retention.",
     ),
-    ("prior", "classes of weights for the wire (digests)", "Use the same score_init and torch release on all devices."),
+    (
+        "prior",
+        "classes of weights for the wire (digests)",
+        "Use the same score_init and torch release on all devices.",
+    ),
 )

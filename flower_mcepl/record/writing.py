@@ -12,9 +12,10 @@
     ├── checkpoint/    what a run that breaks off is resumed from; gone when it has finished
     └── frames/        00017-agent-0003.frame ...: every frame, where that was asked for
 
-Every file is standard JSON: a number that is not finite is written as ``null``. Lines are flushed one by one,
-whole files replaced in one step, so a killed run leaves a record that :func:`read_run` still reads.
-All counters (bytes, seconds) are totals since the start of the run. ``docs/run-record.md`` lists every field.
+Every file is standard JSON: a number that is not finite is written as ``null``. Lines
+are flushed one by one, whole files replaced in one step, so a killed run leaves a
+record that :func:`read_run` still reads. All counters (bytes, seconds) are totals since
+the start of the run. ``docs/run-record.md`` lists every field.
 """
 
 import json
@@ -40,10 +41,20 @@ STATUSES = ("finished", "interrupted", "failed")
 _COUNTERS = ("sent_bytes", "received_bytes", "uplink_bytes", "seconds")
 AGENT_KEYS = ("round", "agent", "accuracy", "loss", "num_examples", "density", *_COUNTERS)
 TRAFFIC_KEYS = ("round", "links", "uplinks")
-RELAY_KEYS = ("round", "answered", "agents", "failed", "missing", "link_bytes", "uplink_bytes", "seconds")
+RELAY_KEYS = (
+    "round",
+    "answered",
+    "agents",
+    "failed",
+    "missing",
+    "link_bytes",
+    "uplink_bytes",
+    "seconds",
+)
 _PACKAGES = (
     *("flower-mcepl", "torch", "numpy", "networkx", "safetensors", "flwr", "ray"),
-    *("torchvision", "flwr-datasets", "datasets", "scikit-learn"),  # where they are installed, they may draw the data
+    # where they are installed, they may draw the data
+    *("torchvision", "flwr-datasets", "datasets", "scikit-learn"),
 )
 
 Row = dict[str, Any]
@@ -72,22 +83,26 @@ class RunRecord:
         Parameters
         ----------
         root
-            Folder that collects runs; the record becomes ``root/<YYYYmmdd-HHMMSS>-<name>``, with ``-2``,
-            ``-3`` and so on behind it where that is taken (default: ``"runs"``).
+            Folder that collects runs; the record becomes
+            ``root/<YYYYmmdd-HHMMSS>-<name>``, with ``-2``, ``-3`` and so on behind it
+            where that is taken (default: ``"runs"``).
         name
             What the run is called.
         config
-            Everything needed to repeat the run. ``name``, ``started`` and ``versions`` are added; they
-            replace what is there, so the config of an earlier record can be passed as it is.
+            Everything needed to repeat the run. ``name``, ``started`` and ``versions``
+            are added; they replace what is there, so the config of an earlier record
+            can be passed as it is.
         path
-            Exactly this folder instead of one below `root`; it must be new or empty (default: ``None``).
+            Exactly this folder instead of one below `root`; it must be new or empty
+            (default: ``None``).
         with_frames
             Keep every frame under ``frames/``, for study (default: ``False``).
 
         Raises
         ------
         RecordError
-            `path` is taken, the folder cannot be written, or `config` holds something JSON cannot.
+            `path` is taken, the folder cannot be written, or `config` holds something
+            JSON cannot.
         """
         stamped = {**config, "name": name, "started": utc_now(), "versions": package_versions()}
         text = to_json(stamped, indent=2)
@@ -132,7 +147,9 @@ class RunRecord:
         with _writing(self.path / FRAMES):
             (self.path / FRAMES).mkdir(exist_ok=True)
             for kind, frame in zip(("", "-key"), frames, strict=False):
-                (self.path / FRAMES / f"{round:05d}-agent-{agent:04d}{kind}.frame").write_bytes(frame)
+                (self.path / FRAMES / f"{round:05d}-agent-{agent:04d}{kind}.frame").write_bytes(
+                    frame
+                )
 
     def finish(self, status: str, **summary: Any) -> None:
         """Write ``summary.json`` in one step; a later call replaces it.
@@ -142,12 +159,15 @@ class RunRecord:
         status
             ``"finished"``, ``"interrupted"`` or ``"failed"``.
         **summary
-            The other fields; ``seconds`` counts from :meth:`create` where it is not given.
+            The other fields; ``seconds`` counts from :meth:`create` where it is not
+            given.
         """
         if status not in STATUSES:
             raise ConfigError(f"a run ends with one of {', '.join(STATUSES)}; got {status!r}.")
         seconds = time.monotonic() - self._began
-        text = to_json({"status": status, "seconds": seconds, "ended": utc_now(), **summary}, indent=2)
+        text = to_json(
+            {"status": status, "seconds": seconds, "ended": utc_now(), **summary}, indent=2
+        )
         with _writing(self.path / SUMMARY):
             _replace(self.path / SUMMARY, text)
 
@@ -155,10 +175,16 @@ class RunRecord:
         lines = []
         for row in rows:
             if absent := [key for key in keys if key not in row]:
-                raise RecordError(f"a line of {file} needs {', '.join(keys)}; missing: {', '.join(absent)}.")
+                raise RecordError(
+                    f"a line of {file} needs {', '.join(keys)}; missing: {', '.join(absent)}."
+                )
             lines.append(to_json(row) + "\n")
-        # Opened per call: a record holds no handle, so it can be copied into another process.
-        with _writing(self.path / file), open(self.path / file, "a", encoding="utf-8", buffering=1) as sink:
+        # Opened per call: a record holds no handle, so it can be copied into another
+        # process.
+        with (
+            _writing(self.path / file),
+            open(self.path / file, "a", encoding="utf-8", buffering=1) as sink,
+        ):
             sink.writelines(lines)
 
 
@@ -189,22 +215,30 @@ class Run:
         for row in self.rounds:
             by_round.setdefault(row["round"], []).append(row)
         points = ((number, accuracy_summary(by_round[number])) for number in sorted(by_round))
-        return [(t, s["mean"], s["std"], s["worst"], s["best"]) for t, s in points if s["mean"] is not None]
+        return [
+            (t, s["mean"], s["std"], s["worst"], s["best"])
+            for t, s in points
+            if s["mean"] is not None
+        ]
 
 
 def read_run(path: str | Path) -> Run:
     """Read a run record, of a finished, a killed or a running run.
 
-    An incomplete last line, as a killed run leaves it, is dropped and shows in ``Run.truncated``.
+    An incomplete last line, as a killed run leaves it, is dropped and shows in
+    ``Run.truncated``.
 
     Raises
     ------
     RecordError
-        `path` is no run record, or one of its files is damaged; the message names file and line.
+        `path` is no run record, or one of its files is damaged; the message names file
+        and line.
     """
     folder = Path(path).absolute()
     if not (folder / CONFIG).is_file():
-        raise RecordError(f"a run record is a folder with {CONFIG} and {ROUNDS}; {folder} has no {CONFIG}.")
+        raise RecordError(
+            f"a run record is a folder with {CONFIG} and {ROUNDS}; {folder} has no {CONFIG}."
+        )
     rounds, cut_rounds = _read_lines(folder / ROUNDS, ("round", "agent", "accuracy"))
     relay, cut_relay = _read_lines(folder / RELAY, ("round",))
     return Run(
@@ -221,11 +255,16 @@ def read_run(path: str | Path) -> Run:
 def accuracy_summary(rows: Iterable[Mapping[str, Any]]) -> Row:
     """Mean, population standard deviation and extremes over the agents' last lines in `rows`.
 
-    Agents whose accuracy is ``None`` or not finite do not count; with none left every value is ``None``.
-    Of equal agents the lowest number is named. ``round`` is the latest one among the lines that count.
+    Agents whose accuracy is ``None`` or not finite do not count; with none left every
+    value is ``None``. Of equal agents the lowest number is named. ``round`` is the
+    latest one among the lines that count.
     """
     last = _last_rows(rows)
-    scores = {agent: float(row["accuracy"]) for agent, row in sorted(last.items()) if _is_finite(row["accuracy"])}
+    scores = {
+        agent: float(row["accuracy"])
+        for agent, row in sorted(last.items())
+        if _is_finite(row["accuracy"])
+    }
     if not scores:
         return dict.fromkeys(("mean", "std", "worst", "worst_agent", "best", "best_agent", "round"))
     worst, best = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
@@ -276,7 +315,9 @@ def _new_folder(root: Path, name: str) -> Path:
 def _claim(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise RecordError(f"a run record needs a new or empty folder; {folder} is not empty. Choose another path.")
+        raise RecordError(
+            f"a run record needs a new or empty folder; {folder} is not empty. Choose another path."
+        )
     open(folder / ROUNDS, "x").close()  # exclusive: a second run with the same path stops here
 
 
@@ -295,8 +336,11 @@ def _writing(path: Path) -> Iterator[None]:
 def _read_lines(path: Path, keys: Sequence[str]) -> tuple[list[Row], bool]:
     if not path.exists():
         return [], False
-    *lines, tail = path.read_bytes().split(b"\n")  # tail: what follows the last line's end, usually nothing
-    rows = [_parse(line, f"{path}, line {number}", keys) for number, line in enumerate(lines, start=1)]
+    # tail: what follows the last line's end, usually nothing
+    *lines, tail = path.read_bytes().split(b"\n")
+    rows = [
+        _parse(line, f"{path}, line {number}", keys) for number, line in enumerate(lines, start=1)
+    ]
     if tail:
         try:
             rows.append(_parse(tail, str(path), keys))
@@ -321,7 +365,10 @@ def _parse(text: bytes, where: str, keys: Sequence[str]) -> Row:
 
 
 def _agent_states(folder: Path) -> dict[int, Path]:
-    names = {file: re.fullmatch(r"agent-(\d+)\.safetensors", file.name) for file in folder.glob("agent-*")}
+    names = {
+        file: re.fullmatch(r"agent-(\d+)\.safetensors", file.name)
+        for file in folder.glob("agent-*")
+    }
     return dict(sorted((int(match[1]), file) for file, match in names.items() if match))
 
 

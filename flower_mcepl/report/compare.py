@@ -13,7 +13,8 @@ from flower_mcepl.report.final_masks import final_masks
 
 SEED = "seed"
 LASSO = "group-lasso"  # where it varies, the share of filters that are off is measured, too
-LABEL, RUN = "label", "run"  # columns for runs that a study has named, and for runs without a run config
+# columns for runs that a study has named, and for runs without a run config
+LABEL, RUN = "label", "run"
 _NO_SETTING = {SEED, "record-dir", "keep-frames"}  # these change nothing in what a row stands for
 
 
@@ -27,8 +28,11 @@ class Measures:
     worst_tenth: float | None  # mean of the worst tenth of the agents, at least one
     curve: dict[int, float]  # mean accuracy by evaluated round
     link_bytes: int | None  # see `link_bytes`
-    target_bytes: int | None  # the same up to the first evaluated round whose mean accuracy reaches the target
-    filters_off: float | None  # share of output filters without a kept weight at the end; None also where not asked
+    # the same up to the first evaluated round whose mean accuracy reaches the target
+    target_bytes: int | None
+    # share of output filters without a kept weight at the end; None also where not
+    # asked
+    filters_off: float | None
     bits_per_weight: float | None  # mean over all frames
     busiest_bytes: int | None  # up and down, of the agent with most
     images: float | None  # training images processed by an agent, mean over the agents
@@ -60,7 +64,10 @@ class Row:
     def best(self) -> tuple[int, float] | None:
         """Return the evaluated round, common to all seeds, with the highest mean accuracy, and that accuracy."""
         common = set.intersection(*(set(run.curve) for run in self.runs))
-        means = {round: statistics.fmean(run.curve[round] for run in self.runs) for round in sorted(common)}
+        means = {
+            round: statistics.fmean(run.curve[round] for run in self.runs)
+            for round in sorted(common)
+        }
         return max(means.items(), key=lambda item: item[1]) if means else None
 
 
@@ -101,9 +108,16 @@ def find_records(paths: Iterable[Path]) -> list[Run]:
     """
     runs = []
     for path in paths:
-        folders = [path] if (path / CONFIG).is_file() else sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
+        folders = (
+            [path]
+            if (path / CONFIG).is_file()
+            else sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
+        )
         if not folders:
-            raise RecordError(f"a run record is a folder with {CONFIG}; neither {path} nor a folder in it has one.")
+            raise RecordError(
+                f"a run record is a folder with {CONFIG}; neither {path} nor a folder in it has "
+                f"one."
+            )
         runs += [read_run(folder) for folder in folders]
     return runs
 
@@ -111,8 +125,9 @@ def find_records(paths: Iterable[Path]) -> list[Run]:
 def compare(runs: Sequence[Run], *, target: float | None = None) -> Comparison:
     """Put run records side by side.
 
-    Which settings vary is found from the records. Runs that are not finished are left out; of two runs with the
-    same settings and seed the newer one counts. The notes name them.
+    Which settings vary is found from the records. Runs that are not finished are left
+    out; of two runs with the same settings and seed the newer one counts. The notes
+    name them.
 
     Raises
     ------
@@ -123,14 +138,18 @@ def compare(runs: Sequence[Run], *, target: float | None = None) -> Comparison:
         raise ConfigError(f"the target is an accuracy in (0, 1]; got {target}.")
     pooled = pool(runs)
     lasso = LASSO in pooled.keys
-    rows = [Row(one.settings, tuple(_measure(run, target, lasso) for run in one.runs)) for one in pooled.pools]
+    rows = [
+        Row(one.settings, tuple(_measure(run, target, lasso) for run in one.runs))
+        for one in pooled.pools
+    ]
     return Comparison(pooled.keys, tuple(rows), target, pooled.notes)
 
 
 def pool(runs: Sequence[Run]) -> Pooled:
     """Group run records by the settings in which they differ, the seed left aside.
 
-    Runs that are not finished are left out; of two runs with the same settings and seed the newer one counts.
+    Runs that are not finished are left out; of two runs with the same settings and seed
+    the newer one counts.
 
     Raises
     ------
@@ -142,13 +161,17 @@ def pool(runs: Sequence[Run]) -> Pooled:
     groups: dict[Any, dict[Any, Run]] = {}
     for run in finished:
         settings = _settings(run)
-        group = groups.setdefault(_exact(settings[key] if key in settings else None for key in keys), {})
+        group = groups.setdefault(
+            _exact(settings[key] if key in settings else None for key in keys), {}
+        )
         twin = group.get(_seed(run))
         if twin is None or _started(twin) < _started(run):
             group[_seed(run)] = run
         if twin is not None:
             older = min(twin, run, key=_started)
-            notes.append(f"left out: {older.path.name}, as a newer record has the same settings and seed")
+            notes.append(
+                f"left out: {older.path.name}, as a newer record has the same settings and seed"
+            )
     pools = []
     for group in groups.values():
         settings = _settings(next(iter(group.values())))
@@ -165,7 +188,10 @@ def _finished(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
         else:
             notes.append(f"left out: {run.path.name}, which is {status}")
     if not finished:
-        raise ConfigError(f"a comparison needs at least one finished run; {'; '.join(notes) or 'no record was given'}.")
+        raise ConfigError(
+            f"a comparison needs at least one finished run; "
+            f"{'; '.join(notes) or 'no record was given'}."
+        )
     return finished, notes
 
 
@@ -201,7 +227,8 @@ def _exact(values: Iterable[Any]) -> tuple[tuple[type, Any], ...]:
 def link_bytes(run: Run) -> int | None:
     """Return the bytes of payload that went over links: from agent to agent, or both ways between agents and server.
 
-    What agents send to a relay is not in it: it stands for nothing but the links that the relay serves.
+    What agents send to a relay is not in it: it stands for nothing but the links that
+    the relay serves.
     """
     counts = (run.summary or {}).get("bytes") or {}
     found: int | None = counts.get("links_total")
@@ -262,7 +289,9 @@ def bytes_by_round(run: Run) -> dict[int, int]:
     keys = ("received_bytes", "uplink_bytes") if _has_server(run) else ("received_bytes",)
     counts: dict[int, int] = {}
     for row in run.rounds:
-        counts[row["round"]] = counts.get(row["round"], 0) + sum(int(row.get(key) or 0) for key in keys)
+        counts[row["round"]] = counts.get(row["round"], 0) + sum(
+            int(row.get(key) or 0) for key in keys
+        )
     return counts
 
 
@@ -274,7 +303,9 @@ def _images(run: Run) -> float | None:
     """Return how many training images an agent processed, if every agent trained in every round and tells how."""
     rounds = int((run.summary or {}).get("num_rounds", 0))
     trained = [line for line in run.relay if line["round"] <= rounds]
-    if len(trained) != rounds or any(line.get("answered") != line.get("agents") for line in trained):
+    if len(trained) != rounds or any(
+        line.get("answered") != line.get("agents") for line in trained
+    ):
         return None
     agents = run.config.get("agents") or []
     counts = [_images_a_round(agent) for agent in agents]

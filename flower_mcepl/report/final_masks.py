@@ -1,7 +1,8 @@
 """The agents' masks at the end of a run, from the states that it left.
 
-Some states hold the mask. Those of MCE-PL hold what the mask is made of: scores ``z``, the sum of the neighbors' masks
-and their number; with the retention ratio in the record the mask is the agent's own, bit for bit.
+Some states hold the mask. Those of MCE-PL hold what the mask is made of: scores ``z``,
+the sum of the neighbors' masks and their number; with the retention ratio in the record
+the mask is the agent's own, bit for bit.
 """
 
 import re
@@ -24,18 +25,26 @@ from flower_mcepl.record.writing import Run
 Masks = dict[str, NDArray[np.bool_]]
 """One agent's mask by layer."""
 
-_NEIGHBORS_LIFT = ("mcepl", "mcepl-no-finetuning")  # their masks rank y, which holds the neighbors' masks
+# their masks rank y, which holds the neighbors' masks
+_NEIGHBORS_LIFT = ("mcepl", "mcepl-no-finetuning")
 _SCORES_ALONE = ("local-masks", "mask-averaging")  # the others' rank |z|
 
 
 def final_masks(run: Run) -> tuple[dict[int, Masks], str | None]:
     """Return each agent's final mask, layers in a natural order; or nothing, and why.
 
-    Of mask averaging it is the agent's own mask, the one that travels, not the mean under which its network lives.
+    Of mask averaging it is the agent's own mask, the one that travels, not the mean
+    under which its network lives.
     """
     if not run.agents:
-        return {}, "the record has no agents/ with final states, which runs on devices and older runs do not leave"
-    entries = {int(entry["agent"]): entry for entry in run.config.get("agents") or [] if "agent" in entry}
+        return (
+            {},
+            "the record has no agents/ with final states, which runs on devices and older runs do "
+            "not leave",
+        )
+    entries = {
+        int(entry["agent"]): entry for entry in run.config.get("agents") or [] if "agent" in entry
+    }
     masks: dict[int, Masks] = {}
     try:
         for agent, file in run.agents.items():
@@ -62,13 +71,21 @@ def _masks_of(state: AgentState, entry: Mapping[str, Any]) -> Masks | str:
     if retention is None:
         return "the record does not tell the agents' retention ratios, without which scores make no mask"
     counts = groups.get("neighbor-count", {}) if algorithm in _NEIGHBORS_LIFT else {}
-    return _ordered(_ranked(groups["scores"], counts, int(state.facts.get("num-neighbors", 0)), retention))
+    return _ordered(
+        _ranked(groups["scores"], counts, int(state.facts.get("num-neighbors", 0)), retention)
+    )
 
 
 def _ranked(
-    scores: Mapping[str, Tensor], counts: Mapping[str, Tensor], num_neighbors: int, retention: Retention
+    scores: Mapping[str, Tensor],
+    counts: Mapping[str, Tensor],
+    num_neighbors: int,
+    retention: Retention,
 ) -> dict[str, Tensor]:
-    kinds = {name: LayerSpec(name, CONV if z.dim() > 2 else LINEAR, z.shape) for name, z in scores.items()}
+    kinds = {
+        name: LayerSpec(name, CONV if z.dim() > 2 else LINEAR, z.shape)
+        for name, z in scores.items()
+    }
     ratios = resolve_retention(retention, kinds)
     masks = {}
     with torch.no_grad():

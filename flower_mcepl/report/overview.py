@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 
 from flower_mcepl.exchange.ledger import human_bytes
 from flower_mcepl.record.writing import Row, Run, accuracy_summary
-from flower_mcepl.report.plots.canvas import BLUE, GREY, ORANGE, SKY, VERMILION, new_figure, plain, png, say
+from flower_mcepl.report.plots.canvas import (
+    BLUE,
+    GREY,
+    ORANGE,
+    SKY,
+    VERMILION,
+    new_figure,
+    plain,
+    png,
+    say,
+)
 from flower_mcepl.report.plots.graph import draw_graph
 from flower_mcepl.report.table import BYTE_NAMES, against_fp32, byte_counts, evaluated_on, headline
 
@@ -24,7 +34,8 @@ def plot_run(run: Run, out: Path | None = None) -> Path:
     Parameters
     ----------
     run
-        What :func:`flower_mcepl.record.writing.read_run` gave. Of a run that was killed, what is there is drawn.
+        What :func:`flower_mcepl.record.writing.read_run` gave. Of a run that was
+        killed, what is there is drawn.
     out
         The PNG to write (default: ``overview.png`` in the record).
 
@@ -39,7 +50,11 @@ def plot_run(run: Run, out: Path | None = None) -> Path:
     figure.suptitle(plain(headline(run)), fontsize=14, fontweight="bold")
     _draw_accuracy(left, run)
     draw_graph(middle, run)
-    _draw_bytes(right, byte_counts(run), title="Payload so far" if run.summary is None else "Payload of the run")
+    _draw_bytes(
+        right,
+        byte_counts(run),
+        title="Payload so far" if run.summary is None else "Payload of the run",
+    )
     target.write_bytes(png(figure))
     return target
 
@@ -59,7 +74,9 @@ def _draw_accuracy(axes: "Axes", run: Run) -> None:
         return
     tracks, mark = _tracks(run), "o" if len(curve) == 1 else ""
     for track in tracks.values():
-        axes.plot(*track, color=GREY, lw=0.8, alpha=max(0.15, 0.5 - len(tracks) / 200), marker=mark, ms=5)
+        axes.plot(
+            *track, color=GREY, lw=0.8, alpha=max(0.15, 0.5 - len(tracks) / 200), marker=mark, ms=5
+        )
     axes.plot([], [], color=GREY, lw=0.8, marker=mark, label="each agent")
     if len(curve) == 1:  # one round: its agents stand side by side, mean and band run across
         ((number, *rest),) = curve
@@ -103,9 +120,15 @@ def _draw_bytes(axes: "Axes", counts: Row, *, title: str) -> None:
     colors = {"links_total": BLUE, "fp32_total": GREY, "uplink_total": SKY}
     for place, (key, value) in enumerate(shown):
         paper = key == "paper_convention_bytes"
-        style: Row = {"color": "white", "edgecolor": ORANGE, "hatch": "///"} if paper else {"color": colors[key]}
+        style: Row = (
+            {"color": "white", "edgecolor": ORANGE, "hatch": "///"}
+            if paper
+            else {"color": colors[key]}
+        )
         axes.barh(-place, value, height=0.45, lw=1.2, **style)
-        axes.text(value, -place, f"  {human_bytes(value)}", va="center", fontsize=11, fontweight="bold")
+        axes.text(
+            value, -place, f"  {human_bytes(value)}", va="center", fontsize=11, fontweight="bold"
+        )
         name = f"{BYTE_NAMES[key]}\n(not bytes on the wire)" if paper else BYTE_NAMES[key]
         axes.text(0.01, -place + 0.26, name, transform=axes.get_yaxis_transform(), va="bottom")
     values = [value for _, value in shown]
@@ -113,5 +136,7 @@ def _draw_bytes(axes: "Axes", counts: Row, *, title: str) -> None:
     axes.set(xscale="log", xlim=(start, end * (end / start) ** 0.35), ylim=(-3.5, 0.7), yticks=[])
     axes.xaxis.set_major_formatter(lambda value, _: re.sub(r"\.0+ ", " ", human_bytes(value)))
     bits = counts.get("link_bits_per_weight")
-    axes.set_xlabel("bytes, logarithmic" + (f"; a frame on a link: {bits:.2g} bit per weight" if bits else ""))
+    axes.set_xlabel(
+        "bytes, logarithmic" + (f"; a frame on a link: {bits:.2g} bit per weight" if bits else "")
+    )
     axes.spines[["top", "right"]].set_visible(False)

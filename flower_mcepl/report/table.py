@@ -4,7 +4,8 @@
 
     python -m flower_mcepl.report.table runs/20260131-141500-ring
 
-Needs the extra ``report`` (matplotlib, rich), which is imported only when something is shown.
+Needs the extra ``report`` (matplotlib, rich), which is imported only when something is
+shown.
 """
 
 import argparse
@@ -45,7 +46,9 @@ def agent_table(run: Run) -> str:
     for cells in _agent_cells(run):
         table.add_row(*map(Text, cells))  # Text: brackets in a class name are no markup
 
-    console = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False, force_jupyter=False)
+    console = Console(
+        file=io.StringIO(), width=100, color_system=None, force_terminal=False, force_jupyter=False
+    )
     console.print(headline(run), markup=False, highlight=False, soft_wrap=True)
     console.print()
     console.print(table)
@@ -100,13 +103,21 @@ def _cell(value: Any, form: str = "") -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{key} {_cell(item)}" for key, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return " ".join(map(str, value)) if len(value) <= 8 else f"{value[0]} … {value[-1]} ({len(value)})"
+        return (
+            " ".join(map(str, value))
+            if len(value) <= 8
+            else f"{value[0]} … {value[-1]} ({len(value)})"
+        )
     return format(value, form or "g") if form or isinstance(value, float) else str(value)
 
 
 def headline(run: Run) -> str:
     """Say how the run ended, and how large it was."""
-    status = "no summary (killed or still running)" if run.summary is None else run.summary.get("status", "-")
+    status = (
+        "no summary (killed or still running)"
+        if run.summary is None
+        else run.summary.get("status", "-")
+    )
     agents = len(run.final())
     rounds = max((row["round"] for row in [*run.rounds, *run.relay]), default=0)
     if run.summary is not None:
@@ -121,10 +132,13 @@ def _accuracy_lines(run: Run) -> Iterator[str]:
         return
     on = "" if evaluated_on(run) == "test" else f", on the {evaluated_on(run)} split"
     yield (
-        f"personalized accuracy {result['mean']:.4f} ± {result['std']:.4f} (mean ± sd over agents, round "
-        f"{result['round']}{on}); worst: agent {result['worst_agent']} with {result['worst']:.4f}"
+        f"personalized accuracy {result['mean']:.4f} ± {result['std']:.4f} (mean ± sd over "
+        f"agents, round {result['round']}{on}); worst: agent {result['worst_agent']} with "
+        f"{result['worst']:.4f}"
     )
-    late = [f"{a} (round {r['round']})" for a, r in run.final().items() if r["round"] < result["round"]]
+    late = [
+        f"{a} (round {r['round']})" for a, r in run.final().items() if r["round"] < result["round"]
+    ]
     if late:
         yield f"last evaluated in an earlier round: agent {', '.join(late)}"
 
@@ -148,7 +162,8 @@ def _byte_lines(counts: Row) -> Iterator[str]:
         frames = (counts.get("link_frames") or 0) + (counts.get("uplink_frames") or 0)
         yield (
             f"{'bits per weight, mean over all frames':<43}{counts['bits_per_weight']:>8.4f}   "
-            f"{frames:,} frames, {keys:,} of them whole; {human_bytes(counts.get('header_total'))} of headers"
+            f"{frames:,} frames, {keys:,} of them whole; "
+            f"{human_bytes(counts.get('header_total'))} of headers"
         )
 
 
@@ -178,16 +193,22 @@ def report_extra() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table of a run record and draw its picture; the exit code is 1 where that fails."""
-    from flower_mcepl.report.overview import plot_run  # here: the picture shares the words and numbers of this module
+    # here: the picture shares the words and numbers of this module
+    from flower_mcepl.report.overview import plot_run
 
     parser = argparse.ArgumentParser(
         prog="python -m flower_mcepl.report.table",
         description="Print what a run's agents reached and what it cost, and draw the run as one PNG.",
-        epilog="Example: python -m flower_mcepl.report.table runs/20260131-141500-ring --out ring.png. "
-        "Works on a run that was killed or is still going on, too. docs/run-record.md explains every number.",
+        epilog="Example: python -m flower_mcepl.report.table runs/20260131-141500-ring --out "
+        "ring.png. Works on a run that was killed or is still going on, too. "
+        "docs/run-record.md explains every number.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run record: the folder with config.json")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="picture to write (default: RUN_DIR/overview.png)")
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="a run record: the folder with config.json"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="PNG", help="picture to write (default: RUN_DIR/overview.png)"
+    )
     arguments = parser.parse_args(argv)
     try:
         run = read_run(arguments.run_dir)

@@ -9,13 +9,17 @@ from flower_mcepl.exchange.ledger import human_bytes
 from flower_mcepl.report.compare import LASSO, Comparison, Row
 
 _EXPLAINED = (
-    "accuracy: mean over the agents of their personalized accuracy after the last round; then mean ± sample standard "
-    "deviation over the seeds, of which one seed has none. All other columns are means over the seeds.",
-    "sd over agents: population standard deviation. worst tenth: mean of the worst tenth of the agents, at least one.",
-    "best: the highest mean accuracy of any evaluated round; picked on the evaluated splits, so it is no result.",
-    "links: bytes of payload from agent to agent, or both ways between agents and server. busiest agent: all that it "
-    "sent up, each frame once, and received.",
-    "images: training images that an agent processed; told where every agent trained in every round.",
+    "accuracy: mean over the agents of their personalized accuracy after the last round; then "
+    "mean ± sample standard deviation over the seeds, of which one seed has none. All other "
+    "columns are means over the seeds.",
+    "sd over agents: population standard deviation. worst tenth: mean of the worst tenth of the "
+    "agents, at least one.",
+    "best: the highest mean accuracy of any evaluated round; picked on the evaluated splits, so "
+    "it is no result.",
+    "links: bytes of payload from agent to agent, or both ways between agents and server. busiest "
+    "agent: all that it sent up, each frame once, and received.",
+    "images: training images that an agent processed; told where every agent trained in every "
+    "round.",
 )
 
 
@@ -35,9 +39,15 @@ def footnotes(comparison: Comparison) -> list[str]:
     """Return what a reader of the table must know."""
     notes = list(_EXPLAINED)
     if comparison.target is not None:
-        notes.append(f"to {comparison.target:g}: bytes over the links until the mean accuracy was first that high.")
+        notes.append(
+            f"to {comparison.target:g}: bytes over the links until the mean accuracy was first "
+            f"that high."
+        )
     if LASSO in comparison.keys:
-        notes.append("filters off: share of output filters and neurons whose weights are all masked out, at the end.")
+        notes.append(
+            "filters off: share of output filters and neurons whose weights are all masked out, "
+            "at the end."
+        )
     return [*notes, *comparison.notes]
 
 
@@ -104,7 +114,9 @@ def _reached(row: Row) -> str:
     reached = [run.target_bytes for run in row.runs if run.target_bytes is not None]
     if len(reached) == len(row.runs):
         return human_bytes(row.mean("target_bytes"))
-    return f"not reached ({len(reached)} of {len(row.runs)} seeds did)" if reached else "not reached"
+    return (
+        f"not reached ({len(reached)} of {len(row.runs)} seeds did)" if reached else "not reached"
+    )
 
 
 def _numbers(row: Row) -> dict[str, Any]:

@@ -15,8 +15,9 @@ BYTES = {"link_bytes": "links", "uplink_bytes": "uplinks"}
 class ScalarWriter:
     """Writes a record's scalars into an event folder; each `update` adds the rounds that are new.
 
-    The step is the round. Written are ``accuracy/mean``, ``std``, ``worst``, ``best`` over the agents, ``loss/mean``,
-    ``agents/3`` (accuracy of agent 3), and ``bytes/links`` and ``bytes/uplinks``, totals since the start.
+    The step is the round. Written are ``accuracy/mean``, ``std``, ``worst``, ``best``
+    over the agents, ``loss/mean``, ``agents/3`` (accuracy of agent 3), and
+    ``bytes/links`` and ``bytes/uplinks``, totals since the start.
 
     Parameters
     ----------
@@ -87,6 +88,7 @@ def _event_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
-            'TensorBoard scalars need the package tensorboard. Install it: pip install "flower-mcepl[tensorboard]".'
+            "TensorBoard scalars need the package tensorboard. Install it: pip install "
+            '"flower-mcepl[tensorboard]".'
         ) from None
     return SummaryWriter

@@ -65,8 +65,9 @@ def newest_checkpoint(folder: Path, log: Callable[[str], None] = lambda line: No
     Raises
     ------
     RecordError
-        If there is none, none that is whole, or a whole one cannot be used: it may not be read, or is of another format
-        version. Going back further would throw away what it holds.
+        If there is none, none that is whole, or a whole one cannot be used: it may not
+        be read, or is of another format version. Going back further would throw away
+        what it holds.
     """
     rounds = sorted(checkpoint_rounds(folder), reverse=True)
     reasons = []
@@ -77,10 +78,12 @@ def newest_checkpoint(folder: Path, log: Callable[[str], None] = lambda line: No
             reasons.append(f"the checkpoint {_path(folder, round)} is damaged: {error}.")
             log(f"{reasons[-1]} Going back to the checkpoint before it.")
     if reasons:
-        raise RecordError(f"no checkpoint in {folder} is whole: {' '.join(reasons)} Start the run anew.")
+        raise RecordError(
+            f"no checkpoint in {folder} is whole: {' '.join(reasons)} Start the run anew."
+        )
     raise RecordError(
-        f"a run is resumed from a checkpoint, and {folder} holds none. Start the run anew; checkpoint-every says after "
-        "how many rounds one is written."
+        f"a run is resumed from a checkpoint, and {folder} holds none. Start the run anew; "
+        f"checkpoint-every says after how many rounds one is written."
     )
 
 
@@ -94,7 +97,9 @@ def set_damaged_aside(folder: Path, *, after: int) -> None:
     """
     for round in checkpoint_rounds(folder):
         if round > after and set_aside(_path(folder, round)) is None:
-            raise RecordError(f"cannot rename the damaged checkpoint {_path(folder, round)}. Move it away.")
+            raise RecordError(
+                f"cannot rename the damaged checkpoint {_path(folder, round)}. Move it away."
+            )
 
 
 def drop_checkpoints(folder: Path) -> None:

@@ -14,7 +14,8 @@ from flower_mcepl.errors import StateError
 from flower_mcepl.exchange.held import Arrays
 from flower_mcepl.exchange.turn import Mail
 
-_ABOUT = "generation"  # the key of the metadata under which everything but the arrays stands, as JSON
+# the key of the metadata under which everything but the arrays stands, as JSON
+_ABOUT = "generation"
 _PARTS = ("agent", "inbox", "outbox")
 
 
@@ -49,7 +50,9 @@ class Generation:
     @classmethod
     def of(cls, agent: Agent, mail: Mail, *, run: str, round: int) -> "Generation":
         """Take it from an agent and its mail."""
-        return cls(run, round, agent.index, agent.state(), mail.inbox.arrays(), mail.outbox.arrays())
+        return cls(
+            run, round, agent.index, agent.state(), mail.inbox.arrays(), mail.outbox.arrays()
+        )
 
     def restore(self, agent: Agent, mail: Mail) -> None:
         """Let agent and mail continue from here.
@@ -57,7 +60,8 @@ class Generation:
         Raises
         ------
         StateError
-            If it is of another agent, algorithm, seed or model. Agent and mail are then of no further use.
+            If it is of another agent, algorithm, seed or model. Agent and mail are then
+            of no further use.
         """
         try:
             agent.restore(self.state)
@@ -74,7 +78,12 @@ class Generation:
             for part, found in zip(_PARTS, (tensors, self.inbox, self.outbox), strict=True)
             for name, array in found.items()
         }
-        about = {"run": self.run, "round": self.round, "agent": self.agent, "facts": self.state.facts}
+        about = {
+            "run": self.run,
+            "round": self.round,
+            "agent": self.agent,
+            "facts": self.state.facts,
+        }
         return safetensors.numpy.save(arrays, metadata={_ABOUT: json.dumps(about, sort_keys=True)})
 
     @classmethod
@@ -104,8 +113,8 @@ class Generation:
             )
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StateError(
-                f"a saved state must be what this release of flower-mcepl saves; it cannot be read ({error!r}). Use "
-                "another copy, or start afresh without it."
+                f"a saved state must be what this release of flower-mcepl saves; it cannot be "
+                f"read ({error!r}). Use another copy, or start afresh without it."
             ) from error
 
 

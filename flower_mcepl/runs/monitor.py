@@ -19,14 +19,17 @@ class Answer(Generic[FrameT]):
     facts: Mapping[str, Any]  # of the handshake
     metrics: Mapping[str, float]
     posts: Sequence[Posted[FrameT]] = ()  # frames of one payload, each of which suffices
-    content: str | None = None  # 16 hex digits that stand for the payload, for comparing runs bit for bit
-    held: Mapping[int, int] = field(default_factory=dict)  # which round of which neighbor the agent holds
+    # 16 hex digits that stand for the payload, for comparing runs bit for bit
+    content: str | None = None
+    # which round of which neighbor the agent holds
+    held: Mapping[int, int] = field(default_factory=dict)
     refused: Sequence[str] = ()
     lacking: Sequence[int] = ()  # neighbors whose frames build on some that the agent does not hold
     fresh: bool = False  # the agent began without a saved state
     raw: Sequence[bytes] = ()  # the frames' bytes, for those who keep them for study
     late_of: int | None = None  # the earlier round that it answers; None: the present one
-    introduces: bool = False  # the facts were told with this answer; else they are those told earlier
+    # the facts were told with this answer; else they are those told earlier
+    introduces: bool = False
 
 
 @dataclass
@@ -54,7 +57,8 @@ class RunMonitor(Generic[FrameT]):
 
     def __post_init__(self) -> None:
         self._start = time.perf_counter()
-        self._warm: tuple[int, float] = (0, self._start)  # first round closed, and when: it includes the start-up
+        # first round closed, and when: it includes the start-up
+        self._warm: tuple[int, float] = (0, self._start)
         self._agent_seconds: dict[int, float] = {}
         self._introduced: dict[int, Mapping[str, Any]] = {}
 
@@ -69,36 +73,51 @@ class RunMonitor(Generic[FrameT]):
     ) -> None:
         """Take in the answers of ``round``; number ``num_rounds + 1`` is the closing exchange.
 
-        ``failed`` holds a reason by agent or node, ``missing`` the agents that did not answer at all, and ``states``
-        what has changed about agents or nodes since the round before.
+        ``failed`` holds a reason by agent or node, ``missing`` the agents that did not
+        answer at all, and ``states`` what has changed about agents or nodes since the
+        round before.
         """
         answers = dict(sorted(answers.items()))
         for agent, answer in answers.items():
             spent = answer.metrics.get("seconds", 0.0)
             self._agent_seconds[agent] = self._agent_seconds.get(agent, 0.0) + spent
-        # Before the new frames count: a row's bytes are those that led to the model it speaks of.
+        # Before the new frames count: a row's bytes are those that led to the model it
+        # speaks of.
         evaluated = [
-            self._row(agent, (a.late_of or round) - 1, a) for agent, a in answers.items() if "accuracy" in a.metrics
+            self._row(agent, (a.late_of or round) - 1, a)
+            for agent, a in answers.items()
+            if "accuracy" in a.metrics
         ]
         self.rows += evaluated
-        refused = {agent: list(answer.refused) for agent, answer in answers.items() if answer.refused}
+        refused = {
+            agent: list(answer.refused) for agent, answer in answers.items() if answer.refused
+        }
         for agent, answer in answers.items():
             self.relay.answered(agent, answer.facts, answer.held, answer.lacking)
             for reason in self.relay.post(agent, answer.posts, round=answer.late_of or round) or ():
-                refused.setdefault(self.relay.topology.num_agents, []).append(reason)  # the server's number
+                # the server's number
+                refused.setdefault(self.relay.topology.num_agents, []).append(reason)
                 self.log(f"round {round}: the server refused a frame. {reason}")
             for reason in answer.refused:
                 self.log(f"round {round}: agent {agent} refused a frame. {reason}")
             if answer.lacking:
                 self.log(
-                    f"round {round}: agent {agent} lacks what the frames of these agents build on, and gets it "
-                    f"next: {', '.join(map(str, answer.lacking))}"
+                    f"round {round}: agent {agent} lacks what the frames of these agents build "
+                    f"on, and gets it next: {', '.join(map(str, answer.lacking))}"
                 )
         timely = [a for a in answers.values() if a.late_of is None]
         losses = [a.metrics["train-loss"] for a in timely if "train-loss" in a.metrics]
         if losses:
             self.train_loss[round] = fmean(losses)
-        closed = _ClosedRound(round, answers, dict(failed or {}), list(missing), refused, evaluated, dict(states or {}))
+        closed = _ClosedRound(
+            round,
+            answers,
+            dict(failed or {}),
+            list(missing),
+            refused,
+            evaluated,
+            dict(states or {}),
+        )
         if self.record is not None:
             self._write(self.record, closed)
         self.log(self._line(closed))
@@ -142,11 +161,15 @@ class RunMonitor(Generic[FrameT]):
 
     def restore(self, state: Mapping[str, Any], run: Run) -> None:
         """Go on from where `state` was taken and ``run``, the record, ended."""
-        self._agent_seconds = {int(agent): seconds for agent, seconds in state["agent-seconds"].items()}
+        self._agent_seconds = {
+            int(agent): seconds for agent, seconds in state["agent-seconds"].items()
+        }
         self._start = time.perf_counter() - state["seconds"]
         self._introduced = {facts["agent"]: facts for facts in run.config.get("agents", [])}
         self.rows = list(run.rounds)
-        self.train_loss = {row["round"]: row["train_loss"] for row in run.relay if row["train_loss"] is not None}
+        self.train_loss = {
+            row["round"]: row["train_loss"] for row in run.relay if row["train_loss"] is not None
+        }
 
     def _row(self, agent: int, round: int, answer: Answer[FrameT]) -> dict[str, Any]:
         ledger, metrics = self.relay.ledger, answer.metrics
@@ -172,7 +195,9 @@ class RunMonitor(Generic[FrameT]):
         }
         if any(self._introduced.get(agent) != facts for agent, facts in told.items()):
             self._introduced.update(told)
-            record.amend_config(agents=[self._introduced[agent] for agent in sorted(self._introduced)])
+            record.amend_config(
+                agents=[self._introduced[agent] for agent in sorted(self._introduced)]
+            )
         record.log_agents(closed.evaluated)
         record.log_traffic({"round": closed.round, **self.relay.ledger.changes()})
         for agent, answer in answers.items():
@@ -190,7 +215,9 @@ class RunMonitor(Generic[FrameT]):
                 "refused": closed.refused,
                 "fresh": [agent for agent, a in answers.items() if a.fresh],
                 "lacking": {agent: list(a.lacking) for agent, a in answers.items() if a.lacking},
-                "frames": {agent: a.content for agent, a in answers.items() if a.content and not a.late_of},
+                "frames": {
+                    agent: a.content for agent, a in answers.items() if a.content and not a.late_of
+                },
                 "train_loss": self.train_loss.get(closed.round),
                 "link_bytes": totals["links_total"],
                 "uplink_bytes": totals["uplink_total"],
@@ -203,7 +230,10 @@ class RunMonitor(Generic[FrameT]):
         if closed.round > self.num_rounds:
             parts = ["closing"]
         else:
-            parts = [f"round {closed.round}/{self.num_rounds}", f"{self._time_left(closed.round)} left"]
+            parts = [
+                f"round {closed.round}/{self.num_rounds}",
+                f"{self._time_left(closed.round)} left",
+            ]
         parts.append(f"{len(closed.answers)}/{self.relay.topology.num_agents} answered")
         late = sum(answer.late_of is not None for answer in closed.answers.values())
         parts[-1] += f" ({late} late)" if late else ""

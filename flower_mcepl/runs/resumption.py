@@ -1,7 +1,8 @@
 """Runs that resume: the relay's side is kept in the run record, and a later run goes on from there.
 
-A checkpoint of round t is written after all answers of round t were taken in, and only where the order of round t
-asked every agent to store its state, too: else the two would not fit together.
+A checkpoint of round t is written after all answers of round t were taken in, and only
+where the order of round t asked every agent to store its state, too: else the two would
+not fit together.
 """
 
 import contextlib
@@ -51,12 +52,15 @@ CHECKPOINT, LOCK = "checkpoint", ".lock"  # in the run record
 INITIAL = "initial"  # group of arrays in a checkpoint
 RUN = "run"  # key of config.json: 16 hex digits that stand for the run, however often it is resumed
 _FILES = (ROUNDS, RELAY, TRAFFIC)
-FREE_KEYS = frozenset(  # of the run config: what may differ when a run is resumed, as it decides nothing about its bits
+# of the run config: what may differ when a run is resumed, as it decides nothing about
+# its bits
+FREE_KEYS = frozenset(
     {"resume", "record-dir", "num-rounds", "min-agents", "checkpoint-every", "keep-frames"}
     | {"round-timeout", "wait-timeout", "timeout-factor"}
     | {"state-dir", "state-runs", "tell-classes"}
 )
-_FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", RUN})  # the same in config.json
+# the same in config.json
+_FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", RUN})
 
 
 def new_run_id() -> str:
@@ -100,7 +104,11 @@ class RunCheckpoints(Generic[FrameT]):
         pack: Callable[[FrameT], bytes],
         unpack: Callable[[bytes], FrameT],
     ) -> None:
-        check(every >= 0, "checkpoint-every is a number of rounds, or 0 for no checkpoints; it must be >= 0", every)
+        check(
+            every >= 0,
+            "checkpoint-every is a number of rounds, or 0 for no checkpoints; it must be >= 0",
+            every,
+        )
         self.folder, self.every = record.path / CHECKPOINT, every
         self._record, self._relay, self._monitor = record, relay, monitor
         self._pack, self._unpack = pack, unpack
@@ -113,13 +121,18 @@ class RunCheckpoints(Generic[FrameT]):
         """Return the rounds of the checkpoints that are there, ascending."""
         return sorted(checkpoint_rounds(self.folder))
 
-    def save(self, round: int, *, initial: Mapping[str, NDArray[Any]] | None = None, **more: Any) -> None:
+    def save(
+        self, round: int, *, initial: Mapping[str, NDArray[Any]] | None = None, **more: Any
+    ) -> None:
         """Write the checkpoint of ``round``, whose answers were all taken in.
 
-        ``initial`` are the arrays that an app with `neighbor_average_mod` began with, ``more`` facts to add.
+        ``initial`` are the arrays that an app with `neighbor_average_mod` began with,
+        ``more`` facts to add.
         """
         state = self._relay.state(round=round)
-        arrays: dict[str, NDArray[Any]] = {f"exchange/{name}": array for name, array in state.arrays.items()}
+        arrays: dict[str, NDArray[Any]] = {
+            f"exchange/{name}": array for name, array in state.arrays.items()
+        }
         for name, frame in state.frames.items():
             arrays[f"frame/{name}"] = np.frombuffer(self._pack(frame), np.uint8)
         arrays |= {f"{INITIAL}/{name}": array for name, array in (initial or {}).items()}
@@ -133,8 +146,12 @@ class RunCheckpoints(Generic[FrameT]):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Let relay and monitor go on where `save` was called; the record is as `reopen` left it."""
-        frames = {name: self._unpack(array.tobytes()) for name, array in checkpoint.group("frame").items()}
-        self._relay.restore(ExchangeState(checkpoint.facts["exchange"], checkpoint.group("exchange"), frames))
+        frames = {
+            name: self._unpack(array.tobytes()) for name, array in checkpoint.group("frame").items()
+        }
+        self._relay.restore(
+            ExchangeState(checkpoint.facts["exchange"], checkpoint.group("exchange"), frames)
+        )
         self._monitor.restore(checkpoint.facts["monitor"], read_run(self._record.path))
 
     def clear(self) -> None:
@@ -153,8 +170,8 @@ def reopen(
 ) -> Reopened:
     """Set a run record back to its last checkpoint, and note the resumption in it.
 
-    Lines and frames of later rounds go: these rounds come again, and nothing is written twice. Nothing is changed
-    before everything has been checked.
+    Lines and frames of later rounds go: these rounds come again, and nothing is written
+    twice. Nothing is changed before everything has been checked.
 
     Parameters
     ----------
@@ -172,7 +189,8 @@ def reopen(
     Raises
     ------
     RecordError
-        If the run has finished, is still going on, or has no checkpoint that is whole and can be used.
+        If the run has finished, is still going on, or has no checkpoint that is whole
+        and can be used.
     ConfigError
         If its settings were others.
     """
@@ -202,7 +220,9 @@ def reopen(
         "answered": answered,
         "versions": package_versions(),
     }
-    record.amend_config(num_rounds=config["num_rounds"], resumptions=[*run.config.get("resumptions", []), noted])
+    record.amend_config(
+        num_rounds=config["num_rounds"], resumptions=[*run.config.get("resumptions", []), noted]
+    )
     return Reopened(record, checkpoint, answered)
 
 
@@ -223,11 +243,13 @@ def only_writer(path: Path) -> Iterator[None]:
         If it is no run record, or a run that is still going on writes it.
     """
     if not (path / CONFIG).is_file():
-        raise RecordError(f"a run record is a folder with {CONFIG}; {path} has none. Check the path.")
+        raise RecordError(
+            f"a run record is a folder with {CONFIG}; {path} has none. Check the path."
+        )
     lock = path / LOCK
     busy = (
-        f"a record is written by one run at a time, and the run in {path} is still going on, in process {{process}}. "
-        "Wait for its end, or stop it first."
+        f"a record is written by one run at a time, and the run in {path} is still going on, in "
+        f"process {{process}}. Wait for its end, or stop it first."
     )
     with contextlib.ExitStack() as held:
         try:
@@ -243,7 +265,9 @@ def only_writer(path: Path) -> Iterator[None]:
 def _last_answered(run: Run) -> int:
     """Return how many agents took part in the last round in which any did, as far as the record goes; 0: none."""
     resumptions = run.config.get("resumptions", [])
-    if resumptions and resumptions[-1]["after_round"] == (run.relay[-1]["round"] if run.relay else 0):
+    if resumptions and resumptions[-1]["after_round"] == (
+        run.relay[-1]["round"] if run.relay else 0
+    ):
         return int(resumptions[-1].get("answered", 0))  # broken off again before a round was over
     return next((int(line["answered"]) for line in reversed(run.relay) if line.get("answered")), 0)
 
@@ -268,22 +292,25 @@ def _check_same_run(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None
 
 def _check_no_schedule_moves(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Refuse more rounds where the algorithm takes the length of a schedule from them."""
-    before, after = (dataclasses.asdict(read_config(str(new["algorithm"]), config, agent=0)) for config in (old, new))
+    before, after = (
+        dataclasses.asdict(read_config(str(new["algorithm"]), config, agent=0))
+        for config in (old, new)
+    )
     for name, value in before.items():
         if value != after[name]:
             key = name.replace("_", "-")
             raise ConfigError(
-                f"with num-rounds = {new['num-rounds']} in place of {old['num-rounds']}, {key} would change from "
-                f"{value} to {after[name]}, and what was learned so far would be of another run. Resume it with "
-                f"num-rounds = {old['num-rounds']}."
+                f"with num-rounds = {new['num-rounds']} in place of {old['num-rounds']}, {key} "
+                f"would change from {value} to {after[name]}, and what was learned so far would "
+                f"be of another run. Resume it with num-rounds = {old['num-rounds']}."
             )
 
 
 def _check_same(what: str, old: Any, new: Any) -> None:
     if old != new:
         raise ConfigError(
-            f"a run is resumed with the settings it began with; {what} was {_shown(old)} and is now {_shown(new)}. "
-            "Resume it as it was, or start a new run (without resume)."
+            f"a run is resumed with the settings it began with; {what} was {_shown(old)} and is "
+            f"now {_shown(new)}. Resume it as it was, or start a new run (without resume)."
         )
 
 
@@ -305,6 +332,6 @@ def _check_size(path: Path, size: int) -> None:
     found = path.stat().st_size if path.exists() else 0
     if found < size:
         raise RecordError(
-            f"{path} had {size} bytes when the checkpoint was written and has {found} now: lines are missing. "
-            "Put back the whole file, or start the run anew."
+            f"{path} had {size} bytes when the checkpoint was written and has {found} now: lines "
+            f"are missing. Put back the whole file, or start the run anew."
         )

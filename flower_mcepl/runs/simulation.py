@@ -17,7 +17,14 @@ from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.checkpoint import Checkpoint
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.monitor import Answer, RunMonitor
-from flower_mcepl.runs.resumption import RUN, RunCheckpoints, new_run_id, only_writer, reopen, run_id_of
+from flower_mcepl.runs.resumption import (
+    RUN,
+    RunCheckpoints,
+    new_run_id,
+    only_writer,
+    reopen,
+    run_id_of,
+)
 from flower_mcepl.runs.store import StateStore
 from flower_mcepl.servers import Server
 from flower_mcepl.threads import torch_threads
@@ -58,8 +65,8 @@ def simulate(
 ) -> SimulationResult:
     """Run agents over a topology, or around a server, in one process.
 
-    The same seeds give the same masks, bit for bit, as under ``flwr run`` (with the same number of threads, on
-    the same processor and torch version).
+    The same seeds give the same masks, bit for bit, as under ``flwr run`` (with the
+    same number of threads, on the same processor and torch version).
 
     Parameters
     ----------
@@ -76,14 +83,16 @@ def simulate(
     threads : int (default: 1)
         Threads of torch; float sums depend on it. 0 leaves torch's own choice.
     tell_classes : bool (default: True)
-        Let the record say which classes each agent holds, and how many examples of each.
+        Let the record say which classes each agent holds, and how many examples of
+        each.
     record : RunRecord, optional
         Where to write the run record, final states of agents and server included.
     checkpoint_every : int (default: 0)
-        Rounds between checkpoints in the record, agents' states included; 0 writes none.
+        Rounds between checkpoints in the record, agents' states included; 0 writes
+        none.
     resume : str or Path, optional
-        The record of a simulation that broke off, in place of ``record``: go on from its last checkpoint, with agents,
-        graph and settings as they were made for it.
+        The record of a simulation that broke off, in place of ``record``: go on from
+        its last checkpoint, with agents, graph and settings as they were made for it.
     log : callable, optional
         Gets one line a round, for example ``print``.
     on_reply : callable, optional
@@ -92,7 +101,8 @@ def simulate(
     Raises
     ------
     ConfigError, TopologyError, FingerprintError
-        If agents, graph or server, and weights do not fit together, or not with the run that is resumed.
+        If agents, graph or server, and weights do not fit together, or not with the run
+        that is resumed.
     RecordError
         If the record cannot be written, or its run not be resumed.
     """
@@ -117,12 +127,17 @@ def simulate(
         try:
             with torch_threads(threads):
                 for round in range(book.first if book else 1, num_rounds + 2):
-                    parcels = [relay.parcel(agent.index, round=round, closing=round > num_rounds) for agent in agents]
+                    parcels = [
+                        relay.parcel(agent.index, round=round, closing=round > num_rounds)
+                        for agent in agents
+                    ]
                     answers = {}
                     for agent, mail, parcel in zip(agents, fleet.mails, parcels, strict=True):
                         reply = play_round(agent, mail, parcel)
                         on_reply(round, agent.index, reply)
-                        answers[agent.index] = _answer(reply, introduction(agent, tell_classes=tell_classes))
+                        answers[agent.index] = _answer(
+                            reply, introduction(agent, tell_classes=tell_classes)
+                        )
                     monitor.close_round(round, answers)
                     if book is not None and round <= num_rounds:
                         book.keep(round)
@@ -171,8 +186,9 @@ class _Book:
             found = self._states().load(agent.index, run=self.run, before=self.first)
             if found is None or found.round != checkpoint.round:
                 raise RecordError(
-                    f"{self.record.agents_dir} must hold the state of every agent after round {checkpoint.round}, and "
-                    f"that of agent {agent.index} is missing. Put it back, or start the run anew."
+                    f"{self.record.agents_dir} must hold the state of every agent after round "
+                    f"{checkpoint.round}, and that of agent {agent.index} is missing. Put it "
+                    f"back, or start the run anew."
                 )
             found.restore(agent, mail)
 
@@ -193,25 +209,40 @@ def _open_book(
     checkpoint = None
     if resume is not None:
         if record is not None:
-            raise ConfigError("a resumed run goes on in its own record; got another one, too. Leave out record.")
+            raise ConfigError(
+                "a resumed run goes on in its own record; got another one, too. Leave out record."
+            )
         record, checkpoint, _ = reopen(Path(resume).absolute(), config, held=held, log=monitor.log)
     elif record is not None:
         held.enter_context(only_writer(record.path))
         record.amend_config(**{RUN: new_run_id()}, **config)
     if record is None:
         if every:
-            raise ConfigError(f"checkpoints are part of a run record; got checkpoint_every {every} without one.")
+            raise ConfigError(
+                f"checkpoints are part of a run record; got checkpoint_every {every} without one."
+            )
         return None
     monitor.record = record
-    checkpoints = RunCheckpoints[bytes](record, monitor.relay, monitor, every=every, pack=bytes, unpack=bytes)
-    book = _Book(record, fleet, checkpoints, run_id_of(record), first=1 if checkpoint is None else checkpoint.round + 1)
+    checkpoints = RunCheckpoints[bytes](
+        record, monitor.relay, monitor, every=every, pack=bytes, unpack=bytes
+    )
+    book = _Book(
+        record,
+        fleet,
+        checkpoints,
+        run_id_of(record),
+        first=1 if checkpoint is None else checkpoint.round + 1,
+    )
     if checkpoint is not None:
         book.go_back(checkpoint)
     return book
 
 
 def _answer(reply: Reply, facts: Mapping[str, Any]) -> Answer[bytes]:
-    posts = [Posted(frame.data, len(frame.data), frame.header_bytes, frame.reference) for frame in reply.frames]
+    posts = [
+        Posted(frame.data, len(frame.data), frame.header_bytes, frame.reference)
+        for frame in reply.frames
+    ]
     return Answer(
         facts,
         reply.metrics,
@@ -231,18 +262,32 @@ def save_agents(agents: Sequence[Agent], folder: Path) -> None:
 
 
 def _exchange(
-    topology: Topology | None, server: Server | None, evaluate_every: int, max_staleness: int, key_interval: int
+    topology: Topology | None,
+    server: Server | None,
+    evaluate_every: int,
+    max_staleness: int,
+    key_interval: int,
 ) -> Exchange[bytes]:
     if server is not None and topology is None:
         return Center[bytes](
-            server, open_frame=bytes, wrap_frame=bytes, evaluate_every=evaluate_every, max_staleness=max_staleness
+            server,
+            open_frame=bytes,
+            wrap_frame=bytes,
+            evaluate_every=evaluate_every,
+            max_staleness=max_staleness,
         )
     if topology is None or server is not None:
         raise ConfigError(
-            "agents exchange over a graph or through a server; "
-            f"got {'both' if server else 'neither'}. Pass topology, or server for a server-based algorithm."
+            f"agents exchange over a graph or through a server; got "
+            f"{'both' if server else 'neither'}. Pass topology, or server for a server-based "
+            f"algorithm."
         )
-    return Relay[bytes](topology, evaluate_every=evaluate_every, max_staleness=max_staleness, key_interval=key_interval)
+    return Relay[bytes](
+        topology,
+        evaluate_every=evaluate_every,
+        max_staleness=max_staleness,
+        key_interval=key_interval,
+    )
 
 
 def _check_server(agent: Agent, server: Server | None) -> None:
@@ -252,7 +297,9 @@ def _check_server(agent: Agent, server: Server | None) -> None:
             "Pass server=make_server(...) in place of it."
         )
     if server is not None:
-        check_common_ground(f"agent {agent.index}", agent.describe(), "the server", server.describe())
+        check_common_ground(
+            f"agent {agent.index}", agent.describe(), "the server", server.describe()
+        )
 
 
 def _check_fleet(agents: Sequence[Agent], topology: Topology, num_rounds: int) -> None:
@@ -261,8 +308,8 @@ def _check_fleet(agents: Sequence[Agent], topology: Topology, num_rounds: int) -
     indices = [agent.index for agent in agents]
     if indices != list(range(topology.num_agents)):
         raise TopologyError(
-            f"the graph has agents 0..{topology.num_agents - 1}, in this order; got agents {indices}. "
-            "Pass one agent per place, or a graph of their number."
+            f"the graph has agents 0..{topology.num_agents - 1}, in this order; got agents "
+            f"{indices}. Pass one agent per place, or a graph of their number."
         )
     first = agents[0].describe()
     for agent in agents[1:]:

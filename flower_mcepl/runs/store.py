@@ -1,7 +1,8 @@
 """The states of agents on disk: the newest two rounds of each, of which at least one is sound at any moment.
 
-One file per agent and round, ``agent-0003-round-000012.state``: a sealed `Generation` (see
-`flower_mcepl.files.sealed`). A writer that is killed leaves a temporary file at most; the next one removes it.
+One file per agent and round, ``agent-0003-round-000012.state``: a sealed `Generation`
+(see `flower_mcepl.files.sealed`). A writer that is killed leaves a temporary file at
+most; the next one removes it.
 """
 
 import contextlib
@@ -16,7 +17,14 @@ from pathlib import Path
 
 from flower_mcepl.errors import StateError
 from flower_mcepl.files.atomic import remove_leftovers
-from flower_mcepl.files.sealed import DamagedError, Kind, file_lock, read_sealed, set_aside, write_sealed
+from flower_mcepl.files.sealed import (
+    DamagedError,
+    Kind,
+    file_lock,
+    read_sealed,
+    set_aside,
+    write_sealed,
+)
 from flower_mcepl.runs.generation import Generation
 
 STATE = Kind(b"FMCESTAT", 1, "an agent's state")
@@ -35,7 +43,8 @@ class StateStore:
     folder : Path
         Where they lie; it is made when it is needed.
     log : callable (default: the warnings of this module's logger)
-        Takes a line on whatever a person should know of: a damaged file, a round that is played again.
+        Takes a line on whatever a person should know of: a damaged file, a round that
+        is played again.
     """
 
     def __init__(self, folder: Path, *, log: Log | None = None) -> None:
@@ -51,10 +60,13 @@ class StateStore:
             If another process holds them and `wait` is False.
         """
         busy = (
-            f"one process at a time plays agent {agent}; process {{process}} is at it in {self.folder}. Give every "
-            "SuperNode a partition-id of its own, or, where several fleets share this machine, a state-dir."
+            f"one process at a time plays agent {agent}; process {{process}} is at it in "
+            f"{self.folder}. Give every SuperNode a partition-id of its own, or, where several "
+            "fleets share this machine, a state-dir."
         )
-        return file_lock(self.folder / f".agent-{agent:04d}.lock", wait=math.inf if wait else 0, busy=busy)
+        return file_lock(
+            self.folder / f".agent-{agent:04d}.lock", wait=math.inf if wait else 0, busy=busy
+        )
 
     def rounds(self, agent: int) -> list[int]:
         """Return the rounds after which a state of the agent is stored, ascending."""
@@ -66,15 +78,18 @@ class StateStore:
     def save(self, generation: Generation, *, checkpoints: Collection[int] = ()) -> None:
         """Store a state; then remove what is no longer needed: all but the newest earlier one, and later ones.
 
-        Later ones are there when a resumed run plays rounds again. ``checkpoints`` are rounds that the relay could go
-        back to: for each, the newest state that is no later stays, too.
+        Later ones are there when a resumed run plays rounds again. ``checkpoints`` are
+        rounds that the relay could go back to: for each, the newest state that is no
+        later stays, too.
         """
         agent, round = generation.agent, generation.round
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_sealed(self._path(agent, round), generation.encode(), STATE)
         stored = self.rounds(agent)
         kept = [earlier for earlier in stored if earlier <= round][-KEPT:]
-        kept += [max((r for r in stored if r <= checkpoint), default=round) for checkpoint in checkpoints]
+        kept += [
+            max((r for r in stored if r <= checkpoint), default=round) for checkpoint in checkpoints
+        ]
         for other in stored:
             if other not in kept:
                 self._path(agent, other).unlink(missing_ok=True)
@@ -88,7 +103,8 @@ class StateStore:
         Raises
         ------
         StateError
-            If a sound file is of another run, agent or format version, or cannot be read.
+            If a sound file is of another run, agent or format version, or cannot be
+            read.
         """
         stored = self.rounds(agent)
         for round in reversed([round for round in stored if round < before]):
@@ -99,17 +115,20 @@ class StateStore:
                 self._tell_damage(agent, path, error)
                 continue
             except StateError as error:
-                raise StateError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+                raise StateError(
+                    str(error) if str(path) in str(error) else f"{path}: {error}"
+                ) from error
             _check(generation, path, run=run, agent=agent, round=round)
             if stored[-1] >= before:
                 self._log(
-                    f"agent {agent} plays round {before} again, from its state after round {round}; the newest that "
-                    f"it has is that after round {stored[-1]}."
+                    f"agent {agent} plays round {before} again, from its state after round "
+                    f"{round}; the newest that it has is that after round {stored[-1]}."
                 )
             return replace(generation, source=str(path))
         if stored:
             self._log(
-                f"agent {agent} has no sound state from before round {before} in {self.folder}: it starts afresh."
+                f"agent {agent} has no sound state from before round {before} in {self.folder}: "
+                f"it starts afresh."
             )
         return None
 
@@ -127,7 +146,8 @@ class StateStore:
         aside = set_aside(path)
         kept = "it could not be renamed" if aside is None else f"it is kept as {aside.name}"
         self._log(
-            f"agent {agent}: the state {path} is damaged: {error}; {kept}. An earlier state is taken if there is one."
+            f"agent {agent}: the state {path} is damaged: {error}; {kept}. An earlier state is "
+            f"taken if there is one."
         )
 
 
@@ -137,11 +157,13 @@ def device_store(root: Path, *, run: str, agent: int, log: Log | None = None) ->
     Raises
     ------
     StateError
-        If ``run`` is not 16 hex digits: it comes from the network and becomes the name of a folder.
+        If ``run`` is not 16 hex digits: it comes from the network and becomes the name
+        of a folder.
     """
     if not _RUN.fullmatch(run):
         raise StateError(
-            f"a run's id is 16 lower-case hex digits; got {run!r:.60}. Use GossipStrategy of this release."
+            f"a run's id is 16 lower-case hex digits; got {run!r:.60}. Use GossipStrategy of this "
+            f"release."
         )
     return StateStore(root / run / f"agent-{agent:04d}", log=log)
 
@@ -149,9 +171,10 @@ def device_store(root: Path, *, run: str, agent: int, log: Log | None = None) ->
 def forget_runs(root: Path, *, agent: int, keep: int, log: Log | None = None) -> None:
     """Remove an agent's states of all but the ``keep`` runs written to last; other agents' states stay.
 
-    Runs that left no state do not count, and their folders go. Nothing is removed that another process holds, nor
-    anything that is not named as states are. What cannot be looked at or removed stays, and ``log`` gets a line on it
-    (default: the warnings of this module's logger).
+    Runs that left no state do not count, and their folders go. Nothing is removed that
+    another process holds, nor anything that is not named as states are. What cannot be
+    looked at or removed stays, and ``log`` gets a line on it (default: the warnings of
+    this module's logger).
     """
     folders: list[Path] = []
     with _telling_what_stays(root, log):
@@ -161,7 +184,9 @@ def forget_runs(root: Path, *, agent: int, keep: int, log: Log | None = None) ->
         with _telling_what_stays(folder, log):
             if folder.is_dir():
                 written[folder] = _last_written(folder)
-    with_states = sorted((folder for folder in written if written[folder]), key=written.__getitem__, reverse=True)
+    with_states = sorted(
+        (folder for folder in written if written[folder]), key=written.__getitem__, reverse=True
+    )
     for folder in written.keys() - set(with_states[:keep]):
         with _telling_what_stays(folder, log):
             _forget(folder, agent)
@@ -172,11 +197,14 @@ def _telling_what_stays(folder: Path, log: Log | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        (log or getLogger(__name__).warning)(f"states of earlier runs in {folder} stay there: {error}.")
+        (log or getLogger(__name__).warning)(
+            f"states of earlier runs in {folder} stay there: {error}."
+        )
 
 
 def _forget(folder: Path, agent: int) -> None:
-    with contextlib.suppress(StateError), StateStore(folder).hold(agent):  # another process may hold them
+    # another process may hold them
+    with contextlib.suppress(StateError), StateStore(folder).hold(agent):
         StateStore(folder).clear()
         for damaged in folder.glob("*.state*.damaged"):
             damaged.unlink()
@@ -195,6 +223,7 @@ def _check(generation: Generation, path: Path, *, run: str, agent: int, round: i
     for key, mine in {"run": run, "agent": agent, "round": round}.items():
         if found[key] != mine:
             raise StateError(
-                f"{path} is of {key} {found[key]!r}, but agent {agent} needs that of {key} {mine!r}. Put every file "
-                "back where it was written, or move it away to start afresh."
+                f"{path} is of {key} {found[key]!r}, but agent {agent} needs that of {key} "
+                f"{mine!r}. Put every file back where it was written, or move it away to start "
+                "afresh."
             )

@@ -14,7 +14,8 @@ from flower_mcepl.agents.server import Server, shapes_of, trained_weights
 class FedavgServer(Server):
     """``w_{t+1} = Σ_k (n_k / n) w_k``, k over the agents that answered, ``n_k`` their numbers of training examples.
 
-    Under Flower its mean is taken by Flower's own FedAvg (`flower_mcepl.strategies.fedavg`), to the same bits.
+    Under Flower its mean is taken by Flower's own FedAvg
+    (`flower_mcepl.strategies.fedavg`), to the same bits.
 
     Source: McMahan et al. 2017, arXiv:1602.05629, algorithm 1.
     """
@@ -22,18 +23,25 @@ class FedavgServer(Server):
     algorithm = "fedavg"
     shared = True
 
-    def __init__(self, module: nn.Module, num_agents: int, config: FedavgConfig, *, seed: int) -> None:
+    def __init__(
+        self, module: nn.Module, num_agents: int, config: FedavgConfig, *, seed: int
+    ) -> None:
         super().__init__(module, num_agents, seed=seed)
         self.weights = trained_weights(module)
         self.layers = self.layers_down = shapes_of(self.weights)
 
-    def receive(self, inbox: Mapping[int, Payload], *, round: int, num_examples: Mapping[int, int]) -> None:
+    def receive(
+        self, inbox: Mapping[int, Payload], *, round: int, num_examples: Mapping[int, int]
+    ) -> None:
         """Average the models; an agent that does not say how many examples it has counts as having one."""
-        sizes = {agent: max(1, num_examples.get(agent, 1)) for agent in sorted(inbox)}  # float sums depend on the order
+        # float sums depend on the order
+        sizes = {agent: max(1, num_examples.get(agent, 1)) for agent in sorted(inbox)}
         models = [{name: inbox[agent][name].to_dense() for name in self.weights} for agent in sizes]
         self.weights = self._mean(models, list(sizes.values()), round=round)
 
-    def _mean(self, models: Sequence[Payload], sizes: Sequence[int], *, round: int) -> dict[str, Tensor]:
+    def _mean(
+        self, models: Sequence[Payload], sizes: Sequence[int], *, round: int
+    ) -> dict[str, Tensor]:
         """Return the weighted mean of the models; products are rounded before they are added, as in NumPy."""
         shares = [size / sum(sizes) for size in sizes]
         means = {}

@@ -19,8 +19,9 @@ EPSILON = 0.01  # a bit counts as 0.99 or 0.01, so that θ stays between them an
 class FedpmServer(Server):
     """``α += Σ_k m̂_k``, ``β += Σ_k (1 - m̂_k)``, ``θ = (α - 1) / (α + β - 2)``: the mode of Beta(α, β).
 
-    Both begin at 1, the even prior, and begin there anew every ``reset_rounds`` rounds; right after that θ is the
-    mean of the masks. ``m̂ = ε + (1 - 2ε) m`` with ε = 0.01, as in the published code. θ is what agents get.
+    Both begin at 1, the even prior, and begin there anew every ``reset_rounds`` rounds;
+    right after that θ is the mean of the masks. ``m̂ = ε + (1 - 2ε) m`` with ε = 0.01,
+    as in the published code. θ is what agents get.
 
     Source: Isik et al. 2023, arXiv:2209.15328, algorithm 2 (Bayesian aggregation).
     """
@@ -28,14 +29,20 @@ class FedpmServer(Server):
     algorithm = "fedpm"
     shared = True
 
-    def __init__(self, module: nn.Module, num_agents: int, config: FedpmConfig, *, seed: int) -> None:
+    def __init__(
+        self, module: nn.Module, num_agents: int, config: FedpmConfig, *, seed: int
+    ) -> None:
         super().__init__(module, num_agents, seed=seed)
         self.reset_rounds = config.reset_rounds
-        self.layers = self.layers_down = {name: tuple(spec.shape) for name, spec in find_maskable(module).items()}
+        self.layers = self.layers_down = {
+            name: tuple(spec.shape) for name, spec in find_maskable(module).items()
+        }
         self.mask_layers = frozenset(self.layers)
         self._reset()
 
-    def receive(self, inbox: Mapping[int, Payload], *, round: int, num_examples: Mapping[int, int]) -> None:
+    def receive(
+        self, inbox: Mapping[int, Payload], *, round: int, num_examples: Mapping[int, int]
+    ) -> None:
         """Add one mask of each agent to the counts, after starting them anew if that is due."""
         if self.reset_rounds and self._rounds == self.reset_rounds:
             self._reset()
@@ -60,14 +67,24 @@ class FedpmServer(Server):
         return {"reset_rounds": self.reset_rounds}
 
     def _reset(self) -> None:
-        self._alpha, self._beta = ({n: torch.ones(shape) for n, shape in self.layers.items()} for _ in range(2))
+        self._alpha, self._beta = (
+            {n: torch.ones(shape) for n, shape in self.layers.items()} for _ in range(2)
+        )
         self._rounds = 0  # since the last reset
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
-        return {"alpha": self._alpha, "beta": self._beta, "rounds": {"counted": torch.tensor([self._rounds])}}
+        return {
+            "alpha": self._alpha,
+            "beta": self._beta,
+            "rounds": {"counted": torch.tensor([self._rounds])},
+        }
 
     def _group_shapes(self) -> dict[str, tuple[Shapes, bool]]:
-        return {"alpha": (self.layers, False), "beta": (self.layers, False), "rounds": ({"counted": (1,)}, False)}
+        return {
+            "alpha": (self.layers, False),
+            "beta": (self.layers, False),
+            "rounds": ({"counted": (1,)}, False),
+        }
 
     def _take_back(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
         self._alpha, self._beta = groups["alpha"], groups["beta"]

@@ -18,8 +18,9 @@ from flower_mcepl.masks.sparsity import from_sparse, to_sparse
 class FedspaServer(Server):
     """``w_{t+1} = w_t - (1/|S|) Σ_{k in S} U_k``, S the agents that answered; agent k gets ``m_k ⊙ w_{t+1}``.
 
-    The mean counts every agent of S, whether its mask holds a weight or not, as published: a weight that few hold
-    moves little. ``m_k`` is the mask that agent k sent last.
+    The mean counts every agent of S, whether its mask holds a weight or not, as
+    published: a weight that few hold moves little. ``m_k`` is the mask that agent k
+    sent last.
 
     Source: Huang et al. 2022, arXiv:2201.11380, algorithm 1.
     """
@@ -27,7 +28,9 @@ class FedspaServer(Server):
     algorithm = "fedspa"
     shared = False
 
-    def __init__(self, module: nn.Module, num_agents: int, config: FedspaConfig, *, seed: int) -> None:
+    def __init__(
+        self, module: nn.Module, num_agents: int, config: FedspaConfig, *, seed: int
+    ) -> None:
         super().__init__(module, num_agents, seed=seed)
         self.weights = trained_weights(module)
         masked = masked_names(module, self.weights)
@@ -37,7 +40,9 @@ class FedspaServer(Server):
         self._masked = {name: self.layers_down[name] for name in masked}
         self._masks: dict[int, dict[str, Tensor]] = {}  # by agent, those of its next round
 
-    def receive(self, inbox: Mapping[int, Payload], *, round: int, num_examples: Mapping[int, int]) -> None:
+    def receive(
+        self, inbox: Mapping[int, Payload], *, round: int, num_examples: Mapping[int, int]
+    ) -> None:
         """Move the global model by the mean of the agents' moves."""
         agents = sorted(inbox)  # float sums depend on the order
         for agent in agents:
@@ -60,14 +65,20 @@ class FedspaServer(Server):
         if agent not in self._masks:
             return None
         masks = self._masks[agent]
-        return {name: to_sparse(w, masks[name]) if name in masks else w for name, w in self.weights.items()}
+        return {
+            name: to_sparse(w, masks[name]) if name in masks else w
+            for name, w in self.weights.items()
+        }
 
     def parameters(self) -> dict[str, Any]:
         """Return nothing: the server has no parameters."""
         return {}
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
-        return {"weights": self.weights, **{_group(agent): masks for agent, masks in self._masks.items()}}
+        return {
+            "weights": self.weights,
+            **{_group(agent): masks for agent, masks in self._masks.items()},
+        }
 
     def _group_shapes(self) -> dict[str, tuple[Shapes, bool]]:
         masks = {_group(agent): (self._masked, True) for agent in range(self.num_agents)}
@@ -75,7 +86,11 @@ class FedspaServer(Server):
 
     def _take_back(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
         self.weights = groups["weights"]
-        self._masks = {agent: groups[_group(agent)] for agent in range(self.num_agents) if _group(agent) in groups}
+        self._masks = {
+            agent: groups[_group(agent)]
+            for agent in range(self.num_agents)
+            if _group(agent) in groups
+        }
 
 
 def _group(agent: int) -> str:

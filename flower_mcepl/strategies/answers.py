@@ -19,10 +19,13 @@ MAX_TEXT = 10_000  # characters of any text in an answer
 _EVALUATION = ("accuracy", "loss", "num-examples", "density")
 
 
-def read_answer(node: str, content: RecordDict, known: Mapping[str, Any] | None = None) -> tuple[int, Answer[Array]]:
+def read_answer(
+    node: str, content: RecordDict, known: Mapping[str, Any] | None = None
+) -> tuple[int, Answer[Array]]:
     """Check and read the answer of ``node`` (how to call it in an error): which agent it is, and the answer.
 
-    ``known`` is the node's handshake from an earlier answer, which it need not repeat; if it does, the new one counts.
+    ``known`` is the node's handshake from an earlier answer, which it need not repeat;
+    if it does, the new one counts.
 
     Raises
     ------
@@ -34,8 +37,9 @@ def read_answer(node: str, content: RecordDict, known: Mapping[str, Any] | None 
     except Exception as error:  # whatever a foreign or damaged answer sets off in the parsers below
         reason = str(error) if isinstance(error, FlowerMceplError) else repr(error)
         raise AnswerError(
-            f"{node} does not answer as an agent ({reason[:300]}); its records are {', '.join(content)}. "
-            "Let its ClientApp be one of make_client_app, of the same release of flower-mcepl as here."
+            f"{node} does not answer as an agent ({reason[:300]}); its records are "
+            f"{', '.join(content)}. Let its ClientApp be one of make_client_app, of the same "
+            "release of flower-mcepl as here."
         ) from error
 
 
@@ -53,7 +57,11 @@ def plain_reason(reason: str | None) -> str:
     """Cut off what Flower and Ray wrap around the text of a client's exception: classes and a traceback."""
     text = reason or "no reason given"
     wrapped = re.fullmatch(r"<class '.*?'>:<'(.*)'>", text, re.DOTALL)
-    return (wrapped[1] if wrapped else text).rpartition("ClientAppException occurred. Message: ")[2].strip()
+    return (
+        (wrapped[1] if wrapped else text)
+        .rpartition("ClientAppException occurred. Message: ")[2]
+        .strip()
+    )
 
 
 def _read(content: RecordDict, known: Mapping[str, Any]) -> tuple[int, Answer[Array]]:
@@ -61,7 +69,11 @@ def _read(content: RecordDict, known: Mapping[str, Any]) -> tuple[int, Answer[Ar
     agent = _natural(told, "agent")
     lists = {key: _list(told, key, kind) for key, kind in _LISTS.items()}
     text = told.pop(keys.CONTENT, None)
-    _check(text is None or (isinstance(text, str) and len(text) <= 64), f"{keys.CONTENT} must be short text", text)
+    _check(
+        text is None or (isinstance(text, str) and len(text) <= 64),
+        f"{keys.CONTENT} must be short text",
+        text,
+    )
     introduces = keys.PARAMETERS in told
     if introduces:
         told[keys.PARAMETERS] = json.loads(told[keys.PARAMETERS])
@@ -76,7 +88,9 @@ def _read(content: RecordDict, known: Mapping[str, Any]) -> tuple[int, Answer[Ar
     _check(isinstance(fresh, bool), f"{keys.FRESH} must be a bool", fresh)
     held_agents, held_rounds = lists[keys.HELD_AGENTS], lists[keys.HELD_ROUNDS]
     _check(
-        len(held_agents) == len(held_rounds), f"{keys.HELD_ROUNDS} must be as long as {keys.HELD_AGENTS}", held_rounds
+        len(held_agents) == len(held_rounds),
+        f"{keys.HELD_ROUNDS} must be as long as {keys.HELD_AGENTS}",
+        held_rounds,
     )
     posts, raw = _frames(content, lists[keys.BUILDS_ON], lists[keys.HEADER_BYTES])
     return agent, Answer(
@@ -105,7 +119,11 @@ _LISTS: dict[str, type] = {
 
 def _list(record: dict[str, Any], key: str, kind: type) -> list[Any]:
     values = record.pop(key, [])
-    _check(isinstance(values, list) and all(type(v) is kind for v in values), f"{key} must be a list", values)
+    _check(
+        isinstance(values, list) and all(type(v) is kind for v in values),
+        f"{key} must be a list",
+        values,
+    )
     return list(values)
 
 
@@ -126,20 +144,35 @@ def _frames(
 ) -> tuple[list[Posted[Array]], list[bytes]]:
     record = content.array_records.get(keys.FRAME, ArrayRecord())
     arrays = [record[key] for key in (keys.FRAME, keys.KEY_FRAME) if key in record]
-    _check(len(builds_on) == len(header_bytes) == len(arrays), f"{keys.BUILDS_ON} must tell of each frame", builds_on)
-    raw = [open_envelope(array.data) for array in arrays]  # counted; the frames themselves stay closed
+    _check(
+        len(builds_on) == len(header_bytes) == len(arrays),
+        f"{keys.BUILDS_ON} must tell of each frame",
+        builds_on,
+    )
+    # counted; the frames themselves stay closed
+    raw = [open_envelope(array.data) for array in arrays]
     for data, headers in zip(raw, header_bytes, strict=True):
-        _check(0 <= headers <= len(data), f"{keys.HEADER_BYTES} must be in 0..{len(data)}, the frame's bytes", headers)
+        _check(
+            0 <= headers <= len(data),
+            f"{keys.HEADER_BYTES} must be in 0..{len(data)}, the frame's bytes",
+            headers,
+        )
     posts = [
         Posted(array, len(data), headers, None if reference < 0 else reference)
-        for array, data, reference, headers in zip(arrays, raw, builds_on, header_bytes, strict=True)
+        for array, data, reference, headers in zip(
+            arrays, raw, builds_on, header_bytes, strict=True
+        )
     ]
     return posts, raw
 
 
 def _natural(record: dict[str, Any], key: str) -> int:
     value = record[key]
-    _check(isinstance(value, int) and not isinstance(value, bool) and value >= 0, f"{key} must be a number >= 0", value)
+    _check(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+        f"{key} must be a number >= 0",
+        value,
+    )
     return int(value)
 
 

@@ -25,9 +25,11 @@ class Attendance:
     roster : Roster
         Which node is which agent.
     min_agents : int
-        Agents that must take part in the first round, and in the first one after a resumption.
+        Agents that must take part in the first round, and in the first one after a
+        resumption.
     wait_timeout : float
-        Seconds to wait for nodes: for these agents, and in any later round in which no node is online.
+        Seconds to wait for nodes: for these agents, and in any later round in which no
+        node is online.
     """
 
     def __init__(self, roster: Roster, *, min_agents: int, wait_timeout: float) -> None:
@@ -42,8 +44,9 @@ class Attendance:
         Raises
         ------
         RosterError
-            If there are too few for the first round within the time; it names the agents that are missing. A later
-            round goes on without nodes, and `check` tells how often.
+            If there are too few for the first round within the time; it names the
+            agents that are missing. A later round goes on without nodes, and `check`
+            tells how often.
         """
         needed = self.min_agents if first else 1
         deadline = time.monotonic() + self.wait_timeout
@@ -63,7 +66,8 @@ class Attendance:
     def identify(self, grid: Grid, *, timeout: float) -> None:
         """Ask the nodes who they are, before a run goes on from a checkpoint: what each gets depends on it.
 
-        They have ``timeout`` seconds for it, as for a round: these are their first messages, and processes start.
+        They have ``timeout`` seconds for it, as for a round: these are their first
+        messages, and processes start.
 
         Raises
         ------
@@ -75,46 +79,68 @@ class Attendance:
             self.roster.expect(node, agent)
         if len(set(said.values())) < self.min_agents:
             raise RosterError(
-                f"{self.min_agents} agents must be there for the run to go on, but of {len(self.online)} nodes "
-                f"{len(said)} said within {timeout:g} s which agent they are; missing agents: "
-                f"{self._absent(said.values())}. Look at the logs of their nodes, or let the run go on with fewer "
-                "(min_agents, run-config key min-agents)."
+                f"{self.min_agents} agents must be there for the run to go on, but of "
+                f"{len(self.online)} nodes {len(said)} said within {timeout:g} s which agent they "
+                f"are; missing agents: {self._absent(said.values())}. Look at the logs of their "
+                f"nodes, or let the run go on with fewer (min_agents, run-config key min-agents)."
             )
 
-    def check(self, round: int, answered: Collection[int], failed: Mapping[str, str], *, first: bool) -> None:
+    def check(
+        self, round: int, answered: Collection[int], failed: Mapping[str, str], *, first: bool
+    ) -> None:
         """Raise RosterError if too few take part in the first round, or nobody answers for some rounds."""
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())) or "no reason given"
+        reasons = (
+            "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
+            or "no reason given"
+        )
         if first and len(answered) < self.min_agents:
             raise RosterError(
-                f"round {round} needs {self.min_agents} agents, but {len(answered)} took part; missing: "
-                f"{self._absent(answered)}. {reasons}. Mend these nodes, or let the run begin with fewer (min_agents, "
-                "run-config key min-agents)."
+                f"round {round} needs {self.min_agents} agents, but {len(answered)} took part; "
+                f"missing: {self._absent(answered)}. {reasons}. Mend these nodes, or let the run "
+                f"begin with fewer (min_agents, run-config key min-agents)."
             )
         self._silent_rounds = 0 if answered else self._silent_rounds + 1
         if self._silent_rounds >= MAX_SILENT_ROUNDS:
             here = [agent for agent, node in self.roster.node_of.items() if node in self.online]
             raise RosterError(
-                f"no agent has answered for {MAX_SILENT_ROUNDS} rounds; nodes online: {len(self.online)}; agents "
-                f"without a node that is online: {self._absent(here)}. Last reasons: {reasons}. Look at the "
-                "nodes' logs; where they need longer for a round, raise the timeout (run-config key round-timeout)."
+                f"no agent has answered for {MAX_SILENT_ROUNDS} rounds; nodes online: "
+                f"{len(self.online)}; agents without a node that is online: {self._absent(here)}. "
+                f"Last reasons: {reasons}. Look at the nodes' logs; where they need longer for a "
+                "round, raise the timeout (run-config key round-timeout)."
             )
 
     def changes(
-        self, round: int, answered: Collection[int], failed: Mapping[str, str], busy: Collection[int]
+        self,
+        round: int,
+        answered: Collection[int],
+        failed: Mapping[str, str],
+        busy: Collection[int],
     ) -> dict[str, str]:
         """Return the states of agents and nodes that are others than in the round before, and log them.
 
-        An agent is ``late`` if its node owes an answer (also where an earlier one has just come), ``running`` if it
-        answered, ``failed`` with the reason, or ``gone``: no node that is online plays it.
+        An agent is ``late`` if its node owes an answer (also where an earlier one has
+        just come), ``running`` if it answered, ``failed`` with the reason, or ``gone``:
+        no node that is online plays it.
         """
-        states = {f"agent {agent}": self._state(agent, answered, busy) for agent in range(self.roster.num_agents)}
-        states |= {f"node {node}": LATE for node in sorted(busy) if self.roster.agent_of(node) is None}
+        states = {
+            f"agent {agent}": self._state(agent, answered, busy)
+            for agent in range(self.roster.num_agents)
+        }
+        states |= {
+            f"node {node}": LATE for node in sorted(busy) if self.roster.agent_of(node) is None
+        }
         states |= {name: f"{FAILED}: {reason}" for name, reason in failed.items()}
         changes = {name: state for name, state in states.items() if self._states.get(name) != state}
         for name, state in changes.items():
             before = self._states.get(name)
             if state == RUNNING and before is not None:
-                logger.log(INFO, "round %d: %s is running again (was %s)", round, name, before.partition(":")[0])
+                logger.log(
+                    INFO,
+                    "round %d: %s is running again (was %s)",
+                    round,
+                    name,
+                    before.partition(":")[0],
+                )
             elif state in (LATE, GONE):
                 logger.log(WARNING, "round %d: %s is %s", round, name, state)
         self._states = states
@@ -131,29 +157,38 @@ class Attendance:
     def _absent(self, here: Collection[int]) -> str:
         return ", ".join(map(str, self.roster.absent(here))) or "none"
 
-    def _ask(self, grid: Grid, nodes: Sequence[int], *, timeout: float = ASK_TIMEOUT) -> dict[int, int]:
+    def _ask(
+        self, grid: Grid, nodes: Sequence[int], *, timeout: float = ASK_TIMEOUT
+    ) -> dict[int, int]:
         """Return which agent each node says it is.
 
-        An app with `neighbor_average_mod` has no query function, or one of its own; its mod answers the train message.
+        An app with `neighbor_average_mod` has no query function, or one of its own; its
+        mod answers the train message.
         """
         said: dict[int, int] = {}
         for message_type in ("query", "train"):
             content = RecordDict({keys.IDENTIFY: ConfigRecord()})
-            ask = [Message(content, dst_node_id=n, message_type=message_type, ttl=timeout) for n in nodes]
+            ask = [
+                Message(content, dst_node_id=n, message_type=message_type, ttl=timeout)
+                for n in nodes
+            ]
             replies = list(grid.send_and_receive(ask, timeout=timeout))
             for reply in replies:
                 told = None if reply.has_error() else reply.content.config_records.get(keys.AGENT)
                 if told is not None and isinstance(agent := told.get("agent"), int):
                     said[reply.metadata.src_node_id] = agent
-            nodes = sorted({reply.metadata.src_node_id for reply in replies} & set(nodes) - said.keys())
+            nodes = sorted(
+                {reply.metadata.src_node_id for reply in replies} & set(nodes) - said.keys()
+            )
         return said
 
     def _too_few(self, grid: Grid, nodes: Sequence[int]) -> RosterError:
         """Ask the nodes that are here who they are, so that the error can name who is not."""
         here = self._ask(grid, nodes).values()
         return RosterError(
-            f"the graph has {self.roster.num_agents} agents and {self.min_agents} of them must be there, but after "
-            f"{self.wait_timeout:g} s there are {len(nodes)} nodes; missing agents: {self._absent(here)}. "
-            "Start their nodes (in simulation: num-supernodes in --federation-config), use a smaller graph, or let "
-            "the run begin with fewer (min_agents, run-config key min-agents)."
+            f"the graph has {self.roster.num_agents} agents and {self.min_agents} of them must be "
+            f"there, but after {self.wait_timeout:g} s there are {len(nodes)} nodes; missing "
+            f"agents: {self._absent(here)}. Start their nodes (in simulation: num-supernodes in "
+            "--federation-config), use a smaller graph, or let the run begin with fewer "
+            "(min_agents, run-config key min-agents)."
         )

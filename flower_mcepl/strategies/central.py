@@ -27,17 +27,20 @@ class ServerStrategy(ExchangeStrategy):
 
     From a run config, FedAvg's mean is that of Flower's own ``FedAvg``.
 
-    The train message of a round carries the server's frame of the round before; the answer carries the agent's own,
-    which the server opens and aggregates.
+    The train message of a round carries the server's frame of the round before; the
+    answer carries the agent's own, which the server opens and aggregates.
 
     Parameters
     ----------
     server : Server
-        As from `make_server`; agent i is the node whose node config says ``partition-id = i``.
-    evaluate_every, min_agents, wait_timeout, timeout_factor, record, name, keep_frames, config
+        As from `make_server`; agent i is the node whose node config says ``partition-id
+        = i``.
+    evaluate_every, min_agents, wait_timeout, timeout_factor, record, name, keep_frames,
+    config
         As in `GossipStrategy`.
     max_staleness : int (default: 5)
-        For how many rounds an agent that hears nothing goes on with the server's last model.
+        For how many rounds an agent that hears nothing goes on with the server's last
+        model.
     checkpoint_every, resume
         As in `GossipStrategy`; a checkpoint holds the server's model, too.
     """
@@ -89,14 +92,25 @@ class ServerStrategy(ExchangeStrategy):
     ) -> "ServerStrategy":
         """Build the strategy from Flower's run config, which is checked whole (see `RunSettings`).
 
-        ``model_fn`` makes the agents' network; it is called on the run's seed. ``app_keys`` are further keys that the
-        app itself reads.
+        ``model_fn`` makes the agents' network; it is called on the run's seed.
+        ``app_keys`` are further keys that the app itself reads.
         """
         settings = RunSettings.from_run_config(run_config, app_keys=app_keys)
         module = shared_module(model_fn, seed=settings.seed)
         kind = FlowerFedavgServer if settings.algorithm == FlowerFedavgServer.algorithm else None
-        server = make_server(settings.algorithm, module, settings.num_agents, run_config, seed=settings.seed, kind=kind)
-        strategy = cls(server, max_staleness=settings.max_staleness, **common_settings(settings, run_config, name))
+        server = make_server(
+            settings.algorithm,
+            module,
+            settings.num_agents,
+            run_config,
+            seed=settings.seed,
+            kind=kind,
+        )
+        strategy = cls(
+            server,
+            max_staleness=settings.max_staleness,
+            **common_settings(settings, run_config, name),
+        )
         strategy.begin_from(settings)
         return strategy
 
@@ -116,7 +130,11 @@ class ServerStrategy(ExchangeStrategy):
 
 
 def make_strategy(
-    context: Context, model_fn: Callable[[Context], nn.Module], *, app_keys: Iterable[str] = (), name: str | None = None
+    context: Context,
+    model_fn: Callable[[Context], nn.Module],
+    *,
+    app_keys: Iterable[str] = (),
+    name: str | None = None,
 ) -> GossipStrategy | ServerStrategy:
     """Make the strategy of the algorithm that the run-config key ``algorithm`` names.
 
@@ -125,7 +143,8 @@ def make_strategy(
     context : Context
         That of the ServerApp.
     model_fn : callable
-        ``model_fn(context)`` as for `make_client_app`; only server-based algorithms need it here.
+        ``model_fn(context)`` as for `make_client_app`; only server-based algorithms
+        need it here.
     app_keys : iterable of str
         Further keys that the app itself reads.
     name : str, optional
@@ -133,7 +152,9 @@ def make_strategy(
     """
     algorithm = str(context.run_config.get("algorithm", "mcepl"))
     if find_algorithm(algorithm).server is None:
-        return GossipStrategy.from_run_config(context.run_config, app_keys=app_keys, name=name or algorithm)
+        return GossipStrategy.from_run_config(
+            context.run_config, app_keys=app_keys, name=name or algorithm
+        )
     return ServerStrategy.from_run_config(
         context.run_config, lambda: model_fn(context), app_keys=app_keys, name=name or algorithm
     )

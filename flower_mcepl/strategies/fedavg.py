@@ -18,11 +18,13 @@ _ARRAYS, _METRICS, _WEIGHT = "arrays", "metrics", "num-examples"  # as FedAvg ex
 class FlowerFedavgServer(FedavgServer):
     """A `FedavgServer` whose mean is taken by ``FedAvg.aggregate_train`` of the installed Flower.
 
-    So a comparison with FedAvg is one with the FedAvg that everyone knows; messages, frames and the record are those of
-    every other algorithm here.
+    So a comparison with FedAvg is one with the FedAvg that everyone knows; messages,
+    frames and the record are those of every other algorithm here.
     """
 
-    def _mean(self, models: Sequence[Payload], sizes: Sequence[int], *, round: int) -> dict[str, Tensor]:
+    def _mean(
+        self, models: Sequence[Payload], sizes: Sequence[int], *, round: int
+    ) -> dict[str, Tensor]:
         replies = [_reply(model, size) for model, size in zip(models, sizes, strict=True)]
         arrays, _ = FedAvg(weighted_by_key=_WEIGHT).aggregate_train(round, replies)
         assert arrays is not None  # there was a reply
@@ -31,6 +33,8 @@ class FlowerFedavgServer(FedavgServer):
 
 def _reply(model: Payload, num_examples: int) -> Message:
     """Return what an agent of an ordinary FedAvg app would have answered."""
-    arrays = ArrayRecord({name: Array(weight.contiguous().numpy()) for name, weight in model.items()})
+    arrays = ArrayRecord(
+        {name: Array(weight.contiguous().numpy()) for name, weight in model.items()}
+    )
     content = RecordDict({_ARRAYS: arrays, _METRICS: MetricRecord({_WEIGHT: num_examples})})
     return Message(content, dst_node_id=0, message_type=MessageType.TRAIN)

@@ -19,29 +19,35 @@ from flower_mcepl.topology import Topology
 class GossipStrategy(ExchangeStrategy):
     """Decentralized learning without a global model: relay each agent's frame to its graph neighbors only.
 
-    One message per agent and round: the train message of a round carries the neighbors' frames of the round
-    before; the answer carries the agent's own. A closing message after the last round fuses and evaluates. The
-    strategy never opens a frame, and aggregates nothing.
+    One message per agent and round: the train message of a round carries the neighbors'
+    frames of the round before; the answer carries the agent's own. A closing message
+    after the last round fuses and evaluates. The strategy never opens a frame, and
+    aggregates nothing.
 
     Parameters
     ----------
     topology : Topology
-        The communication graph; agent i is the node whose node config says ``partition-id = i``.
+        The communication graph; agent i is the node whose node config says
+        ``partition-id = i``.
     evaluate_every : int (default: 10)
-        Evaluate the personal models after each such number of rounds, and after the last one.
+        Evaluate the personal models after each such number of rounds, and after the
+        last one.
     max_staleness : int (default: 5)
         For how many rounds an absent neighbor's last mask stays in use.
     key_interval : int (default: 0)
-        Rounds after which an agent sends a whole frame beside its delta; 0: when the deltas since the last whole
-        frame have as many bytes as that.
+        Rounds after which an agent sends a whole frame beside its delta; 0: when the
+        deltas since the last whole frame have as many bytes as that.
     min_agents : int (default: 0)
-        Agents that must take part in round 1, and in the first round after a resumption; 0 stands for all of the graph,
-        and after a resumption for as many as took part last. Other rounds go on with those who answer.
+        Agents that must take part in round 1, and in the first round after a
+        resumption; 0 stands for all of the graph, and after a resumption for as many as
+        took part last. Other rounds go on with those who answer.
     wait_timeout : float (default: 120.0)
-        Seconds to wait for these agents' nodes, and in any other round in which no node is online for the first one.
+        Seconds to wait for these agents' nodes, and in any other round in which no node
+        is online for the first one.
     timeout_factor : float (default: 5.0)
-        A round goes on without its last agents after so many times the time that most answers took of late, but not
-        before a minute; 0 always waits for the timeout that `start` is given. Late answers count when they come.
+        A round goes on without its last agents after so many times the time that most
+        answers took of late, but not before a minute; 0 always waits for the timeout
+        that `start` is given. Late answers count when they come.
     record : str, optional (default: "runs")
         Folder in which the run record is made; None writes none.
     name : str (default: "gossip")
@@ -49,11 +55,14 @@ class GossipStrategy(ExchangeStrategy):
     keep_frames : bool (default: False)
         Keep every frame in the run record, for study.
     checkpoint_every : int (default: 25)
-        Rounds between checkpoints in the run record, from which a run that broke off is resumed; 0 writes none.
+        Rounds between checkpoints in the run record, from which a run that broke off is
+        resumed; 0 writes none.
     resume : str, optional
-        The run record of a run that broke off: go on from its last checkpoint, in the same record.
+        The run record of a run that broke off: go on from its last checkpoint, in the
+        same record.
     config : mapping, optional
-        What else is needed to repeat the run, such as ``dict(context.run_config)``; goes into the record.
+        What else is needed to repeat the run, such as ``dict(context.run_config)``;
+        goes into the record.
 
     Examples
     --------
@@ -79,10 +88,16 @@ class GossipStrategy(ExchangeStrategy):
         config: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(topology, Topology):
-            raise ConfigError(f"topology must be a Topology, such as Topology.ring(10); got {type(topology).__name__}.")
+            raise ConfigError(
+                f"topology must be a Topology, such as Topology.ring(10); got "
+                f"{type(topology).__name__}."
+            )
         super().__init__(
             Relay[Array](
-                topology, evaluate_every=evaluate_every, max_staleness=max_staleness, key_interval=key_interval
+                topology,
+                evaluate_every=evaluate_every,
+                max_staleness=max_staleness,
+                key_interval=key_interval,
             ),
             min_agents=min_agents,
             wait_timeout=wait_timeout,

@@ -15,8 +15,9 @@ from flower_mcepl.messages import keys
 class InitialArrays:
     """Goes once to every node, with its first message; with each later one go only the arrays' names and shapes.
 
-    A node that fails gets them again with its next message: it may be one that has lost its state. Agents of
-    `make_client_app` make their own weights from the run's seed, and read none of this.
+    A node that fails gets them again with its next message: it may be one that has lost
+    its state. Agents of `make_client_app` make their own weights from the run's seed,
+    and read none of this.
 
     Parameters
     ----------
@@ -29,7 +30,12 @@ class InitialArrays:
     """
 
     def __init__(
-        self, arrays: ArrayRecord, *, train_config: ConfigRecord, evaluate_config: ConfigRecord, ledger: Ledger
+        self,
+        arrays: ArrayRecord,
+        *,
+        train_config: ConfigRecord,
+        evaluate_config: ConfigRecord,
+        ledger: Ledger,
     ) -> None:
         self._arrays, self._ledger = arrays, ledger
         self._configs = {keys.TRAIN_CONFIG: train_config, keys.EVALUATE_CONFIG: evaluate_config}
@@ -48,7 +54,9 @@ class InitialArrays:
 
     def about(self) -> dict[str, Any]:
         """Return what belongs into the record's config: names, types and shapes; nothing where there are no arrays."""
-        return {"initial_arrays": json.loads(self._layout.to_json())["arrays"]} if self._arrays else {}
+        return (
+            {"initial_arrays": json.loads(self._layout.to_json())["arrays"]} if self._arrays else {}
+        )
 
     def state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Return the facts and arrays that must survive when the run is resumed; none where there are no arrays."""
@@ -63,7 +71,9 @@ class InitialArrays:
             return True
         given, self._layout = self._layout, ArrayLayout.from_json(facts["layout"])
         shapes = {name: shape for name, (_, shape) in self._layout.arrays.items()}
-        self._arrays = ArrayRecord({name: Array(arrays[name].reshape(shape)) for name, shape in shapes.items()})
+        self._arrays = ArrayRecord(
+            {name: Array(arrays[name].reshape(shape)) for name, shape in shapes.items()}
+        )
         return given == self._layout
 
     def note(self, node: int, *, sound: bool) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 from flower_mcepl.runs.settings import RunSettings
 
 
-def common_settings(settings: RunSettings, run_config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def common_settings(
+    settings: RunSettings, run_config: Mapping[str, Any], name: str
+) -> dict[str, Any]:
     """Return what the run config says to every strategy, as arguments."""
     return {
         "evaluate_every": settings.evaluate_every,

@@ -16,6 +16,7 @@ def report(record: RunRecord) -> None:
         for line in agent_table(run).splitlines():
             logger.log(INFO, "%s", line)
         logger.log(INFO, "Picture: %s", plot_run(run))
-    except Exception as error:  # the run itself is done and recorded: a missing extra or full disk must not fail it
+    # the run itself is done and recorded: a missing extra or full disk must not fail it
+    except Exception as error:
         logger.log(WARNING, "no report: %s", error)
     logger.log(INFO, "Run record: %s", record.path)

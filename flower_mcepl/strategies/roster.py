@@ -10,8 +10,8 @@ from flower_mcepl.messages.handshake import check_common_ground
 class Roster:
     """Maps Flower's node ids, which change with every restart, to the agents of the graph.
 
-    Every answer carries a handshake; `admit` checks it. The first agent admitted sets the fingerprint of the
-    shared weights for all.
+    Every answer carries a handshake; `admit` checks it. The first agent admitted sets
+    the fingerprint of the shared weights for all.
     """
 
     def __init__(self, num_agents: int) -> None:
@@ -19,7 +19,8 @@ class Roster:
         self.node_of: dict[int, int] = {}  # agent -> node id
         self._agent_of: dict[int, int] = {}  # node id -> agent, former nodes included
         self._facts: dict[int, Mapping[str, Any]] = {}  # handshake of each agent
-        self._founder: tuple[int, Mapping[str, Any]] | None = None  # node and handshake of the first agent
+        # node and handshake of the first agent
+        self._founder: tuple[int, Mapping[str, Any]] | None = None
         self._met: set[int] = set()  # nodes whose handshake was checked, unless in doubt
 
     def agent_of(self, node: int) -> int | None:
@@ -38,12 +39,17 @@ class Roster:
     def state(self) -> dict[str, Any]:
         """Return what must survive when the run is resumed: the agents' handshakes, not their nodes."""
         founder = None if self._founder is None else [self._founder[0], dict(self._founder[1])]
-        return {"facts": {agent: dict(facts) for agent, facts in self._facts.items()}, "founder": founder}
+        return {
+            "facts": {agent: dict(facts) for agent, facts in self._facts.items()},
+            "founder": founder,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Know the agents as `state` was taken; which nodes they are now must be learned anew (`expect`)."""
         self._facts = {int(agent): facts for agent, facts in state["facts"].items()}
-        self._founder = None if state["founder"] is None else (state["founder"][0], state["founder"][1])
+        self._founder = (
+            None if state["founder"] is None else (state["founder"][0], state["founder"][1])
+        )
 
     def expect(self, node: int, agent: int) -> None:
         """Believe that the node plays the agent, until its handshake is checked.
@@ -69,29 +75,34 @@ class Roster:
     def admit(self, node: int, facts: Mapping[str, Any], *, online: Iterable[int]) -> int:
         """Take the node in as the agent that its handshake names, and return that agent.
 
-        A node may take over an agent whose former node is no longer online (a SuperNode that restarted without
-        a key of its own comes back under a new id).
+        A node may take over an agent whose former node is no longer online (a SuperNode
+        that restarted without a key of its own comes back under a new id).
 
         Raises
         ------
         RosterError
-            If the graph has no such agent, another node that is online plays it, or this node plays another.
+            If the graph has no such agent, another node that is online plays it, or
+            this node plays another.
         FingerprintError
-            If its model, frozen weights or first mask are not those of the agents already here.
+            If its model, frozen weights or first mask are not those of the agents
+            already here.
         """
         agent = int(facts["agent"])
         self._check_place(node, agent, online=online)
         played = self.agent_of(node)
         if played is not None and played != agent:
             raise RosterError(
-                f"node {node} is agent {played} and now says it is agent {agent}. A node plays one agent: "
-                "restart its SuperNode with one partition-id."
+                f"node {node} is agent {played} and now says it is agent {agent}. A node plays "
+                f"one agent: restart its SuperNode with one partition-id."
             )
         if self._founder is None:
             self._founder = node, facts
         first_node, first_facts = self._founder
         check_common_ground(
-            f"agent {agent} (node {node})", facts, f"agent {first_facts['agent']} (node {first_node})", first_facts
+            f"agent {agent} (node {node})",
+            facts,
+            f"agent {first_facts['agent']} (node {first_node})",
+            first_facts,
         )
         self.node_of[agent] = node
         self._agent_of[node] = agent
@@ -102,9 +113,10 @@ class Roster:
     def _check_place(self, node: int, agent: int, *, online: Iterable[int]) -> None:
         if not 0 <= agent < self.num_agents:
             raise RosterError(
-                f"node {node} says it is agent {agent}, but the graph has agents 0..{self.num_agents - 1}. "
-                "Start as many nodes as the graph has agents (num-supernodes = num-agents), with partition-id "
-                "from 0 upwards, or use a larger graph."
+                f"node {node} says it is agent {agent}, but the graph has agents "
+                f"0..{self.num_agents - 1}. Start as many nodes as the graph has agents "
+                "(num-supernodes = num-agents), with partition-id from 0 upwards, or use a larger "
+                "graph."
             )
         holder = self.node_of.get(agent)
         if holder is not None and holder != node and holder in set(online):

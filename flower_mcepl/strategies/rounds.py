@@ -7,7 +7,15 @@ from logging import INFO, WARNING, getLogger
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -19,7 +27,15 @@ from flower_mcepl.messages import keys
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.checkpoint import Checkpoint
 from flower_mcepl.runs.monitor import Answer, RunMonitor
-from flower_mcepl.runs.resumption import INITIAL, RUN, RunCheckpoints, new_run_id, only_writer, reopen, run_id_of
+from flower_mcepl.runs.resumption import (
+    INITIAL,
+    RUN,
+    RunCheckpoints,
+    new_run_id,
+    only_writer,
+    reopen,
+    run_id_of,
+)
 from flower_mcepl.runs.settings import RunSettings
 from flower_mcepl.strategies.answers import frame_array, frame_bytes, plain_reason, read_answer
 from flower_mcepl.strategies.attendance import Attendance
@@ -58,29 +74,37 @@ class ExchangeStrategy(Strategy):
     ) -> None:
         self.topology, self.relay = exchange.topology, exchange
         if not 0 <= min_agents <= self.topology.num_agents:
-            raise ConfigError(f"min_agents must be in 0..{self.topology.num_agents}; got {min_agents}.")
+            raise ConfigError(
+                f"min_agents must be in 0..{self.topology.num_agents}; got {min_agents}."
+            )
         check(timeout_factor >= 0, "timeout_factor must be >= 0 (0: off)", timeout_factor)
         check(checkpoint_every >= 0, "checkpoint_every must be >= 0 (0: none)", checkpoint_every)
         self.min_agents = min_agents or self.topology.num_agents
-        self._asks_for_all = min_agents == 0  # but where the run is resumed, for as many as took part last
+        # but where the run is resumed, for as many as took part last
+        self._asks_for_all = min_agents == 0
         self.record_root, self.name = record, name
         self.keep_frames, self.checkpoint_every = keep_frames, checkpoint_every
         self.resume = Path(resume).absolute() if resume else None
         self.config = dict(config or {})
         self.run_id = new_run_id()  # stays the same when the run is resumed, unlike Flower's
         self.roster = Roster(self.topology.num_agents)
-        self.attendance = Attendance(self.roster, min_agents=self.min_agents, wait_timeout=wait_timeout)
+        self.attendance = Attendance(
+            self.roster, min_agents=self.min_agents, wait_timeout=wait_timeout
+        )
         self.monitor = RunMonitor(self.relay, num_rounds=0, log=_log)
         self.record: RunRecord | None = None
         self._checkpoints: RunCheckpoints[Array] | None = None
-        self._num_rounds, self._timeout = 3, 3600.0  # Flower's defaults, unless the run config says otherwise
+        # Flower's defaults, unless the run config says otherwise
+        self._num_rounds, self._timeout = 3, 3600.0
         self._first = 1  # the first round of this process; a later one where the run is resumed
         self._timeout_factor = timeout_factor
         self._patience = Patience(self._timeout, timeout_factor)
         self._in_flight = InFlight()
         self._initial: InitialArrays | None = None  # until `start`
-        self._arrivals: dict[str, Arrival] = {}  # of the present exchange, by the id of the message answered
-        self._refused: set[int] = set()  # nodes that were turned away; they may try again when a node has left
+        # of the present exchange, by the id of the message answered
+        self._arrivals: dict[str, Arrival] = {}
+        # nodes that were turned away; they may try again when a node has left
+        self._refused: set[int] = set()
 
     def begin_from(self, settings: RunSettings) -> None:
         """Take rounds and timeout from the run config, for a `start` that does not name them."""
@@ -110,22 +134,26 @@ class ExchangeStrategy(Strategy):
     ) -> Result:
         """Run the rounds and the closing exchange; as `Strategy.start`, but ``initial_arrays`` may be left out.
 
-        ``num_rounds`` and ``timeout`` (seconds for a round) are by default those of the run config after
-        `from_run_config`, else 3 and 3600.
+        ``num_rounds`` and ``timeout`` (seconds for a round) are by default those of the
+        run config after `from_run_config`, else 3 and 3600.
 
-        ``initial_arrays`` are for apps with `neighbor_average_mod`: every node gets them with its first message; a run
-        that is resumed takes those it began with from its checkpoint, and these need the same names, types and shapes.
-        ``train_config`` and ``evaluate_config`` are what such an app is told. Agents of `make_client_app` make their
-        own weights from the run's seed and read none of these.
+        ``initial_arrays`` are for apps with `neighbor_average_mod`: every node gets
+        them with its first message; a run that is resumed takes those it began with
+        from its checkpoint, and these need the same names, types and shapes.
+        ``train_config`` and ``evaluate_config`` are what such an app is told. Agents of
+        `make_client_app` make their own weights from the run's seed and read none of
+        these.
 
-        ``evaluate_fn`` gets no arrays and the result has none: there is no global model.
-        ``evaluate_metrics_clientapp`` holds, per evaluated round, the mean, spread and worst of the personal
-        accuracies; `monitor` and the run record hold each agent's.
+        ``evaluate_fn`` gets no arrays and the result has none: there is no global
+        model. ``evaluate_metrics_clientapp`` holds, per evaluated round, the mean,
+        spread and worst of the personal accuracies; `monitor` and the run record hold
+        each agent's.
 
         Raises
         ------
         RosterError, FingerprintError
-            If the nodes do not fit the graph in the first round, or if nobody answers for some rounds.
+            If the nodes do not fit the graph in the first round, or if nobody answers
+            for some rounds.
         RecordError, ConfigError
             If a run cannot be resumed, or not with these settings.
         """
@@ -162,7 +190,10 @@ class ExchangeStrategy(Strategy):
             if self._checkpoints is not None:
                 self._checkpoints.clear()
         result.train_metrics_clientapp.update(
-            {round: MetricRecord({"train-loss": loss}) for round, loss in self.monitor.train_loss.items()}
+            {
+                round: MetricRecord({"train-loss": loss})
+                for round, loss in self.monitor.train_loss.items()
+            }
         )
         result.evaluate_metrics_clientapp.update(
             {round: MetricRecord(metrics) for round, metrics in self.monitor.evaluations().items()}
@@ -181,8 +212,8 @@ class ExchangeStrategy(Strategy):
     ) -> Result:
         """Go through the rounds as Flower's own loop does.
 
-        That one begins with round 1 and asks its grid to wait for all answers of a round; this one may begin later,
-        and takes late answers into the next round.
+        That one begins with round 1 and asks its grid to wait for all answers of a
+        round; this one may begin later, and takes late answers into the next round.
         """
         result = Result()
         num_rounds = self.monitor.num_rounds
@@ -218,7 +249,8 @@ class ExchangeStrategy(Strategy):
     def _exchange(self, grid: Grid, messages: Iterable[Message], round: int) -> list[Message]:
         """Send the messages and return what was answered in time, late answers to earlier messages included.
 
-        The last round waits for late answers, too: there is no later one that could take them.
+        The last round waits for late answers, too: there is no later one that could
+        take them.
         """
         evaluating = self._evaluates(round)
         wanted = self._in_flight.send(
@@ -233,14 +265,22 @@ class ExchangeStrategy(Strategy):
         )
         if round > self._first:  # the first one includes the start of processes
             for kind in (True, False):
-                times = [a.seconds for a in arrivals if a.sent.evaluating is kind and not a.reply.has_error()]
+                times = [
+                    a.seconds
+                    for a in arrivals
+                    if a.sent.evaluating is kind and not a.reply.has_error()
+                ]
                 self._patience.learn(times, evaluating=kind)
-        self._arrivals = {arrival.reply.metadata.reply_to_message_id: arrival for arrival in arrivals}
+        self._arrivals = {
+            arrival.reply.metadata.reply_to_message_id: arrival for arrival in arrivals
+        }
         return [arrival.reply for arrival in arrivals]
 
     def _evaluates(self, round: int) -> bool:
         """Tell whether agents evaluate in ``round``, which takes longer."""
-        return round > self.monitor.num_rounds or (round > 1 and (round - 1) % self.relay.evaluate_every == 0)
+        return round > self.monitor.num_rounds or (
+            round > 1 and (round - 1) % self.relay.evaluate_every == 0
+        )
 
     def _time_to_live(self, round: int) -> float:
         """Return for how many seconds a message of ``round`` may be answered: the longest round and two usual ones."""
@@ -253,9 +293,9 @@ class ExchangeStrategy(Strategy):
         if self._initial is None:
             raise ConfigError(
                 f"{type(self).__name__} runs its rounds itself, and was not started. Call its own "
-                "start(grid=grid, ...); a strategy that wraps another to clip or add noise to the aggregate has "
-                "nothing to work on here, as nothing is aggregated. Use Flower's mods on the devices instead "
-                "(docs/existing-apps.md)."
+                "start(grid=grid, ...); a strategy that wraps another to clip or add noise to the "
+                "aggregate has nothing to work on here, as nothing is aggregated. Use Flower's "
+                "mods on the devices instead (docs/existing-apps.md)."
             )
         before = self.attendance.online
         online = self.attendance.wait_for_nodes(grid, first=server_round == self._first)
@@ -270,7 +310,9 @@ class ExchangeStrategy(Strategy):
                 continue
             agent = self.roster.agent_of(node)
             parcel = (
-                Parcel[Array](server_round, None) if agent is None else self.relay.parcel(agent, round=server_round)
+                Parcel[Array](server_round, None)
+                if agent is None
+                else self.relay.parcel(agent, round=server_round)
             )
             messages.append(self._message(node, parcel, config, MessageType.TRAIN))
         return messages
@@ -298,7 +340,9 @@ class ExchangeStrategy(Strategy):
                 messages.append(self._message(node, parcel, config, MessageType.EVALUATE))
         return messages
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
         """Take in the closing answers and return the final accuracy over the agents."""
         if server_round != self.monitor.num_rounds:
             return None
@@ -309,7 +353,9 @@ class ExchangeStrategy(Strategy):
     def _finish(self) -> None:
         """Do what remains after the closing exchange."""
 
-    def _message(self, node: int, parcel: Parcel[Array], config: ConfigRecord, message_type: str) -> Message:
+    def _message(
+        self, node: int, parcel: Parcel[Array], config: ConfigRecord, message_type: str
+    ) -> Message:
         order = order_of(
             parcel,
             config,
@@ -319,10 +365,13 @@ class ExchangeStrategy(Strategy):
         )
         if self._checkpoints is not None and (kept := self._checkpoints.rounds()):
             order[keys.CHECKPOINTS] = kept
-        store = parcel.train and self._checkpoints is not None and self._checkpoints.due(parcel.round)
+        store = (
+            parcel.train and self._checkpoints is not None and self._checkpoints.due(parcel.round)
+        )
         if store:
             order[keys.STORE] = True
-        resumed = self._first > 1 and not self.roster.has_met(node)  # a simulated agent finds its state in the record
+        # a simulated agent finds its state in the record
+        resumed = self._first > 1 and not self.roster.has_met(node)
         if self.record is not None and (store or resumed or not parcel.train):
             order[keys.AGENTS_DIR] = str(self.record.agents_dir)
         content = RecordDict({keys.FRAMES: frames_of(parcel), keys.ORDER: order})
@@ -340,13 +389,16 @@ class ExchangeStrategy(Strategy):
         answers: dict[int, Answer[Array]] = {}
         failed: dict[str, str] = {}
         for reply in sorted(replies, key=lambda reply: self._origin(reply, round)):
-            # Error replies of the SuperLink bear its own node id: the message answered tells who was asked.
+            # Error replies of the SuperLink bear its own node id: the message answered
+            # tells who was asked.
             of_round, node = self._origin(reply, round)
             if self._initial is not None:
                 self._initial.note(node, sound=not reply.has_error())
             if reply.has_error():
                 self.roster.doubt([node])
-                failed[self._name(node)] = f"error {reply.error.code}: {plain_reason(reply.error.reason)}"
+                failed[self._name(node)] = (
+                    f"error {reply.error.code}: {plain_reason(reply.error.reason)}"
+                )
                 continue
             try:
                 agent, answer = self._admit(node, reply.content, round=of_round)
@@ -362,13 +414,21 @@ class ExchangeStrategy(Strategy):
             answers[agent] = replace(answer, late_of=None if of_round == round else of_round)
         for sent in self._in_flight.expire():
             self.roster.doubt([sent.node])
-            failed.setdefault(self._name(sent.node), f"no answer to the message of round {sent.round} within its time")
-        failed = {name: reason for name, reason in failed.items() if name not in {f"agent {a}" for a in answers}}
+            failed.setdefault(
+                self._name(sent.node),
+                f"no answer to the message of round {sent.round} within its time",
+            )
+        failed = {
+            name: reason
+            for name, reason in failed.items()
+            if name not in {f"agent {a}" for a in answers}
+        }
         for name, reason in sorted(failed.items()):
             logger.log(WARNING, "round %d: %s failed. %s", round, name, reason)
         self.attendance.check(round, answers, failed, first=round == self._first)
         busy = self._in_flight.busy()
-        prompt = [agent for agent in answers if self.roster.node_of[agent] not in busy]  # no other answer is owed
+        # no other answer is owed
+        prompt = [agent for agent in answers if self.roster.node_of[agent] not in busy]
         missing = [agent for agent in self.roster.absent(prompt) if f"agent {agent}" not in failed]
         states = self.attendance.changes(round, answers, failed, busy)
         self.monitor.close_round(round, answers, failed=failed, missing=missing, states=states)
@@ -376,7 +436,11 @@ class ExchangeStrategy(Strategy):
     def _origin(self, reply: Message, round: int) -> tuple[int, int]:
         """Return round and node of the message that was answered."""
         arrival = self._arrivals.get(reply.metadata.reply_to_message_id)
-        return (round, reply.metadata.src_node_id) if arrival is None else (arrival.sent.round, arrival.sent.node)
+        return (
+            (round, reply.metadata.src_node_id)
+            if arrival is None
+            else (arrival.sent.round, arrival.sent.node)
+        )
 
     def _admit(self, node: int, content: RecordDict, *, round: int) -> tuple[int, Answer[Array]]:
         played = self.roster.agent_of(node)
@@ -385,7 +449,12 @@ class ExchangeStrategy(Strategy):
         self.roster.admit(node, answer.facts, online=self.attendance.online)
         self._check_agent(agent, answer.facts)
         if answer.fresh and round > 1:
-            logger.log(WARNING, "round %d: agent %d started afresh: its node holds no state of it", round, agent)
+            logger.log(
+                WARNING,
+                "round %d: agent %d started afresh: its node holds no state of it",
+                round,
+                agent,
+            )
         return agent, answer
 
     def _check_agent(self, agent: int, facts: Mapping[str, Any]) -> None:
@@ -420,7 +489,8 @@ class ExchangeStrategy(Strategy):
                 self.resume, config, held=held, with_frames=self.keep_frames, log=logger.warning
             )
             self.run_id = run_id_of(self.record)
-            if self._asks_for_all:  # an agent that died earlier holds up nothing, as it held up nothing then
+            # an agent that died earlier holds up nothing, as it held up nothing then
+            if self._asks_for_all:
                 self.min_agents = self.attendance.min_agents = max(1, answered)
         elif self.record_root is not None:
             config[RUN] = self.run_id
@@ -432,14 +502,22 @@ class ExchangeStrategy(Strategy):
             return
         self.monitor.record = self.record
         self._checkpoints = RunCheckpoints[Array](
-            self.record, self.relay, self.monitor, every=self.checkpoint_every, pack=frame_bytes, unpack=frame_array
+            self.record,
+            self.relay,
+            self.monitor,
+            every=self.checkpoint_every,
+            pack=frame_bytes,
+            unpack=frame_array,
         )
         if checkpoint is not None:
             self._first = checkpoint.round + 1
             self._checkpoints.restore(checkpoint)
             self.roster.restore(checkpoint.facts["roster"])
             if not self._initial.restore(checkpoint.facts, checkpoint.group(INITIAL)):
-                _log("The initial arrays are those that the run began with; the ones given now have other bits.")
+                _log(
+                    "The initial arrays are those that the run began with; the ones given now "
+                    "have other bits."
+                )
 
 
 def _log(line: str) -> None:

@@ -16,16 +16,18 @@ WINDOW, NEEDED = 20, 3  # rounds that are remembered, and those it takes to lear
 class Patience:
     """Learns from the rounds so far after how many seconds one more answer is no longer waited for.
 
-    An answer's time is that until it arrives: in simulation it includes the wait for a free core. So it is the whole
-    round's time that is learned there, and a slow machine is no dead agent.
+    An answer's time is that until it arrives: in simulation it includes the wait for a
+    free core. So it is the whole round's time that is learned there, and a slow machine
+    is no dead agent.
 
     Parameters
     ----------
     longest : float
         Seconds after which a round ends in any case.
     factor : float
-        The deadline is ``factor`` times the time within which 95 % of the answers of the last 20 rounds of the same
-        kind came, but at least 60 seconds and at most ``longest``. 0 always waits for ``longest``.
+        The deadline is ``factor`` times the time within which 95 % of the answers of
+        the last 20 rounds of the same kind came, but at least 60 seconds and at most
+        ``longest``. 0 always waits for ``longest``.
     """
 
     def __init__(self, longest: float, factor: float) -> None:
@@ -76,16 +78,19 @@ class Arrival:
 class InFlight:
     """The messages that nodes still owe an answer to, over the rounds.
 
-    A node that owes one gets no other message: a simulated client would play the second one at the same time, from
-    its old state. Where a node was offline in between, what it had to answer counts as lost; should it answer after
-    all, the answer is still taken.
+    A node that owes one gets no other message: a simulated client would play the second
+    one at the same time, from its old state. Where a node was offline in between, what
+    it had to answer counts as lost; should it answer after all, the answer is still
+    taken.
     """
 
     def __init__(self) -> None:
         self._sent: dict[str, Sent] = {}  # by message id
         self._lost: set[str] = set()
 
-    def send(self, grid: Grid, messages: Sequence[Message], *, round: int, evaluating: bool, ttl: float) -> set[str]:
+    def send(
+        self, grid: Grid, messages: Sequence[Message], *, round: int, evaluating: bool, ttl: float
+    ) -> set[str]:
         """Hand the messages to Flower; return the ids of those that it took."""
         if not messages:
             return set()
@@ -100,12 +105,16 @@ class InFlight:
 
     def busy(self) -> set[int]:
         """Return the nodes that owe an answer."""
-        return {sent.node for message_id, sent in self._sent.items() if message_id not in self._lost}
+        return {
+            sent.node for message_id, sent in self._sent.items() if message_id not in self._lost
+        }
 
     def lose(self, online: Iterable[int]) -> None:
         """Give up what nodes that are not online had to answer, unless it comes after all."""
         here = set(online)
-        self._lost |= {message_id for message_id, sent in self._sent.items() if sent.node not in here}
+        self._lost |= {
+            message_id for message_id, sent in self._sent.items() if sent.node not in here
+        }
 
     def expire(self) -> list[Sent]:
         """Drop, and return, what nobody can answer any more."""
@@ -114,13 +123,16 @@ class InFlight:
         self._forget(over)
         return [sent for message_id, sent in over.items()]
 
-    def wait(self, grid: Grid, wanted: set[str], *, usual: float, deadline: float, longest: float) -> list[Arrival]:
+    def wait(
+        self, grid: Grid, wanted: set[str], *, usual: float, deadline: float, longest: float
+    ) -> list[Arrival]:
         """Wait for the answers to the wanted messages, and take late ones to earlier messages meanwhile.
 
-        It ends when all have come. Else, when the wanted ones have come and ``usual`` seconds are over: late agents do
-        not hold up the others, but these do not race ahead either. Else after ``deadline`` seconds, if one agent at
-        least has answered: a stall of all is not taken for the death of some. And after ``longest`` seconds in any
-        case.
+        It ends when all have come. Else, when the wanted ones have come and ``usual``
+        seconds are over: late agents do not hold up the others, but these do not race
+        ahead either. Else after ``deadline`` seconds, if one agent at least has
+        answered: a stall of all is not taken for the death of some. And after
+        ``longest`` seconds in any case.
         """
         begin = time.monotonic()
         arrived: list[Arrival] = []
@@ -133,7 +145,8 @@ class InFlight:
                 limit = deadline if wanted & self._sent.keys() else usual
                 if spent >= limit:
                     return arrived
-            time.sleep(min(3.0, max(0.1, spent / 20)))  # seldom in long rounds: on devices each look is a request
+            # seldom in long rounds: on devices each look is a request
+            time.sleep(min(3.0, max(0.1, spent / 20)))
 
     def owed(self) -> set[str]:
         """Return the ids of all messages that may still be answered."""

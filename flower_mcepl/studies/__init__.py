@@ -4,4 +4,13 @@ from flower_mcepl.report.compare import Comparison, compare, find_records
 from flower_mcepl.studies.runner import Outcome, run_study
 from flower_mcepl.studies.study import PlannedRun, Study, read_study
 
-__all__ = ["Comparison", "Outcome", "PlannedRun", "Study", "compare", "find_records", "read_study", "run_study"]
+__all__ = [
+    "Comparison",
+    "Outcome",
+    "PlannedRun",
+    "Study",
+    "compare",
+    "find_records",
+    "read_study",
+    "run_study",
+]

@@ -28,7 +28,8 @@ Log = Callable[[str], None]
 Engine = Callable[[FlowerApp, Mapping[str, Any], Path, Log], Path]
 """``engine(app, config, folder, log)`` leaves one run record below the empty `folder`, and returns its path."""
 
-_run_ids = itertools.count(1)  # a client keeps modules and data for as long as the run's number stays
+# a client keeps modules and data for as long as the run's number stays
+_run_ids = itertools.count(1)
 
 
 def run_in_flower(app: FlowerApp, config: Mapping[str, Any], folder: Path, log: Log) -> Path:
@@ -40,7 +41,9 @@ def run_in_flower(app: FlowerApp, config: Mapping[str, Any], folder: Path, log: 
         If the run does not end well, or leaves no record.
     """
     defaults = {(key, type(value), value) for key, value in app.config.items()}
-    set_here = {key: value for key, value in config.items() if (key, type(value), value) not in defaults}
+    set_here = {
+        key: value for key, value in config.items() if (key, type(value), value) not in defaults
+    }
     outcome = run_app(
         app.folder,
         run_config={**set_here, "record-dir": folder},
@@ -52,8 +55,8 @@ def run_in_flower(app: FlowerApp, config: Mapping[str, Any], folder: Path, log: 
     records = list(folder.iterdir())
     if len(records) != 1:
         raise RecordError(
-            f"a run leaves one record in its record-dir; {app.folder} left {len(records)}. Its ServerApp must build "
-            "its strategy with from_run_config."
+            f"a run leaves one record in its record-dir; {app.folder} left {len(records)}. Its "
+            f"ServerApp must build its strategy with from_run_config."
         )
     return records[0]
 
@@ -105,17 +108,23 @@ def introductions(app: FlowerApp, config: Mapping[str, Any]) -> list[dict[str, A
     """
     settings = RunSettings.from_run_config(config, app_keys=app.config)
     with imported_client(app) as client, torch_threads(read_fields(DeviceSettings, config).threads):
-        return [client.agent_fn(context).describe() for context in _contexts(config, settings.num_agents)]
+        return [
+            client.agent_fn(context).describe()
+            for context in _contexts(config, settings.num_agents)
+        ]
 
 
 @contextlib.contextmanager
-def agent_of_node(app: FlowerApp, config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Iterator[Agent]:
+def agent_of_node(
+    app: FlowerApp, config: Mapping[str, Any], node_config: Mapping[str, Any]
+) -> Iterator[Agent]:
     """Build the agent that a SuperNode with this node config would play; the app's modules are found meanwhile.
 
     Raises
     ------
     ConfigError
-        If the settings are wrong, or the ClientApp is not made by `make_client_app` or `make_agent_app`.
+        If the settings are wrong, or the ClientApp is not made by `make_client_app` or
+        `make_agent_app`.
     """
     settings = read_fields(DeviceSettings, {**config, **node_config})
     with imported_client(app) as client:
@@ -128,7 +137,8 @@ def _contexts(config: Mapping[str, Any], num_agents: int) -> "list[Context]":
     """Return a context for each agent of a new run."""
     number = next(_run_ids)
     return [
-        _context(number, config, {"partition-id": agent, "num-partitions": num_agents}) for agent in range(num_agents)
+        _context(number, config, {"partition-id": agent, "num-partitions": num_agents})
+        for agent in range(num_agents)
     ]
 
 
@@ -137,7 +147,11 @@ def _context(number: int, config: Mapping[str, Any], node_config: Mapping[str, A
 
     node = node_config.get("partition-id", 0)
     return Context(
-        run_id=number, node_id=node, state=RecordDict(), run_config=dict(config), node_config=dict(node_config)
+        run_id=number,
+        node_id=node,
+        state=RecordDict(),
+        run_config=dict(config),
+        node_config=dict(node_config),
     )
 
 
@@ -148,11 +162,14 @@ def _make_server(app: FlowerApp, client: "AgentApp", context: "Context") -> Serv
         return None
     if client.module_fn is None:
         raise ConfigError(
-            f"an in-process run of {settings.algorithm} needs the network of its server; the ClientApp {app.client} "
-            "does not tell it. Make it with make_client_app, or give make_agent_app a module_fn."
+            f"an in-process run of {settings.algorithm} needs the network of its server; the "
+            f"ClientApp {app.client} does not tell it. Make it with make_client_app, or give "
+            "make_agent_app a module_fn."
         )
     module = client.module_fn(context)
-    return make_server(settings.algorithm, module, settings.num_agents, context.run_config, seed=settings.seed)
+    return make_server(
+        settings.algorithm, module, settings.num_agents, context.run_config, seed=settings.seed
+    )
 
 
 ENGINES: dict[str, Engine] = {"flower": run_in_flower, "in-process": run_in_process}

@@ -41,8 +41,8 @@ def read_app(folder: Path) -> FlowerApp:
     client = settings.get("components", {}).get("clientapp")
     if not isinstance(client, str) or not client.partition(":")[2]:
         raise ConfigError(
-            f"a Flower app names its clientapp as 'module:attribute' in [tool.flwr.app.components]; {folder} says "
-            f"{client!r}."
+            f"a Flower app names its clientapp as 'module:attribute' in "
+            f"[tool.flwr.app.components]; {folder} says {client!r}."
         )
     return FlowerApp(folder, client, flat(settings.get("config", {})))
 
@@ -65,15 +65,18 @@ def imported_client(app: FlowerApp) -> Iterator["AgentApp"]:
     Raises
     ------
     ConfigError
-        If the component cannot be imported, or is not made by `make_client_app` or `make_agent_app`.
+        If the component cannot be imported, or is not made by `make_client_app` or
+        `make_agent_app`.
     """
     from flower_mcepl.clients.app import AgentApp
 
     with imported_component(app) as client:
         if not isinstance(client, AgentApp):
             raise ConfigError(
-                f"an in-process run needs a ClientApp from make_client_app or make_agent_app; {app.client} of "
-                f'{app.folder} is {type(client).__name__}. Use them, or run the study with engine = "flower".'
+                f"an in-process run needs a ClientApp from make_client_app or make_agent_app; "
+                f"{app.client} of "
+                f"{app.folder} is {type(client).__name__}. Use them, or run the study with engine "
+                f'= "flower".'
             )
         yield client
 
@@ -102,6 +105,6 @@ def imported_component(app: FlowerApp) -> Iterator[object]:
 def _refuse_foreign(file: str | None, app: FlowerApp) -> None:
     if file is None or not Path(file).resolve().is_relative_to(app.folder):
         raise ConfigError(
-            f"the module of {app.client} must be that of the app in {app.folder}; Python has loaded {file} under this "
-            "name. Give the app's package a name of its own."
+            f"the module of {app.client} must be that of the app in {app.folder}; Python has "
+            f"loaded {file} under this name. Give the app's package a name of its own."
         )

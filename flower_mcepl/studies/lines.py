@@ -5,13 +5,15 @@ import tomllib
 from collections.abc import Iterator
 from typing import Any
 
-Place = tuple[str | int, ...]  # keys from the top down; a table of an array of tables has its number among them
+# keys from the top down; a table of an array of tables has its number among them
+Place = tuple[str | int, ...]
 
 
 def key_lines(text: str) -> dict[Place, int]:
     """Return the line, from 1, of every table and key of a TOML text that is in order.
 
-    A dotted key and the keys of an inline table have the line on which their statement begins.
+    A dotted key and the keys of an inline table have the line on which their statement
+    begins.
     """
     lines: dict[Place, int] = {}
     header: Place = ()
@@ -38,8 +40,9 @@ def line_of_error(text: str, error: tomllib.TOMLDecodeError) -> int:
 def _statements(text: str) -> Iterator[tuple[int, str]]:
     """Yield each table header and key with its line.
 
-    Whatever spans several lines is no TOML until its last one has been read, so the parser itself says where a
-    statement ends; the rest of a broken text is the last statement.
+    Whatever spans several lines is no TOML until its last one has been read, so the
+    parser itself says where a statement ends; the rest of a broken text is the last
+    statement.
     """
     pending: list[str] = []
     began = 1

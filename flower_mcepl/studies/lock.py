@@ -14,8 +14,9 @@ LOCK = ".lock"
 def study_lock(folder: Path) -> Iterator[None]:
     """Hold the folder of a study.
 
-    The operating system lets go of the lock when its process ends, however it ends: a lock is never stale. The file
-    that stays behind means nothing by itself; the process id in it is for the message only.
+    The operating system lets go of the lock when its process ends, however it ends: a
+    lock is never stale. The file that stays behind means nothing by itself; the process
+    id in it is for the message only.
 
     Raises
     ------
@@ -30,8 +31,8 @@ def study_lock(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise ConfigError(
-                f"one process at a time runs a study; process {file.read().strip() or '?'} is at work in {folder}. "
-                "Wait for it, or give this study another folder (out)."
+                f"one process at a time runs a study; process {file.read().strip() or '?'} is at "
+                f"work in {folder}. Wait for it, or give this study another folder (out)."
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

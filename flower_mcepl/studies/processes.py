@@ -13,11 +13,14 @@ T = TypeVar("T")
 Work = Callable[[T], str | None]  # returns what went wrong
 
 
-def side_by_side(work: Work[T], tasks: Sequence[T], *, jobs: int) -> Generator[tuple[T, str | None], None, None]:
+def side_by_side(
+    work: Work[T], tasks: Sequence[T], *, jobs: int
+) -> Generator[tuple[T, str | None], None, None]:
     """Yield every task with what went wrong in it, as it ends; at most `jobs` run at a time."""
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads half
     waiting = list(reversed(tasks))
-    running: dict[object, tuple[SpawnProcess, Connection, T]] = {}  # by the handle that tells of the process's end
+    # by the handle that tells of the process's end
+    running: dict[object, tuple[SpawnProcess, Connection, T]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -53,7 +56,9 @@ def _outcome(process: SpawnProcess, receiver: Connection) -> str | None:
         if process.exitcode == 0 and receiver.poll():
             told: str | None = receiver.recv()
             return told
-    reason = "killed, maybe for want of memory" if process.exitcode == -signal.SIGKILL else "see its log"
+    reason = (
+        "killed, maybe for want of memory" if process.exitcode == -signal.SIGKILL else "see its log"
+    )
     return f"the run's process ended with exit code {process.exitcode} ({reason})."
 
 

@@ -76,11 +76,17 @@ def is_finished(task: Task) -> bool:
     with contextlib.suppress(RecordError, OSError):
         run = read_run(task.record)
         digest = (run.config.get("study") or {}).get("digest")
-        return run.summary is not None and run.summary.get("status") == "finished" and digest == task.run.digest
+        return (
+            run.summary is not None
+            and run.summary.get("status") == "finished"
+            and digest == task.run.digest
+        )
     return False
 
 
-def run_study(study: Study, *, jobs: int = 1, tell: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
+def run_study(
+    study: Study, *, jobs: int = 1, tell: Callable[[Outcome], None] = lambda outcome: None
+) -> list[Outcome]:
     """Do the runs that are not finished, and write the tables over all that are.
 
     A run that fails does not stop the others; the next call tries it again.
@@ -90,7 +96,8 @@ def run_study(study: Study, *, jobs: int = 1, tell: Callable[[Outcome], None] = 
     study : Study
         What to run.
     jobs : int (default: 1)
-        Runs at the same time, each in a process of its own; more than one only with the engine ``in-process``.
+        Runs at the same time, each in a process of its own; more than one only with the
+        engine ``in-process``.
     tell : callable, optional
         Called with each run's outcome as it ends.
 
@@ -101,7 +108,8 @@ def run_study(study: Study, *, jobs: int = 1, tell: Callable[[Outcome], None] = 
     """
     if jobs < 1 or (jobs > 1 and study.engine != "in-process"):
         raise ConfigError(
-            f'--jobs must be 1 with engine = "{study.engine}", and >= 1 with "in-process"; got {jobs}. Flower spreads '
+            f'--jobs must be 1 with engine = "{study.engine}", and >= 1 with "in-process"; got '
+            f"{jobs}. Flower spreads "
             "one run over all cores by itself."
         )
     study.out.mkdir(parents=True, exist_ok=True)
@@ -113,7 +121,8 @@ def run_study(study: Study, *, jobs: int = 1, tell: Callable[[Outcome], None] = 
         waiting = [task for task in tasks_of(study) if not is_finished(task)]
         outcomes = []
         try:
-            with contextlib.closing(_attempts(waiting, jobs)) as attempts:  # whatever happens, nobody works on unheld
+            # whatever happens, nobody works on unheld
+            with contextlib.closing(_attempts(waiting, jobs)) as attempts:
                 for task, error in attempts:
                     outcomes.append(Outcome(task, error))
                     tell(outcomes[-1])
@@ -152,13 +161,21 @@ def attempt(task: Task) -> str | None:
         interrupts: list[int] = []
         try:
             # An app that prints would disturb the progress shown.
-            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), _noting(interrupts):
+            with (
+                contextlib.redirect_stdout(log),
+                contextlib.redirect_stderr(log),
+                _noting(interrupts),
+            ):
                 _carry_out(task, lambda line: _write(log, line))
         except Exception as error:  # a run may fail in any way; the study goes on with the others
             if interrupts:
                 raise KeyboardInterrupt from error
             traceback.print_exc(file=log)
-            return str(error) if isinstance(error, FlowerMceplError) else f"{type(error).__name__}: {error}"
+            return (
+                str(error)
+                if isinstance(error, FlowerMceplError)
+                else f"{type(error).__name__}: {error}"
+            )
     return None
 
 
@@ -191,10 +208,16 @@ def _carry_out(task: Task, log: Callable[[str], None]) -> None:
         shutil.rmtree(task.record)
     unfinished = task.out / UNFINISHED
     unfinished.mkdir(exist_ok=True)
-    # A name of its own for every attempt: a run that outlives a killed study writes nowhere near the next attempt.
+    # A name of its own for every attempt: a run that outlives a killed study writes
+    # nowhere near the next attempt.
     folder = Path(tempfile.mkdtemp(prefix=f"{task.run.slug}.", dir=unfinished))
     record = ENGINES[task.engine](task.app, task.run.config, folder, log)
-    about = {"name": task.study, "digest": task.run.digest, "label": task.run.label, "engine": task.engine}
+    about = {
+        "name": task.study,
+        "digest": task.run.digest,
+        "label": task.run.label,
+        "engine": task.engine,
+    }
     RunRecord(record).amend_config(study=about)
     record.rename(task.record)
     folder.rmdir()

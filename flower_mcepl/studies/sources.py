@@ -28,7 +28,8 @@ class Source:
 def read_source(path: Path) -> Source:
     """Read a run record, a folder of records, or the records of a study file's runs.
 
-    Runs come in the order of their study where that is known: from the file itself, or from its copy in the folder.
+    Runs come in the order of their study where that is known: from the file itself, or
+    from its copy in the folder.
 
     Raises
     ------
@@ -55,7 +56,9 @@ def read_sources(paths: Sequence[Path]) -> Source:
         return found[0]
     runs = {run.path: run for source in found for run in source.runs}  # each record once
     notes = tuple(note for source in found for note in source.notes)
-    return Source(" + ".join(source.name for source in found), Path(), tuple(runs.values()), notes=notes)
+    return Source(
+        " + ".join(source.name for source in found), Path(), tuple(runs.values()), notes=notes
+    )
 
 
 def _of_study_file(path: Path) -> Source:
@@ -64,19 +67,26 @@ def _of_study_file(path: Path) -> Source:
     if not runs:
         others = len(strangers(study))
         raise RecordError(
-            f"no run of {path}, as it and its app are now, is finished in {study.out}, which holds {others} other "
-            f"records. Run the study first{', or name the folder itself' if others else ''}."
+            f"no run of {path}, as it and its app are now, is finished in {study.out}, which "
+            f"holds {others} other records. Run the study "
+            f"first{', or name the folder itself' if others else ''}."
         )
-    notes = [f"left out: {other.name}, which is of no run of the study as it is now" for other in strangers(study)]
+    notes = [
+        f"left out: {other.name}, which is of no run of the study as it is now"
+        for other in strangers(study)
+    ]
     if len(runs) < len(study.runs):
-        notes.append(f"{len(study.runs) - len(runs)} of the study's {len(study.runs)} runs are not finished")
+        notes.append(
+            f"{len(study.runs) - len(runs)} of the study's {len(study.runs)} runs are not finished"
+        )
     return Source(study.name, study.out, runs, _text(path), study.target, tuple(notes))
 
 
 def _in_order(runs: tuple[Run, ...], file: Path) -> tuple[Run, ...]:
     """Sort runs as a study file lists them; what it does not name comes last, and without a file all stay in place.
 
-    The file's app may be elsewhere by now, so nothing but the file itself is read: its defaults are not known.
+    The file's app may be elsewhere by now, so nothing but the file itself is read: its
+    defaults are not known.
     """
     try:
         combinations = StudyFile.read(file).combinations()
@@ -84,7 +94,9 @@ def _in_order(runs: tuple[Run, ...], file: Path) -> tuple[Run, ...]:
         return runs
     keys = {key for one in combinations for key in one.settings}
     varied = {
-        key for key in keys if any(one.settings.get(key) != combinations[0].settings.get(key) for one in combinations)
+        key
+        for key in keys
+        if any(one.settings.get(key) != combinations[0].settings.get(key) for one in combinations)
     }
     return tuple(sorted(runs, key=lambda run: _place(run, combinations, varied)))
 

@@ -25,7 +25,9 @@ _PART, _SLUG = 40, 120  # most characters of one value, and of all of them, in a
 class PlannedRun:
     """One run of a study."""
 
-    slug: str  # folder of its record: what is particular about it, and the digest's first characters
+    # folder of its record: what is particular about it, and the digest's first
+    # characters
+    slug: str
     label: str | None
     settings: dict[str, Any]  # run-config keys that the study sets
     config: dict[str, Any]  # the whole run config, the app's defaults included; without OWN_KEY
@@ -49,17 +51,21 @@ class Study:
 def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
     """Read a study file and check every one of its runs.
 
-    ``overrides`` are run-config keys for every run; they win over those of ``[config]``.
+    ``overrides`` are run-config keys for every run; they win over those of
+    ``[config]``.
 
     Raises
     ------
     ConfigError
-        If anything in it is unknown, impossible or of the wrong type; the message names file and line.
+        If anything in it is unknown, impossible or of the wrong type; the message names
+        file and line.
     """
     file = StudyFile.read(path, overrides)
     name, engine = file.data.get("name", path.stem), file.data.get("engine", "flower")
     if engine not in ENGINES:
-        raise file.error(("engine",), f"engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
+        raise file.error(
+            ("engine",), f"engine must be one of {', '.join(ENGINES)}; got {engine!r}."
+        )
     target = file.data.get("target")
     if target is not None and not 0 < target <= 1:
         raise file.error(("target",), f"target is an accuracy in (0, 1]; got {target}.")
@@ -84,7 +90,9 @@ def _whole(app: FlowerApp, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in {**app.config, **settings}.items() if key != OWN_KEY}
 
 
-def _plan(app: FlowerApp, combination: Combination, config: dict[str, Any], varied: Sequence[str]) -> PlannedRun:
+def _plan(
+    app: FlowerApp, combination: Combination, config: dict[str, Any], varied: Sequence[str]
+) -> PlannedRun:
     text = json.dumps({"app": app.name, "config": config}, sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     said = [] if combination.label is None else [_plain(combination.label)]
@@ -121,12 +129,15 @@ def _check(file: StudyFile, app: FlowerApp, combination: Combination, engine: st
     for key, value in combination.settings.items():
         place = combination.places[key]
         if key == OWN_KEY:
-            raise file.error(place, f"a study sets {OWN_KEY} itself, below its folder. Say `out` instead.")
+            raise file.error(
+                place, f"a study sets {OWN_KEY} itself, below its folder. Say `out` instead."
+            )
         if key not in app.config:
             raise file.error(
                 place,
-                f"{key!r} is not in the app's config, and Flower takes no other keys. {closest(key, app.config)} Or "
-                f"add it to [tool.flwr.app.config] in {app.folder / 'pyproject.toml'}.",
+                f"{key!r} is not in the app's config, and Flower takes no other keys. "
+                f"{closest(key, app.config)} Or add it to [tool.flwr.app.config] in "
+                f"{app.folder / 'pyproject.toml'}.",
             )
         if (problem := _wrong_type(key, value, app.config[key])) is not None:
             raise file.error(place, problem)
@@ -158,20 +169,35 @@ def _problem(app: FlowerApp, settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _explain(file: StudyFile, app: FlowerApp, combination: Combination, problem: str) -> ConfigError:
+def _explain(
+    file: StudyFile, app: FlowerApp, combination: Combination, problem: str
+) -> ConfigError:
     """Name the line of the key that is at fault: without it, the run would be possible."""
     settings = combination.settings
     guilty = [
-        key for key in combination.places if _problem(app, {k: v for k, v in settings.items() if k != key}) is None
+        key
+        for key in combination.places
+        if _problem(app, {k: v for k, v in settings.items() if k != key}) is None
     ]
     if not guilty:
-        guilty = [key for key in combination.places if re.search(rf"(?<![\w-]){re.escape(key)}(?![\w-])", problem)]
+        guilty = [
+            key
+            for key in combination.places
+            if re.search(rf"(?<![\w-]){re.escape(key)}(?![\w-])", problem)
+        ]
     if not guilty:
-        return file.error(combination.origin, f"{problem} (with the other settings of {app.folder / 'pyproject.toml'})")
+        return file.error(
+            combination.origin,
+            f"{problem} (with the other settings of {app.folder / 'pyproject.toml'})",
+        )
     first, *others = guilty
-    also = [f"{key} = {settings[key]!r} on line {file.line(combination.places[key])}" for key in others]
+    also = [
+        f"{key} = {settings[key]!r} on line {file.line(combination.places[key])}" for key in others
+    ]
     beside = f" (beside {', '.join(also)})" if also else ""
-    return file.error(combination.places[first], f"{first} = {settings[first]!r}{beside}: {problem}")
+    return file.error(
+        combination.places[first], f"{first} = {settings[first]!r}{beside}: {problem}"
+    )
 
 
 def _refuse_duplicates(
@@ -183,7 +209,9 @@ def _refuse_duplicates(
         if key in seen:
             raise file.error(
                 combination.origin,
-                f"this asks for a run that the table on line {file.line(seen[key].origin)} asks for, too: "
-                f"{', '.join(f'{name} = {value!r}' for name, value in combination.settings.items())}. Leave one out.",
+                f"this asks for a run that the table on line {file.line(seen[key].origin)} asks "
+                f"for, too: "
+                f"{', '.join(f'{name} = {value!r}' for name, value in combination.settings.items())}. "
+                f"Leave one out.",
             )
         seen[key] = combination

@@ -63,7 +63,9 @@ class StudyFile:
         try:
             file = cls(path, tomllib.loads(text), key_lines(text), overrides or {})
         except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}, line {line_of_error(text, error)}: this is no TOML: {error}.") from None
+            raise ConfigError(
+                f"{path}, line {line_of_error(text, error)}: this is no TOML: {error}."
+            ) from None
         file._check_top()
         return file
 
@@ -96,14 +98,23 @@ class StudyFile:
             if kind is None:
                 raise self.error((key,), f"unknown key {key!r} in a study. {closest(key, TYPES)}")
             if not _is_a(value, kind):
-                noun = {dict: "a table", list: "an array of tables ([[runs]])", float: "a number", str: "a string"}[
-                    kind
-                ]
+                noun = {
+                    dict: "a table",
+                    list: "an array of tables ([[runs]])",
+                    float: "a number",
+                    str: "a string",
+                }[kind]
                 raise self.error((key,), f"{key} must be {noun}; got {value!r}.")
         if "app" not in self.data:
-            raise self.error((), 'a study needs app = "FOLDER", a Flower app relative to the study file; it has none.')
+            raise self.error(
+                (),
+                'a study needs app = "FOLDER", a Flower app relative to the study file; it has '
+                "none.",
+            )
         if not all(isinstance(table, dict) for table in self.data.get("runs", [])):
-            raise self.error(("runs",), f"runs must be an array of tables ([[runs]]); got {self.data['runs']!r}.")
+            raise self.error(
+                ("runs",), f"runs must be an array of tables ([[runs]]); got {self.data['runs']!r}."
+            )
 
     def _config(self) -> Combination:
         settings, places = {}, {}
@@ -118,40 +129,59 @@ class StudyFile:
         choices, places = {}, {}
         for key, value, place in self._flat(grid, ("grid",)):
             if key in self.overrides:
-                raise self.error((COMMAND_LINE, key), f"{key} varies in this study. Change it in {self.path}.")
+                raise self.error(
+                    (COMMAND_LINE, key), f"{key} varies in this study. Change it in {self.path}."
+                )
             if key in config.settings:
                 also = self.line(config.places[key])
-                raise self.error(place, f"{key} stands in [grid] and, on line {also}, in [config]. Leave one out.")
+                raise self.error(
+                    place,
+                    f"{key} stands in [grid] and, on line {also}, in [config]. Leave one out.",
+                )
             if not isinstance(value, list):
                 raise self.error(
-                    place, f"a key of [grid] has a list of values; {key} has {value!r}. Write [{value!r}]."
+                    place,
+                    f"a key of [grid] has a list of values; {key} has {value!r}. Write "
+                    f"[{value!r}].",
                 )
             choices[key], places[key] = self._choices(key, value, place), place
         yield from _product(config, choices, places, ("grid",))
 
-    def _explicit(self, config: Combination, origin: Place, table: Mapping[str, Any]) -> Iterator[Combination]:
+    def _explicit(
+        self, config: Combination, origin: Place, table: Mapping[str, Any]
+    ) -> Iterator[Combination]:
         choices, places = {}, {}
         label = table.get("label")
         if label is not None and (not isinstance(label, str) or not label.strip()):
-            raise self.error((*origin, "label"), f"label must be a string that says something; got {label!r}.")
+            raise self.error(
+                (*origin, "label"), f"label must be a string that says something; got {label!r}."
+            )
         fixed = set()
-        for key, value, place in self._flat({key: v for key, v in table.items() if key != "label"}, origin):
+        for key, value, place in self._flat(
+            {key: v for key, v in table.items() if key != "label"}, origin
+        ):
             if key in self.overrides:
-                raise self.error((COMMAND_LINE, key), f"{key} varies in this study. Change it in {self.path}.")
+                raise self.error(
+                    (COMMAND_LINE, key), f"{key} varies in this study. Change it in {self.path}."
+                )
             places[key] = place
             if isinstance(value, list):
                 choices[key] = self._choices(key, value, place)
             else:
                 choices[key] = [self._scalar(key, value, place)]
                 fixed.add(key)
-        yield from _product(config, choices, places, origin, label=label, fixed=frozenset(fixed if label else ()))
+        yield from _product(
+            config, choices, places, origin, label=label, fixed=frozenset(fixed if label else ())
+        )
 
     def _flat(self, table: Mapping[str, Any], place: Place) -> Iterator[tuple[str, Any, Place]]:
         """Yield the keys of a table and of those inside it, as ``dsgd.lr``."""
         seen: dict[str, Place] = {}
         for key, value, where in _entries(table, "", place):
             if key in seen:
-                raise self.error(where, f"{key} is said twice; the other time on line {self.line(seen[key])}.")
+                raise self.error(
+                    where, f"{key} is said twice; the other time on line {self.line(seen[key])}."
+                )
             seen[key] = where
             yield key, value, where
 
@@ -161,16 +191,22 @@ class StudyFile:
         for number, value in enumerate(values):
             self._scalar(key, value, place)
             if any(type(value) is type(other) and value == other for other in values[:number]):
-                raise self.error(place, f"the values of {key} must differ; {value!r} is there twice.")
+                raise self.error(
+                    place, f"the values of {key} must differ; {value!r} is there twice."
+                )
         return values
 
     def _scalar(self, key: str, value: Any, place: Place) -> Any:
         if not isinstance(value, SCALARS):
-            raise self.error(place, f"a value must be a bool, int, float or str; {key} has {value!r}.")
+            raise self.error(
+                place, f"a value must be a bool, int, float or str; {key} has {value!r}."
+            )
         return value
 
 
-def _entries(table: Mapping[str, Any], prefix: str, place: Place) -> Iterator[tuple[str, Any, Place]]:
+def _entries(
+    table: Mapping[str, Any], prefix: str, place: Place
+) -> Iterator[tuple[str, Any, Place]]:
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _entries(value, f"{prefix}{key}.", (*place, key))
@@ -188,7 +224,10 @@ def _product(
     fixed: frozenset[str] = frozenset(),
 ) -> Iterator[Combination]:
     # Its own keys first: an error names the first key that can mend it.
-    everywhere = {**places, **{key: place for key, place in config.places.items() if key not in places}}
+    everywhere = {
+        **places,
+        **{key: place for key, place in config.places.items() if key not in places},
+    }
     for values in itertools.product(*choices.values()):
         settings = {**config.settings, **dict(zip(choices, values, strict=True))}
         yield Combination(settings, everywhere, origin, label, fixed)

@@ -11,7 +11,9 @@ from flower_mcepl.errors import TopologyError
 _Matrix = npt.NDArray[np.float64]
 
 
-def read_graph(path: str | Path, *, num_agents: int | None, directed: bool) -> tuple[list[Any], int, bool]:
+def read_graph(
+    path: str | Path, *, num_agents: int | None, directed: bool
+) -> tuple[list[Any], int, bool]:
     """Return the edges of a graph file, the number of agents, and whether the graph is directed."""
     rows = _read_npy(path) if Path(path).suffix == ".npy" else _read_text(path)
     if isinstance(rows, list) and all(len(row) == 2 for row in rows):
@@ -24,28 +26,37 @@ def read_graph(path: str | Path, *, num_agents: int | None, directed: bool) -> t
             f"the matrix in {path} has {len(matrix)} agents, but {num_agents} are asked for. "
             "Change num_agents or the file."
         )
-    return np.argwhere(matrix).tolist(), len(matrix), directed or not np.array_equal(matrix, matrix.T)
+    return (
+        np.argwhere(matrix).tolist(),
+        len(matrix),
+        directed or not np.array_equal(matrix, matrix.T),
+    )
 
 
 def _read_npy(path: str | Path) -> _Matrix:
     try:
         return np.asarray(np.load(path, allow_pickle=False), dtype=np.float64)
     except (OSError, EOFError, TypeError, ValueError) as error:
-        raise TopologyError(f"a .npy graph must be a saved matrix of 0 and 1; {path}: {error}.") from error
+        raise TopologyError(
+            f"a .npy graph must be a saved matrix of 0 and 1; {path}: {error}."
+        ) from error
 
 
 def _read_text(path: str | Path) -> list[list[float]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise TopologyError(f"a graph must be a readable text file or a .npy file; {path}: {error}.") from error
+        raise TopologyError(
+            f"a graph must be a readable text file or a .npy file; {path}: {error}."
+        ) from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append([float(x) for x in line.partition("#")[0].replace(",", " ").split()])
         except ValueError:
             raise TopologyError(
-                f"a graph in text holds only numbers and # comments; line {number} of {path} is {line!r:.80}."
+                f"a graph in text holds only numbers and # comments; line {number} of {path} is "
+                f"{line!r:.80}."
             ) from None
     return [row for row in rows if row]
 
@@ -53,21 +64,28 @@ def _read_text(path: str | Path) -> list[list[float]]:
 def _edge_list(rows: list[list[float]], path: str | Path) -> list[tuple[int, ...]]:
     for row in rows:
         if not all(x.is_integer() and x >= 0 for x in row):
-            raise TopologyError(f"an edge list holds pairs of agents 0, 1, 2...; {path} has a line {row}.")
+            raise TopologyError(
+                f"an edge list holds pairs of agents 0, 1, 2...; {path} has a line {row}."
+            )
     return [tuple(map(int, row)) for row in rows]
 
 
 def _adjacency(rows: _Matrix | list[list[float]], path: str | Path) -> npt.NDArray[np.bool_]:
-    shape = rows.shape if isinstance(rows, np.ndarray) else (len(rows), *sorted({len(row) for row in rows}))
+    shape = (
+        rows.shape
+        if isinstance(rows, np.ndarray)
+        else (len(rows), *sorted({len(row) for row in rows}))
+    )
     if len(shape) != 2 or shape[0] != shape[1]:
         raise TopologyError(
             f"an adjacency matrix must be square; {path} has {shape[0] if shape else 0} rows of "
-            f"{' or '.join(map(str, shape[1:])) or 'no'} numbers. An edge list has two numbers in every line."
+            f"{' or '.join(map(str, shape[1:])) or 'no'} numbers. An edge list has two numbers in "
+            f"every line."
         )
     matrix = np.asarray(rows)
     for i, j in np.argwhere(~np.isin(matrix, (0, 1)))[:1]:
         raise TopologyError(
-            f"an adjacency matrix holds only 0 and 1; {path} has {matrix[i, j]:g} in row {i}, column {j} "
-            "(from 0). Links have no weights here."
+            f"an adjacency matrix holds only 0 and 1; {path} has {matrix[i, j]:g} in row {i}, "
+            f"column {j} (from 0). Links have no weights here."
         )
     return matrix.astype(np.bool_)

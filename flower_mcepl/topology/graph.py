@@ -1,8 +1,9 @@
 """Who are agent i's neighbors in round t: the graph over which agents exchange masks.
 
-Agents are numbered 0..N-1. A link (i, j) means that i sends and j receives; an undirected graph has both
-directions of every link. No agent links to itself, a link given twice counts once, and a graph need not be
-connected: ``Topology.describe`` says whether it is.
+Agents are numbered 0..N-1. A link (i, j) means that i sends and j receives; an
+undirected graph has both directions of every link. No agent links to itself, a link
+given twice counts once, and a graph need not be connected: ``Topology.describe`` says
+whether it is.
 """
 
 import operator
@@ -69,16 +70,17 @@ class Topology:
         Parameters
         ----------
         kind : str (default: "neighbors")
-            ``"neighbors"`` is MCE-PL's: ``W_ij = 1/|N_i|`` over the others only, so rows sum to 1 and the
-            diagonal is 0 (the row of an agent that receives nothing is 0). ``"metropolis"`` is
-            ``W_ij = 1/(1 + max(d_i, d_j))`` with the rest on the diagonal: doubly stochastic, undirected
-            graphs only.
+            ``"neighbors"`` is MCE-PL's: ``W_ij = 1/|N_i|`` over the others only, so
+            rows sum to 1 and the diagonal is 0 (the row of an agent that receives
+            nothing is 0). ``"metropolis"`` is ``W_ij = 1/(1 + max(d_i, d_j))`` with the
+            rest on the diagonal: doubly stochastic, undirected graphs only.
         """
         return checks.lookup(MIXING, kind, "mixing kind")(self, round)
 
     def to_networkx(self, *, round: int = 0) -> Any:
         """Return the graph of one round as ``networkx.DiGraph`` if directed, else ``networkx.Graph``."""
-        import networkx as nx  # here: a device knows its neighbors from the relay, and never loads it
+        # here: a device knows its neighbors from the relay, and never loads it
+        import networkx as nx
 
         graph = nx.DiGraph() if self.directed else nx.Graph()
         graph.add_nodes_from(range(self.num_agents))
@@ -131,18 +133,21 @@ class Topology:
             degree, seed = config["degree"], config["seed"]
         except (KeyError, TypeError) as error:
             raise TopologyError(
-                f"a topology's config must be what to_config() returned; {config!r:.99} fails with {error!r}."
+                f"a topology's config must be what to_config() returned; {config!r:.99} fails "
+                f"with {error!r}."
             ) from None
-        return checks.lookup(_TIME_VARYING, str(name), "time-varying topology")(num_agents, degree=degree, seed=seed)
+        return checks.lookup(_TIME_VARYING, str(name), "time-varying topology")(
+            num_agents, degree=degree, seed=seed
+        )
 
     @classmethod
     def parse(cls, spec: str, *, num_agents: int, seed: int = 0) -> "Topology":
         """Build a topology from one line, ``name`` or ``name:key=value,key=value``.
 
-        Known are ``ring``, ``path``, ``star``, ``complete``, ``torus`` (as square as possible) or
-        ``torus:rows=4``, ``erdos-renyi:degree=10`` (the mean) or ``erdos-renyi:probability=0.5``,
-        ``small-world:degree=4,rewiring=0.1``, ``random-regular:degree=4``, ``random-neighbors:degree=3`` and
-        ``file:PATH``.
+        Known are ``ring``, ``path``, ``star``, ``complete``, ``torus`` (as square as
+        possible) or ``torus:rows=4``, ``erdos-renyi:degree=10`` (the mean) or
+        ``erdos-renyi:probability=0.5``, ``small-world:degree=4,rewiring=0.1``,
+        ``random-regular:degree=4``, ``random-neighbors:degree=3`` and ``file:PATH``.
         """
         from flower_mcepl.topology.specs import SPECS  # here: the specs are built from this class
 
@@ -177,11 +182,18 @@ class Topology:
     @classmethod
     def complete(cls, n: int) -> "Topology":
         """Link every agent to every other one."""
-        return _static("complete", ((i, j) for i in range(checks.agents(n)) for j in range(i)), num_agents=n)
+        return _static(
+            "complete", ((i, j) for i in range(checks.agents(n)) for j in range(i)), num_agents=n
+        )
 
     @classmethod
     def erdos_renyi(
-        cls, n: int, *, probability: float | None = None, mean_degree: float | None = None, seed: int
+        cls,
+        n: int,
+        *,
+        probability: float | None = None,
+        mean_degree: float | None = None,
+        seed: int,
     ) -> "Topology":
         """Link every pair with equal probability; give either it or the expected number of neighbors."""
         n = checks.agents(n)
@@ -191,12 +203,14 @@ class Topology:
             chance = checks.between(mean_degree, "mean degree", most=n - 1) / max(n - 1, 1)
         else:
             raise TopologyError(
-                "an Erdos-Renyi graph takes either a probability or a mean degree, not both or none; "
-                f"got probability={probability}, mean degree={mean_degree}. Leave one out."
+                "an Erdos-Renyi graph takes either a probability or a mean degree, not both or "
+                f"none; got probability={probability}, mean degree={mean_degree}. Leave one out."
             )
         import networkx as nx
 
-        return _static("erdos-renyi", nx.gnp_random_graph(n, chance, seed=_nx_seed(seed)).edges(), num_agents=n)
+        return _static(
+            "erdos-renyi", nx.gnp_random_graph(n, chance, seed=_nx_seed(seed)).edges(), num_agents=n
+        )
 
     @classmethod
     def small_world(cls, n: int, *, degree: int, rewiring: float, seed: int) -> "Topology":
@@ -234,11 +248,15 @@ class Topology:
     def random_neighbors(cls, n: int, *, degree: int, seed: int) -> "Topology":
         """In every round let each agent receive from `degree` others, drawn anew without replacement."""
         n = checks.agents(n)
-        schedule = RandomNeighbors(n, checks.degree(degree, n), checks.whole(seed, "seed", least=None))
+        schedule = RandomNeighbors(
+            n, checks.degree(degree, n), checks.whole(seed, "seed", least=None)
+        )
         return cls("random-neighbors", n, True, schedule)
 
     @classmethod
-    def from_edges(cls, edges: Iterable[tuple[int, int]], *, num_agents: int, directed: bool = False) -> "Topology":
+    def from_edges(
+        cls, edges: Iterable[tuple[int, int]], *, num_agents: int, directed: bool = False
+    ) -> "Topology":
         """Build a graph from (sender, receiver) pairs; links given twice, or both ways, are harmless."""
         return _static("edges", edges, num_agents=num_agents, directed=directed)
 
@@ -248,28 +266,37 @@ class Topology:
         num_agents = graph.number_of_nodes()
         if set(graph.nodes) != set(range(num_agents)):
             raise TopologyError(
-                f"the nodes of a networkx graph must be 0..{num_agents - 1}; got {list(graph.nodes)!r:.80}. "
-                "Rename them with networkx.convert_node_labels_to_integers."
+                f"the nodes of a networkx graph must be 0..{num_agents - 1}; got "
+                f"{list(graph.nodes)!r:.80}. Rename them with "
+                "networkx.convert_node_labels_to_integers."
             )
-        return _static("networkx", graph.edges(), num_agents=num_agents, directed=graph.is_directed())
+        return _static(
+            "networkx", graph.edges(), num_agents=num_agents, directed=graph.is_directed()
+        )
 
     @classmethod
-    def from_file(cls, path: str | Path, *, num_agents: int | None = None, directed: bool = False) -> "Topology":
+    def from_file(
+        cls, path: str | Path, *, num_agents: int | None = None, directed: bool = False
+    ) -> "Topology":
         """Read a graph from an adjacency matrix or from an edge list.
 
-        A ``.npy`` file is a matrix. Any other file is text: numbers separated by blanks or commas, ``#``
-        starts a comment, blank lines are skipped. If every line holds two numbers, it is an edge list,
-        otherwise a matrix. (A text matrix of two agents hence reads as the same graph or is refused.)
+        A ``.npy`` file is a matrix. Any other file is text: numbers separated by blanks
+        or commas, ``#`` starts a comment, blank lines are skipped. If every line holds
+        two numbers, it is an edge list, otherwise a matrix. (A text matrix of two
+        agents hence reads as the same graph or is refused.)
 
-        In a matrix, ``A[i, j] = 1`` means that i sends to j; a symmetric matrix gives an undirected graph. A
-        line ``i j`` of an edge list links i and j; repeated lines are harmless.
+        In a matrix, ``A[i, j] = 1`` means that i sends to j; a symmetric matrix gives
+        an undirected graph. A line ``i j`` of an edge list links i and j; repeated
+        lines are harmless.
 
         Parameters
         ----------
         num_agents : int, optional
-            N. An edge list without it ends at the highest agent it names; a matrix has to agree with it.
+            N. An edge list without it ends at the highest agent it names; a matrix has
+            to agree with it.
         directed : bool (default: False)
-            Read the links as one-way: edge lists as ``sender receiver``, symmetric matrices as directed.
+            Read the links as one-way: edge lists as ``sender receiver``, symmetric
+            matrices as directed.
         """
         edges, size, directed = read_graph(path, num_agents=num_agents, directed=directed)
         return _static("file", edges, num_agents=size, directed=directed)
@@ -290,7 +317,9 @@ class Topology:
         return f"union of rounds 0 to {self.num_agents - 1} NOT strongly connected"
 
 
-def _static(name: str, edges: Iterable[Any], *, num_agents: int, directed: bool = False) -> Topology:
+def _static(
+    name: str, edges: Iterable[Any], *, num_agents: int, directed: bool = False
+) -> Topology:
     n = checks.agents(num_agents)
     out: list[set[int]] = [set() for _ in range(n)]
     into = [set() for _ in range(n)] if directed else out
@@ -308,17 +337,19 @@ def _checked_edge(edge: Any, n: int) -> tuple[int, int]:
         sender, receiver = map(operator.index, edge)
     except (TypeError, ValueError):
         raise TopologyError(
-            f"an edge must be a pair of agents 0..{n - 1}; got {edge!r}. Write it as (sender, receiver)."
+            f"an edge must be a pair of agents 0..{n - 1}; got {edge!r}. Write it as (sender, "
+            f"receiver)."
         ) from None
     for agent in (sender, receiver):
         if not 0 <= agent < n:
             raise TopologyError(
-                f"edge ({sender}, {receiver}) names agent {agent}, but the graph has agents 0..{n - 1}. "
-                "Raise num_agents or leave the edge out."
+                f"edge ({sender}, {receiver}) names agent {agent}, but the graph has agents "
+                f"0..{n - 1}. Raise num_agents or leave the edge out."
             )
     if sender == receiver:
         raise TopologyError(
-            f"edge ({sender}, {receiver}) links agent {sender} to itself; neighbors are others. Leave it out."
+            f"edge ({sender}, {receiver}) links agent {sender} to itself; neighbors are others. "
+            f"Leave it out."
         )
     return sender, receiver
 
@@ -335,12 +366,17 @@ def _verdict(components: int, isolated: list[int], *, directed: bool) -> str:
     connected = "strongly connected" if directed else "connected"
     if components == 1:
         return connected
-    named = ", ".join(map(str, isolated[:10])) + (f" and {len(isolated) - 10} more" if isolated[10:] else "")
-    return f"NOT {connected}: {components} components" + (f", isolated agents {named}" if isolated else "")
+    named = ", ".join(map(str, isolated[:10])) + (
+        f" and {len(isolated) - 10} more" if isolated[10:] else ""
+    )
+    return f"NOT {connected}: {components} components" + (
+        f", isolated agents {named}" if isolated else ""
+    )
 
 
 def _nx_seed(seed: int) -> int:
-    return stream_seed(checks.whole(seed, "seed", least=None), "topology") % 2**32  # networkx takes 32 bits
+    # networkx takes 32 bits
+    return stream_seed(checks.whole(seed, "seed", least=None), "topology") % 2**32
 
 
 _TIME_VARYING: dict[str, Callable[..., Topology]] = {"random-neighbors": Topology.random_neighbors}

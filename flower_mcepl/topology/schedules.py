@@ -55,7 +55,8 @@ class RandomNeighbors:
             return ()
         stream = numpy_stream(self.seed, "topology", agent=agent, round=round)
         drawn = stream.choice(self.num_agents - 1, size=self.degree, replace=False)
-        return tuple(sorted(int(other + (other >= agent)) for other in drawn))  # the draw skips the agent
+        # the draw skips the agent
+        return tuple(sorted(int(other + (other >= agent)) for other in drawn))
 
     def sends(self, agent: int, round: int) -> tuple[int, ...]:
         """Return, sorted, who receives from `agent` in `round`."""

@@ -19,13 +19,15 @@ def _torus(n: int, seed: int, rows: int | None = None) -> Topology:
             )
     if n % checks.whole(rows, "torus:rows", least=1, most=n):
         raise TopologyError(
-            f"the rows of a torus must divide the number of agents; got rows={rows} for {n} agents. "
-            "Change rows, or leave it out for the most square torus."
+            f"the rows of a torus must divide the number of agents; got rows={rows} for {n} "
+            f"agents. Change rows, or leave it out for the most square torus."
         )
     return Topology.torus(rows, n // rows)
 
 
-def _erdos_renyi(n: int, seed: int, degree: float | None = None, probability: float | None = None) -> Topology:
+def _erdos_renyi(
+    n: int, seed: int, degree: float | None = None, probability: float | None = None
+) -> Topology:
     return Topology.erdos_renyi(n, mean_degree=degree, probability=probability, seed=seed)
 
 
@@ -41,13 +43,18 @@ SPECS: dict[str, Spec[Topology]] = {  # built from the number of agents, the see
         needs={"degree": WHOLE, "rewiring": NUMBER},
     ),
     "random-regular": Spec(
-        lambda n, seed, degree: Topology.random_regular(n, degree=degree, seed=seed), needs={"degree": WHOLE}
+        lambda n, seed, degree: Topology.random_regular(n, degree=degree, seed=seed),
+        needs={"degree": WHOLE},
     ),
     "random-neighbors": Spec(
-        lambda n, seed, degree: Topology.random_neighbors(n, degree=degree, seed=seed), needs={"degree": WHOLE}
+        lambda n, seed, degree: Topology.random_neighbors(n, degree=degree, seed=seed),
+        needs={"degree": WHOLE},
     ),
     "directed-file": Spec(
-        lambda n, seed, path: Topology.from_file(path, num_agents=n, directed=True), needs={"path": PATH}
+        lambda n, seed, path: Topology.from_file(path, num_agents=n, directed=True),
+        needs={"path": PATH},
     ),
-    "file": Spec(lambda n, seed, path: Topology.from_file(path, num_agents=n), needs={"path": PATH}),
+    "file": Spec(
+        lambda n, seed, path: Topology.from_file(path, num_agents=n), needs={"path": PATH}
+    ),
 }

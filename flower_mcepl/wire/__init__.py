@@ -1,6 +1,12 @@
 """The wire: masks and float tensors as framed bytes, far below one bit per weight."""
 
-from flower_mcepl.wire.layout import WIRE_VERSION, FrameBytes, FrameHeader, LayerEntry, check_fingerprint
+from flower_mcepl.wire.layout import (
+    WIRE_VERSION,
+    FrameBytes,
+    FrameHeader,
+    LayerEntry,
+    check_fingerprint,
+)
 from flower_mcepl.wire.payload import Reference
 from flower_mcepl.wire.reading import Frame, check_frame, decode_frame, read_header, unpack_frame
 from flower_mcepl.wire.support import Prior

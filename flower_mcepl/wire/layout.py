@@ -22,14 +22,17 @@ from flower_mcepl.errors import (
 from flower_mcepl.wire.support import ALONE, DELTA, PACKED, Prior, packed_bytes
 from flower_mcepl.wire.values import BY_CODE, Precision
 
-WIRE_VERSION = 2  # raise it when a field moves, or bit order, padding, layer order or a model's frequencies change
+# raise it when a field moves, or bit order, padding, layer order or a model's
+# frequencies change
+WIRE_VERSION = 2
 
 MAGIC = b"MCPL"
 CHECKSUM_NBYTES = 8
 DESCRIBED = 1  # flag: fingerprint, names and shapes follow the fixed header
 MAX_DIMS = 32  # what every supported numpy can hold
 MAX_NUMEL = 2**60  # bounds the strides, also of an empty layer such as (0, 2**32 - 1, 2**32 - 1)
-FREE_WEIGHTS, WEIGHTS_PER_BYTE = 2**20, 2**10  # the most that a frame may declare where no shapes are expected
+# the most that a frame may declare where no shapes are expected
+FREE_WEIGHTS, WEIGHTS_PER_BYTE = 2**20, 2**10
 U16, U32 = 2**16 - 1, 2**32 - 1
 NO_REFERENCE = U32
 # magic version flags layers sender round reference model content total
@@ -86,10 +89,13 @@ class FrameHeader:
     version: int
     sender: int
     round: int
-    reference: int | None  # round of the frame that this one builds on (0: the common first payload), None: it is whole
+    # round of the frame that this one builds on (0: the common first payload), None: it
+    # is whole
+    reference: int | None
     model: str  # 16 hex digits, for the fingerprint, the layers and the classes of weights together
     content: str  # 16 hex digits, for what the frame decodes to
-    fingerprint: str | None  # of the shared frozen weights, 32 lower-case hex digits; None: not described
+    # of the shared frozen weights, 32 lower-case hex digits; None: not described
+    fingerprint: str | None
     layers: tuple[LayerEntry, ...]
     total: int  # bytes of the whole frame
     coded_bytes: int  # of them range-coded
@@ -113,15 +119,19 @@ def describe(fingerprint: str, layers: Mapping[str, Sequence[int]]) -> bytes:
         try:
             label = name.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ConfigError(f"a layer name must be valid unicode; got {name!r}. Rename the layer.") from error
+            raise ConfigError(
+                f"a layer name must be valid unicode; got {name!r}. Rename the layer."
+            ) from error
         shape = tuple(layers[name])
         if len(label) > U16 or not shape_fits(shape):
             raise ConfigError(
-                f"a layer has a name of at most {U16} bytes and at most {MAX_DIMS} dimensions, each under "
-                f"2**32 and together under 2**60 elements; got {len(label)} bytes and shape {shape}. "
-                "Rename or reshape it."
+                f"a layer has a name of at most {U16} bytes and at most {MAX_DIMS} dimensions, "
+                f"each under 2**32 and together under 2**60 elements; got {len(label)} bytes and "
+                f"shape {shape}. Rename or reshape it."
             )
-        parts.append(struct.pack(f"<H{len(label)}sB{len(shape)}I", len(label), label, len(shape), *shape))
+        parts.append(
+            struct.pack(f"<H{len(label)}sB{len(shape)}I", len(label), label, len(shape), *shape)
+        )
     return b"".join(parts)
 
 
@@ -154,20 +164,26 @@ def varint(value: int) -> bytes:
     return bytes([*parts, value])
 
 
-def open_frame(data: FrameBytes, layers: Mapping[str, Sequence[int]] | None) -> tuple[memoryview, FrameHeader]:
+def open_frame(
+    data: FrameBytes, layers: Mapping[str, Sequence[int]] | None
+) -> tuple[memoryview, FrameHeader]:
     """Check everything that needs no expectation; return the payload (raw bytes, then coded ones) and the header.
 
-    The order matters. Magic, version and length come before the checksum, because only they say that there is
-    one and where. All else comes after it, so that a flipped bit is never taken for another model or round.
-    Where the frame does not describe itself its layers are taken to be ``layers``.
+    The order matters. Magic, version and length come before the checksum, because only
+    they say that there is one and where. All else comes after it, so that a flipped bit
+    is never taken for another model or round. Where the frame does not describe itself
+    its layers are taken to be ``layers``.
     """
     view = _as_view(data)
     _check_start(view)
-    _, version, flags, count, sender, round, reference, model, content, total = FIXED.unpack_from(view)
+    _, version, flags, count, sender, round, reference, model, content, total = FIXED.unpack_from(
+        view
+    )
     who = name_frame(sender, round)
     if total > len(view):
         raise TruncatedFrameError(
-            f"a frame must be as long as it says; {who} says {total} bytes and has {len(view)}. Have it sent again."
+            f"a frame must be as long as it says; {who} says {total} bytes and has {len(view)}. "
+            f"Have it sent again."
         )
     if total < len(view) or total < FIXED.size + CHECKSUM_NBYTES:
         raise corrupt(who, f"it says {total} bytes and {len(view)} came")
@@ -204,7 +220,10 @@ def open_frame(data: FrameBytes, layers: Mapping[str, Sequence[int]] | None) -> 
 
 def _check_payload(header: FrameHeader, num_bytes: int, who: str) -> None:
     if header.coded_bytes % 4 or header.coded_bytes > num_bytes:
-        raise corrupt(who, f"{header.coded_bytes} range-coded bytes are no whole words, or more than there are")
+        raise corrupt(
+            who,
+            f"{header.coded_bytes} range-coded bytes are no whole words, or more than there are",
+        )
     if header.reference is None and any(entry.is_change for entry in header.layers):
         raise corrupt(who, "a layer builds on another frame, but the header names none")
     if any(entry.shape is None for entry in header.layers):
@@ -230,7 +249,9 @@ class _Reader:
                 (dims,) = self._take("<B")
                 layers.append((label.decode("utf-8"), self._take(f"<{dims}I")))
         except (struct.error, UnicodeDecodeError) as error:
-            raise corrupt(self._who, f"layer {len(layers)} of its description cannot be read ({error})") from None
+            raise corrupt(
+                self._who, f"layer {len(layers)} of its description cannot be read ({error})"
+            ) from None
         for name, shape in layers:
             if not shape_fits(shape):
                 raise corrupt(self._who, f"layer {name!r} has the impossible shape {shape}")
@@ -252,10 +273,16 @@ class _Reader:
         told = self.varint() if kind in (ALONE, DELTA) else 0
         num_values = self.varint() if kind and precision else 0
         with_classes, with_recent = bool(coding & _WITH_CLASSES), bool(coding & _WITH_RECENT)
-        if (not kind and not precision) or (with_classes and kind < ALONE) or (with_recent and kind != DELTA):
+        if (
+            (not kind and not precision)
+            or (with_classes and kind < ALONE)
+            or (with_recent and kind != DELTA)
+        ):
             raise corrupt(self._who, f"the coding {coding:#04x} of {label} contradicts itself")
         if shape is not None and max(told, num_values) > math.prod(shape):
-            raise corrupt(self._who, f"{label} of {math.prod(shape)} weights tells of {max(told, num_values)}")
+            raise corrupt(
+                self._who, f"{label} of {math.prod(shape)} weights tells of {max(told, num_values)}"
+            )
         return LayerEntry(name, shape, kind, precision, with_classes, with_recent, told, num_values)
 
     def varint(self) -> int:
@@ -283,8 +310,8 @@ def _as_view(data: FrameBytes) -> memoryview:
         view = None
     if view is None or view.format not in ("B", "b", "c"):
         raise ConfigError(
-            f"a frame is bytes, bytearray, memoryview or a numpy uint8 array; got {type(data).__name__}. "
-            "Pass the bytes as they came."
+            f"a frame is bytes, bytearray, memoryview or a numpy uint8 array; got "
+            f"{type(data).__name__}. Pass the bytes as they came."
         )
     if view.ndim == 1 and view.c_contiguous:
         return view if view.format == "B" else view.cast("B")
@@ -296,19 +323,20 @@ def _check_start(view: memoryview) -> None:
     start = bytes(view[: len(MAGIC)])
     if start != MAGIC[: len(start)]:
         raise ForeignFrameError(
-            f"a frame starts with {MAGIC!r}; these {len(view)} bytes start with {start!r}. They are no "
-            "frame: look at what wrote them."
+            f"a frame starts with {MAGIC!r}; these {len(view)} bytes start with {start!r}. They "
+            f"are no frame: look at what wrote them."
         )
     if len(view) > len(MAGIC) and view[len(MAGIC)] > WIRE_VERSION:
         raise future("a frame", f"version {view[len(MAGIC)]}")
     if len(view) > len(MAGIC) and 0 < view[len(MAGIC)] < WIRE_VERSION:
         raise ForeignFrameError(
-            f"this flower_mcepl reads frames of version {WIRE_VERSION}; one came of version {view[len(MAGIC)]}, "
-            "written by an older one. Update flower_mcepl there."
+            f"this flower_mcepl reads frames of version {WIRE_VERSION}; one came of version "
+            f"{view[len(MAGIC)]}, written by an older one. Update flower_mcepl there."
         )
     if len(view) < FIXED.size:
         raise TruncatedFrameError(
-            f"a frame has at least {FIXED.size + CHECKSUM_NBYTES} bytes; {len(view)} came. Have it sent again."
+            f"a frame has at least {FIXED.size + CHECKSUM_NBYTES} bytes; {len(view)} came. Have "
+            f"it sent again."
         )
     if view[len(MAGIC)] != WIRE_VERSION:
         raise corrupt("a frame", f"version {view[len(MAGIC)]} never existed")
@@ -321,12 +349,14 @@ def name_frame(sender: int, round: int) -> str:
 
 def corrupt(who: str, what: str) -> CorruptFrameError:
     """Return the error of a damaged frame."""
-    return CorruptFrameError(f"a frame must arrive as it was written; {who} is damaged: {what}. Have it sent again.")
+    return CorruptFrameError(
+        f"a frame must arrive as it was written; {who} is damaged: {what}. Have it sent again."
+    )
 
 
 def future(who: str, what: str) -> FutureFrameError:
     """Return the error of a frame with something that this version does not know."""
     return FutureFrameError(
-        f"this flower_mcepl reads frames up to version {WIRE_VERSION} and knows no {what}; {who} was "
-        "written by a newer one. Update flower_mcepl here."
+        f"this flower_mcepl reads frames up to version {WIRE_VERSION} and knows no {what}; {who} "
+        f"was written by a newer one. Update flower_mcepl here."
     )

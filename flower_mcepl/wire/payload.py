@@ -18,7 +18,8 @@ from flower_mcepl.wire.values import FLOAT32, Precision, Values
 class Reference:
     """An earlier payload of the same sender, as both ends hold it.
 
-    Round 0 stands for the common first payload, which everyone knows without hearing of it.
+    Round 0 stands for the common first payload, which everyone knows without hearing of
+    it.
     """
 
     round: int
@@ -55,16 +56,24 @@ def join_support(bits: Bits, values: Tensor, shape: Sequence[int]) -> Tensor:
     on = np.flatnonzero(bits)
     if len(on) != len(values):
         raise CorruptFrameError(f"{len(values)} values came for {len(on)} weights")
-    places = np.stack(np.unravel_index(on, tuple(shape))) if shape else np.zeros((0, len(on)), np.int64)
+    places = (
+        np.stack(np.unravel_index(on, tuple(shape))) if shape else np.zeros((0, len(on)), np.int64)
+    )
     found = torch.from_numpy(places), values, tuple(shape)
     return torch.sparse_coo_tensor(*found, is_coalesced=True, check_invariants=False)
 
 
-def known_of(name: str, shape: Sequence[int], reference: Reference | None, prior: Prior | None) -> Known:
+def known_of(
+    name: str, shape: Sequence[int], reference: Reference | None, prior: Prior | None
+) -> Known:
     """Return what both ends know of a layer's support."""
     numel = math.prod(shape)
     last = None
-    if reference is not None and name in reference.tensors and tuple(reference.tensors[name].shape) == tuple(shape):
+    if (
+        reference is not None
+        and name in reference.tensors
+        and tuple(reference.tensors[name].shape) == tuple(shape)
+    ):
         last = support_of(reference.tensors[name])
     recent = None if last is None or reference is None else reference.flips.get(name)
     return Known(numel, last, recent, None if prior is None else prior.classes(name))

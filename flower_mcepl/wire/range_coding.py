@@ -1,8 +1,9 @@
 """Range coding of bits in groups: how the wire comes far below one bit per weight.
 
-Weights are sorted into groups whose bits look alike; in each group the rarer bit is told by its positions. All models
-are binary and all frequencies are integers, so that `constriction` and any other range coder agree on them bit for
-bit; ``docs/wire-format.md`` says how.
+Weights are sorted into groups whose bits look alike; in each group the rarer bit is
+told by its positions. All models are binary and all frequencies are integers, so that
+`constriction` and any other range coder agree on them bit for bit;
+``docs/wire-format.md`` says how.
 """
 
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ class BitReader:
 
 def _models(frequency: Ints) -> tuple[object, ...]:
     """Return what constriction wants; it adds 1 to each of the two integers that it is given as floats."""
-    pairs = np.stack([_ONE - 1 - frequency, frequency - 1], axis=1).astype(np.float32)  # exact: under 2**24
+    # exact: under 2**24
+    pairs = np.stack([_ONE - 1 - frequency, frequency - 1], axis=1).astype(np.float32)
     if len(frequency) == 1:
         return (constriction.stream.model.Categorical(pairs[0], perfect=False),)
     return _BINARY, pairs
@@ -99,23 +101,30 @@ class Groups:
     numel : int
         Number of weights.
     last : bool array [numel], optional
-        The weights' bits in the reference. With it, group ``2c`` of class ``c`` holds the weights whose last bit is 0
-        and group ``2c + 1`` those with a 1; without it, group ``c`` is class ``c``.
+        The weights' bits in the reference. With it, group ``2c`` of class ``c`` holds
+        the weights whose last bit is 0 and group ``2c + 1`` those with a 1; without it,
+        group ``c`` is class ``c``.
     recent : int array, optional
-        Weights (ascending) that flipped when the reference itself was sent; needs ``last``. They leave their classes
-        for two groups of their own, by last bit, that come before all others.
+        Weights (ascending) that flipped when the reference itself was sent; needs
+        ``last``. They leave their classes for two groups of their own, by last bit,
+        that come before all others.
     classes : Classes, optional
         Without it there is one class.
     """
 
     def __init__(
-        self, numel: int, *, last: Bits | None = None, recent: Ints | None = None, classes: Classes | None = None
+        self,
+        numel: int,
+        *,
+        last: Bits | None = None,
+        recent: Ints | None = None,
+        classes: Classes | None = None,
     ) -> None:
         self._classes = classes
         starts = np.array([0, numel]) if classes is None else classes.starts
         self._recent: list[Ints] = []
-        # The weights of one last bit, by class and index: their places in the order of the classes (None: all
-        # places), and where each class begins among them.
+        # The weights of one last bit, by class and index: their places in the order of
+        # the classes (None: all places), and where each class begins among them.
         self._sets: list[tuple[Ints | None, Ints]] = [(None, starts)]
         if last is not None:
             in_order = last if classes is None else last[classes.order]
@@ -126,7 +135,9 @@ class Groups:
             by_bit = np.flatnonzero(~(in_order | absent)), np.flatnonzero(in_order & ~absent)
             self._sets = [(places, np.searchsorted(places, starts)) for places in by_bit]
         by_class = np.stack([np.diff(begins) for _, begins in self._sets], axis=1).reshape(-1)
-        self.sizes: Ints = np.concatenate([np.array([len(r) for r in self._recent], np.int64), by_class])
+        self.sizes: Ints = np.concatenate(
+            [np.array([len(r) for r in self._recent], np.int64), by_class]
+        )
 
     def ranks(self, weights: Ints) -> tuple[Ints, Ints]:
         """Return how many of ``weights`` (ascending) lie in each group, and their ranks, group after group."""
@@ -191,17 +202,22 @@ def read_positions(reader: BitReader, sizes: Ints, total: int) -> tuple[Ints, In
     if len(sizes) > 1:
         counts = _read_digits(reader, _count_table(sizes, total))
     if counts.sum() != total or np.any(counts > sizes):
-        raise CorruptFrameError(f"the groups hold {counts.sum()} positions instead of {total}, or more than fit")
+        raise CorruptFrameError(
+            f"the groups hold {counts.sum()} positions instead of {total}, or more than fit"
+        )
     rare, dense = _rare(sizes, counts)
     group = np.repeat(np.arange(len(sizes)), rare)
     sparse = ~dense[group]
     table, row = _gap_table(sizes, np.where(dense, 0, rare)), group[sparse]
-    pieces = [_read_digits(reader, table, row[at : at + AT_ONCE]) for at in range(0, len(row), AT_ONCE)]
+    pieces = [
+        _read_digits(reader, table, row[at : at + AT_ONCE]) for at in range(0, len(row), AT_ONCE)
+    ]
     gaps = np.concatenate([np.zeros(0, np.int64), *pieces])
     spots = np.zeros(len(group), np.int64)
     along = np.cumsum(gaps + 1)
     own = np.where(dense, 0, rare)
-    before = np.concatenate([[0], along])[np.cumsum(own) - own]  # where each group's first gap begins
+    # where each group's first gap begins
+    before = np.concatenate([[0], along])[np.cumsum(own) - own]
     spots[sparse] = along - np.repeat(before, own) - 1
     ends = np.cumsum(rare)
     for g in np.flatnonzero(dense):
@@ -219,7 +235,9 @@ def estimate_bits(sizes: Ints, counts: Ints) -> float:
     total = int(counts.sum())
     share = counts / np.maximum(sizes, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        entropy = -np.nan_to_num(share * np.log2(share)) - np.nan_to_num((1 - share) * np.log2(1 - share))
+        entropy = -np.nan_to_num(share * np.log2(share)) - np.nan_to_num(
+            (1 - share) * np.log2(1 - share)
+        )
     bits = float(np.sum(sizes * entropy))
     if len(sizes) > 1:
         told, frequency = _digits(counts, _count_table(sizes, total))
@@ -251,9 +269,11 @@ def _share(count: np.int64, size: np.int64) -> Ints:
     return np.array([np.clip((int(count) << PRECISION) // int(size), 1, _ONE - 1)])
 
 
-# A number with a geometric distribution, P(k) ~ x**k, has independent binary digits: digit b is 1 with the
-# probability x**2**b / (1 + x**2**b). So numbers are written digit by digit, lowest first, each at its own frequency.
-# A table has a row for each distribution and a column for each digit; 0 stands where the numbers have no such digit.
+# A number with a geometric distribution, P(k) ~ x**k, has independent binary digits:
+# digit b is 1 with the probability x**2**b / (1 + x**2**b). So numbers are written
+# digit by digit, lowest first, each at its own frequency. A table has a row for each
+# distribution and a column for each digit; 0 stands where the numbers have no such
+# digit.
 
 
 def _count_table(sizes: Ints, total: int) -> Ints:
@@ -267,7 +287,8 @@ def _gap_table(sizes: Ints, rare: Ints) -> Ints:
     """Return the frequencies of each group's gaps between positions."""
     pairs = list(zip(sizes.tolist(), rare.tolist(), strict=True))
     return _table(
-        [((size - n) << 32) // max(size, 1) for size, n in pairs], [(size - n) * (n > 0) for size, n in pairs]
+        [((size - n) << 32) // max(size, 1) for size, n in pairs],
+        [(size - n) * (n > 0) for size, n in pairs],
     )
 
 
@@ -281,7 +302,9 @@ def _table(ratios: list[int], largest: list[int]) -> Ints:
         x = (x * x) >> _X_BITS
     frequency = (powers << np.uint64(PRECISION)) // (powers + (np.uint64(1) << _X_BITS))
     has = np.arange(len(powers))[:, None] < lengths
-    return np.asarray(np.where(has, np.maximum(frequency, np.uint64(1)), np.uint64(0)).T.astype(np.int64))
+    return np.asarray(
+        np.where(has, np.maximum(frequency, np.uint64(1)), np.uint64(0)).T.astype(np.int64)
+    )
 
 
 def _digits(numbers: Ints, table: Ints, row: Ints | None = None) -> tuple[Bits, Ints]:

@@ -1,7 +1,8 @@
 """Check framed bytes and turn them back into masks and float tensors; byte by byte in ``docs/wire-format.md``.
 
-Bytes from the network are never trusted: no declared length is believed before it is compared with the number of
-bytes that are there, and a refused frame always raises a ``FrameError``.
+Bytes from the network are never trusted: no declared length is believed before it is
+compared with the number of bytes that are there, and a refused frame always raises a
+``FrameError``.
 """
 
 import math
@@ -12,7 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flower_mcepl.errors import CorruptFrameError, ForeignFrameError, FutureFrameError, MissingReferenceError
+from flower_mcepl.errors import (
+    CorruptFrameError,
+    ForeignFrameError,
+    FutureFrameError,
+    MissingReferenceError,
+)
 from flower_mcepl.wire.layout import (
     FREE_WEIGHTS,
     WEIGHTS_PER_BYTE,
@@ -27,9 +33,25 @@ from flower_mcepl.wire.layout import (
     name_frame,
     open_frame,
 )
-from flower_mcepl.wire.payload import Reference, base_of, canonical_pieces, canonical_values, join_support, known_of
+from flower_mcepl.wire.payload import (
+    Reference,
+    base_of,
+    canonical_pieces,
+    canonical_values,
+    join_support,
+    known_of,
+)
 from flower_mcepl.wire.range_coding import BitReader, Ints
-from flower_mcepl.wire.support import DELTA, PACKED, Known, Prior, pack, packed_bytes, read_support, unpack
+from flower_mcepl.wire.support import (
+    DELTA,
+    PACKED,
+    Known,
+    Prior,
+    pack,
+    packed_bytes,
+    read_support,
+    unpack,
+)
 from flower_mcepl.wire.values import Precision, Values, add_difference
 
 
@@ -64,25 +86,29 @@ def decode_frame(
     data : bytes, bytearray, memoryview or numpy uint8 array
         The frame, as it came.
     fingerprint : str | None (default: None)
-        The fingerprint it must have. None leaves this and each of the following unchecked.
+        The fingerprint it must have. None leaves this and each of the following
+        unchecked.
     layers : Mapping[str, tuple[int, ...]] | None (default: None)
-        The names and shapes it must have, in any order. A delta frame does not repeat them: it needs this.
+        The names and shapes it must have, in any order. A delta frame does not repeat
+        them: it needs this.
     dtype : torch.dtype | None (default: None)
-        ``torch.bool`` takes masks only, ``torch.float32`` floats only (dense or sparse).
+        ``torch.bool`` takes masks only, ``torch.float32`` floats only (dense or
+        sparse).
     sender : int | None (default: None)
         The agent it must come from.
     latest_round : int | None (default: None)
         The newest round it may come from.
     references : Sequence[Reference] (default: ())
-        What the receiver holds that the frame may build on: earlier payloads of this sender, the first payload.
+        What the receiver holds that the frame may build on: earlier payloads of this
+        sender, the first payload.
     prior : Prior | None (default: None)
         The classes of weights that the sender knew.
 
     Raises
     ------
     FrameError
-        One subclass per remedy: truncated, corrupt, foreign, future, or a missing reference. Nothing else, whatever
-        the bytes are.
+        One subclass per remedy: truncated, corrupt, foreign, future, or a missing
+        reference. Nothing else, whatever the bytes are.
     """
     payload, header = check_frame(
         data,
@@ -97,13 +123,19 @@ def decode_frame(
     declared = sum(math.prod(entry.shape or ()) for entry in header.layers)
     if layers is None and declared > FREE_WEIGHTS + WEIGHTS_PER_BYTE * header.total:
         raise corrupt(
-            who, f"it declares {declared} weights in {header.total} bytes (if it may, pass the layers to be expected)"
+            who,
+            f"it declares {declared} weights in {header.total} bytes (if it may, pass the "
+            f"layers to be expected)",
         )
     return unpack_frame(payload, header, references=references, prior=prior)
 
 
 def unpack_frame(
-    payload: memoryview, header: FrameHeader, *, references: Sequence[Reference] = (), prior: Prior | None = None
+    payload: memoryview,
+    header: FrameHeader,
+    *,
+    references: Sequence[Reference] = (),
+    prior: Prior | None = None,
 ) -> Frame:
     """Unpack the tensors of a frame that `check_frame` has passed; the rest as in `decode_frame`."""
     reference = _find_reference(header, references)
@@ -117,7 +149,8 @@ def unpack_frame(
         try:
             layer = _read_layer(entry, raw, coder, reference, prior)
         except CorruptFrameError as error:
-            # Range-coded bits also turn out unreadable where the two ends do not know the same.
+            # Range-coded bits also turn out unreadable where the two ends do not know
+            # the same.
             raise _unfit(header, f"in layer {entry.name!r} {error}") from None
         tensors[entry.name] = layer.tensor
         canonical += layer.canonical
@@ -138,7 +171,11 @@ class _ReadLayer:
 
 
 def _read_layer(
-    entry: LayerEntry, raw: memoryview, coder: BitReader, reference: Reference | None, prior: Prior | None
+    entry: LayerEntry,
+    raw: memoryview,
+    coder: BitReader,
+    reference: Reference | None,
+    prior: Prior | None,
 ) -> _ReadLayer:
     assert entry.name is not None
     assert entry.shape is not None
@@ -146,13 +183,17 @@ def _read_layer(
     bits, told = None, np.zeros(0, np.int64)
     if entry.precision is not None and entry.precision.of_differences:
         values = _read_differences(entry.name, entry.shape, entry.precision, raw, reference)
-        return _ReadLayer(torch.from_numpy(values).reshape(entry.shape), told, canonical_values(values))
+        return _ReadLayer(
+            torch.from_numpy(values).reshape(entry.shape), told, canonical_values(values)
+        )
     support: bytes | memoryview | None = None
     if entry.kind == PACKED:
         support, raw = raw[: packed_bytes(numel)], raw[packed_bytes(numel) :]
         padding = -numel % 8
         if padding and support[-1] & ((1 << padding) - 1):
-            raise CorruptFrameError(f"the {padding} padding bits must be zero; the last byte is {support[-1]:#04x}")
+            raise CorruptFrameError(
+                f"the {padding} padding bits must be zero; the last byte is {support[-1]:#04x}"
+            )
         bits = unpack(support, numel)
     elif entry.kind:
         known = known_of(entry.name, entry.shape, reference if entry.kind == DELTA else None, prior)
@@ -177,7 +218,11 @@ def _read_layer(
 
 
 def _read_differences(
-    name: str, shape: tuple[int, ...], precision: Precision, raw: memoryview, reference: Reference | None
+    name: str,
+    shape: tuple[int, ...],
+    precision: Precision,
+    raw: memoryview,
+    reference: Reference | None,
 ) -> Values:
     base = base_of(name, shape, reference)
     if base is None:
@@ -205,8 +250,9 @@ def _find_reference(header: FrameHeader, references: Sequence[Reference]) -> Ref
             return reference
     held = ", ".join(str(reference.round) for reference in references) or "none"
     raise MissingReferenceError(
-        f"a delta frame needs the frame it builds on; {name_frame(header.sender, header.round)} builds on round "
-        f"{header.reference}, and the rounds held of this sender are: {held}. The relay sends what is missing next."
+        f"a delta frame needs the frame it builds on; {name_frame(header.sender, header.round)} "
+        f"builds on round {header.reference}, and the rounds held of this sender are: {held}. The "
+        f"relay sends what is missing next."
     )
 
 
@@ -216,16 +262,19 @@ def _unfit(header: FrameHeader, what: str) -> CorruptFrameError | MissingReferen
     if header.reference is None and not any(entry.with_classes for entry in header.layers):
         return corrupt(who, what)
     return MissingReferenceError(
-        f"sender and receiver must know the same of earlier rounds and of the classes of weights; {who} does not fit: "
-        f"{what}. The relay sends a whole frame next time."
+        f"sender and receiver must know the same of earlier rounds and of the classes of weights; "
+        f"{who} does not fit: {what}. The relay sends a whole frame next time."
     )
 
 
-def read_header(data: FrameBytes, layers: Mapping[str, tuple[int, ...]] | None = None) -> FrameHeader:
+def read_header(
+    data: FrameBytes, layers: Mapping[str, tuple[int, ...]] | None = None
+) -> FrameHeader:
     """Read who sent a frame, when, and which layers, without unpacking a tensor.
 
-    The checksum and the structure are checked as in :func:`decode_frame`, the bits are not. ``layers`` are the names
-    and shapes to assume where the frame does not tell them.
+    The checksum and the structure are checked as in :func:`decode_frame`, the bits are
+    not. ``layers`` are the names and shapes to assume where the frame does not tell
+    them.
     """
     return open_frame(data, layers)[1]
 
@@ -260,13 +309,14 @@ def _expect_model(
     who = name_frame(header.sender, header.round)
     if fingerprint is not None and header.fingerprint not in (None, fingerprint):
         raise ForeignFrameError(
-            f"a frame must carry the fingerprint of the same frozen weights, {fingerprint}; {who} carries "
-            f"{header.fingerprint}. Give both agents the same model and the same seed."
+            f"a frame must carry the fingerprint of the same frozen weights, {fingerprint}; {who} "
+            f"carries {header.fingerprint}. Give both agents the same model and the same seed."
         )
     if any(entry.name is None for entry in header.layers):
         raise ForeignFrameError(
-            f"a delta frame does not repeat names and shapes, {len(header.layers)} here; {who} cannot be read with "
-            f"{'none' if layers is None else len(layers)} expected. Pass the layers of the sender's model."
+            f"a delta frame does not repeat names and shapes, {len(header.layers)} here; {who} "
+            f"cannot be read with {'none' if layers is None else len(layers)} expected. Pass the "
+            f"layers of the sender's model."
         )
     came = {entry.name: entry.shape for entry in header.layers}
     wanted = came if layers is None else {name: tuple(shape) for name, shape in layers.items()}
@@ -274,20 +324,23 @@ def _expect_model(
         name = min(str(n) for n in {*came, *wanted} if came.get(n) != wanted.get(n))
         raise ForeignFrameError(
             f"a frame must have the receiver's layers; in {who} layer {name!r} has shape "
-            f"{came.get(name, 'none')} instead of {wanted.get(name, 'none')}. Give both agents one model."
+            f"{came.get(name, 'none')} instead of {wanted.get(name, 'none')}. Give both agents "
+            f"one model."
         )
     if fingerprint is not None and layers is not None:
         mine = model_digest(describe(fingerprint, layers), prior).hex()
         if mine != header.model:
             raise ForeignFrameError(
-                "a frame must be of the receiver's frozen weights, layers and classes of weights, together "
-                f"{mine}; {who} has {header.model}. Give both agents the same model, seed and algorithm."
+                "a frame must be of the receiver's frozen weights, layers and classes of weights, "
+                f"together {mine}; {who} has {header.model}. Give both agents the same model, "
+                f"seed and algorithm."
             )
     for entry in header.layers:
         if dtype is not None and (dtype == torch.bool) != (entry.precision is None):
             raise ForeignFrameError(
-                f"the receiver takes {dtype} only; {who} has {entry.precision.name if entry.precision else 'a mask'} "
-                f"in layer {entry.name!r}. Give both agents the same algorithm."
+                f"the receiver takes {dtype} only; {who} has "
+                f"{entry.precision.name if entry.precision else 'a mask'} in layer "
+                f"{entry.name!r}. Give both agents the same algorithm."
             )
 
 
@@ -295,10 +348,11 @@ def _expect_origin(header: FrameHeader, *, sender: int | None, latest_round: int
     who = name_frame(header.sender, header.round)
     if sender is not None and header.sender != sender:
         raise ForeignFrameError(
-            f"a frame must come from the agent it is filed under, {sender}; this is {who}. Look at the routing."
+            f"a frame must come from the agent it is filed under, {sender}; this is {who}. Look "
+            f"at the routing."
         )
     if latest_round is not None and header.round > latest_round:
         raise FutureFrameError(
-            f"a frame must come from a round that has begun, at most {latest_round}; this is {who}. "
-            "It may belong to another run; if not, keep it until that round."
+            f"a frame must come from a round that has begun, at most {latest_round}; this is "
+            f"{who}. It may belong to another run; if not, keep it until that round."
         )

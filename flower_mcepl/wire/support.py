@@ -34,7 +34,8 @@ class Prior:
     Parameters
     ----------
     labels : Mapping[str, Tensor]
-        Layer name to the class of each weight, uint8, in the layer's shape. Sender and receiver must have the same.
+        Layer name to the class of each weight, uint8, in the layer's shape. Sender and
+        receiver must have the same.
 
     Raises
     ------
@@ -45,8 +46,12 @@ class Prior:
     def __init__(self, labels: Mapping[str, Tensor]) -> None:
         for name, label in labels.items():
             if label.dtype != torch.uint8:
-                raise ConfigError(f"the classes of weights are uint8 tensors; layer {name!r} has {label.dtype}.")
-        self._labels = {name: labels[name].detach().cpu().numpy().reshape(-1) for name in sorted(labels)}
+                raise ConfigError(
+                    f"the classes of weights are uint8 tensors; layer {name!r} has {label.dtype}."
+                )
+        self._labels = {
+            name: labels[name].detach().cpu().numpy().reshape(-1) for name in sorted(labels)
+        }
         self._classes: dict[str, Classes] = {}
 
     def classes(self, name: str) -> Classes | None:
@@ -83,7 +88,8 @@ class Plan:
     num_bits: float  # about what it costs
     with_classes: bool = False
     with_recent: bool = False
-    weights: Ints = field(default_factory=lambda: NOTHING)  # that are on (ALONE) or have flipped (DELTA)
+    # that are on (ALONE) or have flipped (DELTA)
+    weights: Ints = field(default_factory=lambda: NOTHING)
     sizes: Ints = field(default_factory=lambda: NOTHING)  # as in range_coding
     counts: Ints = field(default_factory=lambda: NOTHING)
     ranks: Ints = field(default_factory=lambda: NOTHING)
@@ -103,8 +109,11 @@ def plan_support(bits: Bits, known: Known) -> Plan:
             recent = None
         flips = np.flatnonzero(bits ^ known.last)
         options.append(_coded(DELTA, flips, Known(known.numel, known.last, recent, known.classes)))
-    if known.numel and options[-1].num_bits > options[0].num_bits / 4:  # a good delta need not be compared
-        options.append(_coded(ALONE, np.flatnonzero(bits), Known(known.numel, classes=known.classes)))
+    # a good delta need not be compared
+    if known.numel and options[-1].num_bits > options[0].num_bits / 4:
+        options.append(
+            _coded(ALONE, np.flatnonzero(bits), Known(known.numel, classes=known.classes))
+        )
     return min(options, key=lambda plan: plan.num_bits)
 
 
@@ -126,7 +135,8 @@ def _coded(kind: int, weights: Ints, known: Known) -> Plan:
 def read_support(reader: BitReader, count: int, known: Known) -> tuple[Bits, Ints]:
     """Read range-coded bits, as flips where ``known.last`` is given; return them and the weights that were told.
 
-    ``count`` is the number of weights that are told; ``known`` holds exactly what the sender used.
+    ``count`` is the number of weights that are told; ``known`` holds exactly what the
+    sender used.
     """
     groups = Groups(known.numel, last=known.last, recent=known.recent, classes=known.classes)
     weights = groups.weights(*read_positions(reader, groups.sizes, count))

@@ -43,7 +43,9 @@ def _unpack_float16(data: memoryview) -> Values:
 
 
 def _pack_bfloat16(values: Values) -> bytes:
-    rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16).view(torch.int16).numpy()
+    rounded = (
+        torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16).view(torch.int16).numpy()
+    )
     return bytes(rounded.astype("<i2", copy=False).tobytes())
 
 
@@ -55,17 +57,21 @@ def _unpack_bfloat16(data: memoryview) -> Values:
 def _pack_int8(values: Values, *, precision: str) -> bytes:
     if not np.isfinite(values).all():
         raise ConfigError(
-            f"precision {precision} needs finite values, because the largest sets the scale; some are infinite or not "
-            "a number. Send them with precision float32, or look at why training left the finite numbers."
+            f"precision {precision} needs finite values, because the largest sets the scale; some "
+            f"are infinite or not a number. Send them with precision float32, or look at why "
+            "training left the finite numbers."
         )
     scale = np.float32(np.abs(values).max(initial=np.float32(0)) / np.float32(127))
     steps = np.rint(values / scale) if scale > 0 else np.zeros_like(values)
-    return np.array([scale], "<f4").tobytes() + bytes(np.clip(steps, -127, 127).astype(np.int8).tobytes())
+    return np.array([scale], "<f4").tobytes() + bytes(
+        np.clip(steps, -127, 127).astype(np.int8).tobytes()
+    )
 
 
 def _unpack_int8(data: memoryview) -> Values:
     (scale,) = np.frombuffer(data[:4], "<f4").astype(np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):  # a damaged scale gives odd values, never a crash
+    # a damaged scale gives odd values, never a crash
+    with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(scale * np.frombuffer(data[4:], np.int8).astype(np.float32))
 
 
@@ -82,7 +88,8 @@ def _int8(name: str, code: int, *, of_differences: bool = False) -> Precision:
 
 def difference(values: Values, base: Values) -> Values:
     """Return what a precision of differences packs."""
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name when it is packed
+    # what is not finite is refused by name when it is packed
+    with np.errstate(over="ignore", invalid="ignore"):
         return values - base
 
 
@@ -92,13 +99,27 @@ def add_difference(base: Values, difference: Values) -> Values:
         return base + difference
 
 
-FLOAT32 = Precision(name="float32", code=1, num_bytes=lambda n: 4 * n, pack=_pack_float32, unpack=_unpack_float32)
+FLOAT32 = Precision(
+    name="float32", code=1, num_bytes=lambda n: 4 * n, pack=_pack_float32, unpack=_unpack_float32
+)
 PRECISIONS = {
     precision.name: precision
     for precision in (
         FLOAT32,
-        Precision(name="float16", code=2, num_bytes=lambda n: 2 * n, pack=_pack_float16, unpack=_unpack_float16),
-        Precision(name="bfloat16", code=3, num_bytes=lambda n: 2 * n, pack=_pack_bfloat16, unpack=_unpack_bfloat16),
+        Precision(
+            name="float16",
+            code=2,
+            num_bytes=lambda n: 2 * n,
+            pack=_pack_float16,
+            unpack=_unpack_float16,
+        ),
+        Precision(
+            name="bfloat16",
+            code=3,
+            num_bytes=lambda n: 2 * n,
+            pack=_pack_bfloat16,
+            unpack=_unpack_bfloat16,
+        ),
         _int8("int8", 4),
         _int8("int8-differences", 5, of_differences=True),
     )

@@ -1,8 +1,8 @@
 """Turn masks and float tensors into framed bytes; byte by byte in ``docs/wire-format.md``.
 
-A frame is one agent's payload of one round. It says who sent it, when, and for which frozen weights, and it ends
-in a checksum. As in video, it is whole (a key frame) or tells what changed against an earlier frame of the same
-sender (a delta frame).
+A frame is one agent's payload of one round. It says who sent it, when, and for which
+frozen weights, and it ends in a checksum. As in video, it is whole (a key frame) or
+tells what changed against an earlier frame of the same sender (a delta frame).
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,14 @@ from flower_mcepl.wire.payload import (
 )
 from flower_mcepl.wire.range_coding import Bits, BitWriter, Ints
 from flower_mcepl.wire.support import DELTA, PACKED, Plan, Prior, pack, packed_bytes, plan_support
-from flower_mcepl.wire.values import FLOAT32, Precision, Values, add_difference, difference, find_precision
+from flower_mcepl.wire.values import (
+    FLOAT32,
+    Precision,
+    Values,
+    add_difference,
+    difference,
+    find_precision,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ class WrittenFrame:
     header_bytes: int  # of ``data``; the rest is payload
     content: str  # 16 hex digits that stand for what it decodes to
     flips: dict[str, Ints]  # as in `Frame`
-    decoded: dict[str, Tensor]  # where the precision is of differences: the dense layers as they come out, float32
+    # where the precision is of differences: the dense layers as they come out, float32
+    decoded: dict[str, Tensor]
 
 
 def encode_frame(
@@ -69,8 +77,9 @@ def encode_frame(
     Parameters
     ----------
     tensors : Mapping[str, Tensor]
-        Layer name to bool tensor (a mask), float tensor, or coalesced sparse COO tensor of floats (a mask and the
-        values under it; explicit zeros count as kept). Scalars, empty layers and no layers at all are fine.
+        Layer name to bool tensor (a mask), float tensor, or coalesced sparse COO tensor
+        of floats (a mask and the values under it; explicit zeros count as kept).
+        Scalars, empty layers and no layers at all are fine.
     sender : int
         Index of the agent that sends, 0 to 2**32 - 1.
     round : int
@@ -78,13 +87,15 @@ def encode_frame(
     fingerprint : str
         Fingerprint of the shared frozen weights, 32 lower-case hex digits.
     reference : Reference | None (default: None)
-        What the receivers hold of this sender, or the common first payload. None makes the frame whole.
+        What the receivers hold of this sender, or the common first payload. None makes
+        the frame whole.
     prior : Prior | None (default: None)
         Classes of weights that the receivers know, too.
     precision : str (default: "float32")
-        How floats travel: "float32", "float16", "bfloat16", "int8" (127 steps up to the layer's largest value), or
-        "int8-differences" (127 steps up to the largest change against the reference, for dense layers alone; what has
-        no reference travels as float32). Whatever it is, float32 comes out at the other end.
+        How floats travel: "float32", "float16", "bfloat16", "int8" (127 steps up to the
+        layer's largest value), or "int8-differences" (127 steps up to the largest
+        change against the reference, for dense layers alone; what has no reference
+        travels as float32). Whatever it is, float32 comes out at the other end.
     packed : bool (default: False)
         Spend one bit on every weight of a mask, without range coding.
 
@@ -121,15 +132,26 @@ def write_frame(
         if not 0 <= value <= most:
             raise ConfigError(f"the {word} of a frame must lie in 0 to {most}; got {value}.")
     if len(tensors) > U16:
-        raise ConfigError(f"a frame holds at most {U16} layers; got {len(tensors)}. Send them in several frames.")
-    description = describe(fingerprint, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    parts = [_Part.of(name, tensors[name], find_precision(precision), reference) for name in sorted(tensors)]
+        raise ConfigError(
+            f"a frame holds at most {U16} layers; got {len(tensors)}. Send them in several frames."
+        )
+    description = describe(
+        fingerprint, {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    )
+    parts = [
+        _Part.of(name, tensors[name], find_precision(precision), reference)
+        for name in sorted(tensors)
+    ]
     inside = _Inside.of(parts, description, reference, prior, packed=packed)
-    if not packed and any(part.bits is not None for part in parts):  # at the worst a mask is one bit per weight
+    # at the worst a mask is one bit per weight
+    if not packed and any(part.bits is not None for part in parts):
         inside = min(_Inside.of(parts, description, reference, None, packed=True), inside, key=len)
     total = FIXED.size + len(inside) + CHECKSUM_NBYTES
     if total > U32:
-        raise ConfigError(f"a frame has at most {U32} bytes; this one would have {total}. Send it in several frames.")
+        raise ConfigError(
+            f"a frame has at most {U32} bytes; this one would have {total}. Send it in several "
+            f"frames."
+        )
     content = digest(piece for part in parts for piece in part.canonical())
     fixed = FIXED.pack(
         MAGIC,
@@ -145,8 +167,12 @@ def write_frame(
     )
     body = fixed + inside.header + inside.payload
     header_bytes = total - len(inside.payload)
-    decoded = {p.name: torch.from_numpy(p.decoded).reshape(p.shape) for p in parts if p.decoded is not None}
-    return WrittenFrame(body + digest([body]), inside.builds_on, header_bytes, content.hex(), inside.flips, decoded)
+    decoded = {
+        p.name: torch.from_numpy(p.decoded).reshape(p.shape) for p in parts if p.decoded is not None
+    }
+    return WrittenFrame(
+        body + digest([body]), inside.builds_on, header_bytes, content.hex(), inside.flips, decoded
+    )
 
 
 @dataclass(frozen=True)
@@ -180,7 +206,9 @@ class _Inside:
                     flips[part.name] = plan.weights
         coded = coder.to_bytes()
         raw = b"".join(part.raw(plan) for part, plan in zip(parts, plans, strict=True))
-        builds_on = reference.round if reference and any(entry.is_change for entry in entries) else None
+        builds_on = (
+            reference.round if reference and any(entry.is_change for entry in entries) else None
+        )
         header = b"".join(entry.line() for entry in entries) + varint(len(coded))
         if not builds_on:  # also against the first payload: a key frame tells what it is
             header = description + header
@@ -206,18 +234,24 @@ class _Part:
     num_values: int
     values: bytes  # as they travel
     precision: Precision | None  # None: a mask, without values
-    decoded: Values | None = None  # where a precision of differences was asked for: what comes out, flat
+    # where a precision of differences was asked for: what comes out, flat
+    decoded: Values | None = None
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor, precision: Precision, reference: Reference | None) -> "_Part":
-        sparse = tensor.layout is torch.sparse_coo and tensor.is_coalesced() and tensor.dense_dim() == 0
+    def of(
+        cls, name: str, tensor: Tensor, precision: Precision, reference: Reference | None
+    ) -> "_Part":
+        sparse = (
+            tensor.layout is torch.sparse_coo and tensor.is_coalesced() and tensor.dense_dim() == 0
+        )
         known = torch.float32, torch.float16, torch.bfloat16
         good = tensor.dtype in known if sparse else tensor.dtype in (torch.bool, *known)
         if not (sparse or tensor.layout is torch.strided) or not good or tensor.is_meta:
             raise ConfigError(
-                "a frame carries dense bool tensors, and dense or coalesced sparse COO tensors of float32, float16 or "
-                f"bfloat16; layer {name!r} is {tensor.dtype}, {tensor.layout}, on {tensor.device}. Convert it first: "
-                "`.bool()` for a mask, `.float()` for values, `.coalesce()` for sparse ones."
+                "a frame carries dense bool tensors, and dense or coalesced sparse COO tensors of "
+                f"float32, float16 or bfloat16; layer {name!r} is {tensor.dtype}, "
+                f"{tensor.layout}, on {tensor.device}. Convert it first: `.bool()` for a mask, "
+                "`.float()` for values, `.coalesce()` for sparse ones."
             )
         shape, bits = tuple(tensor.shape), support_of(tensor)
         support = b"" if bits is None else pack(bits)
@@ -227,19 +261,29 @@ class _Part:
         if precision.of_differences:
             if bits is not None:
                 raise ConfigError(
-                    f"precision {precision.name} is for dense layers, whose every weight has a value before and after; "
-                    f"layer {name!r} is sparse. Send it with another precision, such as int8."
+                    f"precision {precision.name} is for dense layers, whose every weight has a "
+                    f"value before and after; layer {name!r} is sparse. Send it with another "
+                    f"precision, such as int8."
                 )
-            return cls._of_differences(name, shape, values, precision, base_of(name, shape, reference))
+            return cls._of_differences(
+                name, shape, values, precision, base_of(name, shape, reference)
+            )
         return cls(name, shape, bits, support, values.size, precision.pack(values), precision)
 
     @classmethod
     def _of_differences(
-        cls, name: str, shape: tuple[int, ...], values: Values, precision: Precision, base: Values | None
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        values: Values,
+        precision: Precision,
+        base: Values | None,
     ) -> "_Part":
         """Tell values as differences from those that the receivers hold, where that is possible and shorter."""
         if base is None or precision.num_bytes(values.size) >= FLOAT32.num_bytes(values.size):
-            return cls(name, shape, None, b"", values.size, FLOAT32.pack(values), FLOAT32, values.copy())
+            return cls(
+                name, shape, None, b"", values.size, FLOAT32.pack(values), FLOAT32, values.copy()
+            )
         told = precision.pack(difference(values, base))
         decoded = add_difference(base, precision.unpack(memoryview(told)))
         return cls(name, shape, None, b"", values.size, told, precision, decoded)
@@ -248,9 +292,13 @@ class _Part:
         """Return what stands for it in the digest of the content."""
         if self.decoded is not None:
             return canonical_values(self.decoded)
-        return canonical_pieces(None if self.bits is None else self.support, self.precision, self.values)
+        return canonical_pieces(
+            None if self.bits is None else self.support, self.precision, self.values
+        )
 
-    def plan(self, reference: Reference | None, prior: Prior | None, *, packed: bool) -> Plan | None:
+    def plan(
+        self, reference: Reference | None, prior: Prior | None, *, packed: bool
+    ) -> Plan | None:
         """Return how its bits are told; None where there are none."""
         if self.bits is None:
             return None
@@ -259,8 +307,9 @@ class _Part:
         known = known_of(self.name, self.shape, reference, prior)
         if known.classes is not None and len(known.classes.order) != known.numel:
             raise ConfigError(
-                f"classes are for every weight of a layer; layer {self.name!r} has {known.numel} weights and classes "
-                f"for {len(known.classes.order)}. Make the classes from the model that is sent."
+                f"classes are for every weight of a layer; layer {self.name!r} has {known.numel} "
+                f"weights and classes for {len(known.classes.order)}. Make the classes from the "
+                f"model that is sent."
             )
         return plan_support(self.bits, known)
 

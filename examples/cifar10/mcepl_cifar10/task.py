@@ -11,7 +11,14 @@ from flwr.app import Context
 from torch import Tensor
 from torchvision.transforms import v2
 
-from flower_mcepl.data import DataSettings, Indices, Partition, cached_tensors, own_splits, own_tests
+from flower_mcepl.data import (
+    DataSettings,
+    Indices,
+    Partition,
+    cached_tensors,
+    own_splits,
+    own_tests,
+)
 from flower_mcepl.models import AlexNetCifar
 
 Split = tuple[Tensor, Tensor]
@@ -29,8 +36,9 @@ def load_split(data: str, split: str) -> Dataset:
     files = sorted(map(str, Path(data).rglob(f"{split}*.parquet")))
     if not files:
         raise FileNotFoundError(
-            f"data = {data!r}: no {split}*.parquet in that folder or below. Give the absolute path of a folder with "
-            "CIFAR-10 as parquet, or a name on the Hugging Face hub: --run-config 'data=\"uoft-cs/cifar10\"'."
+            f"data = {data!r}: no {split}*.parquet in that folder or below. Give the absolute "
+            f"path of a folder with CIFAR-10 as parquet, or a name on the Hugging Face hub: "
+            "--run-config 'data=\"uoft-cs/cifar10\"'."
         )
     return load_dataset("parquet", data_files=files, split="train")
 
@@ -59,7 +67,9 @@ def encoded_images(data: str, split: str) -> tuple[Dataset, np.ndarray]:
 @lru_cache
 def parts(data: str, partition: str, num_agents: int, seed: int) -> tuple[Indices, ...]:
     """Return which training images each agent holds."""
-    return Partition.parse(partition).divide(encoded_images(data, "train")[1], num_agents=num_agents, seed=seed)
+    return Partition.parse(partition).divide(
+        encoded_images(data, "train")[1], num_agents=num_agents, seed=seed
+    )
 
 
 def load_data(
@@ -67,26 +77,37 @@ def load_data(
 ) -> tuple[Split, Split | None, Split]:
     """Return the agent's training, validation and test split, ``(images, labels)`` each.
 
-    Training and validation are of the training images that the agent holds; a run without a validation split has None.
-    Testing: CIFAR-10's own test images, those of the agent's classes. ``cache`` is a folder for the decoded pixels, so
-    that on a device, where every message is a process of its own, only the first one decodes; empty for none.
+    Training and validation are of the training images that the agent holds; a run
+    without a validation split has None. Testing: CIFAR-10's own test images, those of
+    the agent's classes. ``cache`` is a folder for the decoded pixels, so that on a
+    device, where every message is a process of its own, only the first one decodes;
+    empty for none.
     """
 
     def make() -> dict[str, Tensor]:
         return decode_splits(agent, data=data, num_agents=num_agents, settings=settings, seed=seed)
 
     if cache:
-        told = {"num-agents": num_agents, "seed": seed, "agent": agent, **asdict(settings), "version": 1}
+        told = {
+            "num-agents": num_agents,
+            "seed": seed,
+            "agent": agent,
+            **asdict(settings),
+            "version": 1,
+        }
         found = cached_tensors(cache, {**told, "data": source_of(data)}, make)
     else:
         found = make()
     train, validation, test = (
-        (normalized(found[name]), found[f"{name}-labels"].long()) for name in ("train", "validation", "test")
+        (normalized(found[name]), found[f"{name}-labels"].long())
+        for name in ("train", "validation", "test")
     )
     return train, validation if len(validation[1]) else None, test
 
 
-def decode_splits(agent: int, *, data: str, num_agents: int, settings: DataSettings, seed: int) -> dict[str, Tensor]:
+def decode_splits(
+    agent: int, *, data: str, num_agents: int, settings: DataSettings, seed: int
+) -> dict[str, Tensor]:
     """Return pixels, uint8 [n, 3, 32, 32], and labels, uint8 [n], of each of an agent's splits."""
     images, labels = encoded_images(data, "train")
     mine = parts(data, settings.partition, num_agents, seed)[agent]
@@ -113,7 +134,8 @@ def decode(name: str, split: Dataset) -> dict[str, Tensor]:
 class Augmented(torch.utils.data.Dataset):
     """Training images, each drawn mirrored or not, and shifted by at most four pixels either way.
 
-    What is drawn comes from torch's global generator, which an agent sets for each round from the run's seed.
+    What is drawn comes from torch's global generator, which an agent sets for each
+    round from the run's seed.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:

@@ -6,7 +6,14 @@ from flwr.serverapp import Grid, ServerApp
 from flower_mcepl.strategies import make_strategy
 from mcepl_quickstart.task import model_fn
 
-APP_KEYS = ["partition", "train-fraction", "validation-fraction", "test-fraction", "stratify", "width"]
+APP_KEYS = [
+    "partition",
+    "train-fraction",
+    "validation-fraction",
+    "test-fraction",
+    "stratify",
+    "width",
+]
 
 app = ServerApp()
 

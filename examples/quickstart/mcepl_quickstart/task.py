@@ -16,14 +16,17 @@ Split = tuple[Tensor, Tensor]
 class Net(nn.Module):
     """Two convolutions and two linear layers for images [batch, 1, 8, 8].
 
-    The weights stay random, so their scale matters more than usual: Kaiming initialisation, and a group norm
-    without parameters, keep the signal alive where a mask leaves one weight in ten. `width` is a factor on channels
-    and hidden units, rounded to whole groups of the norm.
+    The weights stay random, so their scale matters more than usual: Kaiming
+    initialisation, and a group norm without parameters, keep the signal alive where a
+    mask leaves one weight in ten. `width` is a factor on channels and hidden units,
+    rounded to whole groups of the norm.
     """
 
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
-        first, second, hidden = (GROUPS * max(1, round(width * size / GROUPS)) for size in (32, 64, 128))
+        first, second, hidden = (
+            GROUPS * max(1, round(width * size / GROUPS)) for size in (32, 64, 128)
+        )
         self.layers = nn.Sequential(
             nn.Conv2d(1, first, 3, padding=1, bias=False),
             nn.GroupNorm(GROUPS, first, affine=False),
@@ -66,7 +69,9 @@ def parts(partition: str, num_agents: int, seed: int) -> tuple[Indices, ...]:
     return Partition.parse(partition).divide(digits()[1], num_agents=num_agents, seed=seed)
 
 
-def load_data(agent: int, *, num_agents: int, settings: DataSettings, seed: int) -> tuple[Split, Split | None, Split]:
+def load_data(
+    agent: int, *, num_agents: int, settings: DataSettings, seed: int
+) -> tuple[Split, Split | None, Split]:
     """Return the agent's training, validation and test split, each ``(images, labels)``, all from its own images.
 
     A run without a validation split has None.

@@ -12,22 +12,27 @@ from flower_mcepl.agents.parts.dense import ConfigT, DenseAgent
 from flower_mcepl.agents.parts.groups import Shapes
 from flower_mcepl.data.batches import AgentData
 
-DEGREE = "mixing/degree"  # [1] float, beside the weights in every payload: the sender's number of neighbors
+# [1] float, beside the weights in every payload: the sender's number of neighbors
+DEGREE = "mixing/degree"
 
 
 def metropolis_weight(degree: int, other_degree: int) -> float:
     """Return the weight of one link, ``W_ij = 1 / (1 + max(d_i, d_j))``; the rest of a row is the agent's own share.
 
-    Source: Xiao and Boyd 2004, "Fast linear iterations for distributed averaging" (Metropolis-Hastings weights).
+    Source: Xiao and Boyd 2004, "Fast linear iterations for distributed averaging"
+    (Metropolis-Hastings weights).
     """
     return 1 / (1 + max(degree, other_degree))
 
 
-def metropolis_pull(own: Mapping[str, Tensor], inbox: Mapping[int, Payload], *, degree: int) -> dict[str, Tensor]:
+def metropolis_pull(
+    own: Mapping[str, Tensor], inbox: Mapping[int, Payload], *, degree: int
+) -> dict[str, Tensor]:
     """Return ``Σ_j W_ij (x_j - x_i)`` over the neighbors in the inbox, by layer.
 
-    As the rows of W sum to 1, ``x_i`` plus this is ``Σ_j W_ij x_j`` with the agent itself in the sum, and the weight
-    of a neighbor that is missing from the inbox falls to the agent itself.
+    As the rows of W sum to 1, ``x_i`` plus this is ``Σ_j W_ij x_j`` with the agent
+    itself in the sum, and the weight of a neighbor that is missing from the inbox falls
+    to the agent itself.
 
     Parameters
     ----------
@@ -36,8 +41,9 @@ def metropolis_pull(own: Mapping[str, Tensor], inbox: Mapping[int, Payload], *, 
     inbox : mapping
         The neighbors' payloads by agent: ``x_j`` by layer, and ``DEGREE``.
     degree : int
-        ``d_i``, at least the size of the inbox, so that no weight becomes negative. A neighbor that says 0 does not
-        know its own degree yet and counts as having the same.
+        ``d_i``, at least the size of the inbox, so that no weight becomes negative. A
+        neighbor that says 0 does not know its own degree yet and counts as having the
+        same.
     """
     pull = {name: torch.zeros_like(x) for name, x in own.items()}
     for sender in sorted(inbox):  # float sums depend on the order
@@ -57,21 +63,29 @@ def said_degree(payload: Payload) -> int:
 class MixingAgent(DenseAgent[ConfigT]):
     """A dense agent that averages its weights with those of its neighbors.
 
-    W needs the degrees of both ends of a link, and an agent learns of the graph only by its inbox. So every payload
-    says the sender's degree: the number of neighbors in its last inbox, 0 before the first one. For itself an agent
-    takes the degree that it said, or the size of the present inbox if that is larger. Hence
+    W needs the degrees of both ends of a link, and an agent learns of the graph only by
+    its inbox. So every payload says the sender's degree: the number of neighbors in its
+    last inbox, 0 before the first one. For itself an agent takes the degree that it
+    said, or the size of the present inbox if that is larger. Hence
 
-    * on an undirected graph that does not change, W is the Metropolis-Hastings matrix of ``Topology.mixing`` in
-      every round but the first, and there too if all degrees are equal (until an agent has had an inbox, nobody
-      can know its degree);
-    * whatever is missing, late or changing, every row of W sums to 1 and no entry is negative; W may be
-      unsymmetric while degrees change.
+    * on an undirected graph that does not change, W is the Metropolis-Hastings matrix
+      of ``Topology.mixing`` in every round but the first, and there too if all degrees
+      are equal (until an agent has had an inbox, nobody can know its degree);
+    * whatever is missing, late or changing, every row of W sums to 1 and no entry is
+      negative; W may be unsymmetric while degrees change.
     """
 
     undirected_only = True
 
     def __init__(
-        self, index: int, module: nn.Module, data: AgentData, config: ConfigT, *, seed: int, device: str = "cpu"
+        self,
+        index: int,
+        module: nn.Module,
+        data: AgentData,
+        config: ConfigT,
+        *,
+        seed: int,
+        device: str = "cpu",
     ) -> None:
         super().__init__(index, module, data, config, seed=seed, device=device)
         self.layers = {**self._shapes, DEGREE: (1,)}

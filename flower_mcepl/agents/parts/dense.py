@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from flower_mcepl.agents.agent import Agent, AgentState, data_facts
 from flower_mcepl.agents.parts.evaluation import evaluate_classifier
 from flower_mcepl.agents.parts.groups import Shapes, check_group, join_groups, split_groups
-from flower_mcepl.agents.parts.training import TrainingConfig, descent_direction, finite_loss, train_locally
+from flower_mcepl.agents.parts.training import (
+    TrainingConfig,
+    descent_direction,
+    finite_loss,
+    train_locally,
+)
 from flower_mcepl.config.fields import check
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import DivergedError, UnsupportedLayerError
@@ -34,14 +39,20 @@ class SgdConfig(TrainingConfig):
     """
 
     lr: float  # η > 0; every algorithm has its own default
-    lr_decay: float = 1.0  # factor on the step size per round, beside lr_schedule, 0 < lr_decay <= 1
+    # factor on the step size per round, beside lr_schedule, 0 < lr_decay <= 1
+    lr_decay: float = 1.0
     clip_norm: float = 0.0  # the gradient of a batch is scaled down to this norm; 0: never
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_not_negative("lr", "clip_norm")
         check(self.lr > 0, "lr must be > 0", self.lr)
-        check(0 < self.lr_decay <= 1, "lr-decay must be in (0, 1]", self.lr_decay, "1 leaves the step size as it is.")
+        check(
+            0 < self.lr_decay <= 1,
+            "lr-decay must be in (0, 1]",
+            self.lr_decay,
+            "1 leaves the step size as it is.",
+        )
 
     def lr_factor(self, round: int) -> float:
         """Return what the step size is multiplied by in ``round`` (from 1)."""
@@ -54,17 +65,18 @@ ConfigT = TypeVar("ConfigT", bound=SgdConfig)
 class DenseAgent(Agent, Generic[ConfigT]):
     """An agent that trains all weights of its own copy of the common network, biases and norm layers included.
 
-    One local step is ``v = momentum * v + (clip(g) + μ * x)``, ``x = x - η * v``. Buffers, such as the running
-    statistics of batch norm, follow the agent's own data and are never sent. Parameters that the module has frozen
-    (``requires_grad=False``) keep their initial values.
+    One local step is ``v = momentum * v + (clip(g) + μ * x)``, ``x = x - η * v``.
+    Buffers, such as the running statistics of batch norm, follow the agent's own data
+    and are never sent. Parameters that the module has frozen (``requires_grad=False``)
+    keep their initial values.
 
     Parameters
     ----------
     index : int
         The agent's number in the graph, 0..N-1.
     module : nn.Module
-        The network with the weights that all agents start from, as from `shared_module`; it is copied, and must
-        itself stay as it is.
+        The network with the weights that all agents start from, as from
+        `shared_module`; it is copied, and must itself stay as it is.
     data : AgentData
         Training and test split.
     config : SgdConfig
@@ -81,18 +93,37 @@ class DenseAgent(Agent, Generic[ConfigT]):
     """
 
     def __init__(
-        self, index: int, module: nn.Module, data: AgentData, config: ConfigT, *, seed: int, device: str = "cpu"
+        self,
+        index: int,
+        module: nn.Module,
+        data: AgentData,
+        config: ConfigT,
+        *,
+        seed: int,
+        device: str = "cpu",
     ) -> None:
-        self.index, self.seed, self.data, self.config, self.device = index, seed, data, config, device
+        self.index, self.seed, self.data, self.config, self.device = (
+            index,
+            seed,
+            data,
+            config,
+            device,
+        )
         self.fingerprint = fingerprint(module, find_maskable(module))
         self.model = copy.deepcopy(module).to(device)
-        self.weights = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self.weights = {
+            name: weight for name, weight in self.model.named_parameters() if weight.requires_grad
+        }
         if not self.weights:
             raise UnsupportedLayerError(
-                f"{type(module).__name__} has no weight to train: requires_grad is False for all of its parameters. "
-                "Leave it True in the model function."
+                f"{type(module).__name__} has no weight to train: requires_grad is False for all "
+                f"of its parameters. Leave it True in the model function."
             )
-        self._initial = {name: weight.detach() for name, weight in module.named_parameters() if name in self.weights}
+        self._initial = {
+            name: weight.detach()
+            for name, weight in module.named_parameters()
+            if name in self.weights
+        }
         self._velocity: dict[str, Tensor] = {}
         self._shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         self.layers = {}  # nothing goes out, unless the algorithm says so
@@ -107,7 +138,9 @@ class DenseAgent(Agent, Generic[ConfigT]):
         """
         self.model.train()
         step = partial(self._local_step, round=round)
-        metrics = train_locally(step, self.data.train, self.config, seed=self.seed, agent=self.index, round=round)
+        metrics = train_locally(
+            step, self.data.train, self.config, seed=self.seed, agent=self.index, round=round
+        )
         if not all(bool(weight.isfinite().all()) for weight in self.weights.values()):
             raise DivergedError(
                 f"agent {self.index}: round {round} left weights that are not finite. "
@@ -117,9 +150,13 @@ class DenseAgent(Agent, Generic[ConfigT]):
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the agent's network on its own test split; the density is that of its weights."""
-        with isolated_rng(self.seed, "evaluation", agent=self.index):  # transforms of the test split may draw
+        # transforms of the test split may draw
+        with isolated_rng(self.seed, "evaluation", agent=self.index):
             metrics = evaluate_classifier(
-                self.model, self.data.test, batch_size=self.config.eval_batch_size, device=self.device
+                self.model,
+                self.data.test,
+                batch_size=self.config.eval_batch_size,
+                device=self.device,
             )
         return {**metrics, "density": self._density()}
 
@@ -145,13 +182,19 @@ class DenseAgent(Agent, Generic[ConfigT]):
         self._check_facts(state.facts)
         groups = split_groups(state.tensors, device=self.device)
         for group, (shapes, may_be_absent) in self._group_shapes().items():
-            check_group(groups, group, shapes, whose=f"agent {self.index}", may_be_absent=may_be_absent)
+            check_group(
+                groups, group, shapes, whose=f"agent {self.index}", may_be_absent=may_be_absent
+            )
         self._take_back(groups)
 
     def _group_shapes(self) -> dict[str, tuple[Shapes, bool]]:
         """Return what each group of a state holds, and whether it may be absent."""
         buffers = {name: tuple(buffer.shape) for name, buffer in self.model.named_buffers()}
-        return {"weights": (self._shapes, False), "velocity": (self._shapes, True), "buffer": (buffers, False)}
+        return {
+            "weights": (self._shapes, False),
+            "velocity": (self._shapes, True),
+            "buffer": (buffers, False),
+        }
 
     @torch.no_grad()
     def _take_back(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
@@ -162,7 +205,11 @@ class DenseAgent(Agent, Generic[ConfigT]):
         self._velocity = groups.get("velocity", {})
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
-        return {"weights": self.weights, "velocity": self._velocity, "buffer": dict(self.model.named_buffers())}
+        return {
+            "weights": self.weights,
+            "velocity": self._velocity,
+            "buffer": dict(self.model.named_buffers()),
+        }
 
     def _local_step(self, inputs: Any, labels: Tensor, *, round: int) -> float:
         logits = self.model(inputs.to(self.device))
@@ -173,7 +220,9 @@ class DenseAgent(Agent, Generic[ConfigT]):
         with torch.no_grad():
             for name, x in self.weights.items():
                 g, velocity = gradients[name], self._velocity
-                x.add_(descent_direction(name, x, g, velocity=velocity, config=self.config), alpha=-lr)
+                x.add_(
+                    descent_direction(name, x, g, velocity=velocity, config=self.config), alpha=-lr
+                )
         return value
 
     def _gradients(self, loss: Tensor) -> dict[str, Tensor]:
@@ -195,6 +244,8 @@ def clip(gradients: Mapping[str, Tensor], *, norm: float) -> dict[str, Tensor]:
     """Scale gradients down together until their common Euclidean norm is at most ``norm``; 0 leaves them alone."""
     if not norm:
         return dict(gradients)
-    total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+    total = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()])
+    )
     scale = (norm / (total + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
     return {name: g * scale for name, g in gradients.items()}

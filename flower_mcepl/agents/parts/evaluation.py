@@ -8,7 +8,9 @@ from flower_mcepl.errors import DataError
 
 
 @torch.no_grad()
-def evaluate_classifier(model: nn.Module, split: BatchSource, *, batch_size: int, device: str) -> dict[str, float]:
+def evaluate_classifier(
+    model: nn.Module, split: BatchSource, *, batch_size: int, device: str
+) -> dict[str, float]:
     """Return ``accuracy`` and mean cross-entropy ``loss`` over the split, and its ``num-examples``."""
     model.eval()
     loss, correct, seen = 0.0, 0, 0
@@ -18,5 +20,7 @@ def evaluate_classifier(model: nn.Module, split: BatchSource, *, batch_size: int
         correct += int((logits.argmax(dim=1) == labels).sum())
         seen += len(labels)
     if not seen:
-        raise DataError("a test split gave no batch: evaluation_batches must yield every example once.")
+        raise DataError(
+            "a test split gave no batch: evaluation_batches must yield every example once."
+        )
     return {"accuracy": correct / seen, "loss": loss / seen, "num-examples": seen}

@@ -28,7 +28,12 @@ def split_groups(tensors: Mapping[str, Tensor], *, device: str) -> dict[str, dic
 
 
 def check_group(
-    groups: Mapping[str, Mapping[str, Tensor]], group: str, full: Shapes, *, whose: str, may_be_absent: bool
+    groups: Mapping[str, Mapping[str, Tensor]],
+    group: str,
+    full: Shapes,
+    *,
+    whose: str,
+    may_be_absent: bool,
 ) -> None:
     """Check that a group holds exactly the tensors that it must hold.
 

@@ -13,8 +13,9 @@ _cache: dict[tuple[object, ...], Prior] = {}  # agents are built anew for every 
 def shared_prior(model: MaskedModel, *, seed: int, shared_scores: bool) -> Prior:
     """Return the classes of weights that flip about equally often, as a model's weights and first scores tell them.
 
-    A weight's bit depends on the size of its score, and its score moves in proportion to the size of the weight. Both
-    are common knowledge at the start: the weights always, the scores where all agents start from the same.
+    A weight's bit depends on the size of its score, and its score moves in proportion
+    to the size of the weight. Both are common knowledge at the start: the weights
+    always, the scores where all agents start from the same.
 
     Parameters
     ----------
@@ -23,7 +24,8 @@ def shared_prior(model: MaskedModel, *, seed: int, shared_scores: bool) -> Prior
     seed : int
         Seed of the run.
     shared_scores : bool
-        Whether all agents start from this model's scores. If not, the weights alone make the classes.
+        Whether all agents start from this model's scores. If not, the weights alone
+        make the classes.
     """
     key = (model.fingerprint, seed, shared_scores)
     if key not in _cache:
@@ -31,7 +33,9 @@ def shared_prior(model: MaskedModel, *, seed: int, shared_scores: bool) -> Prior
         for name, scores in model.scores.items():
             weights = model.module.get_parameter(name)
             if shared_scores:
-                labels[name] = _levels(scores, SCORE_CLASSES) * WEIGHT_CLASSES + _levels(weights, WEIGHT_CLASSES)
+                labels[name] = _levels(scores, SCORE_CLASSES) * WEIGHT_CLASSES + _levels(
+                    weights, WEIGHT_CLASSES
+                )
             else:
                 labels[name] = _levels(weights, SCORE_CLASSES)
         while len(_cache) > 3:

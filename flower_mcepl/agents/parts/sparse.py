@@ -44,23 +44,33 @@ class SparseConfig(SgdConfig):
     clip_norm: float = 10.0  # of the whole gradient, before the mask
     local_epochs: int = 5
     density: float = 0.5  # share of the maskable weights that the agent holds, 0 < density <= 1
-    drop_fraction: float = 0.5  # α in [0, 1]: share of the held weights that moves in round 1; 0: masks stand still
+    # α in [0, 1]: share of the held weights that moves in round 1; 0: masks stand still
+    drop_fraction: float = 0.5
     anneal_rounds: int = PAPER_ROUNDS  # T: rounds in which that share falls to zero
-    regrow: str = "gradient"  # what grows back: "gradient": where the loss pulls hardest; "random": anywhere
+    # what grows back: "gradient": where the loss pulls hardest; "random": anywhere
+    regrow: str = "gradient"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_density(self.density)
         check(0 <= self.drop_fraction <= 1, "drop-fraction must be in [0, 1]", self.drop_fraction)
-        check(self.anneal_rounds >= 1, "anneal-rounds must be >= 1", self.anneal_rounds, "Use the run's num-rounds.")
+        check(
+            self.anneal_rounds >= 1,
+            "anneal-rounds must be >= 1",
+            self.anneal_rounds,
+            "Use the run's num-rounds.",
+        )
         check(self.regrow in REGROWS, f"regrow must be one of {', '.join(REGROWS)}", self.regrow)
 
     @classmethod
-    def from_run_config(cls, run_config: RunConfig, *, agent: int, node_config: RunConfig | None = None) -> Self:
+    def from_run_config(
+        cls, run_config: RunConfig, *, agent: int, node_config: RunConfig | None = None
+    ) -> Self:
         """Read the settings of one agent from Flower's run config.
 
-        ``density`` is one ratio, or several separated by commas that the agents take in turn: agent i gets number
-        ``i mod k``; in the node config it is the agent's own. Without ``anneal-rounds``, ``num-rounds`` is taken.
+        ``density`` is one ratio, or several separated by commas that the agents take in
+        turn: agent i gets number ``i mod k``; in the node config it is the agent's own.
+        Without ``anneal-rounds``, ``num-rounds`` is taken.
         """
         densities = per_agent("density", run_config.get("density", cls.density))
         for density in densities:
@@ -68,14 +78,23 @@ class SparseConfig(SgdConfig):
         own = densities[agent % len(densities)]
         if node_config and "density" in node_config:
             told = per_agent("density", node_config["density"])
-            check(len(told) == 1, "the node config's density is one ratio, of this agent alone", node_config["density"])
+            check(
+                len(told) == 1,
+                "the node config's density is one ratio, of this agent alone",
+                node_config["density"],
+            )
             own = told[0]
         rounds = {"anneal-rounds": run_config["num-rounds"]} if "num-rounds" in run_config else {}
         return read_fields(cls, {**rounds, **run_config}, density=own)
 
 
 def _check_density(density: float) -> None:
-    check(0 < density <= 1, "density must be in (0, 1]", density, "Use for example 0.5 to hold half of the weights.")
+    check(
+        0 < density <= 1,
+        "density must be in (0, 1]",
+        density,
+        "Use for example 0.5 to hold half of the weights.",
+    )
 
 
 SparseT = TypeVar("SparseT", bound=SparseConfig)
@@ -84,25 +103,35 @@ SparseT = TypeVar("SparseT", bound=SparseConfig)
 class SparseAgent(DenseAgent[SparseT]):
     """An agent whose conv and linear weights live under a personal mask ``m_i``; biases and norm layers do not.
 
-    `train` takes the local steps under the mask, ``w = (w - η (clip(g) + μ w)) * m_i``, each round from momentum
-    zero. Then the mask moves: it loses the share ``α_t`` of each layer's smallest weights and gets as many others,
-    those of largest gradient in one batch (or random ones). The weights follow it when the exchange is done. The
-    first masks are ERK, drawn by each agent for itself over weights that are common to all.
+    `train` takes the local steps under the mask, ``w = (w - η (clip(g) + μ w)) * m_i``,
+    each round from momentum zero. Then the mask moves: it loses the share ``α_t`` of
+    each layer's smallest weights and gets as many others, those of largest gradient in
+    one batch (or random ones). The weights follow it when the exchange is done. The
+    first masks are ERK, drawn by each agent for itself over weights that are common to
+    all.
     """
 
     def __init__(
-        self, index: int, module: nn.Module, data: AgentData, config: SparseT, *, seed: int, device: str = "cpu"
+        self,
+        index: int,
+        module: nn.Module,
+        data: AgentData,
+        config: SparseT,
+        *,
+        seed: int,
+        device: str = "cpu",
     ) -> None:
         super().__init__(index, module, data, config, seed=seed, device=device)
         self.layers = dict(self._shapes)
         self.masks = self._draw_masks(masked_names(module, self.weights))
         if not self.masks:
             raise UnsupportedLayerError(
-                f"algorithm {self.algorithm} needs conv or linear weights that train; all those of "
-                f"{type(module).__name__} are frozen (requires_grad is False). Leave it True in the model function, or "
-                "use an algorithm without masks."
+                f"algorithm {self.algorithm} needs conv or linear weights that train; all those "
+                f"of {type(module).__name__} are frozen (requires_grad is False). Leave it True "
+                f"in the model function, or use an algorithm without masks."
             )
-        self._held = self.masks  # the masks under which the weights are; until fuse, those before they moved
+        # the masks under which the weights are; until fuse, those before they moved
+        self._held = self.masks
         self._apply_masks()
 
     def train(self, *, round: int) -> dict[str, float]:
@@ -120,15 +149,21 @@ class SparseAgent(DenseAgent[SparseT]):
     def _sparse(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return copies of the weights' tensors to send: sparse ones where there is a mask, else dense ones."""
         return {
-            name: to_sparse(tensor, self._held[name]).cpu() if name in self._held else tensor.cpu().clone()
+            name: to_sparse(tensor, self._held[name]).cpu()
+            if name in self._held
+            else tensor.cpu().clone()
             for name, tensor in tensors.items()
         }
 
     def _draw_masks(self, names: list[str]) -> dict[str, Tensor]:
-        densities = erk_densities({name: self._shapes[name] for name in names}, density=self.config.density)
+        densities = erk_densities(
+            {name: self._shapes[name] for name in names}, density=self.config.density
+        )
         generator = torch_stream(self.seed, "first-mask", agent=self.index)
         return {
-            name: random_mask(self._shapes[name], density=density, generator=generator).to(self.device)
+            name: random_mask(self._shapes[name], density=density, generator=generator).to(
+                self.device
+            )
             for name, density in densities.items()
         }
 
@@ -144,11 +179,15 @@ class SparseAgent(DenseAgent[SparseT]):
         return value
 
     def _move_masks(self, round: int) -> None:
-        share = drop_share(round, drop_fraction=self.config.drop_fraction, anneal_rounds=self.config.anneal_rounds)
+        share = drop_share(
+            round, drop_fraction=self.config.drop_fraction, anneal_rounds=self.config.anneal_rounds
+        )
         if not share:
             return
         generator = torch_stream(self.seed, "regrowth", agent=self.index, round=round)
-        gradients = self._growth_gradients(round, generator) if self.config.regrow == "gradient" else {}
+        gradients = (
+            self._growth_gradients(round, generator) if self.config.regrow == "gradient" else {}
+        )
         moved = {}
         for name, mask in self.masks.items():
             count = math.ceil(share * int(mask.sum()))

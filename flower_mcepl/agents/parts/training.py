@@ -31,7 +31,8 @@ class TrainingConfig:
     local_steps: int = 1  # mini-batches a round
     local_epochs: int = 0  # passes over the training split a round; if > 0 it replaces local_steps
     lr_schedule: str = "constant"  # "cosine": the step sizes fall to zero over lr_rounds
-    lr_rounds: int = 0  # length of the cosine in rounds; a run config that has none means its num-rounds
+    # length of the cosine in rounds; a run config that has none means its num-rounds
+    lr_rounds: int = 0
     eval_batch_size: int = 64  # large ones are slower on a CPU: activations that leave the cache
 
     def __post_init__(self) -> None:
@@ -42,7 +43,9 @@ class TrainingConfig:
         for name in ("local_epochs", "lr_rounds"):
             check(getattr(self, name) >= 0, f"{_key(name)} must be >= 0", getattr(self, name))
         check(
-            self.lr_schedule in LR_SCHEDULES, f"lr-schedule must be one of {', '.join(LR_SCHEDULES)}", self.lr_schedule
+            self.lr_schedule in LR_SCHEDULES,
+            f"lr-schedule must be one of {', '.join(LR_SCHEDULES)}",
+            self.lr_schedule,
         )
         check(
             self.lr_schedule == "constant" or self.lr_rounds > 0,
@@ -51,7 +54,9 @@ class TrainingConfig:
         )
 
     @classmethod
-    def from_run_config(cls, run_config: RunConfig, *, agent: int, node_config: RunConfig | None = None) -> Self:
+    def from_run_config(
+        cls, run_config: RunConfig, *, agent: int, node_config: RunConfig | None = None
+    ) -> Self:
         """Read the settings of one agent from Flower's run config, whose keys are the fields in kebab-case."""
         return read_fields(cls, run_config)
 
@@ -59,7 +64,8 @@ class TrainingConfig:
         """Return what the step sizes are multiplied by in ``round`` (from 1)."""
         if self.lr_schedule == "constant":
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min((round - 1) / self.lr_rounds, 1.0)))  # zero after lr_rounds rounds
+        # zero after lr_rounds rounds
+        return 0.5 * (1 + math.cos(math.pi * min((round - 1) / self.lr_rounds, 1.0)))
 
     def num_steps(self, num_examples: int) -> int:
         """Return the number of mini-batches in one round over a training split of that size."""
@@ -70,7 +76,11 @@ class TrainingConfig:
     def _check_not_negative(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            check(math.isfinite(value) and value >= 0, f"{_key(name)} must be a finite number >= 0", value)
+            check(
+                math.isfinite(value) and value >= 0,
+                f"{_key(name)} must be a finite number >= 0",
+                value,
+            )
 
 
 def _key(name: str) -> str:
@@ -88,8 +98,8 @@ def train_locally(
 ) -> dict[str, float]:
     """Take one round's local steps, ``step(inputs, labels) -> loss``, and return their mean as ``train-loss``.
 
-    The batches come from the stream "batches"; what the model and the split's transforms draw from global
-    generators comes from the stream "training".
+    The batches come from the stream "batches"; what the model and the split's
+    transforms draw from global generators comes from the stream "training".
 
     Raises
     ------
@@ -115,7 +125,8 @@ def finite_loss(loss: Tensor, *, agent: int, round: int, key: str, lr: float) ->
     Raises
     ------
     DivergedError
-        If it is not finite; the message names the agent and ``key``, the run-config key of the step size ``lr``.
+        If it is not finite; the message names the agent and ``key``, the run-config key
+        of the step size ``lr``.
     """
     value = loss.item()
     if not math.isfinite(value):
@@ -127,11 +138,17 @@ def finite_loss(loss: Tensor, *, agent: int, round: int, key: str, lr: float) ->
 
 
 def descent_direction(
-    name: str, value: Tensor, gradient: Tensor, *, velocity: dict[str, Tensor], config: TrainingConfig
+    name: str,
+    value: Tensor,
+    gradient: Tensor,
+    *,
+    velocity: dict[str, Tensor],
+    config: TrainingConfig,
 ) -> Tensor:
     """Return what one SGD step subtracts, up to the step size: ``v = momentum * v + (g + μ * x)``.
 
-    ``velocity`` holds ``v`` by name, is updated in place, and stays empty without momentum.
+    ``velocity`` holds ``v`` by name, is updated in place, and stays empty without
+    momentum.
     """
     direction = gradient.add(value, alpha=config.weight_decay)
     if not config.momentum:

@@ -21,12 +21,15 @@ class Html(str):
 def element(name: str, /, *children: str, **attributes: str | bool) -> Html:
     """Return an element; children that are not `Html`, and all attributes, are escaped.
 
-    An attribute that is True stands without a value, one that is False is left out; ``class_`` is ``class``.
+    An attribute that is True stands without a value, one that is False is left out;
+    ``class_`` is ``class``.
     """
     said = []
     for key, value in attributes.items():
         if value is not False:
-            said.append(f" {key.rstrip('_')}" + ("" if value is True else f'="{_escaped(str(value))}"'))
+            said.append(
+                f" {key.rstrip('_')}" + ("" if value is True else f'="{_escaped(str(value))}"')
+            )
     start = f"<{name}{''.join(said)}>"
     if name in _VOID:
         return Html(start)
@@ -58,9 +61,21 @@ def document(*, title: str, head: Html, body: Html) -> str:
         element("title", title),
         head,
     )
-    page = element("html", Html("\n"), element("head", meta), Html("\n"), element("body", body), Html("\n"), lang="en")
+    page = element(
+        "html",
+        Html("\n"),
+        element("head", meta),
+        Html("\n"),
+        element("body", body),
+        Html("\n"),
+        lang="en",
+    )
     return f"<!DOCTYPE html>\n{page}\n"
 
 
 def _escaped(text: str) -> str:
-    return text if isinstance(text, Html) else html.escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text))
+    return (
+        text
+        if isinstance(text, Html)
+        else html.escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text))
+    )

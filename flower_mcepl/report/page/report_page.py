@@ -17,12 +17,19 @@ _SHORT = 24  # characters of a name or number that stays on one line, though it 
 _DEFINED = (
     (
         "personalized accuracy",
-        "the share of an agent's own test split (validation split, where the settings say so) that its own model "
-        "classifies correctly",
+        "the share of an agent's own test split (validation split, where the settings say so) "
+        "that its own model classifies correctly",
     ),
-    ("bytes", "payload that crossed the wire, counted on every directed link; headers and key frames included"),
+    (
+        "bytes",
+        "payload that crossed the wire, counted on every directed link; headers and key frames "
+        "included",
+    ),
     ("mask", "one bit for each maskable weight: kept or not. Density: the share of kept weights"),
-    ("Jaccard index", "of two sets: the size of what both hold, divided by the size of what either holds"),
+    (
+        "Jaccard index",
+        "of two sets: the size of what both hold, divided by the size of what either holds",
+    ),
     ("filter off", "an output filter, or neuron, of whose weights the mask keeps none"),
 )
 
@@ -45,15 +52,32 @@ def report_page(source: Source) -> str:
         *_who_held_what(gallery),
         *_runs(source.runs),
         element("h2", "How the numbers are defined"),
-        element("dl", *(part for term, text in _DEFINED for part in (element("dt", term), element("dd", text)))),
+        element(
+            "dl",
+            *(
+                part
+                for term, text in _DEFINED
+                for part in (element("dt", term), element("dd", text))
+            ),
+        ),
     )
-    return document(title=f"{source.name} - flower-mcepl", head=style(CSS), body=element("main", body))
+    return document(
+        title=f"{source.name} - flower-mcepl", head=style(CSS), body=element("main", body)
+    )
 
 
 def _lead(source: Source, gallery: Gallery) -> str:
     runs = sum(len(subject.runs) for subject in gallery.subjects)
-    began = sorted(str(run.config["started"])[:10] for run in source.runs if run.config.get("started"))
-    when = "" if not began else f" of {began[0]}" if began[0] == began[-1] else f" of {began[0]} to {began[-1]}"
+    began = sorted(
+        str(run.config["started"])[:10] for run in source.runs if run.config.get("started")
+    )
+    when = (
+        ""
+        if not began
+        else f" of {began[0]}"
+        if began[0] == began[-1]
+        else f" of {began[0]} to {began[-1]}"
+    )
     return f"{_count(runs, 'run')} of {_count(len(gallery.subjects), 'combination')} of settings,{when}.".replace(
         ",.", "."
     )
@@ -76,14 +100,19 @@ def _results(source: Source, gallery: Gallery) -> Iterator[Html]:
     yield _notes([*footnotes(comparison), *source.notes])
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, names: int = 0, texts: int = 0) -> Html:
+def _table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], *, names: int = 0, texts: int = 0
+) -> Html:
     """Return a table whose first columns hold names, the next ones texts, and all others numbers."""
 
     def line(name: str, cells: Sequence[str]) -> Html:
         kinds = ["short" if len(cell) <= _SHORT else "long" for cell in cells]
         kinds[names : names + texts] = ["long"] * texts
         kinds[names + texts :] = [f"number {kind}" for kind in kinds[names + texts :]]
-        return element("tr", *(element(name, cell, class_=kind) for cell, kind in zip(cells, kinds, strict=True)))
+        return element(
+            "tr",
+            *(element(name, cell, class_=kind) for cell, kind in zip(cells, kinds, strict=True)),
+        )
 
     head = element("thead", line("th", heads))
     body = element("tbody", joined(*(line("td", row) for row in rows)))
@@ -175,7 +204,11 @@ def _who_held_what(gallery: Gallery) -> Iterator[Html]:
 def _runs(runs: Sequence[Run]) -> Iterator[Html]:
     yield element("h2", "Run by run")
     for run in runs:
-        config = {key: value for key, value in run.config.items() if key not in ("agents", "topology", "versions")}
+        config = {
+            key: value
+            for key, value in run.config.items()
+            if key not in ("agents", "topology", "versions")
+        }
         yield element(
             "details",
             element("summary", run.path.name),

@@ -1,7 +1,8 @@
 """The numbers behind the heat maps: how far the agents' masks agree, and how far their classes overlap.
 
-Both are Jaccard indices, ``|a ∩ b| / |a ∪ b|``: the share of what both have in what one of them has. Among equal bits,
-common zeros would count, of which sparse masks are full; and classes could not be measured by the same rule.
+Both are Jaccard indices, ``|a ∩ b| / |a ∪ b|``: the share of what both have in what one
+of them has. Among equal bits, common zeros would count, of which sparse masks are full;
+and classes could not be measured by the same rule.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,24 +23,33 @@ _COLUMNS = 1 << 16  # weights at a time: memory stays small whatever the model
 class Agreement:
     """Two matrices over the same agents, in the same order."""
 
-    agents: tuple[int, ...]  # by their classes, so that neighbors in the picture hold much in common
+    # by their classes, so that neighbors in the picture hold much in common
+    agents: tuple[int, ...]
     masks: Matrix
     classes: Matrix | None  # None: the record does not tell every agent's classes
-    by_chance: float  # what `masks` would be off the diagonal, were the kept weights of each layer drawn at random
+    # what `masks` would be off the diagonal, were the kept weights of each layer drawn
+    # at random
+    by_chance: float
     range: tuple[float, float]  # least and most of `masks` off the diagonal
-    correlation: float | None  # Pearson's, between both matrices over all pairs; None where one of them is constant
+    # Pearson's, between both matrices over all pairs; None where one of them is
+    # constant
+    correlation: float | None
 
 
 def agreement_of(masks: Mapping[int, Masks], classes: Mapping[int, frozenset[str]]) -> Agreement:
     """Measure how far masks agree and classes overlap; `classes` may leave agents out, then they do not count."""
     known = set(masks) <= set(classes)
-    agents = tuple(sorted(masks, key=lambda agent: (_class_order(classes[agent]) if known else [], agent)))
+    agents = tuple(
+        sorted(masks, key=lambda agent: (_class_order(classes[agent]) if known else [], agent))
+    )
     in_order = [masks[agent] for agent in agents]
     agree = _mask_jaccard(in_order)
     overlap = _class_jaccard([classes[agent] for agent in agents]) if known else None
     pairs = agree[np.triu_indices(len(agents), 1)]
     extremes = (float(pairs.min(initial=1.0)), float(pairs.max(initial=0.0)))
-    return Agreement(agents, agree, overlap, _by_chance(in_order), extremes, _correlation(agree, overlap))
+    return Agreement(
+        agents, agree, overlap, _by_chance(in_order), extremes, _correlation(agree, overlap)
+    )
 
 
 def classes_of(run: Run) -> dict[int, frozenset[str]]:
@@ -74,7 +84,8 @@ def _class_jaccard(classes: Sequence[frozenset[str]]) -> Matrix:
 def _jaccard(both: Matrix) -> Matrix:
     sizes = np.diag(both)
     either = sizes[:, None] + sizes[None] - both
-    return np.divide(both, either, out=np.ones_like(both), where=either > 0)  # two empty sets are equal
+    # two empty sets are equal
+    return np.divide(both, either, out=np.ones_like(both), where=either > 0)
 
 
 def _by_chance(masks: Sequence[Masks]) -> float:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 # Okabe-Ito: told apart with every kind of color vision, and in grey.
 BLUE, ORANGE, SKY, VERMILION, GREY = "#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#8C8C8C"
-_GREEN, _PURPLE = "#009E73", "#CC79A7"  # the palette's yellow is left out: too faint for a line on white
+# the palette's yellow is left out: too faint for a line on white
+_GREEN, _PURPLE = "#009E73", "#CC79A7"
 COLORS = (BLUE, VERMILION, _GREEN, ORANGE, _PURPLE, SKY, "#000000")
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vPX"
@@ -49,7 +50,8 @@ def png(figure: "Figure") -> bytes:
     """Return a figure as a PNG."""
     sink = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in another script shows boxes
+        # a name in another script shows boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(sink, format="png")
     return sink.getvalue()
 
@@ -63,7 +65,8 @@ def accuracy_scale(scores: Iterable[float]) -> tuple[float, float]:
     """Return where the scale of colors begins and ends."""
     found = list(scores)
     low, high = min(found, default=0.0), max(found, default=1.0)
-    low = max(0.0, min(low, high - 0.2))  # so that a difference of one point does not look like the whole scale
+    # so that a difference of one point does not look like the whole scale
+    low = max(0.0, min(low, high - 0.2))
     return low, max(high, low + 0.2)
 
 
@@ -75,9 +78,14 @@ def plain(text: str) -> str:
 
 def wrapped(text: str, width: int = 46) -> str:
     """Return a text of a record in lines of at most `width` characters."""
-    return "\n".join(plain(line) for line in textwrap.wrap(text, width, max_lines=3, placeholder=" …")) or "-"
+    return (
+        "\n".join(plain(line) for line in textwrap.wrap(text, width, max_lines=3, placeholder=" …"))
+        or "-"
+    )
 
 
 def say(axes: "Axes", text: str) -> None:
     """Write a text into the middle of axes that have nothing else to show."""
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.4", fontsize=12)
+    axes.text(
+        0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.4", fontsize=12
+    )

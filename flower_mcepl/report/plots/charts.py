@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flower_mcepl.exchange.ledger import human_bytes
-from flower_mcepl.report.plots.canvas import accuracy_scale, line_style, new_figure, png, say, wrapped
+from flower_mcepl.report.plots.canvas import (
+    accuracy_scale,
+    line_style,
+    new_figure,
+    png,
+    say,
+    wrapped,
+)
 from flower_mcepl.report.plots.curves import Curve
 
 if TYPE_CHECKING:
@@ -58,7 +65,9 @@ def draw_by_bytes(curves: Sequence[Curve]) -> bytes:
 def draw_spread(spread: Sequence[tuple[str, Sequence[float]]]) -> bytes:
     """Draw every agent's accuracy at the end as a dot, a row for each label, over a box with median and quartiles."""
     labels = [wrapped(label) for label, _ in spread]
-    figure = new_figure(9, 1.1 + (0.45 + 0.15 * max(label.count("\n") + 1 for label in labels)) * len(spread))
+    figure = new_figure(
+        9, 1.1 + (0.45 + 0.15 * max(label.count("\n") + 1 for label in labels)) * len(spread)
+    )
     axes = figure.subplots()
     low, high = accuracy_scale(value for _, values in spread for value in values)
     margin = 0.03 * (high - low)
@@ -75,11 +84,15 @@ def draw_spread(spread: Sequence[tuple[str, Sequence[float]]]) -> bytes:
             capprops={"color": "0.6"},
             medianprops={"lw": 0},
         )
-        axes.vlines(np.median(values), -place - 0.43, -place + 0.43, color="black", lw=2)  # its ends show behind dots
+        # its ends show behind dots
+        axes.vlines(np.median(values), -place - 0.43, -place + 0.43, color="black", lw=2)
         dots = sorted(values)
         rows = np.array(_stacked(dots, closer=0.013 * (high - low))) - place
         axes.plot(dots, rows, "o", ms=5.5, mfc=color, mec="white", mew=0.5, alpha=0.8, zorder=3)
-    axes.set(xlabel="personalized accuracy at the end, a dot for each agent", ylim=(0.5 - len(spread), 0.5))
+    axes.set(
+        xlabel="personalized accuracy at the end, a dot for each agent",
+        ylim=(0.5 - len(spread), 0.5),
+    )
     axes.set_xlim(low - margin, high + margin)
     axes.set_yticks([-place for place in range(len(spread))], labels)
     axes.grid(axis="x", color="0.9")
@@ -91,7 +104,8 @@ def draw_spread(spread: Sequence[tuple[str, Sequence[float]]]) -> bytes:
 def _stacked(dots: Sequence[float], *, closer: float) -> list[float]:
     """Return how far above the middle of its row each of some sorted dots stands, so that none hides another.
 
-    Dots that are `closer` to each other stand above each other, within ± 0.27; who has no such neighbor, in the middle.
+    Dots that are `closer` to each other stand above each other, within ± 0.27; who has
+    no such neighbor, in the middle.
     """
     heights: list[float] = []
     while len(heights) < len(dots):
@@ -102,7 +116,9 @@ def _stacked(dots: Sequence[float], *, closer: float) -> list[float]:
     return heights
 
 
-def _draw_curve(axes: "Axes", curve: Curve, at: Sequence[float], place: int, *, start: int = 0) -> None:
+def _draw_curve(
+    axes: "Axes", curve: Curve, at: Sequence[float], place: int, *, start: int = 0
+) -> None:
     style = line_style(place)
     x, mean = np.asarray(at[start:], dtype=float), np.asarray(curve.mean[start:])
     if curve.sd is not None:

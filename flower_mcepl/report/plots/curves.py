@@ -19,7 +19,9 @@ class Curve:
     bytes: tuple[float, ...]  # over the links since the start; mean over the seeds
     mean: tuple[float, ...]  # over the seeds of the mean over the agents
     sd: tuple[float, ...] | None  # of what `over` says
-    over: str | None  # SEEDS: sample standard deviation; AGENTS: population standard deviation; None: no band
+    # SEEDS: sample standard deviation; AGENTS: population standard deviation; None: no
+    # band
+    over: str | None
 
 
 def curve_of(subject: Subject, *, alone: bool) -> Curve:
@@ -39,4 +41,8 @@ def curve_of(subject: Subject, *, alone: bool) -> Curve:
 
 def final_accuracies(run: Run) -> dict[int, float]:
     """Return each agent's last accuracy; agents that were never evaluated are absent."""
-    return {agent: float(row["accuracy"]) for agent, row in run.final().items() if row["accuracy"] is not None}
+    return {
+        agent: float(row["accuracy"])
+        for agent, row in run.final().items()
+        if row["accuracy"] is not None
+    }

@@ -36,7 +36,9 @@ def off_text(layer: LayerDensity) -> str:
     fewest, most = int(layer.off.min()), int(layer.off.max())
     if fewest == most:
         return f"{most} of {layer.num_filters} filters off" + (" in every agent" if most else "")
-    return f"{fewest} to {most} of {layer.num_filters} filters off, {layer.off.mean():.1f} on average"
+    return (
+        f"{fewest} to {most} of {layer.num_filters} filters off, {layer.off.mean():.1f} on average"
+    )
 
 
 def _draw_layer(axes: "Axes", layer: LayerDensity) -> None:
@@ -48,11 +50,17 @@ def _draw_layer(axes: "Axes", layer: LayerDensity) -> None:
     grouped = len(levels) <= _GROUPS
     for agent, shares in enumerate(layer.shares):
         color = COLORS[levels.index(densities[agent])] if grouped else COLORS[0]
-        axes.plot(places, shares, color=color, lw=1.2, alpha=max(0.25, 0.8 - len(layer.agents) / 60))
+        axes.plot(
+            places, shares, color=color, lw=1.2, alpha=max(0.25, 0.8 - len(layer.agents) / 60)
+        )
     for place, level in enumerate(levels if grouped else ()):
         number = int((densities == level).sum())
         axes.plot(
-            [], [], color=COLORS[place], lw=2, label=f"{level:g} of the layer: {number} agent{'s' * (number > 1)}"
+            [],
+            [],
+            color=COLORS[place],
+            lw=2,
+            label=f"{level:g} of the layer: {number} agent{'s' * (number > 1)}",
         )
     if grouped:
         axes.legend(loc="best", frameon=False, fontsize=8)

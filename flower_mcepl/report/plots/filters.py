@@ -1,7 +1,8 @@
 """The numbers behind the densities: what share of its weights each output filter keeps.
 
-A filter is a row of a weight: of a convolution what makes one output channel, of a linear layer one neuron. States do
-not tell transposed convolutions, which store input channels first: of these a row is an input channel.
+A filter is a row of a weight: of a convolution what makes one output channel, of a
+linear layer one neuron. States do not tell transposed convolutions, which store input
+channels first: of these a row is an input channel.
 """
 
 from collections.abc import Mapping
@@ -43,6 +44,13 @@ def filter_densities(masks: Mapping[int, Masks]) -> list[LayerDensity]:
     names = list(masks[agents[0]]) if agents else []
     layers = []
     for name in names:
-        kept = np.stack([masks[agent][name].reshape(len(masks[agent][name]), -1).mean(axis=1) for agent in agents])
-        layers.append(LayerDensity(name, agents, np.asarray(-np.sort(-kept, axis=1), dtype=np.float64)))
+        kept = np.stack(
+            [
+                masks[agent][name].reshape(len(masks[agent][name]), -1).mean(axis=1)
+                for agent in agents
+            ]
+        )
+        layers.append(
+            LayerDensity(name, agents, np.asarray(-np.sort(-kept, axis=1), dtype=np.float64))
+        )
     return layers

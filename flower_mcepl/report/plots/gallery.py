@@ -32,7 +32,8 @@ class Picture:
     title: str
     caption: str  # what it shows, and how to read it
     png: bytes
-    subject: int | None = None  # place of the subject it is about, where it is not about all of them
+    # place of the subject it is about, where it is not about all of them
+    subject: int | None = None
 
 
 @dataclass
@@ -63,8 +64,11 @@ def draw_gallery(runs: Sequence[Run]) -> Gallery:
     _graphs(gallery)
     _holdings(gallery)
     for subject in subjects[_MASKS:]:
-        gallery.missing.append(f"masks of {subject.label}: they are drawn for the first {_MASKS} combinations")
-    with torch_threads(1):  # more of them gain nothing here, and fight with what else the machine does
+        gallery.missing.append(
+            f"masks of {subject.label}: they are drawn for the first {_MASKS} combinations"
+        )
+    # more of them gain nothing here, and fight with what else the machine does
+    with torch_threads(1):
         for place in range(min(len(subjects), _MASKS)):
             _masks(gallery, place)
     return gallery
@@ -85,20 +89,26 @@ def _curves(gallery: Gallery) -> None:
     curves = [curve for curve in every if curve.rounds]
     for curve in every:
         if not curve.rounds:
-            gallery.missing.append(f"curves of {curve.label}: no evaluated round that all its seeds have")
+            gallery.missing.append(
+                f"curves of {curve.label}: no evaluated round that all its seeds have"
+            )
     if not curves:
         return
     band = _band(curves)
     caption = f"A line for each combination of settings, at the evaluated rounds. {band}"
-    gallery.pictures.append(Picture("accuracy-rounds.png", "Accuracy by round", caption, draw_by_round(curves)))
+    gallery.pictures.append(
+        Picture("accuracy-rounds.png", "Accuracy by round", caption, draw_by_round(curves))
+    )
     if not any(any(curve.bytes) for curve in curves):
         gallery.missing.append("accuracy by bytes: the records tell of no bytes over links")
         return
     caption = (
-        "The same against the bytes of payload that had gone over all links by then, or both ways between agents and "
-        f"server. A level dotted line sends nothing. {band}"
+        "The same against the bytes of payload that had gone over all links by then, or both ways "
+        f"between agents and server. A level dotted line sends nothing. {band}"
     )
-    gallery.pictures.append(Picture("accuracy-bytes.png", "Accuracy by bytes", caption, draw_by_bytes(curves)))
+    gallery.pictures.append(
+        Picture("accuracy-bytes.png", "Accuracy by bytes", caption, draw_by_bytes(curves))
+    )
 
 
 def _band(curves: Sequence[Curve]) -> str:
@@ -117,13 +127,17 @@ def _spread(gallery: Gallery) -> None:
         if values:
             spread.append((subject.label, values))
         else:
-            gallery.missing.append(f"spread over the agents of {subject.label}: no agent was evaluated")
+            gallery.missing.append(
+                f"spread over the agents of {subject.label}: no agent was evaluated"
+            )
     if spread:
         caption = (
-            "Every agent's last accuracy, of all seeds together. Black: median; box: quartiles; whiskers: the "
-            "outermost within 1.5 box widths of it."
+            "Every agent's last accuracy, of all seeds together. Black: median; box: quartiles; "
+            "whiskers: the outermost within 1.5 box widths of it."
         )
-        gallery.pictures.append(Picture("spread.png", "Spread over the agents", caption, draw_spread(spread)))
+        gallery.pictures.append(
+            Picture("spread.png", "Spread over the agents", caption, draw_spread(spread))
+        )
 
 
 def _graphs(gallery: Gallery) -> None:
@@ -156,19 +170,26 @@ def _holdings(gallery: Gallery) -> None:
         labels = [gallery.subjects[place].label for place in places]
         if holdings is None:
             gallery.missing += [
-                f"who holds what of {label}: the record does not tell examples by class" for label in labels
+                f"who holds what of {label}: the record does not tell examples by class"
+                for label in labels
             ]
             continue
         everyone = len(places) == len(gallery.subjects)
         first = gallery.subjects[places[0]]
         if places[0] >= _MASKS:
-            gallery.missing.append(f"who holds what of {labels[0]}: it is drawn for the first {_MASKS} combinations")
+            gallery.missing.append(
+                f"who holds what of {labels[0]}: it is drawn for the first {_MASKS} combinations"
+            )
             continue
         also = f" The same in {', '.join(labels[1:])}." if len(labels) > 1 and not everyone else ""
-        caption = f"The agents' {holdings.legend()}{_about(first)}; a disc's area is their number.{also}"
+        caption = (
+            f"The agents' {holdings.legend()}{_about(first)}; a disc's area is their number.{also}"
+        )
         file = "holdings.png" if everyone else f"holdings{_suffix(gallery, places[0])}.png"
         subject = None if everyone else places[0]
-        gallery.pictures.append(Picture(file, "Who holds what", caption, draw_holdings(holdings), subject))
+        gallery.pictures.append(
+            Picture(file, "Who holds what", caption, draw_holdings(holdings), subject)
+        )
 
 
 def _about(subject: Subject) -> str:
@@ -178,7 +199,11 @@ def _about(subject: Subject) -> str:
 
 def _suffix(gallery: Gallery, place: int) -> str:
     """Return what the name of a picture about one subject ends with."""
-    return "" if len(gallery.subjects) == 1 else f"-{place + 1:02d}-{_plain(gallery.subjects[place].label)}"
+    return (
+        ""
+        if len(gallery.subjects) == 1
+        else f"-{place + 1:02d}-{_plain(gallery.subjects[place].label)}"
+    )
 
 
 def _masks(gallery: Gallery, place: int) -> None:
@@ -192,28 +217,35 @@ def _masks(gallery: Gallery, place: int) -> None:
         agreement = agreement_of(masks, classes_of(subject.run))
         if agreement.classes is None:
             gallery.missing.append(
-                f"overlap of classes of {subject.label}: the record does not tell every agent's classes"
+                f"overlap of classes of {subject.label}: the record does not tell every agent's "
+                f"classes"
             )
         order = "of their classes" if agreement.classes is not None else "of their numbers"
         caption = (
-            f"Final masks{about}. Jaccard index: of the weights that at least one of two agents keeps, the share that "
-            "both keep, and for classes likewise. Masks with as many kept weights in each layer, drawn at random, "
-            f"would have {agreement.by_chance:.2f} off the diagonal; equal first scores make for more. "
-            f"Agents in the order {order}, both matrices on one scale."
-            f"{_uneven(masks)}"
+            f"Final masks{about}. Jaccard index: of the weights that at least one of two agents "
+            f"keeps, the share that both keep, and for classes likewise. Masks with as many kept "
+            f"weights in each layer, drawn at random, would have {agreement.by_chance:.2f} off "
+            f"the diagonal; equal first scores make for more. Agents in the order {order}, both "
+            f"matrices on one scale.{_uneven(masks)}"
         )
         png = draw_agreement(agreement)
-        gallery.pictures.append(Picture(f"agreement{suffix}.png", "Agreement of masks", caption, png, place))
+        gallery.pictures.append(
+            Picture(f"agreement{suffix}.png", "Agreement of masks", caption, png, place)
+        )
     else:
         gallery.missing.append(f"mask agreement of {subject.label}: it takes two agents")
     layers = filter_densities(masks)
-    left_out = f" The first {MOST_LAYERS} of {len(layers)} layers." if len(layers) > MOST_LAYERS else ""
-    caption = (
-        f"Share of kept weights in each output filter{about}, sorted, a line for each agent; one color for agents that "
-        f"keep the same share of the layer. Entirely off: {'; '.join(f'{one.name} {off_text(one)}' for one in layers)}."
-        f"{left_out}"
+    left_out = (
+        f" The first {MOST_LAYERS} of {len(layers)} layers." if len(layers) > MOST_LAYERS else ""
     )
-    picture = Picture(f"filters{suffix}.png", "Density of filters", caption, draw_filters(layers), place)
+    caption = (
+        f"Share of kept weights in each output filter{about}, sorted, a line for each agent; one "
+        f"color for agents that keep the same share of the layer. Entirely off: "
+        f"{'; '.join(f'{one.name} {off_text(one)}' for one in layers)}.{left_out}"
+    )
+    picture = Picture(
+        f"filters{suffix}.png", "Density of filters", caption, draw_filters(layers), place
+    )
     gallery.pictures.append(picture)
 
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-_RING_LIMIT = 24  # up to here nodes stand on a circle; above, a spring layout leaves more room for each
+# up to here nodes stand on a circle; above, a spring layout leaves more room for each
+_RING_LIMIT = 24
 _ARROW_LIMIT = 400  # more arrowheads than this hide the graph
 _UNIT_POINTS = 135  # what one unit of the graph panel measures in the picture
 
@@ -44,7 +45,11 @@ def draw_graph(axes: "Axes", run: Run, *, scale: tuple[float, float] | None = No
 
     last, server = run.final(), _server(run)
     links, directed, title = _links(run)
-    known = {*range((run.config.get("topology") or {}).get("num_agents") or 0), *last, *sum(links, ())}
+    known = {
+        *range((run.config.get("topology") or {}).get("num_agents") or 0),
+        *last,
+        *sum(links, ()),
+    }
     agents = sorted(known - {server})
     axes.set_title(title)
     axes.set_aspect("equal", adjustable="datalim")
@@ -62,12 +67,21 @@ def draw_graph(axes: "Axes", run: Run, *, scale: tuple[float, float] | None = No
     scores = final_accuracies(run)
     colors = ScalarMappable(Normalize(*(scale or accuracy_scale(scores.values()))), "viridis")
     for agent in agents:
-        fill = colors.to_rgba(np.asarray(scores[agent])) if agent in scores else (0.85, 0.85, 0.85, 1.0)
+        fill = (
+            colors.to_rgba(np.asarray(scores[agent]))
+            if agent in scores
+            else (0.85, 0.85, 0.85, 1.0)
+        )
         _draw_node(axes, spots[agent], str(agent), fill, points=points)
     if scores:
-        strip = axes.inset_axes((0.2, -0.1, 0.6, 0.03))  # where the other panels have their axis and legend
-        bar = axes.figure.colorbar(colors, cax=strip, orientation="horizontal", ticks=MaxNLocator(5))
-        bar.set_label("last accuracy (gray: none)" if len(scores) < len(agents) else "last accuracy")
+        # where the other panels have their axis and legend
+        strip = axes.inset_axes((0.2, -0.1, 0.6, 0.03))
+        bar = axes.figure.colorbar(
+            colors, cax=strip, orientation="horizontal", ticks=MaxNLocator(5)
+        )
+        bar.set_label(
+            "last accuracy (gray: none)" if len(scores) < len(agents) else "last accuracy"
+        )
 
 
 def _server(run: Run) -> int | None:
@@ -91,7 +105,11 @@ def _links(run: Run) -> tuple[list[tuple[int, int]], bool, str]:
         used = (run.summary or {}).get("links") or []
         edges = [(int(link["sender"]), int(link["receiver"])) for link in used]
         directed = any((b, a) not in set(edges) for a, b in edges)
-        title = "Communication graph, all links used in the run" if edges else "Agents (no fixed graph recorded)"
+        title = (
+            "Communication graph, all links used in the run"
+            if edges
+            else "Agents (no fixed graph recorded)"
+        )
     if not directed:
         edges = [(min(pair), max(pair)) for pair in edges]
     return sorted(set(edges)), directed, title
@@ -107,14 +125,22 @@ def _layout(
     spots = np.stack([np.sin(angles), np.cos(angles)], axis=1)
     graph = nx.Graph(links)
     graph.add_nodes_from(agents)
-    if len(agents) > _RING_LIMIT and nx.is_connected(graph):  # springs let go of what is not connected
-        # From the circle on: a ring stays a ring, and the same graph always gives the same picture.
+    # springs let go of what is not connected
+    if len(agents) > _RING_LIMIT and nx.is_connected(graph):
+        # From the circle on: a ring stays a ring, and the same graph always gives the
+        # same picture.
         start = dict(zip(agents, spots, strict=True))
-        sprung = nx.spring_layout(graph, pos=start, k=2.2 / math.sqrt(len(agents)), iterations=150, seed=0)
-        spots = _apart(np.array([sprung[agent] for agent in agents]), gap=1.2 * points / _UNIT_POINTS)
+        sprung = nx.spring_layout(
+            graph, pos=start, k=2.2 / math.sqrt(len(agents)), iterations=150, seed=0
+        )
+        spots = _apart(
+            np.array([sprung[agent] for agent in agents]), gap=1.2 * points / _UNIT_POINTS
+        )
     if len(agents) > 1:
         points = max(3.0, min(points, float(_distances(spots).min()) * _UNIT_POINTS))
-    return {agent: (float(x), float(y)) for agent, (x, y) in zip(agents, spots, strict=True)}, points
+    return {
+        agent: (float(x), float(y)) for agent, (x, y) in zip(agents, spots, strict=True)
+    }, points
 
 
 def _apart(spots: "NDArray[np.float64]", *, gap: float) -> "NDArray[np.float64]":
@@ -152,7 +178,9 @@ def _draw_links(
             axes.annotate("", xy=spots[receiver], xytext=spots[sender], arrowprops=arrow)
         return
     segments = [[spots[a], spots[b]] for a, b in links]
-    axes.add_collection(LineCollection(segments, colors="0.45", linewidths=0.9, alpha=faint, zorder=1))
+    axes.add_collection(
+        LineCollection(segments, colors="0.45", linewidths=0.9, alpha=faint, zorder=1)
+    )
 
 
 def _draw_server(axes: "Axes", spots: Mapping[int, tuple[float, float]]) -> None:

@@ -25,7 +25,10 @@ def draw_agreement(agreement: Agreement) -> bytes:
     else:
         _draw_matrix(right, agreement.classes, agreement.agents)
         tie = agreement.correlation
-        right.set_title("Classes" + ("" if tie is None else f" (correlation with masks over all pairs: {tie:.2f})"))
+        right.set_title(
+            "Classes"
+            + ("" if tie is None else f" (correlation with masks over all pairs: {tie:.2f})")
+        )
     bar = figure.colorbar(image, ax=[left, right], shrink=0.85, pad=0.02)
     bar.set_label("Jaccard index: shared by both, of what one of them has")
     return png(figure)
@@ -44,5 +47,7 @@ def _draw_matrix(axes: "Axes", matrix: Matrix, agents: tuple[int, ...]) -> "Axes
         for row, values in enumerate(matrix):
             for column, value in enumerate(values):
                 ink = "black" if value > 0.6 else "white"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
+                axes.text(
+                    column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink
+                )
     return image

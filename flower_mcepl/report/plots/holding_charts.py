@@ -28,7 +28,8 @@ def draw_holdings(holdings: Holdings) -> bytes:
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     numbers = {split: np.array(counts) for split, counts in holdings.counts.items()}
     most = max(int(counts.max()) for counts in numbers.values())
-    largest = (0.9 * 72 * min(width / agents, height / classes, _CELL)) ** 2  # area of a disc, in square points
+    # area of a disc, in square points
+    largest = (0.9 * 72 * min(width / agents, height / classes, _CELL)) ** 2
     for axes, (split, counts) in zip(grid.flat, numbers.items(), strict=True):
         _draw_split(axes, holdings, counts / most * largest, _COLORS[split])
         axes.set_title(f"{SPLITS[split]}: {counts.sum():,} examples", fontsize=11)
@@ -46,7 +47,10 @@ def _draw_split(axes: "Axes", holdings: Holdings, areas: NDArray[np.float64], co
     rows, columns = np.nonzero(areas)
     axes.scatter(rows, columns, s=areas[rows, columns], color=color, alpha=0.85, lw=0)
     axes.set(xlim=(-0.6, len(holdings.agents) - 0.4), ylim=(-0.6, len(holdings.classes) - 0.4))
-    for set_ticks, names in ((axes.set_xticks, holdings.agents), (axes.set_yticks, holdings.classes)):
+    for set_ticks, names in (
+        (axes.set_xticks, holdings.agents),
+        (axes.set_yticks, holdings.classes),
+    ):
         places = range(0, len(names), -(-len(names) // _LABELS))
         set_ticks(list(places), [str(names[place]) for place in places], fontsize=8)
     axes.grid(color="0.93", lw=0.6)

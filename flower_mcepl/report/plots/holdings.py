@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SPLITS = {"train": "training", "validation": "validation", "test": "test"}  # as in handshakes; as we say
+# as in handshakes; as we say
+SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 _TOLD = re.compile(r"(-?\d{1,18}:\d{1,18}( -?\d{1,18}:\d{1,18})*)?")
 
 
@@ -15,7 +16,8 @@ class Holdings:
 
     agents: tuple[int, ...]  # that tell them
     classes: tuple[int, ...]  # that any of these holds in any split
-    counts: dict[str, tuple[tuple[int, ...], ...]]  # by split: a row for each agent, a number for each class
+    # by split: a row for each agent, a number for each class
+    counts: dict[str, tuple[tuple[int, ...], ...]]
     silent: tuple[int, ...]  # agents that tell nothing
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -24,7 +26,13 @@ class Holdings:
         rows = []
         for place, agent in enumerate(self.agents):
             own = [counts[place] for counts in self.counts.values()]
-            rows.append([str(agent), *map(_cell, zip(*own, strict=True)), _cell([sum(counts) for counts in own])])
+            rows.append(
+                [
+                    str(agent),
+                    *map(_cell, zip(*own, strict=True)),
+                    _cell([sum(counts) for counts in own]),
+                ]
+            )
         return titles, rows
 
     def legend(self) -> str:
@@ -38,18 +46,25 @@ def holdings_of(entries: Iterable[Mapping[str, Any]]) -> Holdings | None:
     """Read who holds what from handshakes, such as a record's ``agents``; None where no agent tells."""
     told: dict[int, dict[str, dict[int, int]]] = {}
     for entry in entries:
-        facts = {key.replace("_", "-"): str(value) for key, value in entry.items()}  # kebab-case, but in records
+        # kebab-case, but in records
+        facts = {key.replace("_", "-"): str(value) for key, value in entry.items()}
         texts = {split: facts.get(f"{split}-counts") for split in SPLITS}
         if "agent" in entry:
             told[int(entry["agent"])] = {
-                split: _read(text) for split, text in texts.items() if text is not None and _TOLD.fullmatch(text)
+                split: _read(text)
+                for split, text in texts.items()
+                if text is not None and _TOLD.fullmatch(text)
             }
     agents = tuple(sorted(agent for agent, splits in told.items() if splits))
-    classes = sorted({name for agent in agents for counts in told[agent].values() for name in counts})
+    classes = sorted(
+        {name for agent in agents for counts in told[agent].values() for name in counts}
+    )
     if not classes:
         return None
     counts = {
-        split: tuple(tuple(told[agent].get(split, {}).get(name, 0) for name in classes) for agent in agents)
+        split: tuple(
+            tuple(told[agent].get(split, {}).get(name, 0) for name in classes) for agent in agents
+        )
         for split in SPLITS
         if any(split in told[agent] for agent in agents)
     }

@@ -28,9 +28,10 @@ class Subject:
 def subjects_of(runs: Sequence[Run]) -> tuple[list[Subject], tuple[str, ...]]:
     """Group runs by their settings; also what was left out, and why.
 
-    One record alone is taken as it is, of several only those that are finished. A label is what the study calls the
-    runs, where it calls all combinations by different names; else it names the settings that are not the same
-    everywhere, or, where these are too many, the folder of the first run.
+    One record alone is taken as it is, of several only those that are finished. A label
+    is what the study calls the runs, where it calls all combinations by different
+    names; else it names the settings that are not the same everywhere, or, where these
+    are too many, the folder of the first run.
 
     Raises
     ------
@@ -40,12 +41,16 @@ def subjects_of(runs: Sequence[Run]) -> tuple[list[Subject], tuple[str, ...]]:
     if len(runs) == 1:
         return [Subject(runs[0].name, tuple(runs))], ()
     pooled = pool(runs)
-    labels = [str(one.settings[LABEL]) for one in pooled.pools if one.settings.get(LABEL) is not None]
+    labels = [
+        str(one.settings[LABEL]) for one in pooled.pools if one.settings.get(LABEL) is not None
+    ]
     if len(set(labels)) < len(pooled.pools):
         labels = [_label(one) for one in pooled.pools]
     if max(map(len, labels)) > _LONGEST or len(set(labels)) < len(labels):
         labels = [one.runs[0].path.name for one in pooled.pools]
-    return [Subject(label, one.runs) for label, one in zip(labels, pooled.pools, strict=True)], pooled.notes
+    return [
+        Subject(label, one.runs) for label, one in zip(labels, pooled.pools, strict=True)
+    ], pooled.notes
 
 
 def _label(one: Pool) -> str:

@@ -17,10 +17,16 @@ def train(msg: Message, context: Context) -> Message:
     model = Net()
     model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
     trainloader, _ = load_own_data(context)
-    torch.manual_seed(1000 * context.node_config["partition-id"] + msg.content["config"]["server-round"])
-    loss = train_fn(model, trainloader, context.run_config["local-epochs"], context.run_config["learning-rate"])
+    torch.manual_seed(
+        1000 * context.node_config["partition-id"] + msg.content["config"]["server-round"]
+    )
+    loss = train_fn(
+        model, trainloader, context.run_config["local-epochs"], context.run_config["learning-rate"]
+    )
     metrics = {"train_loss": loss, "num-examples": len(trainloader.dataset)}
-    content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord(metrics)})
+    content = RecordDict(
+        {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord(metrics)}
+    )
     return Message(content=content, reply_to=msg)
 
 

@@ -16,4 +16,6 @@ def main(grid: Grid, context: Context) -> None:
     torch.manual_seed(1)
     arrays = ArrayRecord(Net().state_dict())
     strategy = FedAvg()
-    strategy.start(grid=grid, initial_arrays=arrays, num_rounds=context.run_config["num-server-rounds"])
+    strategy.start(
+        grid=grid, initial_arrays=arrays, num_rounds=context.run_config["num-server-rounds"]
+    )

@@ -18,4 +18,6 @@ def main(grid: Grid, context: Context) -> None:
     torch.manual_seed(1)
     arrays = ArrayRecord(Net().state_dict())
     strategy = GossipStrategy(topology=Topology.ring(10))
-    strategy.start(grid=grid, initial_arrays=arrays, num_rounds=context.run_config["num-server-rounds"])
+    strategy.start(
+        grid=grid, initial_arrays=arrays, num_rounds=context.run_config["num-server-rounds"]
+    )

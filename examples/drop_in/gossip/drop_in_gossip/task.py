@@ -31,20 +31,30 @@ class Net(nn.Module):
 def partitioner(num_partitions: int) -> DirichletPartitioner:
     """Divide scikit-learn's digits unevenly: each partition has its own mixture of classes."""
     digits = load_digits()
-    parts = DirichletPartitioner(num_partitions, partition_by="label", alpha=0.3, min_partition_size=40, seed=1)
-    parts.dataset = Dataset.from_dict({"image": digits.images.reshape(-1, 64), "label": digits.target})
+    parts = DirichletPartitioner(
+        num_partitions, partition_by="label", alpha=0.3, min_partition_size=40, seed=1
+    )
+    parts.dataset = Dataset.from_dict(
+        {"image": digits.images.reshape(-1, 64), "label": digits.target}
+    )
     return parts
 
 
-def load_data(partition_id: int, num_partitions: int, batch_size: int) -> tuple[DataLoader, DataLoader]:
+def load_data(
+    partition_id: int, num_partitions: int, batch_size: int
+) -> tuple[DataLoader, DataLoader]:
     """Return training (80 %) and test images of one partition."""
     part = partitioner(num_partitions).load_partition(partition_id)
     part = part.train_test_split(test_size=0.2, seed=42).with_format("torch")
     train, test = (
-        TensorDataset(part[split]["image"][:].float().reshape(-1, 1, 8, 8) / 8 - 1, part[split]["label"][:])
+        TensorDataset(
+            part[split]["image"][:].float().reshape(-1, 1, 8, 8) / 8 - 1, part[split]["label"][:]
+        )
         for split in ("train", "test")
     )
-    return DataLoader(train, batch_size=batch_size, shuffle=True), DataLoader(test, batch_size=batch_size)
+    return DataLoader(train, batch_size=batch_size, shuffle=True), DataLoader(
+        test, batch_size=batch_size
+    )
 
 
 def train(net: nn.Module, loader: DataLoader, epochs: int, lr: float) -> float:
