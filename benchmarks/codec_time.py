@@ -58,7 +58,7 @@ def main() -> None:
     for name, seconds in times.items():
         print(f"  {name:<22} {1000 * seconds:8.1f} ms   {seconds / step:7.4f} of the step")
     print(
-        f"delta, written and read: "
+        "delta, written and read: "
         f"{(times['write the delta'] + times['read the delta']) / step:.4f} of the step   (goal: "
         "at most 0.05)")  # fmt: skip
 

@@ -64,7 +64,7 @@ def main() -> None:
         bare = args.agents * step / cores
         print(
             f"  round / (steps / cores), steps timed {name}: {measured / bare:.3f}   (goal: at "
-            f"most 1.25)"
+            "most 1.25)"
         )
     busy = inside / cores
     print(

@@ -41,7 +41,7 @@ def main() -> None:
     for name, seconds in times.items():
         print(
             f"  {name:<42} {1000 * seconds:8.1f} ms   {seconds / times['dense step']:6.3f} of the "
-            f"dense step"
+            "dense step"
         )
     print(
         f"masked / dense: {times['masked step'] / times['dense step']:.3f}   (goal: at most 1.10)"

@@ -350,10 +350,9 @@ def noisy_data(context: Context) -> Any:
     order = torch.randperm(24)
     inputs, labels = split(0)
     random.random()
-    return (inputs[order][:20] + np.random.rand(), labels[order][:20]), (
-        inputs[order][20:],
-        labels[order][20:],
-    )
+    noise = np.random.rand()  # noqa: NPY002
+    train, test = order[:20], order[20:]
+    return (inputs[train] + noise, labels[train]), (inputs[test], labels[test])
 
 
 def test_global_generators_neither_matter_nor_move() -> None:

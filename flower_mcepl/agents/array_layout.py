@@ -74,12 +74,12 @@ class ArrayLayout:
                 raise ConfigError(
                     "an app's arrays must be of floats, integers or booleans of at most 64 bits, "
                     f"in the byte order of this machine; {name!r} is {np.dtype(dtype)}. Keep it "
-                    f"out of the ArrayRecord."
+                    "out of the ArrayRecord."
                 )
         found = [name for name, (dtype, _) in self.arrays.items() if np.dtype(dtype).kind == "f"]
         if not found:
             raise ConfigError(
-                f"neighbors average arrays of floats, and the app has none; its initial arrays "
+                "neighbors average arrays of floats, and the app has none; its initial arrays "
                 f"are {self._told()}. Pass the model's arrays to "
                 "GossipStrategy.start(initial_arrays=...), as to FedAvg."
             )
@@ -110,7 +110,7 @@ class ArrayLayout:
             raise AnswerError(
                 f"the app must return arrays of the shapes and types that it got; {name!r} was "
                 f"{dtype} {shape} and came back as {array.dtype} {array.shape}. Let the app keep "
-                f"them, or begin with such arrays: GossipStrategy.start(initial_arrays=...)."
+                "them, or begin with such arrays: GossipStrategy.start(initial_arrays=...)."
             )
         return array.astype(dtype, copy=False)
 

@@ -257,7 +257,7 @@ class MceplAgent(Agent):
         if not isinstance(num_neighbors, int) or num_neighbors < 0:
             raise StateError(
                 f"the saved state of agent {self.index} does not say its num-neighbors. Start "
-                f"afresh."
+                "afresh."
             )
         self.model.set_scores(groups["scores"])
         self._gradient, self._velocity = groups.get("gradient", {}), groups.get("velocity", {})

@@ -84,7 +84,7 @@ class NeighborAverageAgent(Agent):
         if DEGREE in self._averaged:
             raise ConfigError(
                 f"the name {DEGREE!r} is taken by the neighbors' number. Give the app's array "
-                f"another."
+                "another."
             )
         self._shapes = {name: shape for name, (_, shape) in layout.arrays.items()}
         self.layers = {name: self._shape_sent(name) for name in self._averaged} | {DEGREE: (1,)}
@@ -123,7 +123,7 @@ class NeighborAverageAgent(Agent):
         if bad:
             raise DivergedError(
                 f"the app's training left numbers that are not finite in {', '.join(bad[:5])}; "
-                f"they are not sent. Lower its step size."
+                "they are not sent. Lower its step size."
             )
         self._arrays = _tensors(taken)
         self._num_examples = int(metrics["num-examples"]) if "num-examples" in metrics else None
@@ -175,7 +175,7 @@ class NeighborAverageAgent(Agent):
         if not self._arrays:
             raise StateError(
                 f"agent {self.index} holds no arrays: its node has lost its state, or never got "
-                f"any. Nothing need be done: the server sends the initial arrays with its next "
+                "any. Nothing need be done: the server sends the initial arrays with its next "
                 "message, and the agent begins afresh."
             )
         return self._arrays

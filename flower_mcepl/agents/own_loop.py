@@ -98,7 +98,7 @@ class OwnLoopAgent(MceplAgent):
         missing = [key for key in ("accuracy", "loss", "num-examples") if key not in metrics]
         if missing:
             raise ConfigError(
-                f"the evaluate function must return accuracy, loss and num-examples; "
+                "the evaluate function must return accuracy, loss and num-examples; "
                 f"{', '.join(missing)} is missing from {', '.join(metrics) or 'nothing'}. Add it."
             )
         return {**metrics, "density": kept / self.model.num_weights}

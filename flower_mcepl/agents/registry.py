@@ -183,7 +183,7 @@ def make_server(
         served = ", ".join(name for name, entry in ALGORITHMS.items() if entry.server is not None)
         raise ConfigError(
             f"the algorithms with a server are {served}; got {algorithm!r}, whose agents hear "
-            f"each other. Give it a graph instead."
+            "each other. Give it a graph instead."
         )
     config = read_config(algorithm, run_config, agent=0)
     make: Callable[..., Server] = kind or chosen.server

@@ -64,7 +64,7 @@ def data(
     if holdings is None:
         raise ConfigError(
             f"the data of {found.name} do not tell their classes at little cost. Let its data "
-            f"function return tensors (images, labels), or data sets with `targets` or a column "
+            "function return tensors (images, labels), or data sets with `targets` or a column "
             "`label` of whole numbers."
         )
     console = wide_console()

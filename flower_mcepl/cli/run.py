@@ -93,7 +93,7 @@ def run(
         done = len(finished_runs(plan))
         console.print(
             f"stopped; {done} of {len(plan.runs)} runs are finished. The same command goes on "
-            f"from here."
+            "from here."
         )
         raise typer.Exit(128 + getattr(stop, "signum", signal.SIGINT)) from None
     _report(plan, outcomes, console)

@@ -190,7 +190,7 @@ def agent_index(context: Context) -> int:
         raise ConfigError(
             f"node {context.node_id} must say which agent it is: its node config needs "
             f"partition-id, a number >= 0; got {index!r}. Start its SuperNode with --node-config "
-            f"'partition-id=0' (one number per node)."
+            "'partition-id=0' (one number per node)."
         )
     return index
 
@@ -219,7 +219,7 @@ def _order(message: Message) -> ConfigRecord:
         raise ConfigError(
             f"this device understands GossipStrategy messages of version {keys.MESSAGE_VERSION}; "
             f"got {None if order is None else order.get(keys.VERSION)!r}. Use GossipStrategy, and "
-            f"the same release of flower-mcepl on server and devices."
+            "the same release of flower-mcepl on server and devices."
         )
     return order
 
@@ -363,7 +363,7 @@ def _device(context: Context) -> str:
         if torch.device(told).type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
                 f'device is {told!r}, but torch finds no CUDA here. Use device = "auto" or "cpu"; '
-                f"in simulation, give "
+                "in simulation, give "
                 "each client a share of the GPU (client-resources-num-gpus in "
                 "--federation-config)."
             )

@@ -40,7 +40,7 @@ def check_mods(mods: Iterable[object]) -> None:
         if name in _UNFIT and str(getattr(made_by, "__module__", "")).partition(".")[0] == "flwr":
             raise ConfigError(
                 f"mods must let an agent's frames pass as they are; Flower's {name} changes the "
-                f"arrays of a global model, which there is none of here, and would leave the "
+                "arrays of a global model, which there is none of here, and would leave the "
                 "SuperNode waiting for ever. Leave it out: masks are bits, which have no norm to "
                 "clip and take no Gaussian noise."
             )
@@ -62,7 +62,7 @@ def answer_to(message: Message, context: Context, call: Call) -> Message:
             raise
         raise FlowerMceplError(
             f"node {context.node_id}: the app or a mod called sys.exit({error.code!r}), which "
-            f"would leave the message without an answer. Raise an exception instead."
+            "would leave the message without an answer. Raise an exception instead."
         ) from error
     wrong = _fault(reply, message)
     if wrong is None:

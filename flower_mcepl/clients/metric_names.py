@@ -43,7 +43,7 @@ def read_evaluation(
     if name is None:
         raise AnswerError(
             f"an evaluation needs an accuracy; the app's evaluate metrics are {_told(metrics)}. "
-            f"Say which one it is: "
+            "Say which one it is: "
             'NeighborAverageMod(accuracy="NAME"); where there is none, '
             "NeighborAverageMod(evaluate=False)."
         )
@@ -55,7 +55,7 @@ def read_evaluation(
     if not examples:
         raise AnswerError(
             f"FedAvg and this mod need {NUM_EXAMPLES!r} among the metrics; got {_told(metrics)}. "
-            f"Add it."
+            "Add it."
         )
     told = _find("loss", metrics, loss, _LOSS)
     return {
@@ -72,7 +72,7 @@ def _find(
         if not _is_number(metrics.get(name)):
             raise AnswerError(
                 f"the {what} was said to be {name!r}; the app's metrics are {_told(metrics)}. "
-                f"Name another."
+                "Name another."
             )
         return name
     fits = [
@@ -81,7 +81,7 @@ def _find(
     if len(fits) > 1:
         raise AnswerError(
             f"several of the app's metrics may be the {what}: {', '.join(fits)}. Say which one it "
-            f"is: NeighborAverageMod(accuracy=..., loss=...)."
+            "is: NeighborAverageMod(accuracy=..., loss=...)."
         )
     return fits[0] if fits else None
 

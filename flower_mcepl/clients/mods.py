@@ -100,7 +100,7 @@ class NeighborAverageMod:
             raise ConfigError(
                 "neighbor_average_mod takes messages of GossipStrategy; this one holds "
                 f"{', '.join(message.content) or 'nothing'}. Use GossipStrategy on the server, or "
-                f"leave the mod out."
+                "leave the mod out."
             )
         app = _running_app()
         if isinstance(app, AgentApp):
@@ -160,9 +160,9 @@ class _Call:
         found = list(reply.array_records.values())
         if len(found) != 1:
             raise AnswerError(
-                f"the app's train function must return one ArrayRecord, as for FedAvg; it "
+                "the app's train function must return one ArrayRecord, as for FedAvg; it "
                 f"returned {len(found)} ({', '.join(reply) or 'no records'}). Put all arrays of "
-                f"the model into one."
+                "the model into one."
             )
         return _numpy(found[0]), read_training(_metrics("train", reply))
 
@@ -251,7 +251,7 @@ def _running_app() -> ClientApp | None:
         if frame.f_code in _INSIDE_ONLY:
             raise ConfigError(
                 f"{_INSIDE_ONLY[frame.f_code]} stands before neighbor_average_mod and would see "
-                f"neighbors' frames instead of a model, and leave the SuperNode waiting for ever. "
+                "neighbors' frames instead of a model, and leave the SuperNode waiting for ever. "
                 "Place it after: ClientApp(mods=[neighbor_average_mod, ...])."
             )
         if frame.f_code is ClientApp.__call__.__code__:

@@ -83,7 +83,7 @@ def per_agent(key: str, value: Any) -> list[float]:
     except (TypeError, ValueError):
         raise ConfigError(
             f'run-config key {key} must be a number or numbers separated by commas, such as "0.1, '
-            f'0.3, 0.5"; '
+            '0.3, 0.5"; '
             f"got {value!r}."
         ) from None
     return ratios
@@ -102,7 +102,7 @@ def per_layer(key: str, value: Any) -> dict[str, float]:
         if not name or name in ratios or not isinstance(value, str):
             raise ConfigError(
                 f"run-config key {key} must be NAME=RATIO, each layer once, separated by commas, "
-                f"such as "
+                "such as "
                 f'"conv1.weight=0.6, fc*=0.95"; got {value!r}.'
             )
         ratios[name] = number

@@ -93,7 +93,7 @@ class AgentData:
         if splits[evaluate_on] is None:
             raise DataError(
                 f"evaluate-on is {evaluate_on!r}, but agent {agent} has no {evaluate_on} split. "
-                f"Let the data function return (train, validation, test) with one, or evaluate on "
+                "Let the data function return (train, validation, test) with one, or evaluate on "
                 "the other split."
             )
         sources = (
@@ -156,7 +156,7 @@ def _source(split: object, whose: str) -> BatchSource:
     if source.num_examples < 1:
         raise DataError(
             f"{whose} split is empty. Every agent needs at least one example of each split: use "
-            f"fewer agents, another partitioning, or leave this agent out of the graph."
+            "fewer agents, another partitioning, or leave this agent out of the graph."
         )
     return source
 
@@ -207,7 +207,7 @@ class TensorBatches:
         if len(inputs) != len(labels):
             raise DataError(
                 f"{whose} split holds {len(inputs)} inputs but {len(labels)} labels; they must "
-                f"pair up."
+                "pair up."
             )
         self.inputs, self.labels = inputs, labels
         self.num_examples = len(inputs)
@@ -257,9 +257,9 @@ class DatasetBatches:
             batch = _from_columns(batch)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(
-                f"a batch must be a pair (inputs, labels), or a dict of one column and its "
+                "a batch must be a pair (inputs, labels), or a dict of one column and its "
                 f"'label' or 'labels'; the dataset gave {type(batch).__name__}. Pass a DataLoader "
-                f"whose collate_fn makes pairs."
+                "whose collate_fn makes pairs."
             )
         inputs, labels = batch
         return inputs, labels
@@ -273,6 +273,6 @@ def _from_columns(batch: dict[str, Any]) -> Batch:
         raise DataError(
             "a batch that is a dict must hold one column of inputs and one named 'label' or "
             f"'labels'; got {', '.join(map(str, batch))}. Keep these two with select_columns, or "
-            f"pass a DataLoader whose collate_fn makes pairs."
+            "pass a DataLoader whose collate_fn makes pairs."
         )
     return batch[inputs[0]], batch[names[0]]

@@ -64,9 +64,9 @@ def cached_tensors(
         name = json.dumps(dict(settings), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"the settings of cached tensors must be numbers, text, lists and dicts; got "
+            "the settings of cached tensors must be numbers, text, lists and dicts; got "
             f"{dict(settings)!r:.200} ({error}). Give what stands for them, such as a path as "
-            f"text."
+            "text."
         ) from error
     file = f"{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.tensors"
     path = Path(folder).expanduser() / file
@@ -123,7 +123,7 @@ def _checked(made: object) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in made.items()
     ):
         raise DataError(
-            f"tensors to be cached must come as a dict of name to tensor; got "
+            "tensors to be cached must come as a dict of name to tensor; got "
             f"{type(made).__name__}."
         )
     # Copies: no two of them may share memory in the file.

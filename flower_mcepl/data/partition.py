@@ -164,7 +164,7 @@ def _vision_extra() -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise ConfigError(
             f'the key partition needs {error.name}: pip install "flower-mcepl[vision]" (in a '
-            f'clone: pip install -e ".[vision]").'
+            'clone: pip install -e ".[vision]").'
         ) from error
 
 

@@ -172,7 +172,7 @@ def own_tests(
     if missing:
         raise DataError(
             f"agent {agent} holds class {missing[0]}, of which there is no test example. Use test "
-            f"examples of every class, or test on a part of each agent's own (test-fraction)."
+            "examples of every class, or test on a part of each agent's own (test-fraction)."
         )
     if settings.test_split == "classes":
         return np.flatnonzero(np.isin(tests, classes))

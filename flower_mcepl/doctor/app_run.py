@@ -147,7 +147,7 @@ def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
         if own:
             check.warn(
                 f"{run.app.client} is a ClientApp of the app's own: no agent can be built of it "
-                f"before a run",
+                "before a run",
                 "Nothing, if it is meant so, as with neighbor_average_mod; else use "
                 "make_client_app.",
             )
@@ -311,7 +311,7 @@ def _traffic(trial: Trial, neighbors: int, *, server: bool) -> Finding:
                 f"its {neighbors} neighbors send as much as it does; "
                 f"{human_bytes(trial.whole_bytes)} and "
                 f"{human_bytes(neighbors * trial.whole_bytes)} in the first. Whole frames come "
-                f"now and then, too",
+                "now and then, too",
                 up_bytes=up,
                 down_bytes=neighbors * up,
                 first_up_bytes=trial.whole_bytes,

@@ -83,7 +83,7 @@ def split_address(address: str) -> tuple[str, int]:
     match = _ADDRESS.fullmatch(address)
     if match is None or not 0 < int(match["port"]) < 65536:
         raise ConfigError(
-            f"a SuperLink's address is HOST:PORT, or [IPV6]:PORT, with a port from 1 to 65535; "
+            "a SuperLink's address is HOST:PORT, or [IPV6]:PORT, with a port from 1 to 65535; "
             f"got {address!r}."
         )
     return match["ipv6"] or match["host"], int(match["port"])
@@ -104,7 +104,7 @@ def _connect(link: SuperLink, check: Examination) -> None:
         check.fail(
             f"{link.address} does not answer within {link.timeout:g} s",
             f"{up}; open it in the firewalls between; check that --host is an address that others "
-            f"reach.",
+            "reach.",
         )
     else:
         check.ok(f"{link.address} answers after {1000 * seconds:.0f} ms", seconds=round(seconds, 4))

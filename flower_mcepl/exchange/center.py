@@ -207,7 +207,7 @@ class Center(Generic[FrameT]):
             raise ReplayedFrameError(
                 f"the server takes frames of the present round, {round}; agent {agent} sent one "
                 f"of round {self._mailbox.rounds().get(agent)}. Nothing is lost: it sends a new "
-                f"one every round."
+                "one every round."
             )
         for name, tensor in found[agent].items():
             is_mask = name in self.server.mask_layers
@@ -215,7 +215,7 @@ class Center(Generic[FrameT]):
                 raise ForeignFrameError(
                     f"layer {name!r} must hold {'a mask' if is_mask else 'floats'} in algorithm "
                     f"{self.server.algorithm}; agent {agent} sent {tensor.dtype}. Run the same "
-                    f"release on both sides."
+                    "release on both sides."
                 )
             if tensor.dtype != torch.bool and not bool(tensor.to_dense().isfinite().all()):
                 raise CorruptFrameError(

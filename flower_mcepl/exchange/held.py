@@ -139,7 +139,7 @@ class Held:
             held._check(layers)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise StateError(
-                f"a saved payload must be whole and of this model's layers; this one is not "
+                "a saved payload must be whole and of this model's layers; this one is not "
                 f"({error!r}). Use the state that this agent saved for this model, or start "
                 "afresh."
             ) from error

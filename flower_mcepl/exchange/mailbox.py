@@ -77,7 +77,7 @@ class Mailbox:
         if max_staleness < 0:
             raise ConfigError(
                 f"max_staleness is a number of rounds, at least 0; got {max_staleness}. 0 takes "
-                f"fresh frames only."
+                "fresh frames only."
             )
         self._owner = owner
         self._fingerprint = check_fingerprint(fingerprint)
@@ -139,7 +139,7 @@ class Mailbox:
             raise ReplayedFrameError(
                 f"agent {self._owner} takes only frames newer than what it holds of a sender; of "
                 f"sender {sender} it holds round {known[0].round} and round {newest} came. "
-                f"Nothing is lost: drop the older."
+                "Nothing is lost: drop the older."
             )
 
     def _unpack(

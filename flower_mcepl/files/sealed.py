@@ -70,7 +70,7 @@ def read_sealed(path: Path, kind: Kind) -> memoryview:
         raise StateError(
             f"{path} is {kind.name} of format version {version}, but this release of flower-mcepl "
             f"writes and reads version {kind.version}. Use the release that wrote it, or move the "
-            f"file away."
+            "file away."
         )
     return body
 

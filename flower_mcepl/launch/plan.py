@@ -66,7 +66,7 @@ def parse_run_config(entries: Sequence[str]) -> dict[str, Any]:
             found |= {key: tomllib.loads(f"value = {value}")["value"] for key, value in pairs}
         except ValueError as error:
             raise ConfigError(
-                f"a run config is 'key=value key=\"text\" ...' or the path of a TOML file; got "
+                "a run config is 'key=value key=\"text\" ...' or the path of a TOML file; got "
                 f"{entry!r}: {error}."
             ) from None
     return found
@@ -85,7 +85,7 @@ def _toml_value(key: str, value: object) -> str:
             if '"' not in text and "\\" not in text:
                 return f'"{text}"'
     raise ConfigError(
-        f"a run-config value must be a bool, int, float, or a one-line str with one kind of quote "
+        "a run-config value must be a bool, int, float, or a one-line str with one kind of quote "
         f"at most; `{key}` is {value!r}. Put other values into a TOML file and pass its path."
     )
 
@@ -128,7 +128,7 @@ def refuse_shadowed(app: Path, cwd: Path) -> None:
                 raise ConfigError(
                     f"the app's package `{package}` must not exist in the current folder too, "
                     f"because Ray would import that one; found {found}. Start from another folder "
-                    f"or rename the package."
+                    "or rename the package."
                 )
 
 

@@ -111,12 +111,12 @@ def _ordinary_parameter(layer: nn.Module, local_name: str, name: str) -> nn.Para
     if weight is None:
         raise UnsupportedLayerError(
             f"{name} of {type(layer).__name__} is not a plain parameter (weight norm or another "
-            f"parametrization?). Remove the parametrization "
+            "parametrization?). Remove the parametrization "
             "(torch.nn.utils.parametrize.remove_parametrizations) before masking."
         )
     if weight.dtype not in (torch.float32, torch.float64):
         raise UnsupportedLayerError(
             f"{name} has dtype {weight.dtype}; scores train in float32. Call .float() on the "
-            f"module before masking."
+            "module before masking."
         )
     return weight

@@ -192,7 +192,7 @@ class MaskedModel(nn.Module):
         if dead:
             warnings.warn(
                 f"all frozen weights of {', '.join(dead)} are zero, so no mask over them can "
-                f"learn, and nothing before them either. Initialize them at random in the model "
+                "learn, and nothing before them either. Initialize them at random in the model "
                 "function (torchvision's ViT head is one).",
                 stacklevel=3,
             )

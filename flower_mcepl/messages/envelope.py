@@ -32,8 +32,8 @@ def open_envelope(data: bytes) -> bytes:
     rest = len(data) - stream.tell()
     if dtype != np.uint8 or len(shape) != 1 or math.prod(shape) != rest:
         raise CorruptFrameError(
-            f"a frame must come as a one-dimensional uint8 array of its own length; its header "
+            "a frame must come as a one-dimensional uint8 array of its own length; its header "
             f"says {dtype} {tuple(shape)}, and {rest} bytes follow. The sender must run "
-            f"flower_mcepl's client."
+            "flower_mcepl's client."
         )
     return data[stream.tell() :]

@@ -116,7 +116,7 @@ def find_records(paths: Iterable[Path]) -> list[Run]:
         if not folders:
             raise RecordError(
                 f"a run record is a folder with {CONFIG}; neither {path} nor a folder in it has "
-                f"one."
+                "one."
             )
         runs += [read_run(folder) for folder in folders]
     return runs
@@ -189,7 +189,7 @@ def _finished(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
             notes.append(f"left out: {run.path.name}, which is {status}")
     if not finished:
         raise ConfigError(
-            f"a comparison needs at least one finished run; "
+            "a comparison needs at least one finished run; "
             f"{'; '.join(notes) or 'no record was given'}."
         )
     return finished, notes

@@ -41,7 +41,7 @@ def footnotes(comparison: Comparison) -> list[str]:
     if comparison.target is not None:
         notes.append(
             f"to {comparison.target:g}: bytes over the links until the mean accuracy was first "
-            f"that high."
+            "that high."
         )
     if LASSO in comparison.keys:
         notes.append(

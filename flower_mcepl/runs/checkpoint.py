@@ -83,7 +83,7 @@ def newest_checkpoint(folder: Path, log: Callable[[str], None] = lambda line: No
         )
     raise RecordError(
         f"a run is resumed from a checkpoint, and {folder} holds none. Start the run anew; "
-        f"checkpoint-every says after how many rounds one is written."
+        "checkpoint-every says after how many rounds one is written."
     )
 
 

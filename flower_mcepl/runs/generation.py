@@ -113,7 +113,7 @@ class Generation:
             )
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StateError(
-                f"a saved state must be what this release of flower-mcepl saves; it cannot be "
+                "a saved state must be what this release of flower-mcepl saves; it cannot be "
                 f"read ({error!r}). Use another copy, or start afresh without it."
             ) from error
 

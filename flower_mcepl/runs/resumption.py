@@ -333,5 +333,5 @@ def _check_size(path: Path, size: int) -> None:
     if found < size:
         raise RecordError(
             f"{path} had {size} bytes when the checkpoint was written and has {found} now: lines "
-            f"are missing. Put back the whole file, or start the run anew."
+            "are missing. Put back the whole file, or start the run anew."
         )

@@ -181,7 +181,7 @@ class RunSettings:
         check(
             not (graph.directed and algorithm.agent.undirected_only),
             f"algorithm {settings.algorithm} mixes with Metropolis weights, which need an "
-            f"undirected graph; topology",
+            "undirected graph; topology",
             settings.topology,
             "Use ring, torus, erdos-renyi, small-world or another graph whose links go both ways.",
         )

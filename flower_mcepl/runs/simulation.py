@@ -188,7 +188,7 @@ class _Book:
                 raise RecordError(
                     f"{self.record.agents_dir} must hold the state of every agent after round "
                     f"{checkpoint.round}, and that of agent {agent.index} is missing. Put it "
-                    f"back, or start the run anew."
+                    "back, or start the run anew."
                 )
             found.restore(agent, mail)
 
@@ -278,9 +278,9 @@ def _exchange(
         )
     if topology is None or server is not None:
         raise ConfigError(
-            f"agents exchange over a graph or through a server; got "
+            "agents exchange over a graph or through a server; got "
             f"{'both' if server else 'neither'}. Pass topology, or server for a server-based "
-            f"algorithm."
+            "algorithm."
         )
     return Relay[bytes](
         topology,

@@ -128,7 +128,7 @@ class StateStore:
         if stored:
             self._log(
                 f"agent {agent} has no sound state from before round {before} in {self.folder}: "
-                f"it starts afresh."
+                "it starts afresh."
             )
         return None
 
@@ -147,7 +147,7 @@ class StateStore:
         kept = "it could not be renamed" if aside is None else f"it is kept as {aside.name}"
         self._log(
             f"agent {agent}: the state {path} is damaged: {error}; {kept}. An earlier state is "
-            f"taken if there is one."
+            "taken if there is one."
         )
 
 
@@ -163,7 +163,7 @@ def device_store(root: Path, *, run: str, agent: int, log: Log | None = None) ->
     if not _RUN.fullmatch(run):
         raise StateError(
             f"a run's id is 16 lower-case hex digits; got {run!r:.60}. Use GossipStrategy of this "
-            f"release."
+            "release."
         )
     return StateStore(root / run / f"agent-{agent:04d}", log=log)
 

@@ -82,7 +82,7 @@ class Attendance:
                 f"{self.min_agents} agents must be there for the run to go on, but of "
                 f"{len(self.online)} nodes {len(said)} said within {timeout:g} s which agent they "
                 f"are; missing agents: {self._absent(said.values())}. Look at the logs of their "
-                f"nodes, or let the run go on with fewer (min_agents, run-config key min-agents)."
+                "nodes, or let the run go on with fewer (min_agents, run-config key min-agents)."
             )
 
     def check(
@@ -97,7 +97,7 @@ class Attendance:
             raise RosterError(
                 f"round {round} needs {self.min_agents} agents, but {len(answered)} took part; "
                 f"missing: {self._absent(answered)}. {reasons}. Mend these nodes, or let the run "
-                f"begin with fewer (min_agents, run-config key min-agents)."
+                "begin with fewer (min_agents, run-config key min-agents)."
             )
         self._silent_rounds = 0 if answered else self._silent_rounds + 1
         if self._silent_rounds >= MAX_SILENT_ROUNDS:

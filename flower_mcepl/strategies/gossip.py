@@ -89,7 +89,7 @@ class GossipStrategy(ExchangeStrategy):
     ) -> None:
         if not isinstance(topology, Topology):
             raise ConfigError(
-                f"topology must be a Topology, such as Topology.ring(10); got "
+                "topology must be a Topology, such as Topology.ring(10); got "
                 f"{type(topology).__name__}."
             )
         super().__init__(

@@ -93,7 +93,7 @@ class Roster:
         if played is not None and played != agent:
             raise RosterError(
                 f"node {node} is agent {played} and now says it is agent {agent}. A node plays "
-                f"one agent: restart its SuperNode with one partition-id."
+                "one agent: restart its SuperNode with one partition-id."
             )
         if self._founder is None:
             self._founder = node, facts

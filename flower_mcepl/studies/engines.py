@@ -56,7 +56,7 @@ def run_in_flower(app: FlowerApp, config: Mapping[str, Any], folder: Path, log: 
     if len(records) != 1:
         raise RecordError(
             f"a run leaves one record in its record-dir; {app.folder} left {len(records)}. Its "
-            f"ServerApp must build its strategy with from_run_config."
+            "ServerApp must build its strategy with from_run_config."
         )
     return records[0]
 

@@ -41,7 +41,7 @@ def read_app(folder: Path) -> FlowerApp:
     client = settings.get("components", {}).get("clientapp")
     if not isinstance(client, str) or not client.partition(":")[2]:
         raise ConfigError(
-            f"a Flower app names its clientapp as 'module:attribute' in "
+            "a Flower app names its clientapp as 'module:attribute' in "
             f"[tool.flwr.app.components]; {folder} says {client!r}."
         )
     return FlowerApp(folder, client, flat(settings.get("config", {})))
@@ -73,10 +73,10 @@ def imported_client(app: FlowerApp) -> Iterator["AgentApp"]:
     with imported_component(app) as client:
         if not isinstance(client, AgentApp):
             raise ConfigError(
-                f"an in-process run needs a ClientApp from make_client_app or make_agent_app; "
+                "an in-process run needs a ClientApp from make_client_app or make_agent_app; "
                 f"{app.client} of "
                 f"{app.folder} is {type(client).__name__}. Use them, or run the study with engine "
-                f'= "flower".'
+                '= "flower".'
             )
         yield client
 

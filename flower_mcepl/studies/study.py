@@ -210,8 +210,8 @@ def _refuse_duplicates(
             raise file.error(
                 combination.origin,
                 f"this asks for a run that the table on line {file.line(seen[key].origin)} asks "
-                f"for, too: "
+                "for, too: "
                 f"{', '.join(f'{name} = {value!r}' for name, value in combination.settings.items())}. "
-                f"Leave one out.",
+                "Leave one out.",
             )
         seen[key] = combination

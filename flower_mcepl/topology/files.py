@@ -80,7 +80,7 @@ def _adjacency(rows: _Matrix | list[list[float]], path: str | Path) -> npt.NDArr
         raise TopologyError(
             f"an adjacency matrix must be square; {path} has {shape[0] if shape else 0} rows of "
             f"{' or '.join(map(str, shape[1:])) or 'no'} numbers. An edge list has two numbers in "
-            f"every line."
+            "every line."
         )
     matrix = np.asarray(rows)
     for i, j in np.argwhere(~np.isin(matrix, (0, 1)))[:1]:

@@ -338,7 +338,7 @@ def _checked_edge(edge: Any, n: int) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise TopologyError(
             f"an edge must be a pair of agents 0..{n - 1}; got {edge!r}. Write it as (sender, "
-            f"receiver)."
+            "receiver)."
         ) from None
     for agent in (sender, receiver):
         if not 0 <= agent < n:
@@ -349,7 +349,7 @@ def _checked_edge(edge: Any, n: int) -> tuple[int, int]:
     if sender == receiver:
         raise TopologyError(
             f"edge ({sender}, {receiver}) links agent {sender} to itself; neighbors are others. "
-            f"Leave it out."
+            "Leave it out."
         )
     return sender, receiver
 

@@ -20,7 +20,7 @@ def _torus(n: int, seed: int, rows: int | None = None) -> Topology:
     if n % checks.whole(rows, "torus:rows", least=1, most=n):
         raise TopologyError(
             f"the rows of a torus must divide the number of agents; got rows={rows} for {n} "
-            f"agents. Change rows, or leave it out for the most square torus."
+            "agents. Change rows, or leave it out for the most square torus."
         )
     return Topology.torus(rows, n // rows)
 

@@ -183,7 +183,7 @@ def open_frame(
     if total > len(view):
         raise TruncatedFrameError(
             f"a frame must be as long as it says; {who} says {total} bytes and has {len(view)}. "
-            f"Have it sent again."
+            "Have it sent again."
         )
     if total < len(view) or total < FIXED.size + CHECKSUM_NBYTES:
         raise corrupt(who, f"it says {total} bytes and {len(view)} came")
@@ -310,7 +310,7 @@ def _as_view(data: FrameBytes) -> memoryview:
         view = None
     if view is None or view.format not in ("B", "b", "c"):
         raise ConfigError(
-            f"a frame is bytes, bytearray, memoryview or a numpy uint8 array; got "
+            "a frame is bytes, bytearray, memoryview or a numpy uint8 array; got "
             f"{type(data).__name__}. Pass the bytes as they came."
         )
     if view.ndim == 1 and view.c_contiguous:
@@ -324,7 +324,7 @@ def _check_start(view: memoryview) -> None:
     if start != MAGIC[: len(start)]:
         raise ForeignFrameError(
             f"a frame starts with {MAGIC!r}; these {len(view)} bytes start with {start!r}. They "
-            f"are no frame: look at what wrote them."
+            "are no frame: look at what wrote them."
         )
     if len(view) > len(MAGIC) and view[len(MAGIC)] > WIRE_VERSION:
         raise future("a frame", f"version {view[len(MAGIC)]}")
@@ -336,7 +336,7 @@ def _check_start(view: memoryview) -> None:
     if len(view) < FIXED.size:
         raise TruncatedFrameError(
             f"a frame has at least {FIXED.size + CHECKSUM_NBYTES} bytes; {len(view)} came. Have "
-            f"it sent again."
+            "it sent again."
         )
     if view[len(MAGIC)] != WIRE_VERSION:
         raise corrupt("a frame", f"version {view[len(MAGIC)]} never existed")
@@ -358,5 +358,5 @@ def future(who: str, what: str) -> FutureFrameError:
     """Return the error of a frame with something that this version does not know."""
     return FutureFrameError(
         f"this flower_mcepl reads frames up to version {WIRE_VERSION} and knows no {what}; {who} "
-        f"was written by a newer one. Update flower_mcepl here."
+        "was written by a newer one. Update flower_mcepl here."
     )

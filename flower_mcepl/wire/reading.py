@@ -125,7 +125,7 @@ def decode_frame(
         raise corrupt(
             who,
             f"it declares {declared} weights in {header.total} bytes (if it may, pass the "
-            f"layers to be expected)",
+            "layers to be expected)",
         )
     return unpack_frame(payload, header, references=references, prior=prior)
 
@@ -252,7 +252,7 @@ def _find_reference(header: FrameHeader, references: Sequence[Reference]) -> Ref
     raise MissingReferenceError(
         f"a delta frame needs the frame it builds on; {name_frame(header.sender, header.round)} "
         f"builds on round {header.reference}, and the rounds held of this sender are: {held}. The "
-        f"relay sends what is missing next."
+        "relay sends what is missing next."
     )
 
 
@@ -262,7 +262,7 @@ def _unfit(header: FrameHeader, what: str) -> CorruptFrameError | MissingReferen
     if header.reference is None and not any(entry.with_classes for entry in header.layers):
         return corrupt(who, what)
     return MissingReferenceError(
-        f"sender and receiver must know the same of earlier rounds and of the classes of weights; "
+        "sender and receiver must know the same of earlier rounds and of the classes of weights; "
         f"{who} does not fit: {what}. The relay sends a whole frame next time."
     )
 
@@ -316,7 +316,7 @@ def _expect_model(
         raise ForeignFrameError(
             f"a delta frame does not repeat names and shapes, {len(header.layers)} here; {who} "
             f"cannot be read with {'none' if layers is None else len(layers)} expected. Pass the "
-            f"layers of the sender's model."
+            "layers of the sender's model."
         )
     came = {entry.name: entry.shape for entry in header.layers}
     wanted = came if layers is None else {name: tuple(shape) for name, shape in layers.items()}
@@ -325,7 +325,7 @@ def _expect_model(
         raise ForeignFrameError(
             f"a frame must have the receiver's layers; in {who} layer {name!r} has shape "
             f"{came.get(name, 'none')} instead of {wanted.get(name, 'none')}. Give both agents "
-            f"one model."
+            "one model."
         )
     if fingerprint is not None and layers is not None:
         mine = model_digest(describe(fingerprint, layers), prior).hex()
@@ -333,7 +333,7 @@ def _expect_model(
             raise ForeignFrameError(
                 "a frame must be of the receiver's frozen weights, layers and classes of weights, "
                 f"together {mine}; {who} has {header.model}. Give both agents the same model, "
-                f"seed and algorithm."
+                "seed and algorithm."
             )
     for entry in header.layers:
         if dtype is not None and (dtype == torch.bool) != (entry.precision is None):
@@ -349,7 +349,7 @@ def _expect_origin(header: FrameHeader, *, sender: int | None, latest_round: int
     if sender is not None and header.sender != sender:
         raise ForeignFrameError(
             f"a frame must come from the agent it is filed under, {sender}; this is {who}. Look "
-            f"at the routing."
+            "at the routing."
         )
     if latest_round is not None and header.round > latest_round:
         raise FutureFrameError(

@@ -58,7 +58,7 @@ def _pack_int8(values: Values, *, precision: str) -> bytes:
     if not np.isfinite(values).all():
         raise ConfigError(
             f"precision {precision} needs finite values, because the largest sets the scale; some "
-            f"are infinite or not a number. Send them with precision float32, or look at why "
+            "are infinite or not a number. Send them with precision float32, or look at why "
             "training left the finite numbers."
         )
     scale = np.float32(np.abs(values).max(initial=np.float32(0)) / np.float32(127))

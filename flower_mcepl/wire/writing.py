@@ -150,7 +150,7 @@ def write_frame(
     if total > U32:
         raise ConfigError(
             f"a frame has at most {U32} bytes; this one would have {total}. Send it in several "
-            f"frames."
+            "frames."
         )
     content = digest(piece for part in parts for piece in part.canonical())
     fixed = FIXED.pack(
@@ -263,7 +263,7 @@ class _Part:
                 raise ConfigError(
                     f"precision {precision.name} is for dense layers, whose every weight has a "
                     f"value before and after; layer {name!r} is sparse. Send it with another "
-                    f"precision, such as int8."
+                    "precision, such as int8."
                 )
             return cls._of_differences(
                 name, shape, values, precision, base_of(name, shape, reference)
@@ -309,7 +309,7 @@ class _Part:
             raise ConfigError(
                 f"classes are for every weight of a layer; layer {self.name!r} has {known.numel} "
                 f"weights and classes for {len(known.classes.order)}. Make the classes from the "
-                f"model that is sent."
+                "model that is sent."
             )
         return plan_support(self.bits, known)
 

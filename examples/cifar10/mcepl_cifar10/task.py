@@ -37,7 +37,7 @@ def load_split(data: str, split: str) -> Dataset:
     if not files:
         raise FileNotFoundError(
             f"data = {data!r}: no {split}*.parquet in that folder or below. Give the absolute "
-            f"path of a folder with CIFAR-10 as parquet, or a name on the Hugging Face hub: "
+            "path of a folder with CIFAR-10 as parquet, or a name on the Hugging Face hub: "
             "--run-config 'data=\"uoft-cs/cifar10\"'."
         )
     return load_dataset("parquet", data_files=files, split="train")

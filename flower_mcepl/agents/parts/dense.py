@@ -117,7 +117,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         if not self.weights:
             raise UnsupportedLayerError(
                 f"{type(module).__name__} has no weight to train: requires_grad is False for all "
-                f"of its parameters. Leave it True in the model function."
+                "of its parameters. Leave it True in the model function."
             )
         self._initial = {
             name: weight.detach()

@@ -128,7 +128,7 @@ class SparseAgent(DenseAgent[SparseT]):
             raise UnsupportedLayerError(
                 f"algorithm {self.algorithm} needs conv or linear weights that train; all those "
                 f"of {type(module).__name__} are frozen (requires_grad is False). Leave it True "
-                f"in the model function, or use an algorithm without masks."
+                "in the model function, or use an algorithm without masks."
             )
         # the masks under which the weights are; until fuse, those before they moved
         self._held = self.masks

@@ -218,12 +218,12 @@ def _masks(gallery: Gallery, place: int) -> None:
         if agreement.classes is None:
             gallery.missing.append(
                 f"overlap of classes of {subject.label}: the record does not tell every agent's "
-                f"classes"
+                "classes"
             )
         order = "of their classes" if agreement.classes is not None else "of their numbers"
         caption = (
             f"Final masks{about}. Jaccard index: of the weights that at least one of two agents "
-            f"keeps, the share that both keep, and for classes likewise. Masks with as many kept "
+            "keeps, the share that both keep, and for classes likewise. Masks with as many kept "
             f"weights in each layer, drawn at random, would have {agreement.by_chance:.2f} off "
             f"the diagonal; equal first scores make for more. Agents in the order {order}, both "
             f"matrices on one scale.{_uneven(masks)}"
@@ -240,7 +240,7 @@ def _masks(gallery: Gallery, place: int) -> None:
     )
     caption = (
         f"Share of kept weights in each output filter{about}, sorted, a line for each agent; one "
-        f"color for agents that keep the same share of the layer. Entirely off: "
+        "color for agents that keep the same share of the layer. Entirely off: "
         f"{'; '.join(f'{one.name} {off_text(one)}' for one in layers)}.{left_out}"
     )
     picture = Picture(
