@@ -34,7 +34,8 @@ from flower_mcepl.errors import (
 )
 from flower_mcepl.masks.formulas import aggregate_scores, group_lasso, neighbor_step, topk_mask
 from flower_mcepl.masks.model import MaskedModel, shared_module
-from flower_mcepl.record.writing import RunRecord, read_run
+from flower_mcepl.record.reading import read_run
+from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.simulation import simulate
 from flower_mcepl.topology import Topology
 from flower_mcepl.wire import decode_frame, encode_frame

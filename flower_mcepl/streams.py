@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from flower_mcepl.errors import ConfigError
+
 
 def stream_seed(
     seed: int, purpose: str, *, agent: int | None = None, round: int | None = None
@@ -68,3 +70,18 @@ def _seed_torch(start: int, *, cuda: bool) -> None:
         torch.cuda.manual_seed_all(start)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(start)
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Run a block with so many torch threads (0: as it is), then set the old number again."""
+    if threads < 0:
+        raise ConfigError(f"threads must be >= 0 (0: torch's own choice); got {threads}.")
+    before = torch.get_num_threads()
+    if threads and threads != before:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.launch.processes import ProcessFamily
-from flower_mcepl.record.writing import read_run
+from flower_mcepl.record.reading import read_run
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.store import device_store
 

@@ -21,11 +21,11 @@ from flower_mcepl import (
 from flower_mcepl.agents import load_state
 from flower_mcepl.errors import CorruptFrameError
 from flower_mcepl.exchange.center import Center
-from flower_mcepl.exchange.relay import Parcel, Posted
+from flower_mcepl.exchange.parcels import Answer, Parcel, Posted
 from flower_mcepl.exchange.turn import Reply, open_mail, play_round
 from flower_mcepl.report.overview import plot_run
 from flower_mcepl.report.table import agent_table
-from flower_mcepl.runs.monitor import Answer, RunMonitor
+from flower_mcepl.runs.monitor import RunMonitor
 from flower_mcepl.wire import encode_frame, read_header
 
 from .baselines import agent_of, fleet_of, serve, server_of

@@ -13,7 +13,8 @@ from torch import Tensor
 from flower_mcepl import Agent, MceplAgent, Topology, read_run
 from flower_mcepl.agents import AgentState
 from flower_mcepl.agents.agent import Payload
-from flower_mcepl.exchange.relay import Parcel, Posted, Relay
+from flower_mcepl.exchange.parcels import Parcel, Posted
+from flower_mcepl.exchange.relay import Relay
 from flower_mcepl.exchange.turn import Mail, Reply, open_mail, play_round
 from flower_mcepl.strategies import reporting
 

@@ -19,7 +19,7 @@ from flwr.common.config import parse_config_args
 from flower_mcepl import AgentData, RunRecord, Topology, read_run, simulate
 from flower_mcepl.agents import load_state
 from flower_mcepl.config.fields import field_keys
-from flower_mcepl.record.writing import Run
+from flower_mcepl.record.reading import Run
 from flower_mcepl.runs.settings import DeviceSettings
 from flower_mcepl.studies.flower_app import imported_client, read_app
 

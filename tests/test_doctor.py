@@ -33,7 +33,7 @@ from flower_mcepl.doctor.packages import check_extras, check_packages, check_pyt
 from flower_mcepl.doctor.superlink import check_superlink, split_address
 from flower_mcepl.doctor.trial import try_rounds
 from flower_mcepl.errors import ConfigError, DataError
-from flower_mcepl.exchange.relay import Parcel
+from flower_mcepl.exchange.parcels import Parcel
 from flower_mcepl.exchange.turn import open_mail, play_round
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.settings import DeviceSettings

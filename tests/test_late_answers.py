@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flower_mcepl import ConfigError, RosterError, Topology, read_run
 from flower_mcepl.exchange.center import Center
-from flower_mcepl.exchange.relay import Posted
+from flower_mcepl.exchange.parcels import Posted
 from flower_mcepl.strategies import reporting, waiting
 from flower_mcepl.strategies.waiting import FLOOR, Patience
 

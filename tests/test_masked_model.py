@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from flower_mcepl import MaskedModel, shared_module
 from flower_mcepl.errors import ConfigError, UnsupportedLayerError
-from flower_mcepl.masks.model import resolve_retention
+from flower_mcepl.masks.retention import resolve_retention
 
 from . import oracles
 from .fleet import noisy_net, small_net

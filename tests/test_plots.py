@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from flower_mcepl import Topology, simulate
 from flower_mcepl.cli import app
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.record.writing import Run, RunRecord, read_run
+from flower_mcepl.record.reading import Run, read_run
+from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.final_masks import Masks, final_masks
 from flower_mcepl.report.plots.agreement import agreement_of, classes_of
 from flower_mcepl.report.plots.canvas import new_figure, plain, wrapped

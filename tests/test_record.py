@@ -9,14 +9,10 @@ import pytest
 
 from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.exchange.ledger import TRAFFIC_COLUMNS
-from flower_mcepl.record.writing import (
-    AGENT_KEYS,
-    RELAY_KEYS,
-    TRAFFIC_KEYS,
-    RunRecord,
-    accuracy_summary,
-    read_run,
-)
+from flower_mcepl.record.accuracy import accuracy_summary
+from flower_mcepl.record.layout import AGENT_KEYS, RELAY_KEYS, TRAFFIC_KEYS
+from flower_mcepl.record.reading import read_run
+from flower_mcepl.record.writing import RunRecord
 
 
 def agent_row(agent: int, round: int, accuracy: float = 0.5, **more: Any) -> dict[str, Any]:

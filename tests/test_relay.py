@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flower_mcepl import ConfigError, Topology
-from flower_mcepl.exchange.relay import Parcel, Posted, Relay
+from flower_mcepl.exchange.parcels import Parcel, Posted
+from flower_mcepl.exchange.relay import Relay
 
 
 @dataclass(frozen=True)

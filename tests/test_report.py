@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.record.writing import Run, RunRecord, accuracy_summary, read_run
+from flower_mcepl.record.accuracy import accuracy_summary
+from flower_mcepl.record.reading import Run, read_run
+from flower_mcepl.record.values import human_bytes
+from flower_mcepl.record.writing import RunRecord
+from flower_mcepl.report.__main__ import main
 from flower_mcepl.report.overview import plot_run
-from flower_mcepl.report.table import agent_table, human_bytes, main
+from flower_mcepl.report.table import agent_table
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")

@@ -21,7 +21,8 @@ from flower_mcepl.clients import app as client_module
 from flower_mcepl.clients import make_agent_app, memory
 from flower_mcepl.clients.app import agent_index
 from flower_mcepl.errors import RecordError, RosterError
-from flower_mcepl.exchange.relay import ExchangeState, Posted, Relay
+from flower_mcepl.exchange.parcels import ExchangeState, Posted
+from flower_mcepl.exchange.relay import Relay
 from flower_mcepl.runs import checkpoint
 from flower_mcepl.runs.checkpoint import (
     Checkpoint,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from flower_mcepl import ConfigError, FingerprintError, Topology, shared_module, simulate
 from flower_mcepl.agents import load_state, make_agent, make_server
 from flower_mcepl.data.batches import AgentData
-from flower_mcepl.record.writing import read_run
+from flower_mcepl.record.reading import read_run
 from flower_mcepl.strategies import GossipStrategy, ServerStrategy, make_strategy
 from flower_mcepl.strategies.fedavg import FlowerFedavgServer
 

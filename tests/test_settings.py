@@ -8,13 +8,9 @@ import torch
 
 from flower_mcepl import ConfigError, MceplConfig, Topology, TopologyError
 from flower_mcepl.agents.registry import ALGORITHMS, read_config
-from flower_mcepl.config.fields import (
-    field_keys,
-    per_agent,
-    read_fields,
-    refuse_unknown_keys,
-    with_section,
-)
+from flower_mcepl.config.checks import refuse_unknown_keys
+from flower_mcepl.config.fields import field_keys, read_fields, with_section
+from flower_mcepl.config.ratios import per_agent
 from flower_mcepl.masks.model import MaskedModel
 from flower_mcepl.models import AlexNetCifar
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings

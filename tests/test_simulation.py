@@ -22,7 +22,7 @@ from flower_mcepl import (
 from flower_mcepl.agents import load_state
 from flower_mcepl.exchange import outbox
 from flower_mcepl.exchange.turn import Reply
-from flower_mcepl.threads import torch_threads
+from flower_mcepl.streams import torch_threads
 
 from .fleet import SEED, Reader, make_agent, make_fleet, noisy_net, same_tensors, small_net
 

@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 
 from flower_mcepl.data.batches import _index_batches
 from flower_mcepl.errors import ConfigError, RecordError
-from flower_mcepl.record.writing import RunRecord, read_run
-from flower_mcepl.report.compare import _images_a_round
+from flower_mcepl.files.sealed import file_lock
+from flower_mcepl.record.figures import _images_a_round
+from flower_mcepl.record.reading import read_run
+from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.final_masks import final_masks
 from flower_mcepl.report.tables import cells, footnotes, markdown, titles, write_csv
 from flower_mcepl.strategies import GossipStrategy
@@ -31,7 +33,6 @@ from flower_mcepl.studies import Study, compare, find_records, read_study, run_s
 from flower_mcepl.studies.engines import run_in_process
 from flower_mcepl.studies.flower_app import FlowerApp, imported_client
 from flower_mcepl.studies.lines import key_lines, line_of_error
-from flower_mcepl.studies.lock import study_lock
 from flower_mcepl.studies.processes import side_by_side
 from flower_mcepl.studies.runner import (
     CSV,
@@ -438,7 +439,7 @@ def test_one_process_at_a_time(study: Callable[..., Study]) -> None:
     plan = study("")
     plan.out.mkdir()
     with (
-        study_lock(plan.out),
+        file_lock(plan.out / ".lock", wait=0, busy="nobody else holds it"),
         pytest.raises(ConfigError, match=f"process {os.getpid()} is at work"),
     ):
         run_study(plan)

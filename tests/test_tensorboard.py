@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from flower_mcepl import ConfigError, Topology, simulate
 from flower_mcepl.cli import app
-from flower_mcepl.record.writing import RunRecord, read_run
+from flower_mcepl.record.reading import read_run
+from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.tensorboard import ScalarWriter
 from tests.fleet import make_fleet
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flower_mcepl.agents.parts.averaging import MixingAgent
 from flower_mcepl.agents.parts.dense import SgdConfig
-from flower_mcepl.config.fields import check
+from flower_mcepl.config.checks import check
 from flower_mcepl.wire import PRECISIONS
 
 

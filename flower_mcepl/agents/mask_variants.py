@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Payload
 from flower_mcepl.agents.mcepl import MceplAgent, MceplConfig
-from flower_mcepl.config.fields import RunConfig, check
+from flower_mcepl.config.checks import check
+from flower_mcepl.config.fields import RunConfig
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.model import MaskedModel
 

@@ -21,11 +21,14 @@ from flower_mcepl.agents.parts.training import (
     finite_loss,
     train_locally,
 )
-from flower_mcepl.config.fields import RunConfig, check, per_agent, per_layer, read_fields
+from flower_mcepl.config.checks import check
+from flower_mcepl.config.fields import RunConfig, read_fields
+from flower_mcepl.config.ratios import per_agent, per_layer
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import StateError
 from flower_mcepl.masks import formulas as maths
-from flower_mcepl.masks.model import MaskedModel, Retention, check_retentions, resolve_retention
+from flower_mcepl.masks.model import MaskedModel
+from flower_mcepl.masks.retention import Retention, check_retentions, resolve_retention
 from flower_mcepl.streams import isolated_rng, torch_stream
 
 SCORE_INITS = ("shared", "independent")

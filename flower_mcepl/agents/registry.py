@@ -10,9 +10,9 @@ from flower_mcepl.agents.agent import Agent
 from flower_mcepl.agents.dfedavgm import DfedavgmAgent, DfedavgmConfig
 from flower_mcepl.agents.dispfl import DispflAgent, DispflConfig
 from flower_mcepl.agents.dsgd import DsgdAgent, DsgdConfig
-from flower_mcepl.agents.fedavg import FedavgAgent, FedavgConfig
-from flower_mcepl.agents.fedpm import FedpmAgent, FedpmConfig
-from flower_mcepl.agents.fedspa import FedspaAgent, FedspaConfig
+from flower_mcepl.agents.fedavg import FedavgAgent, FedavgConfig, FedavgServer
+from flower_mcepl.agents.fedpm import FedpmAgent, FedpmConfig, FedpmServer
+from flower_mcepl.agents.fedspa import FedspaAgent, FedspaConfig, FedspaServer
 from flower_mcepl.agents.local import LocalAgent, LocalConfig
 from flower_mcepl.agents.mask_variants import (
     LocalMasksAgent,
@@ -26,9 +26,6 @@ from flower_mcepl.agents.server import Server
 from flower_mcepl.config.fields import RunConfig, field_keys, with_section
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.servers.fedavg import FedavgServer
-from flower_mcepl.servers.fedpm import FedpmServer
-from flower_mcepl.servers.fedspa import FedspaServer
 
 
 class Algorithm(NamedTuple):

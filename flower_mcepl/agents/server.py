@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import STATE_VERSION, AgentState, Payload
 from flower_mcepl.agents.parts.groups import Shapes, check_group, join_groups, split_groups
-from flower_mcepl.config.fields import check
+from flower_mcepl.config.checks import check
 from flower_mcepl.errors import StateError
 from flower_mcepl.masks.layers import find_maskable
 from flower_mcepl.masks.model import fingerprint

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flower_mcepl.cli.wide import print_holdings, wide_console
-from flower_mcepl.config.fields import closest
+from flower_mcepl.config.checks import closest
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.launch.plan import parse_run_config
 from flower_mcepl.report.plots.holding_charts import draw_holdings

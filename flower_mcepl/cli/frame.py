@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flower_mcepl.errors import FrameError
-from flower_mcepl.exchange.ledger import human_bytes
+from flower_mcepl.record.values import human_bytes
 from flower_mcepl.wire import FrameHeader, LayerEntry, read_header
 
 _KINDS = {

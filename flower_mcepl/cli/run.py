@@ -13,10 +13,10 @@ from rich.text import Text
 
 from flower_mcepl.cli.compare import print_comparison
 from flower_mcepl.cli.wide import print_table, wide_console
-from flower_mcepl.exchange.ledger import human_bytes
 from flower_mcepl.launch.plan import parse_run_config
-from flower_mcepl.record.writing import Run, read_run
-from flower_mcepl.report.compare import link_bytes
+from flower_mcepl.record.figures import link_bytes
+from flower_mcepl.record.reading import Run, read_run
+from flower_mcepl.record.values import human_bytes
 from flower_mcepl.studies import Outcome, Study, compare, read_study, run_study
 from flower_mcepl.studies.runner import (
     CSV,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flower_mcepl.cli.wide import print_holdings, wide_console
-from flower_mcepl.record.writing import read_run
+from flower_mcepl.record.reading import read_run
 from flower_mcepl.report.plots.holdings import holdings_of
 from flower_mcepl.report.table import agent_table
 

@@ -20,7 +20,7 @@ from flower_mcepl.clients.memory import Memory, in_simulation, open_memory
 from flower_mcepl.config.fields import read_fields
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError, DataError, FlowerMceplError, FrameError, names_agent
-from flower_mcepl.exchange.relay import Parcel
+from flower_mcepl.exchange.parcels import Parcel
 from flower_mcepl.exchange.turn import Reply, open_mail, play_round, refusal
 from flower_mcepl.masks.model import shared_module
 from flower_mcepl.messages import keys
@@ -28,8 +28,7 @@ from flower_mcepl.messages.envelope import open_envelope
 from flower_mcepl.messages.handshake import introduction
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
-from flower_mcepl.streams import isolated_rng
-from flower_mcepl.threads import torch_threads
+from flower_mcepl.streams import isolated_rng, torch_threads
 
 ModelFn = Callable[[Context], nn.Module]
 DataFn = Callable[[Context], tuple[object, object]]

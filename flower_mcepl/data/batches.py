@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
-from flower_mcepl.config.fields import check
+from flower_mcepl.config.checks import check
 from flower_mcepl.errors import DataError
 
 Batch = tuple[Any, Tensor]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from flower_mcepl.config.fields import RunConfig, check, field_keys, read_fields
+from flower_mcepl.config.checks import check
+from flower_mcepl.config.fields import RunConfig, field_keys, read_fields
 from flower_mcepl.data.partition import Indices, Partition
 from flower_mcepl.errors import DataError
 from flower_mcepl.streams import numpy_stream

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.agents import CLASS_FACTS, Agent, find_algorithm
-from flower_mcepl.config.fields import closest, read_fields
+from flower_mcepl.config.checks import closest
+from flower_mcepl.config.fields import read_fields
 from flower_mcepl.doctor.findings import Examination, Finding
 from flower_mcepl.doctor.machine import existing
 from flower_mcepl.doctor.trial import Trial, try_rounds
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.exchange.ledger import human_bytes
+from flower_mcepl.record.values import human_bytes
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.runs.store import KEPT
+from flower_mcepl.streams import torch_threads
 from flower_mcepl.studies.engines import agent_of_node
 from flower_mcepl.studies.flower_app import FlowerApp, flat, imported_component, read_app
-from flower_mcepl.threads import torch_threads
 from flower_mcepl.topology import Topology
 
 _SETTINGS = "Correct it in --run-config, or in [tool.flwr.app.config] of the app's pyproject.toml."

@@ -13,7 +13,7 @@ import torch
 
 from flower_mcepl.agents import AgentState
 from flower_mcepl.doctor.findings import Examination, Finding
-from flower_mcepl.exchange.ledger import human_bytes
+from flower_mcepl.record.values import human_bytes
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.settings import DeviceSettings
 from flower_mcepl.runs.store import StateStore

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from flower_mcepl.agents.agent import AgentState, Payload
 from flower_mcepl.agents.server import Server
-from flower_mcepl.config.fields import check
+from flower_mcepl.config.checks import check
 from flower_mcepl.errors import CorruptFrameError, ForeignFrameError, FrameError, ReplayedFrameError
 from flower_mcepl.exchange.ledger import Ledger
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.outbox import Outbox
-from flower_mcepl.exchange.relay import (
+from flower_mcepl.exchange.parcels import (
     ExchangeState,
     FrameT,
     Parcel,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from flower_mcepl.exchange.ledger import Ledger
-from flower_mcepl.exchange.relay import ExchangeState, FrameT, Parcel, Posted
+from flower_mcepl.exchange.parcels import ExchangeState, FrameT, Parcel, Posted
 from flower_mcepl.topology import Topology
 
 

@@ -189,16 +189,3 @@ def _sum(counts: Iterable[Count]) -> Count:
 
 def _mean_bits(count: Count) -> float | None:
     return count.bits_per_weight / count.frames if count.frames and count.bits_per_weight else None
-
-
-def human_bytes(count: float | None) -> str:
-    """Write a number of bytes in decimal units: ``1_234_567`` is ``"1.23 MB"``; ``None`` is ``"-"``."""
-    if count is None:
-        return "-"
-    if abs(count) < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB", "TB", "PB"):
-        count /= 1000
-        if abs(count) < 999.5:  # three digits would round more than this up to 1000
-            return f"{count:#.3g}".rstrip(".") + f" {unit}"
-    return f"{count:.0f} PB"

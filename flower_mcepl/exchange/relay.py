@@ -1,58 +1,20 @@
 """The relay: which frames go to which agent. It never opens a frame."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
-from numpy.typing import NDArray
-
-from flower_mcepl.config.fields import check
-from flower_mcepl.exchange.ledger import Ledger, Shipment
+from flower_mcepl.config.checks import check
+from flower_mcepl.exchange.ledger import Ledger
+from flower_mcepl.exchange.parcels import (
+    ExchangeState,
+    FrameT,
+    Parcel,
+    Posted,
+    by_number,
+    post_facts,
+    shipments,
+)
 from flower_mcepl.topology import Topology
-
-FrameT = TypeVar("FrameT")
-
-
-@dataclass(frozen=True)
-class Parcel(Generic[FrameT]):
-    """What one agent gets for one round: last round's frames of its in-neighbors, and what to do.
-
-    ``round`` begins with this parcel; the frames are of ``round - 1`` or older, those
-    of one sender oldest first. ``neighbors`` is None where the agent has not exchanged
-    anything yet: it keeps what it has.
-    """
-
-    round: int
-    neighbors: tuple[int, ...] | None
-    frames: Mapping[int, Sequence[FrameT]] = field(default_factory=dict)
-    evaluate: bool = False  # evaluate the personal model as of round - 1
-    train: bool = True  # False in the closing parcel
-    acknowledged: int | None = None  # round of the agent's newest frame that the relay has
-    whole: bool = False  # send a whole frame, too
-
-
-@dataclass(frozen=True)
-class Posted(Generic[FrameT]):
-    """A frame as its sender announced it."""
-
-    frame: FrameT
-    num_bytes: int
-    header_bytes: int
-    builds_on: int | None  # round of the frame it needs; None or 0: it stands alone
-
-    @property
-    def is_key(self) -> bool:
-        """Tell whether everyone can decode it: it is whole, or builds on the common first payload."""
-        return not self.builds_on
-
-
-@dataclass(frozen=True)
-class ExchangeState(Generic[FrameT]):
-    """What of a `Relay` or `Center` must survive a round: JSON-able facts, arrays and frames by name."""
-
-    facts: dict[str, Any]
-    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
-    frames: dict[str, FrameT] = field(default_factory=dict)
 
 
 class Relay(Generic[FrameT]):
@@ -240,24 +202,6 @@ class Relay(Generic[FrameT]):
         if self.key_interval and round - last >= self.key_interval:
             return True
         return sum(post.num_bytes for r, post in posted if r > last) >= size
-
-
-def shipments(posts: Sequence[Posted[Any]], facts: Mapping[str, Any]) -> list[Shipment]:
-    """Return frames as the ledger counts them; ``facts`` are of the handshake that says what they stand for."""
-    weights, kept = int(facts.get("num-weights", 0)), int(facts.get("kept-weights", 0))
-    return [
-        Shipment(post.num_bytes, post.header_bytes, post.is_key, weights, kept) for post in posts
-    ]
-
-
-def post_facts(post: Posted[Any]) -> list[Any]:
-    """Return all of a posted frame but the frame itself, in the order of its fields."""
-    return [post.num_bytes, post.header_bytes, post.builds_on]
-
-
-def by_number(mapping: Mapping[Any, Any]) -> dict[int, Any]:
-    """Return what JSON made of a mapping by number: its keys are texts there."""
-    return {int(key): value for key, value in mapping.items()}
 
 
 def _num_bytes(chain: Sequence[Posted[Any]]) -> int:

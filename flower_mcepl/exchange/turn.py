@@ -11,7 +11,7 @@ from flower_mcepl.agents.agent import Payload
 from flower_mcepl.errors import DivergedError, FrameError, MissingReferenceError, names_agent
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.outbox import Outbox
-from flower_mcepl.exchange.relay import Parcel
+from flower_mcepl.exchange.parcels import Parcel
 from flower_mcepl.wire import WrittenFrame
 from flower_mcepl.wire.values import find_precision
 

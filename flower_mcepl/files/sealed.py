@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flower_mcepl.errors import StateError
+from flower_mcepl.errors import FlowerMceplError, StateError
 from flower_mcepl.files.atomic import replace_file
 
 _HEADER = struct.Struct(">8sH16s")  # kind, version, digest
@@ -88,7 +88,9 @@ def set_aside(path: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, *, wait: float, busy: str) -> Iterator[None]:
+def file_lock(
+    path: Path, *, wait: float, busy: str, error: type[FlowerMceplError] = StateError
+) -> Iterator[None]:
     """Hold a lock; the operating system lets go of it when the process ends, however it ends.
 
     On Windows, which has no such locks, it does nothing.
@@ -102,10 +104,12 @@ def file_lock(path: Path, *, wait: float, busy: str) -> Iterator[None]:
     busy : str
         What to say where that was not long enough; ``{process}`` becomes the other
         process's id.
+    error : type of FlowerMceplError (default: StateError)
+        What is then raised.
 
     Raises
     ------
-    StateError
+    StateError (or ``error``)
         If another process still holds it after `wait`: ``busy``.
     """
     try:
@@ -123,9 +127,7 @@ def file_lock(path: Path, *, wait: float, busy: str) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     file.seek(0)
-                    raise StateError(
-                        busy.replace("{process}", file.read().strip() or "?")
-                    ) from None
+                    raise error(busy.replace("{process}", file.read().strip() or "?")) from None
                 time.sleep(_LOOK_AGAIN)
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -1,63 +1,30 @@
-"""The run record: a folder that says how to repeat a run and what came of it.
+"""Writing of a run record while the run goes on: lines are flushed, files replaced in one step."""
 
-::
-
-    runs/20260131-141500-ring/
-    ├── config.json    everything needed to repeat the run, versions included
-    ├── rounds.jsonl   one line per agent and evaluated round
-    ├── relay.jsonl    one line per round: what the relay saw
-    ├── traffic.jsonl  one line per round: frames and bytes over every link and uplink
-    ├── summary.json   written once, at the end; a killed run has none
-    ├── agents/        agent-0003.safetensors ...: final states, in simulation only
-    ├── checkpoint/    what a run that breaks off is resumed from; gone when it has finished
-    └── frames/        00017-agent-0003.frame ...: every frame, where that was asked for
-
-Every file is standard JSON: a number that is not finite is written as ``null``. Lines
-are flushed one by one, whole files replaced in one step, so a killed run leaves a
-record that :func:`read_run` still reads. All counters (bytes, seconds) are totals since
-the start of the run. ``docs/run-record.md`` lists every field.
-"""
-
-import json
-import math
-import platform
 import re
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
-from datetime import UTC, datetime
-from importlib import metadata
+from datetime import datetime
 from pathlib import Path
 from typing import Any, final
 
 from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.files.atomic import replace_file
-
-CONFIG, SUMMARY, AGENTS, FRAMES = "config.json", "summary.json", "agents", "frames"
-ROUNDS, RELAY, TRAFFIC = "rounds.jsonl", "relay.jsonl", "traffic.jsonl"
-STATUSES = ("finished", "interrupted", "failed")
-_COUNTERS = ("sent_bytes", "received_bytes", "uplink_bytes", "seconds")
-AGENT_KEYS = ("round", "agent", "accuracy", "loss", "num_examples", "density", *_COUNTERS)
-TRAFFIC_KEYS = ("round", "links", "uplinks")
-RELAY_KEYS = (
-    "round",
-    "answered",
-    "agents",
-    "failed",
-    "missing",
-    "link_bytes",
-    "uplink_bytes",
-    "seconds",
+from flower_mcepl.record.layout import (
+    AGENT_KEYS,
+    AGENTS,
+    CONFIG,
+    FRAMES,
+    RELAY,
+    RELAY_KEYS,
+    ROUNDS,
+    STATUSES,
+    SUMMARY,
+    TRAFFIC,
+    TRAFFIC_KEYS,
 )
-_PACKAGES = (
-    *("flower-mcepl", "torch", "numpy", "networkx", "safetensors", "flwr", "ray"),
-    # where they are installed, they may draw the data
-    *("torchvision", "flwr-datasets", "datasets", "scikit-learn"),
-)
-
-Row = dict[str, Any]
+from flower_mcepl.record.reading import read_object
+from flower_mcepl.record.values import package_versions, to_json, utc_now
 
 
 @final
@@ -120,7 +87,7 @@ class RunRecord:
     def amend_config(self, **more: Any) -> None:
         """Add to ``config.json`` what is known only after the start, such as ``agents``; in one step."""
         with _writing(self.path / CONFIG):
-            config = _read_object(self.path / CONFIG)
+            config = read_object(self.path / CONFIG)
             _replace(self.path / CONFIG, to_json({**config, **more}, indent=2))
 
     @property
@@ -188,110 +155,6 @@ class RunRecord:
             sink.writelines(lines)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run record as it was read."""
-
-    path: Path
-    config: Row
-    rounds: list[Row]  # lines of rounds.jsonl, in the order they were written
-    relay: list[Row]  # lines of relay.jsonl
-    summary: Row | None  # None: the run was killed, or is still going on
-    agents: dict[int, Path]  # final state of each agent that left one
-    truncated: bool = False  # an incomplete last line was dropped
-
-    @property
-    def name(self) -> str:
-        """What the run is called; the folder's name where the config does not say."""
-        return str(self.config.get("name", self.path.name))
-
-    def final(self) -> dict[int, Row]:
-        """Last line of each agent, by agent."""
-        return _last_rows(self.rounds)
-
-    def curve(self) -> list[tuple[int, float, float, float, float]]:
-        """Accuracy over the agents: ``(round, mean, std, worst, best)`` per evaluated round, in order."""
-        by_round: dict[int, list[Row]] = {}
-        for row in self.rounds:
-            by_round.setdefault(row["round"], []).append(row)
-        points = ((number, accuracy_summary(by_round[number])) for number in sorted(by_round))
-        return [
-            (t, s["mean"], s["std"], s["worst"], s["best"])
-            for t, s in points
-            if s["mean"] is not None
-        ]
-
-
-def read_run(path: str | Path) -> Run:
-    """Read a run record, of a finished, a killed or a running run.
-
-    An incomplete last line, as a killed run leaves it, is dropped and shows in
-    ``Run.truncated``.
-
-    Raises
-    ------
-    RecordError
-        `path` is no run record, or one of its files is damaged; the message names file
-        and line.
-    """
-    folder = Path(path).absolute()
-    if not (folder / CONFIG).is_file():
-        raise RecordError(
-            f"a run record is a folder with {CONFIG} and {ROUNDS}; {folder} has no {CONFIG}."
-        )
-    rounds, cut_rounds = _read_lines(folder / ROUNDS, ("round", "agent", "accuracy"))
-    relay, cut_relay = _read_lines(folder / RELAY, ("round",))
-    return Run(
-        path=folder,
-        config=_read_object(folder / CONFIG),
-        rounds=rounds,
-        relay=relay,
-        summary=_read_object(folder / SUMMARY) if (folder / SUMMARY).is_file() else None,
-        agents=_agent_states(folder / AGENTS),
-        truncated=cut_rounds or cut_relay,
-    )
-
-
-def accuracy_summary(rows: Iterable[Mapping[str, Any]]) -> Row:
-    """Mean, population standard deviation and extremes over the agents' last lines in `rows`.
-
-    Agents whose accuracy is ``None`` or not finite do not count; with none left every
-    value is ``None``. Of equal agents the lowest number is named. ``round`` is the
-    latest one among the lines that count.
-    """
-    last = _last_rows(rows)
-    scores = {
-        agent: float(row["accuracy"])
-        for agent, row in sorted(last.items())
-        if _is_finite(row["accuracy"])
-    }
-    if not scores:
-        return dict.fromkeys(("mean", "std", "worst", "worst_agent", "best", "best_agent", "round"))
-    worst, best = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
-    return {
-        "mean": statistics.fmean(scores.values()),
-        "std": statistics.pstdev(scores.values()),
-        "worst": scores[worst],
-        "worst_agent": worst,
-        "best": scores[best],
-        "best_agent": best,
-        "round": max(int(last[agent]["round"]) for agent in scores),
-    }
-
-
-def _last_rows(rows: Iterable[Mapping[str, Any]]) -> dict[int, Row]:
-    last: dict[int, Row] = {}
-    for row in rows:
-        agent = int(row["agent"])
-        if agent not in last or row["round"] >= last[agent]["round"]:
-            last[agent] = dict(row)
-    return dict(sorted(last.items()))
-
-
-def _is_finite(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
-
-
 # --- folders and files ---
 
 
@@ -333,83 +196,4 @@ def _writing(path: Path) -> Iterator[None]:
         raise RecordError(f"cannot write the run record at {path}: {error}") from error
 
 
-def _read_lines(path: Path, keys: Sequence[str]) -> tuple[list[Row], bool]:
-    if not path.exists():
-        return [], False
-    # tail: what follows the last line's end, usually nothing
-    *lines, tail = path.read_bytes().split(b"\n")
-    rows = [
-        _parse(line, f"{path}, line {number}", keys) for number, line in enumerate(lines, start=1)
-    ]
-    if tail:
-        try:
-            rows.append(_parse(tail, str(path), keys))
-        except RecordError:
-            return rows, True
-    return rows, False
-
-
-def _read_object(path: Path) -> Row:
-    return _parse(path.read_bytes(), str(path), ())
-
-
-def _parse(text: bytes, where: str, keys: Sequence[str]) -> Row:
-    try:
-        value = json.loads(text.decode("utf-8"))
-    except ValueError as error:
-        raise RecordError(f"{where} is damaged: {error}") from error
-    if not isinstance(value, dict) or any(key not in value for key in keys):
-        needed = f" with {', '.join(keys)}" if keys else ""
-        raise RecordError(f"{where} is damaged: expected a JSON object{needed}, got {text[:60]!r}.")
-    return value
-
-
-def _agent_states(folder: Path) -> dict[int, Path]:
-    names = {
-        file: re.fullmatch(r"agent-(\d+)\.safetensors", file.name)
-        for file in folder.glob("agent-*")
-    }
-    return dict(sorted((int(match[1]), file) for file, match in names.items() if match))
-
-
 # --- values ---
-
-
-def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Write a value of a run record as standard JSON; a number that is not finite becomes ``null``."""
-    return json.dumps(_plain(value), allow_nan=False, indent=indent)
-
-
-def _plain(value: Any) -> Any:
-    """Turn `value` into what standard JSON can hold."""
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | range):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if hasattr(value, "tolist"):  # NumPy's scalars and arrays, tensors
-        return _plain(value.tolist())
-    raise RecordError(f"a run record holds JSON values; got {type(value).__name__}: {value!r:.60}.")
-
-
-def utc_now() -> str:
-    """Return the time as records tell it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python, the platform and the packages that matter to a run."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in _PACKAGES:
-        try:
-            found[package.replace("-", "_")] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -19,8 +19,8 @@ from flower_mcepl.agents.parts.groups import split_groups
 from flower_mcepl.errors import FlowerMceplError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.layers import CONV, LINEAR, LayerSpec
-from flower_mcepl.masks.model import Retention, resolve_retention
-from flower_mcepl.record.writing import Run
+from flower_mcepl.masks.retention import Retention, resolve_retention
+from flower_mcepl.record.reading import Run
 
 Masks = dict[str, NDArray[np.bool_]]
 """One agent's mask by layer."""

@@ -8,8 +8,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flower_mcepl.exchange.ledger import human_bytes
-from flower_mcepl.record.writing import Row, Run, accuracy_summary
+from flower_mcepl.record.accuracy import accuracy_summary
+from flower_mcepl.record.figures import byte_counts, evaluated_on
+from flower_mcepl.record.layout import Row
+from flower_mcepl.record.reading import Run
+from flower_mcepl.record.values import human_bytes
 from flower_mcepl.report.plots.canvas import (
     BLUE,
     GREY,
@@ -22,7 +25,7 @@ from flower_mcepl.report.plots.canvas import (
     say,
 )
 from flower_mcepl.report.plots.graph import draw_graph
-from flower_mcepl.report.table import BYTE_NAMES, against_fp32, byte_counts, evaluated_on, headline
+from flower_mcepl.report.table import BYTE_NAMES, against_fp32, headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +37,7 @@ def plot_run(run: Run, out: Path | None = None) -> Path:
     Parameters
     ----------
     run
-        What :func:`flower_mcepl.record.writing.read_run` gave. Of a run that was
+        What :func:`flower_mcepl.record.reading.read_run` gave. Of a run that was
         killed, what is there is drawn.
     out
         The PNG to write (default: ``overview.png`` in the record).

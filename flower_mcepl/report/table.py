@@ -1,24 +1,15 @@
-"""Show a run record: a table of the agents, and one picture. Reads run records and nothing else.
+"""A run record as plain text: a table of the agents, and what the run cost in bytes."""
 
-::
-
-    python -m flower_mcepl.report.table runs/20260131-141500-ring
-
-Needs the extra ``report`` (matplotlib, rich), which is imported only when something is
-shown.
-"""
-
-import argparse
 import io
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from flower_mcepl.errors import ConfigError, FlowerMceplError
-from flower_mcepl.exchange.ledger import human_bytes
-from flower_mcepl.record.writing import Row, Run, accuracy_summary, read_run
+from flower_mcepl.config.extras import report_extra
+from flower_mcepl.record.accuracy import accuracy_summary
+from flower_mcepl.record.figures import byte_counts, evaluated_on
+from flower_mcepl.record.layout import Row
+from flower_mcepl.record.reading import Run
+from flower_mcepl.record.values import human_bytes
 
 # What each byte count is called, in the order in which it is shown.
 BYTE_NAMES = {
@@ -57,24 +48,6 @@ def agent_table(run: Run) -> str:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
-
-
-def evaluated_on(run: Run) -> str:
-    """Return which of the agents' splits accuracy and loss are of."""
-    return str((run.config.get("run_config") or {}).get("evaluate-on", "test"))
-
-
-def byte_counts(run: Run) -> Row:
-    """Byte counts of the summary; of a run without one, what its last lines say."""
-    if run.summary is not None:
-        return dict(run.summary.get("bytes") or {})
-    last = run.final().values()
-    counts = {"links_total": sum(row.get("sent_bytes") or 0 for row in last)}
-    counts["uplink_total"] = sum(row.get("uplink_bytes") or 0 for row in last)
-    if run.relay:  # the relay writes after every round, the agents only after an evaluated one
-        relay = run.relay[-1]
-        counts = {"links_total": relay.get("link_bytes"), "uplink_total": relay.get("uplink_bytes")}
-    return {key: value for key, value in counts.items() if value}
 
 
 def _agent_cells(run: Run) -> Iterator[list[str]]:
@@ -174,51 +147,3 @@ def against_fp32(counts: Row) -> str:
         return ""
     ratio = full / sent
     return f"{ratio:.1f} times less than fp32" if ratio >= 1.05 else f"{1 / ratio:.2f} times fp32"
-
-
-# --- the door ---
-
-
-@contextmanager
-def report_extra() -> Iterator[None]:
-    """Name the extra to install where an import fails."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"reports need {error.name}: install flower-mcepl with its extra 'report' "
-            "(in a clone: pip install -e '.[report]')."
-        ) from error
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table of a run record and draw its picture; the exit code is 1 where that fails."""
-    # here: the picture shares the words and numbers of this module
-    from flower_mcepl.report.overview import plot_run
-
-    parser = argparse.ArgumentParser(
-        prog="python -m flower_mcepl.report.table",
-        description="Print what a run's agents reached and what it cost, and draw the run as one PNG.",
-        epilog="Example: python -m flower_mcepl.report.table runs/20260131-141500-ring --out "
-        "ring.png. Works on a run that was killed or is still going on, too. "
-        "docs/run-record.md explains every number.",
-    )
-    parser.add_argument(
-        "run_dir", type=Path, metavar="RUN_DIR", help="a run record: the folder with config.json"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="PNG", help="picture to write (default: RUN_DIR/overview.png)"
-    )
-    arguments = parser.parse_args(argv)
-    try:
-        run = read_run(arguments.run_dir)
-        sys.stdout.write(agent_table(run))
-        sys.stdout.write(f"\npicture: {plot_run(run, arguments.out)}\n")
-    except (FlowerMceplError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flower_mcepl.exchange.ledger import human_bytes
+from flower_mcepl.record.values import human_bytes
 from flower_mcepl.report.compare import LASSO, Comparison, Row
 
 _EXPLAINED = (

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any, final
 
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.record.writing import Row, Run, accuracy_summary, read_run
+from flower_mcepl.record.accuracy import accuracy_summary
+from flower_mcepl.record.layout import Row
+from flower_mcepl.record.reading import Run, read_run
 
 SPREAD = ("mean", "std", "worst", "best")
 BYTES = {"link_bytes": "links", "uplink_bytes": "uplinks"}

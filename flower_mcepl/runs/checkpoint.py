@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from flower_mcepl.errors import RecordError, StateError
 from flower_mcepl.files.atomic import remove_leftovers
 from flower_mcepl.files.sealed import DamagedError, Kind, read_sealed, set_aside, write_sealed
-from flower_mcepl.record.writing import to_json
+from flower_mcepl.record.values import to_json
 
 SEAL = Kind(b"FMCECKPT", 1, "a checkpoint")
 KEPT = 2  # the newest and the one before

@@ -7,29 +7,11 @@ from statistics import fmean
 from typing import Any, Generic
 
 from flower_mcepl.exchange.exchange import Exchange
-from flower_mcepl.exchange.ledger import human_bytes
-from flower_mcepl.exchange.relay import FrameT, Posted
-from flower_mcepl.record.writing import Run, RunRecord, accuracy_summary
-
-
-@dataclass(frozen=True)
-class Answer(Generic[FrameT]):
-    """One agent's answer as the relay sees it; the frames stay closed."""
-
-    facts: Mapping[str, Any]  # of the handshake
-    metrics: Mapping[str, float]
-    posts: Sequence[Posted[FrameT]] = ()  # frames of one payload, each of which suffices
-    # 16 hex digits that stand for the payload, for comparing runs bit for bit
-    content: str | None = None
-    # which round of which neighbor the agent holds
-    held: Mapping[int, int] = field(default_factory=dict)
-    refused: Sequence[str] = ()
-    lacking: Sequence[int] = ()  # neighbors whose frames build on some that the agent does not hold
-    fresh: bool = False  # the agent began without a saved state
-    raw: Sequence[bytes] = ()  # the frames' bytes, for those who keep them for study
-    late_of: int | None = None  # the earlier round that it answers; None: the present one
-    # the facts were told with this answer; else they are those told earlier
-    introduces: bool = False
+from flower_mcepl.exchange.parcels import Answer, FrameT
+from flower_mcepl.record.accuracy import accuracy_summary
+from flower_mcepl.record.reading import Run
+from flower_mcepl.record.values import human_bytes
+from flower_mcepl.record.writing import RunRecord
 
 
 @dataclass

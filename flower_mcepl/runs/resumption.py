@@ -18,25 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flower_mcepl.agents.registry import read_config
-from flower_mcepl.config.fields import check
-from flower_mcepl.errors import ConfigError, RecordError, StateError
+from flower_mcepl.config.checks import check
+from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.exchange.exchange import Exchange
-from flower_mcepl.exchange.relay import ExchangeState, FrameT
+from flower_mcepl.exchange.parcels import ExchangeState, FrameT
 from flower_mcepl.files.sealed import file_lock
-from flower_mcepl.record.writing import (
-    CONFIG,
-    FRAMES,
-    RELAY,
-    ROUNDS,
-    SUMMARY,
-    TRAFFIC,
-    Run,
-    RunRecord,
-    package_versions,
-    read_run,
-    to_json,
-    utc_now,
-)
+from flower_mcepl.record.layout import CONFIG, FRAMES, RELAY, ROUNDS, SUMMARY, TRAFFIC
+from flower_mcepl.record.reading import Run, read_run
+from flower_mcepl.record.values import package_versions, to_json, utc_now
+from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.checkpoint import (
     Checkpoint,
     checkpoint_rounds,
@@ -251,11 +241,7 @@ def only_writer(path: Path) -> Iterator[None]:
         f"a record is written by one run at a time, and the run in {path} is still going on, in "
         f"process {{process}}. Wait for its end, or stop it first."
     )
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(file_lock(lock, wait=0, busy=busy))
-        except StateError as error:
-            raise RecordError(str(error)) from None
+    with file_lock(lock, wait=0, busy=busy, error=RecordError):
         try:
             yield
         finally:

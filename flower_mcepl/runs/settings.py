@@ -8,13 +8,8 @@ from pathlib import Path
 import torch
 
 from flower_mcepl.agents.registry import algorithm_keys, find_algorithm, read_config
-from flower_mcepl.config.fields import (
-    RunConfig,
-    check,
-    field_keys,
-    read_fields,
-    refuse_unknown_keys,
-)
+from flower_mcepl.config.checks import check, refuse_unknown_keys
+from flower_mcepl.config.fields import RunConfig, field_keys, read_fields
 from flower_mcepl.data.batches import EVALUATED
 from flower_mcepl.data.splits import check_data_keys
 from flower_mcepl.errors import ConfigError

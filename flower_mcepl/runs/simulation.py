@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.agents import Agent, agent_file, save_state
+from flower_mcepl.agents.server import Server
 from flower_mcepl.errors import ConfigError, RecordError, TopologyError
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.exchange.exchange import Exchange
-from flower_mcepl.exchange.relay import Posted, Relay
+from flower_mcepl.exchange.parcels import Answer, Posted
+from flower_mcepl.exchange.relay import Relay
 from flower_mcepl.exchange.turn import Mail, Reply, open_mail, play_round
 from flower_mcepl.messages.handshake import check_common_ground, introduction
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.checkpoint import Checkpoint
 from flower_mcepl.runs.generation import Generation
-from flower_mcepl.runs.monitor import Answer, RunMonitor
+from flower_mcepl.runs.monitor import RunMonitor
 from flower_mcepl.runs.resumption import (
     RUN,
     RunCheckpoints,
@@ -26,8 +28,7 @@ from flower_mcepl.runs.resumption import (
     run_id_of,
 )
 from flower_mcepl.runs.store import StateStore
-from flower_mcepl.servers import Server
-from flower_mcepl.threads import torch_threads
+from flower_mcepl.streams import torch_threads
 from flower_mcepl.topology import Topology
 
 SERVER_FILE = "server.safetensors"

@@ -10,10 +10,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from flower_mcepl.errors import AnswerError, FlowerMceplError
-from flower_mcepl.exchange.relay import Posted
+from flower_mcepl.exchange.parcels import Answer, Posted
 from flower_mcepl.messages import keys
 from flower_mcepl.messages.envelope import open_envelope
-from flower_mcepl.runs.monitor import Answer
 
 MAX_TEXT = 10_000  # characters of any text in an answer
 _EVALUATION = ("accuracy", "loss", "num-examples", "density")

@@ -17,8 +17,7 @@ from flower_mcepl.runs.simulation import SERVER_FILE
 from flower_mcepl.strategies.answers import frame_array, frame_bytes
 from flower_mcepl.strategies.fedavg import FlowerFedavgServer
 from flower_mcepl.strategies.gossip import GossipStrategy
-from flower_mcepl.strategies.options import common_settings
-from flower_mcepl.strategies.rounds import ExchangeStrategy
+from flower_mcepl.strategies.rounds import ExchangeStrategy, common_settings
 
 
 @final

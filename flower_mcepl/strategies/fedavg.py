@@ -9,7 +9,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from flower_mcepl.agents.agent import Payload
-from flower_mcepl.servers.fedavg import FedavgServer
+from flower_mcepl.agents.fedavg import FedavgServer
 
 _ARRAYS, _METRICS, _WEIGHT = "arrays", "metrics", "num-examples"  # as FedAvg expects them
 

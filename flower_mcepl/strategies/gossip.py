@@ -10,8 +10,7 @@ from flower_mcepl.agents.registry import find_algorithm
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.exchange.relay import Relay
 from flower_mcepl.runs.settings import RunSettings
-from flower_mcepl.strategies.options import common_settings
-from flower_mcepl.strategies.rounds import ExchangeStrategy
+from flower_mcepl.strategies.rounds import ExchangeStrategy, common_settings
 from flower_mcepl.topology import Topology
 
 

@@ -2,7 +2,7 @@
 
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
-from flower_mcepl.exchange.relay import Parcel
+from flower_mcepl.exchange.parcels import Parcel
 from flower_mcepl.messages import keys
 
 

@@ -2,7 +2,8 @@
 
 from logging import INFO, WARNING, getLogger
 
-from flower_mcepl.record.writing import RunRecord, read_run
+from flower_mcepl.record.reading import read_run
+from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.overview import plot_run
 from flower_mcepl.report.table import agent_table
 

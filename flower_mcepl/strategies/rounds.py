@@ -19,14 +19,14 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from flower_mcepl.config.fields import check
+from flower_mcepl.config.checks import check
 from flower_mcepl.errors import AnswerError, ConfigError, FingerprintError, RosterError
 from flower_mcepl.exchange.exchange import Exchange
-from flower_mcepl.exchange.relay import Parcel
+from flower_mcepl.exchange.parcels import Answer, Parcel
 from flower_mcepl.messages import keys
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.checkpoint import Checkpoint
-from flower_mcepl.runs.monitor import Answer, RunMonitor
+from flower_mcepl.runs.monitor import RunMonitor
 from flower_mcepl.runs.resumption import (
     INITIAL,
     RUN,
@@ -522,3 +522,21 @@ class ExchangeStrategy(Strategy):
 
 def _log(line: str) -> None:
     logger.log(INFO, "%s", line)
+
+
+def common_settings(
+    settings: RunSettings, run_config: Mapping[str, Any], name: str
+) -> dict[str, Any]:
+    """Return what the run config says to every strategy, as arguments."""
+    return {
+        "evaluate_every": settings.evaluate_every,
+        "min_agents": settings.min_agents,
+        "wait_timeout": settings.wait_timeout,
+        "timeout_factor": settings.timeout_factor,
+        "checkpoint_every": settings.checkpoint_every,
+        "resume": settings.resume or None,
+        "record": settings.record_dir,
+        "name": name,
+        "keep_frames": settings.keep_frames,
+        "config": {"run_config": dict(run_config), "seed": settings.seed},
+    }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flower_mcepl.agents import Agent
 from flower_mcepl.agents.registry import find_algorithm, make_server
+from flower_mcepl.agents.server import Server
 from flower_mcepl.config.fields import read_fields
 from flower_mcepl.errors import ConfigError, FlowerMceplError, RecordError
 from flower_mcepl.launch import run_app
@@ -15,9 +16,8 @@ from flower_mcepl.launch.logs import excerpt
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.runs.simulation import simulate
-from flower_mcepl.servers import Server
+from flower_mcepl.streams import torch_threads
 from flower_mcepl.studies.flower_app import FlowerApp, imported_client
-from flower_mcepl.threads import torch_threads
 
 if TYPE_CHECKING:
     from flwr.app import Context

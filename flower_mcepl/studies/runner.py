@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flower_mcepl.errors import ConfigError, FlowerMceplError, RecordError
-from flower_mcepl.record.writing import Run, RunRecord, read_run
+from flower_mcepl.files.sealed import file_lock
+from flower_mcepl.record.reading import Run, read_run
+from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.compare import compare
 from flower_mcepl.report.tables import write_csv, write_markdown
 from flower_mcepl.studies.engines import ENGINES
 from flower_mcepl.studies.flower_app import FlowerApp
-from flower_mcepl.studies.lock import study_lock
 from flower_mcepl.studies.processes import side_by_side
 from flower_mcepl.studies.study import PlannedRun, Study
 
@@ -113,7 +114,7 @@ def run_study(
             "one run over all cores by itself."
         )
     study.out.mkdir(parents=True, exist_ok=True)
-    with study_lock(study.out):
+    with _only_runner(study.out):
         shutil.rmtree(study.out / UNFINISHED, ignore_errors=True)
         (study.out / LOGS).mkdir(exist_ok=True)
         if study.file.resolve() != (study.out / STUDY_COPY).resolve():
@@ -221,3 +222,12 @@ def _carry_out(task: Task, log: Callable[[str], None]) -> None:
     RunRecord(record).amend_config(study=about)
     record.rename(task.record)
     folder.rmdir()
+
+
+def _only_runner(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold on the folder of a study: one process at a time runs it."""
+    busy = (
+        f"one process at a time runs a study; process {{process}} is at work in {folder}. "
+        "Wait for it, or give this study another folder (out)."
+    )
+    return file_lock(folder / ".lock", wait=0, busy=busy, error=ConfigError)

@@ -2,27 +2,16 @@
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from flower_mcepl.errors import ConfigError, RecordError
-from flower_mcepl.record.writing import CONFIG, Run
-from flower_mcepl.report.compare import LABEL, find_records
+from flower_mcepl.record.layout import CONFIG
+from flower_mcepl.record.pools import LABEL, find_records
+from flower_mcepl.record.reading import Run
+from flower_mcepl.record.sources import Source
 from flower_mcepl.studies.runner import STUDY_COPY, finished_runs, strangers
 from flower_mcepl.studies.study import read_study
 from flower_mcepl.studies.study_file import Combination, StudyFile
-
-
-@dataclass(frozen=True)
-class Source:
-    """Run records, and what is known of the study that they belong to."""
-
-    name: str
-    folder: Path  # where what is made of them belongs
-    runs: tuple[Run, ...]
-    study: str | None = None  # the text of the study file
-    target: float | None = None  # the study's target accuracy
-    notes: tuple[str, ...] = ()  # which records were left out, and why
 
 
 def read_source(path: Path) -> Source:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.agents.registry import algorithm_keys
-from flower_mcepl.config.fields import closest, field_keys
+from flower_mcepl.config.checks import closest
+from flower_mcepl.config.fields import field_keys
 from flower_mcepl.errors import ConfigError, FlowerMceplError
 from flower_mcepl.launch.plan import format_run_config
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flower_mcepl.config.fields import closest
+from flower_mcepl.config.checks import closest
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.studies.lines import Place, key_lines, line_of_error
 

@@ -20,7 +20,7 @@ from flower_mcepl.agents.parts.training import (
     finite_loss,
     train_locally,
 )
-from flower_mcepl.config.fields import check
+from flower_mcepl.config.checks import check
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import DivergedError, UnsupportedLayerError
 from flower_mcepl.masks.layers import find_maskable

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
 from flower_mcepl.agents.parts.groups import Shapes
-from flower_mcepl.config.fields import RunConfig, check, per_agent, read_fields
+from flower_mcepl.config.checks import check
+from flower_mcepl.config.fields import RunConfig, read_fields
+from flower_mcepl.config.ratios import per_agent
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import UnsupportedLayerError
 from flower_mcepl.masks.layers import find_maskable

@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from flower_mcepl.config.fields import RunConfig, check, read_fields
+from flower_mcepl.config.checks import check
+from flower_mcepl.config.fields import RunConfig, read_fields
 from flower_mcepl.data.batches import BatchSource
 from flower_mcepl.errors import DataError, DivergedError
 from flower_mcepl.streams import isolated_rng, torch_stream

@@ -4,14 +4,14 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flower_mcepl.record.writing import Run
+from flower_mcepl.record.reading import Run
+from flower_mcepl.record.sources import Source
 from flower_mcepl.report.compare import compare
 from flower_mcepl.report.page.elements import Html, document, element, image, joined, style
 from flower_mcepl.report.page.style import CSS
 from flower_mcepl.report.plots.gallery import Gallery, Picture, draw_gallery, holdings_by_subject
 from flower_mcepl.report.table import agent_table
 from flower_mcepl.report.tables import cells, footnotes, titles
-from flower_mcepl.studies.sources import Source
 
 _SHORT = 24  # characters of a name or number that stays on one line, though it may have hyphens
 _DEFINED = (

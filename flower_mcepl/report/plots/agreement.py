@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flower_mcepl.record.writing import Run
+from flower_mcepl.record.reading import Run
 from flower_mcepl.report.final_masks import Masks
 
 Matrix = NDArray[np.float64]

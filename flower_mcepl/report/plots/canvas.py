@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from flower_mcepl.report.table import report_extra
+from flower_mcepl.config.extras import report_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

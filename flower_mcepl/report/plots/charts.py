@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flower_mcepl.exchange.ledger import human_bytes
+from flower_mcepl.record.values import human_bytes
 from flower_mcepl.report.plots.canvas import (
     accuracy_scale,
     line_style,

@@ -3,8 +3,8 @@
 import statistics
 from dataclasses import dataclass
 
-from flower_mcepl.record.writing import Run
-from flower_mcepl.report.compare import bytes_by_round
+from flower_mcepl.record.figures import bytes_by_round
+from flower_mcepl.record.reading import Run
 from flower_mcepl.report.plots.subjects import Subject
 
 SEEDS, AGENTS = "seeds", "agents"

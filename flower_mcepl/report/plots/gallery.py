@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flower_mcepl.record.writing import Run
+from flower_mcepl.config.extras import report_extra
+from flower_mcepl.record.reading import Run
 from flower_mcepl.report.final_masks import Masks, final_masks
 from flower_mcepl.report.plots.agreement import agreement_of, classes_of
 from flower_mcepl.report.plots.charts import draw_by_bytes, draw_by_round, draw_spread
@@ -17,8 +18,7 @@ from flower_mcepl.report.plots.heat_maps import draw_agreement
 from flower_mcepl.report.plots.holding_charts import draw_holdings
 from flower_mcepl.report.plots.holdings import Holdings, holdings_of
 from flower_mcepl.report.plots.subjects import Subject, subjects_of
-from flower_mcepl.report.table import report_extra
-from flower_mcepl.threads import torch_threads
+from flower_mcepl.streams import torch_threads
 
 _GRAPHS = 12  # graphs in one picture
 _MASKS = 12  # combinations whose masks are drawn

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flower_mcepl.record.writing import Run
-from flower_mcepl.report.compare import sends_nothing
+from flower_mcepl.record.figures import sends_nothing
+from flower_mcepl.record.reading import Run
 from flower_mcepl.report.plots.canvas import accuracy_scale, columns, new_figure, png, say, wrapped
 from flower_mcepl.report.plots.curves import final_accuracies
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flower_mcepl.record.writing import Run
-from flower_mcepl.report.compare import LABEL, RUN, Pool, pool
+from flower_mcepl.record.pools import LABEL, RUN, Pool, pool
+from flower_mcepl.record.reading import Run
 
 _SAY_ALONE = (LABEL, RUN, "algorithm")  # keys whose values speak for themselves
 

@@ -1,0 +1,39 @@
+"""Retention ratios in settings: several taken in turn, and ratios of single layers."""
+
+from typing import Any
+
+from flower_mcepl.errors import ConfigError
+
+
+def per_agent(key: str, value: Any) -> list[float]:
+    """Read a ratio that may differ between agents: ``0.3``, or ``"0.1, 0.3, 0.5"`` given in turn."""
+    parts = value.split(",") if isinstance(value, str) else [value]
+    try:
+        ratios = [float(part) for part in parts]
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f'run-config key {key} must be a number or numbers separated by commas, such as "0.1, '
+            '0.3, 0.5"; '
+            f"got {value!r}."
+        ) from None
+    return ratios
+
+
+def per_layer(key: str, value: Any) -> dict[str, float]:
+    """Read ratios by layer, ``"conv1.weight=0.6, fc*=0.95"``; empty for none."""
+    ratios: dict[str, float] = {}
+    for part in str(value).split(",") if value != "" else []:
+        name, _, ratio = part.partition("=")
+        name = name.strip()
+        try:
+            number = float(ratio)
+        except ValueError:
+            number, name = 0.0, ""
+        if not name or name in ratios or not isinstance(value, str):
+            raise ConfigError(
+                f"run-config key {key} must be NAME=RATIO, each layer once, separated by commas, "
+                "such as "
+                f'"conv1.weight=0.6, fc*=0.95"; got {value!r}.'
+            )
+        ratios[name] = number
+    return ratios

@@ -1,0 +1,138 @@
+"""Run records grouped by the settings in which they differ, their seeds pooled."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flower_mcepl.errors import ConfigError, RecordError
+from flower_mcepl.record.layout import CONFIG
+from flower_mcepl.record.reading import Run, read_run
+
+SEED = "seed"
+
+
+# columns for runs that a study has named, and for runs without a run config
+LABEL, RUN = "label", "run"
+
+
+_NO_SETTING = {SEED, "record-dir", "keep-frames"}  # these change nothing in what a row stands for
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The records of one combination of settings."""
+
+    settings: dict[str, Any]  # by varied key
+    runs: tuple[Run, ...]  # one a seed
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Run records by the settings in which they differ."""
+
+    keys: tuple[str, ...]  # settings that are not the same in all of them
+    pools: tuple[Pool, ...]  # in the order of the records
+    notes: tuple[str, ...] = ()  # which records were left out, and why
+
+
+def find_records(paths: Iterable[Path]) -> list[Run]:
+    """Read run records: each path is one, or a folder of them such as that of a study.
+
+    Raises
+    ------
+    RecordError
+        If a path is neither, or a record is damaged.
+    """
+    runs = []
+    for path in paths:
+        folders = (
+            [path]
+            if (path / CONFIG).is_file()
+            else sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
+        )
+        if not folders:
+            raise RecordError(
+                f"a run record is a folder with {CONFIG}; neither {path} nor a folder in it has "
+                "one."
+            )
+        runs += [read_run(folder) for folder in folders]
+    return runs
+
+
+def pool(runs: Sequence[Run]) -> Pooled:
+    """Group run records by the settings in which they differ, the seed left aside.
+
+    Runs that are not finished are left out; of two runs with the same settings and seed
+    the newer one counts.
+
+    Raises
+    ------
+    ConfigError
+        If no run is finished.
+    """
+    finished, notes = _finished(runs)
+    keys = _varied([settings_of(run) for run in finished])
+    groups: dict[Any, dict[Any, Run]] = {}
+    for run in finished:
+        settings = settings_of(run)
+        group = groups.setdefault(
+            _exact(settings[key] if key in settings else None for key in keys), {}
+        )
+        twin = group.get(seed_of(run))
+        if twin is None or _started(twin) < _started(run):
+            group[seed_of(run)] = run
+        if twin is not None:
+            older = min(twin, run, key=_started)
+            notes.append(
+                f"left out: {older.path.name}, as a newer record has the same settings and seed"
+            )
+    pools = []
+    for group in groups.values():
+        settings = settings_of(next(iter(group.values())))
+        pools.append(Pool({key: settings.get(key) for key in keys}, tuple(group.values())))
+    return Pooled(keys, tuple(pools), tuple(notes))
+
+
+def _finished(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    finished, notes = [], []
+    for run in runs:
+        status = "without a summary" if run.summary is None else str(run.summary.get("status"))
+        if status == "finished":
+            finished.append(run)
+        else:
+            notes.append(f"left out: {run.path.name}, which is {status}")
+    if not finished:
+        raise ConfigError(
+            "a comparison needs at least one finished run; "
+            f"{'; '.join(notes) or 'no record was given'}."
+        )
+    return finished, notes
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """Settings that tell a run from others; of one without a run config its name."""
+    config = run.config.get("run_config")
+    if not config:
+        return {RUN: run.name}
+    label = (run.config.get("study") or {}).get(LABEL)
+    named = {} if label is None else {LABEL: label}
+    return {**named, **{key: value for key, value in config.items() if key not in _NO_SETTING}}
+
+
+def seed_of(run: Run) -> Any:
+    """Seed of a run; None where its record does not say."""
+    return (run.config.get("run_config") or {}).get(SEED, run.config.get(SEED))
+
+
+def _started(run: Run) -> str:
+    return str(run.config.get("started", ""))
+
+
+def _varied(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    keys = dict.fromkeys(key for one in settings for key in one)
+    return tuple(key for key in keys if len({_exact([one.get(key)]) for one in settings}) > 1)
+
+
+def _exact(values: Iterable[Any]) -> tuple[tuple[type, Any], ...]:
+    return tuple((type(value), value) for value in values)  # True == 1 == 1.0
