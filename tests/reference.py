@@ -81,7 +81,7 @@ def reference_state(agent: MceplAgent) -> AgentState:
         tensors[f"neighbor-count/{layer}.weight"] = torch.from_numpy(VECTORS[f"mask0.{layer}"]).to(
             torch.uint8
         )
-    return AgentState(tensors, {**fresh.facts, "num-neighbors": 1})
+    return AgentState.of_tensors({**fresh.facts, "num-neighbors": 1}, tensors)
 
 
 def reference_agent(index: int) -> MceplAgent:

@@ -31,7 +31,7 @@ ROOMS = {
     "record": "errors files",
     "runs": "errors streams config files data topology agents exchange messages record",
     "clients": "errors streams config data masks agents exchange messages runs",
-    "strategies": "errors config masks topology agents exchange messages record runs report",
+    "strategies": "errors config files masks topology agents exchange messages record runs report",
     "report": "errors streams config record masks agents",
     "launch": "errors",
     "studies": "errors streams config files record report agents runs clients launch",

@@ -25,6 +25,7 @@ from flower_mcepl.exchange.parcels import Answer, Parcel, Posted
 from flower_mcepl.exchange.turn import Reply, open_mail, play_round
 from flower_mcepl.report.overview import plot_run
 from flower_mcepl.report.table import agent_table
+from flower_mcepl.runs.book import RunBook
 from flower_mcepl.runs.monitor import RunMonitor
 from flower_mcepl.wire import encode_frame, read_header
 
@@ -57,6 +58,7 @@ class Run:
         self.mails = [open_mail(agent, max_staleness=5) for agent in self.agents]
         self.lines: list[str] = []
         self.monitor = RunMonitor(self.center, num_rounds=99, log=self.lines.append)
+        self.book = RunBook(self.center, self.monitor, run="0" * 16)
         self.parcels: dict[tuple[int, int], Parcel[bytes]] = {}
         self.replies: dict[tuple[int, int], Reply] = {}
 
@@ -79,7 +81,7 @@ class Run:
                 agent.index: self._answer(agent.index, round, up or {}, down or {})
                 for agent in present
             }
-            self.monitor.close_round(round, answers)
+            self.book.close_round(round, answers)
 
     def _answer(
         self, index: int, round: int, up: Mapping[int, Spoil], down: Mapping[int, Spoil]
@@ -363,8 +365,8 @@ def test_a_frame_of_which_nothing_can_be_made_is_refused(
     changed = dict(payload) if change is dict else change(payload, algorithm)
     frame = encode_frame(changed, sender=1, round=round, fingerprint=server.fingerprint)
     before = server.state().tensors
-    center.answered(1, agent.describe(), {})
-    (reason,) = center.post(1, [Posted(frame, len(frame), 0, None)], round=2)
+    answer = Answer(agent.describe(), {}, [Posted(frame, len(frame), 0, None)])
+    (reason,) = center.take(1, answer, round=2)
     assert reason.startswith(message.partition(".*")[0] + ", frame of agent 1: ")
     assert re.match(message, reason)
     center.parcel(0, round=3)
@@ -377,11 +379,10 @@ def test_a_damaged_envelope_is_refused() -> None:
         raise CorruptFrameError("its envelope is damaged.")
 
     center = Center[bytes](server_of("fedavg", N), open_frame=refuse, wrap_frame=bytes)
-    center.answered(0, {}, {})
-    assert center.post(0, [Posted(b"?", 1, 0, None)], round=1) == [
+    assert center.take(0, Answer({}, {}, [Posted(b"?", 1, 0, None)]), round=1) == [
         "CorruptFrameError, frame of agent 0: its envelope is damaged."
     ]
-    assert center.post(0, [], round=1) == []
+    assert center.take(0, Answer({}, {}), round=1) == []
 
 
 @pytest.mark.parametrize("algorithm", SERVED)

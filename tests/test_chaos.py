@@ -13,7 +13,7 @@ from torch import Tensor
 from flower_mcepl import Agent, MceplAgent, Topology, read_run
 from flower_mcepl.agents import AgentState
 from flower_mcepl.agents.agent import Payload
-from flower_mcepl.exchange.parcels import Parcel, Posted
+from flower_mcepl.exchange.parcels import Answer, Parcel, Posted
 from flower_mcepl.exchange.relay import Relay
 from flower_mcepl.exchange.turn import Mail, Reply, open_mail, play_round
 from flower_mcepl.strategies import reporting
@@ -66,7 +66,7 @@ class Flipping(Agent):
         return {}
 
     def state(self) -> AgentState:
-        return AgentState(dict(self.payload), {})
+        return AgentState.of_tensors({}, self.payload)
 
     def restore(self, state: AgentState) -> None:
         self.payload = state.tensors
@@ -191,8 +191,7 @@ class Chaos:
         device.told, device.heard = dict(reply.held), round
         posts = [Posted(f.data, len(f.data), f.header_bytes, f.reference) for f in reply.frames]
         self.posts[device.agent.index] += [(round, post) for post in posts]
-        self.relay.answered(device.agent.index, {}, reply.held)
-        self.relay.post(device.agent.index, posts, round=round)
+        self.relay.take(device.agent.index, Answer({}, {}, posts, held=reply.held), round=round)
 
     def check_chain(self, device: Device, sender: int, chain: list[bytes], previous: int) -> None:
         """A key goes over a link only where the receiver holds nothing that leads on, or that would cost more."""

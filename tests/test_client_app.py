@@ -271,7 +271,7 @@ def test_the_context_stays_as_it_was_where_anything_fails(verb: str) -> None:
 
 
 def test_facts_that_json_cannot_hold_leave_the_context_empty() -> None:
-    odd = AgentState({"x": torch.zeros(1)}, {"set": {1}})
+    odd = AgentState({"set": {1}}, {"x": np.zeros(1)})
     context = a_context()
     with pytest.raises(FlowerMceplError, match="agent 0: TypeError"):
         make_agent_app(lambda context: agent_with("state", lambda: odd))(a_message(1), context)

@@ -720,7 +720,7 @@ def test_initial_arrays_go_to_each_node_once_and_are_counted_apart() -> None:
     ]
     assert got == [(1000 + i, 1) for i in range(4)]
     size = sum(len(array.data) for array in record(INITIAL).values())
-    totals = strategy.relay.ledger.totals()
+    totals = strategy.exchange.ledger.totals()
     assert totals["initial_total"] == 4 * size
     frames = [a for m in grid.log for a in m.content["frames"].values()]
     assert totals["links_total"] == sum(a.numpy().size for a in frames)
@@ -999,7 +999,7 @@ def test_own_functions_train_a_masked_model_as_documented() -> None:
     losses = strategy.monitor.train_loss
     assert losses[4] < losses[1]
     assert {row["density"] for row in strategy.monitor.rows} != {1.0}
-    assert strategy.relay.ledger.totals()["link_bits_per_weight"] < 1.1
+    assert strategy.exchange.ledger.totals()["link_bits_per_weight"] < 1.1
 
 
 def test_own_functions_must_leave_a_gradient() -> None:

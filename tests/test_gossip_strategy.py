@@ -193,7 +193,7 @@ def test_every_node_gets_what_leads_to_its_in_neighbors_newest_masks_and_nothing
         for chain in down_frames(message).values()
         for frame in chain
     )
-    assert strategy.relay.ledger.totals()["links_total"] == carried
+    assert strategy.exchange.ledger.totals()["links_total"] == carried
 
 
 def test_the_arrays_are_handed_on_as_they_came() -> None:
@@ -733,7 +733,7 @@ def test_a_node_that_lost_its_state_gets_the_frames_again(
         ]
         assert headers[-1].round == newest
     assert held_rounds(grid, 1002) == {0: 6, 1: 3}
-    assert strategy.relay.ledger.links[1, 2].frames == 3 + 3
+    assert strategy.exchange.ledger.links[1, 2].frames == 3 + 3
 
 
 @pytest.mark.parametrize("way", ["down", "silent", "unavailable"])

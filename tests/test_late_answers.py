@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flower_mcepl import ConfigError, RosterError, Topology, read_run
 from flower_mcepl.exchange.center import Center
-from flower_mcepl.exchange.parcels import Posted
+from flower_mcepl.exchange.parcels import Answer, Posted
 from flower_mcepl.strategies import reporting, waiting
 from flower_mcepl.strategies.waiting import FLOOR, Patience
 
@@ -109,7 +109,7 @@ def test_most_answers_of_late_came_within_the_usual_time(times: list[list[float]
 
 
 def test_a_bad_factor_is_refused() -> None:
-    with pytest.raises(ConfigError, match="timeout_factor must be >= 0"):
+    with pytest.raises(ConfigError, match="timeout-factor must be >= 0"):
         gossip(agent_grid(2), timeout_factor=-1.0)
 
 
@@ -324,11 +324,11 @@ def test_a_server_leaves_a_late_answer_out_if_it_has_a_newer_model() -> None:
     ]
 
     def answer(agent: int, *, round: int) -> list[str]:
-        center.answered(agent, agents[agent].describe(), replies[agent].held)
         frames = [
             Posted(f.data, len(f.data), f.header_bytes, f.reference) for f in replies[agent].frames
         ]
-        return center.post(agent, frames, round=round)
+        facts, held = agents[agent].describe(), replies[agent].held
+        return center.take(agent, Answer(facts, {}, frames, held=held), round=round)
 
     assert answer(0, round=1) == answer(1, round=1) == []
     center.parcel(0, round=2)  # aggregates
@@ -357,7 +357,8 @@ def test_options_reach_the_strategy() -> None:
         "resume": "",
     }
     strategy = GossipStrategy.from_run_config(config)
-    assert (strategy._timeout_factor, strategy.checkpoint_every, strategy.resume) == (2.5, 7, None)
+    options = strategy.options
+    assert (options.timeout_factor, options.checkpoint_every, options.resume) == (2.5, 7, "")
     for key, value in (("timeout-factor", -1.0), ("checkpoint-every", -1)):
-        with pytest.raises(ConfigError, match=f"{key} must be >= 0"):
+        with pytest.raises(ConfigError, match=f"{key} .*must be >= 0"):
             GossipStrategy.from_run_config({**config, key: value})

@@ -479,9 +479,9 @@ def test_foreign_facts_are_refused_by_name(key: str, value: object) -> None:
     agent = make_agent(0)
     state = agent.state()
     with pytest.raises(StateError, match=f"of {key} {value!r}"):
-        agent.restore(AgentState(state.tensors, {**state.facts, key: value}))
+        agent.restore(AgentState({**state.facts, key: value}, state.arrays))
     with pytest.raises(StateError, match=f"of {key} None"):
-        agent.restore(AgentState(state.tensors, {k: v for k, v in state.facts.items() if k != key}))
+        agent.restore(AgentState({k: v for k, v in state.facts.items() if k != key}, state.arrays))
 
 
 @pytest.mark.parametrize("group", ["scores", "gradient", "neighbor-count"])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flower_mcepl import ConfigError, Topology
-from flower_mcepl.exchange.parcels import Parcel, Posted
+from flower_mcepl.exchange.parcels import Answer, Parcel, Posted
 from flower_mcepl.exchange.relay import Relay
 
 
@@ -176,8 +176,9 @@ def test_everyone_gets_the_fewest_bytes_that_it_can_decode(
                 continue
             diary.told[agent] = dict(world.held[agent])
             diary.frames += frames
-            relay.answered(agent, {}, dict(world.held[agent]))
-            relay.post(agent, [posted(frame) for frame in frames], round=round)
+            posts = [posted(frame) for frame in frames]
+            answer = Answer({}, {}, posts, held=dict(world.held[agent]))
+            relay.take(agent, answer, round=round)
             assert [post.frame for _, post in relay._posted[agent]] == diary.kept(agent)
     totals = relay.ledger.totals()
     assert totals["deliveries"] == len(world.delivered)
@@ -211,18 +212,31 @@ def whole_is_due(diary: Diary, agent: int, round: int, key_interval: int) -> boo
     return size([frame for frame in mine if frame.round > last.round]) >= last.size
 
 
+def take(
+    relay: Relay[str],
+    agent: int,
+    round: int,
+    *posts: Posted[str],
+    held: Mapping[int, int] | None = None,
+) -> None:
+    """Let the relay take an answer; without ``held`` the agent holds what it held before."""
+    facts = {"num-weights": 100, "kept-weights": 30}
+    answer = Answer(facts, {}, posts, held=relay._held.get(agent, {}) if held is None else held)
+    relay.take(agent, answer, round=round)
+
+
 def post(
     relay: Relay[str], agent: int, round: int, size: int = 14, builds_on: int | None = None
 ) -> None:
     name = f"{agent}@{round}" + ("" if builds_on is None else f"<{builds_on}")
-    relay.post(agent, [Posted(name, size, 3, builds_on)], round=round)
+    take(relay, agent, round, Posted(name, size, 3, builds_on))
 
 
 def all_post(
     relay: Relay[str], round: int, *agents: int, held: Mapping[int, Mapping[int, int]] | None = None
 ) -> None:
     for agent in agents:
-        relay.answered(agent, {"num-weights": 100, "kept-weights": 30}, (held or {}).get(agent, {}))
+        take(relay, agent, round, held=(held or {}).get(agent, {}))
         post(relay, agent, round)
 
 
@@ -257,7 +271,7 @@ def test_a_newcomer_in_an_agents_place_holds_nothing() -> None:
     all_post(relay, 1, 0, 1)
     post(relay, 1, 2, builds_on=1)
     assert relay.parcel(0, round=3).frames == {1: ["1@1", "1@2<1"]}
-    relay.answered(0, {}, {})  # the parcel went to the node that is gone
+    take(relay, 0, 2, held={})  # the parcel went to the node that is gone
     assert relay.parcel(0, round=3).frames == {1: ["1@1", "1@2<1"]}
 
 
@@ -286,7 +300,7 @@ def test_the_time_varying_graph_of_the_frames_own_round_counts() -> None:
 
 
 def chain_of(relay: Relay[str], held: int | None, round: int) -> list[str]:
-    relay.answered(0, {}, {} if held is None else {1: held})
+    take(relay, 0, round - 1, held={} if held is None else {1: held})
     return [*relay.parcel(0, round=round).frames.get(1, [])]
 
 
@@ -310,7 +324,7 @@ def test_who_was_away_for_long_gets_a_key_and_what_came_after_it(away: int) -> N
         frames = [Posted(f"delta {round}", 10, 3, round - 1)]
         if round == away - 1:
             frames.append(Posted(f"key {round}", 30, 3, None))
-        relay.post(1, frames, round=round)
+        take(relay, 1, round, *frames)
     assert chain_of(relay, 1, away + 2) == [f"key {away - 1}", f"delta {away}", f"delta {away + 1}"]
     assert chain_of(relay, away - 2, away + 2) == [f"delta {t}" for t in range(away - 1, away + 2)]
 
@@ -320,7 +334,7 @@ def test_the_key_is_taken_where_the_chain_has_more_bytes() -> None:
     post(relay, 1, 1, size=100)
     for round in (2, 3):
         post(relay, 1, round, size=30, builds_on=round - 1)
-    relay.post(1, [Posted("delta", 30, 3, 3), Posted("key", 80, 3, None)], round=4)
+    take(relay, 1, 4, Posted("delta", 30, 3, 3), Posted("key", 80, 3, None))
     assert chain_of(relay, 1, 5) == ["key"]  # 80 bytes, not 90
     assert chain_of(relay, 2, 5) == ["1@3<2", "delta"]
     assert chain_of(relay, None, 5) == ["key"]
@@ -329,7 +343,7 @@ def test_the_key_is_taken_where_the_chain_has_more_bytes() -> None:
 @pytest.mark.parametrize("builds_on", [None, 0])
 def test_a_frame_that_builds_on_the_common_first_payload_is_a_key(builds_on: int | None) -> None:
     relay = Relay[str](Topology.path(2))
-    relay.post(1, [Posted("key", 10, 3, builds_on)], round=4)
+    take(relay, 1, 4, Posted("key", 10, 3, builds_on))
     assert chain_of(relay, None, 5) == chain_of(relay, 3, 5) == ["key"]
     assert relay.ledger.uplinks[1].keys == 1
 
@@ -350,7 +364,7 @@ def test_a_delta_without_a_key_leads_nowhere_and_a_key_is_asked_for() -> None:
     relay = Relay[str](Topology.path(2))
     post(relay, 1, 3, builds_on=2)
     assert chain_of(relay, None, 4) == []
-    relay.answered(1, {}, {})
+    take(relay, 1, 1, held={})
     assert relay.parcel(1, round=4).whole
 
 
@@ -365,7 +379,7 @@ def test_a_round_that_nobody_sent_is_not_believed(held: int) -> None:
 
 
 def asked(relay: Relay[str], round: int) -> bool:
-    relay.answered(0, {}, {})
+    take(relay, 0, 1, held={})
     return relay.parcel(0, round=round).whole
 
 
@@ -376,7 +390,7 @@ def test_a_whole_frame_is_asked_for_when_the_deltas_have_as_many_bytes() -> None
     for round, due in ((2, False), (3, False), (4, False), (5, True)):
         post(relay, 0, round, size=24 + (round == 5) * 4, builds_on=round - 1)
         assert asked(relay, round + 1) == due
-    relay.post(0, [Posted("delta", 24, 3, 5), Posted("key", 90, 3, 0)], round=6)
+    take(relay, 0, 6, Posted("delta", 24, 3, 5), Posted("key", 90, 3, 0))
     assert not asked(relay, 7)
 
 
@@ -390,7 +404,7 @@ def test_the_key_interval_counts_from_the_last_key(interval: int) -> None:
         if asked(relay, round):
             frames.append(Posted(f"key {round}", 1000, 1, None))
             keys.append(round)
-        relay.post(0, frames, round=round)
+        take(relay, 0, round, *frames)
     assert keys == [*range(1, 12, interval)]
 
 
@@ -412,8 +426,7 @@ def test_no_whole_frame_is_asked_for_at_the_end() -> None:
 def test_who_sends_nothing_is_asked_for_nothing() -> None:
     relay = Relay[str](Topology.path(2))
     for round in (1, 2):
-        relay.answered(0, {}, {})
-        relay.post(0, [], round=round)
+        take(relay, 0, round, held={})
     parcel = relay.parcel(0, round=3)
     assert (parcel.whole, parcel.acknowledged) == (False, None)
     assert relay.ledger.totals()["uplink_frames"] == 0
@@ -429,7 +442,8 @@ def test_settings_out_of_range() -> None:
     ):
         Relay[str](Topology.ring(3), max_staleness=-1)
     with pytest.raises(
-        ConfigError, match="key-interval is a number of rounds, or 0 for as few as pay; got -1"
+        ConfigError,
+        match="key-interval is a number of rounds, or 0 for as few as pay; it must be >= 0; got -1",
     ):
         Relay[str](Topology.ring(3), key_interval=-1)
 

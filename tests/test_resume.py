@@ -21,11 +21,11 @@ from flower_mcepl.clients import app as client_module
 from flower_mcepl.clients import make_agent_app, memory
 from flower_mcepl.clients.app import agent_index
 from flower_mcepl.errors import RecordError, RosterError
-from flower_mcepl.exchange.parcels import ExchangeState, Posted
+from flower_mcepl.exchange.parcels import Answer, Posted
 from flower_mcepl.exchange.relay import Relay
+from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.runs import checkpoint
 from flower_mcepl.runs.checkpoint import (
-    Checkpoint,
     checkpoint_rounds,
     drop_checkpoints,
     newest_checkpoint,
@@ -46,25 +46,10 @@ class Interruption(Exception):
     """What ends a run in these tests, as a kill would."""
 
 
-def saved(state: ExchangeState[bytes], folder: Path) -> ExchangeState[bytes]:
+def saved(state: Bundle, folder: Path) -> Bundle:
     """What comes back from the disk."""
-    frames = {
-        f"frame/{name}": np.frombuffer(frame, np.uint8) for name, frame in state.frames.items()
-    }
-    arrays = {f"array/{name}": array for name, array in state.arrays.items()}
-    save_checkpoint(folder, Checkpoint(1, state.facts, {**frames, **arrays}))
-    found = newest_checkpoint(folder)
-
-    def group(kind: str) -> dict[str, Any]:
-        return {
-            name.partition("/")[2]: array
-            for name, array in found.arrays.items()
-            if name.startswith(kind)
-        }
-
-    return ExchangeState(
-        found.facts, group("array"), {name: a.tobytes() for name, a in group("frame").items()}
-    )
+    save_checkpoint(folder, 1, state)
+    return newest_checkpoint(folder)
 
 
 # --- the relay ---
@@ -94,12 +79,12 @@ def play(
         yield [relay.parcel(agent, round=round) for agent in range(SIZE)]
         for agent, answer in answers.items():
             facts = {"agent": agent, "num-weights": 10 * agent, "kept-weights": 3}
-            relay.answered(agent, facts, answer["held"], answer["lacking"])
             posts = [
                 Posted(frame, len(frame), len(frame) // 2, builds_on)
                 for frame, builds_on in answer["frames"]
             ]
-            relay.post(agent, posts, round=max(1, round - answer["late"]))
+            told = Answer(facts, {}, posts, held=answer["held"], lacking=answer["lacking"])
+            relay.take(agent, told, round=max(1, round - answer["late"]))
         yield relay.ledger.changes(), relay.ledger.totals(), relay.ledger.link_rows()
 
 
@@ -121,9 +106,8 @@ def test_a_relay_that_was_saved_and_restored_gives_the_same_parcels(
 def test_a_late_frame_never_takes_the_place_of_a_newer_one() -> None:
     relay = Relay[bytes](Topology.ring(3))
     for round, frame in ((3, b"new"), (2, b"old")):
-        relay.answered(0, {}, {})
-        relay.post(0, [Posted(frame, 3, 0, None)], round=round)
-    relay.answered(1, {}, {})
+        relay.take(0, Answer({}, {}, [Posted(frame, 3, 0, None)]), round=round)
+    relay.take(1, Answer({}, {}), round=3)
     assert relay.parcel(1, round=4).frames == {0: [b"new"]}
     assert relay.ledger.uplinks[0].frames == 2  # both have come over the wire
 
@@ -138,10 +122,10 @@ def test_checkpoints_are_exact_and_the_previous_one_is_kept(tmp_path: Path) -> N
         "c": np.array([True]),
     }
     for round in (3, 6, 9):
-        save_checkpoint(tmp_path, Checkpoint(round, {"π": [0.1, None, "ß"]}, arrays))
+        save_checkpoint(tmp_path, round, Bundle({"π": [0.1, None, "ß"]}, arrays))
     assert sorted(checkpoint_rounds(tmp_path)) == [6, 9]
     found = newest_checkpoint(tmp_path)
-    assert (found.round, found.facts) == (9, {"π": [0.1, None, "ß"]})
+    assert found.facts == {"round": 9, "π": [0.1, None, "ß"]}
     assert found.arrays.keys() == arrays.keys()
     for name, array in arrays.items():
         assert found.arrays[name].dtype == array.dtype
@@ -158,10 +142,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
 ) -> None:
     told: list[str] = []
     for round in (1, 2):
-        save_checkpoint(tmp_path, Checkpoint(round, {}, {"a": np.zeros(9)}))
+        save_checkpoint(tmp_path, round, Bundle({}, {"a": np.zeros(9)}))
     newest = tmp_path / "round-000002.checkpoint"
     newest.write_bytes(damage(newest.read_bytes()))
-    assert newest_checkpoint(tmp_path, told.append).round == 1
+    assert newest_checkpoint(tmp_path, told.append).facts["round"] == 1
     (line,) = told
     assert "round-000002.checkpoint is damaged" in line
     assert "Going back to the checkpoint before it." in line
@@ -175,21 +159,23 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
 
 
 def test_numbers_of_numpy_are_facts_as_in_the_record(tmp_path: Path) -> None:
-    save_checkpoint(
-        tmp_path, Checkpoint(1, {"num-examples": np.int64(20), "held": {3: np.arange(2)}})
-    )
-    assert newest_checkpoint(tmp_path).facts == {"num-examples": 20, "held": {"3": [0, 1]}}
+    save_checkpoint(tmp_path, 1, Bundle({"num-examples": np.int64(20), "held": {3: np.arange(2)}}))
+    assert newest_checkpoint(tmp_path).facts == {
+        "round": 1,
+        "num-examples": 20,
+        "held": {"3": [0, 1]},
+    }
 
 
 def test_a_sound_checkpoint_that_cannot_be_used_is_not_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_checkpoint(tmp_path, Checkpoint(1, {}))
+    save_checkpoint(tmp_path, 1, Bundle({}))
     with monkeypatch.context() as newer_release:
         newer_release.setattr(
             checkpoint, "SEAL", checkpoint.SEAL._replace(version=checkpoint.SEAL.version + 1)
         )
-        save_checkpoint(tmp_path, Checkpoint(2, {}))
+        save_checkpoint(tmp_path, 2, Bundle({}))
     with pytest.raises(
         RecordError, match=r"000002.checkpoint cannot be used: .*Use the release that wrote it"
     ):
@@ -198,7 +184,7 @@ def test_a_sound_checkpoint_that_cannot_be_used_is_not_passed_over(
 
 def test_damaged_checkpoints_are_set_aside_and_deleted_with_the_others(tmp_path: Path) -> None:
     for round in (1, 2):
-        save_checkpoint(tmp_path / "checkpoint", Checkpoint(round, {}))
+        save_checkpoint(tmp_path / "checkpoint", round, Bundle({}))
     set_damaged_aside(tmp_path / "checkpoint", after=1)
     assert checkpoint_rounds(tmp_path / "checkpoint") == [1]
     assert (tmp_path / "checkpoint" / "round-000002.checkpoint.damaged").is_file()
@@ -523,7 +509,7 @@ def test_a_resumed_run_of_flower_is_one_that_was_never_interrupted(
     path = broken.record.path
     resumed = run_flower(name, resume=path)
     assert resumed.record.path == path
-    assert resumed.run_id == broken.run_id
+    assert resumed.book.run == broken.book.run
     run, expected = read_run(path), read_run(whole(name))
     assert [line["round"] for line in run.relay] == list(range(1, ROUNDS + 2))
     assert [line["frames"] for line in run.relay] == [line["frames"] for line in expected.relay]

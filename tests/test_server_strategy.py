@@ -81,7 +81,7 @@ def test_flower_gives_the_rows_bytes_and_server_of_simulate(algorithm: str, tmp_
     assert isinstance(strategy.server, FlowerFedavgServer) == (algorithm == "fedavg")
     assert untimed(strategy.monitor.rows) == untimed(result.rows)
     assert same_tensors(strategy.server.state().tensors, server.state().tensors)
-    assert strategy.relay.ledger.totals() == result.summary["bytes"]
+    assert strategy.exchange.ledger.totals() == result.summary["bytes"]
 
     assert strategy.record is not None
     run = read_run(strategy.record.path)

@@ -1,7 +1,8 @@
-"""Settings as keys of the run config: config.py and settings.py, with the algorithm's own keys."""
+"""Settings as keys of the run config, with the algorithm's own keys."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from flower_mcepl.config.fields import field_keys, read_fields, with_section
 from flower_mcepl.config.ratios import per_agent
 from flower_mcepl.masks.model import MaskedModel
 from flower_mcepl.models import AlexNetCifar
+from flower_mcepl.runs.options import RoundKeywords, RoundOptions, free_keys
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 
 
@@ -95,9 +97,9 @@ def test_a_whole_run_config() -> None:
     [
         ("num-agents", 0, "num-agents must be >= 1; got 0"),
         ("num-rounds", 0, "num-rounds must be >= 1"),
-        ("evaluate-every", 0, "evaluate-every must be >= 1"),
-        ("max-staleness", -1, "max-staleness must be >= 0"),
-        ("key-interval", -1, "key-interval must be >= 0; got -1"),
+        ("evaluate-every", 0, "evaluate-every is a number of rounds and must be >= 1; got 0"),
+        ("max-staleness", -1, "max-staleness is a number of rounds and must be >= 0"),
+        ("key-interval", -1, "key-interval is .* must be >= 0; got -1"),
         ("key-interval", 2.5, "run-config key key-interval must be int; got 2.5"),
         ("keep-frames", 1, "run-config key keep-frames must be bool; got 1"),
         ("min-agents", 11, r"min-agents must be in 0\.\.10 \(num-agents\); got 11"),
@@ -268,3 +270,16 @@ def test_a_section_sets_one_algorithm_alone() -> None:
 def test_an_unknown_algorithm_is_refused_with_a_hint() -> None:
     with pytest.raises(ConfigError, match=r"Did you mean 'dispfl'"):
         RunSettings.from_run_config({"algorithm": "dis-pfl"})
+
+
+def test_options_of_rounds_have_one_list_of_names_and_types() -> None:
+    hints = {entry.name: entry.type for entry in dataclasses.fields(RoundOptions)}
+    assert get_type_hints(RoundKeywords) == hints
+
+
+def test_what_may_differ_when_a_run_is_resumed_decides_nothing_about_its_bits() -> None:
+    assert free_keys(RunSettings, DeviceSettings) == {
+        *("resume", "record-dir", "num-rounds", "min-agents", "checkpoint-every", "keep-frames"),
+        *("round-timeout", "wait-timeout", "timeout-factor"),
+        *("state-dir", "state-runs", "tell-classes"),
+    }

@@ -34,7 +34,7 @@ def generation(round: int, *, agent: int = 0, run: str = RUN, size: int = 64) ->
     """A state whose every array tells its round."""
     # one without dimensions
     tensors = {"scores/a": torch.full((size,), float(round)), "count": torch.tensor(round)}
-    state = AgentState(tensors, {"agent": agent, "round": round})
+    state = AgentState.of_tensors({"agent": agent, "round": round}, tensors)
     inbox = {"3/flips": np.full(size, round, np.uint32), "3/values": np.zeros(0, np.float32)}
     return Generation(
         run, round, agent, state, inbox, {f"{round}/bits": np.full(size, round % 256, np.uint8)}

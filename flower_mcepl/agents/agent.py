@@ -1,19 +1,16 @@
 """What every algorithm is, seen from one participant: five verbs and no network."""
 
 import abc
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import StateError
 from flower_mcepl.files.atomic import remove_leftovers, replace_file
+from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.wire import Prior
 
 Payload = Mapping[str, Tensor]
@@ -22,12 +19,8 @@ Payload = Mapping[str, Tensor]
 STATE_VERSION = 1  # raise it when the meaning of a state's entries changes
 
 
-@dataclass(frozen=True)
-class AgentState:
-    """Everything an agent must remember between two rounds: tensors by name and JSON-able facts."""
-
-    tensors: dict[str, Tensor]
-    facts: dict[str, Any]
+AgentState = Bundle
+"""Everything an agent must remember between two rounds, its arrays named ``group/layer``."""
 
 
 class Agent(abc.ABC):
@@ -136,13 +129,9 @@ def data_facts(data: AgentData) -> dict[str, Any]:
 
 
 def save_state(state: AgentState, path: Path) -> None:
-    """Write a state as one safetensors file for its owner alone, in one step; the facts stand in its metadata."""
+    """Write a state as one safetensors file for its owner alone, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    data = safetensors.torch.save(
-        tensors, metadata={"facts": json.dumps(state.facts, sort_keys=True)}
-    )
-    replace_file(path, data, mode=0o600)
+    replace_file(path, state.encode(), mode=0o600)
     remove_leftovers(path.parent, path.name)
 
 
@@ -155,10 +144,8 @@ def load_state(path: Path) -> AgentState:
         If the file is damaged or was not written by `save_state`.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
-            return AgentState({name: file.get_tensor(name) for name in file.keys()}, facts)
-    except (OSError, safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+        return AgentState.decode(path.read_bytes())
+    except (OSError, StateError) as error:
         raise StateError(
             f"{path} is no readable agent state ({error}). Use another copy, or start afresh."
         ) from error

@@ -192,16 +192,9 @@ class FedpmAgent(Agent):
     def state(self) -> AgentState:
         """Return scores and buffers, and the round of the last training, on which the mask that is sent depends."""
         buffers = dict(self.network.named_buffers())
-        return AgentState(
-            join_groups(
-                {
-                    "scores": self.scores,
-                    "buffer": buffers,
-                    "round": {"last": torch.tensor([self._round])},
-                }
-            ),
-            self._facts(),
-        )
+        last = {"last": torch.tensor([self._round])}
+        groups = {"scores": self.scores, "buffer": buffers, "round": last}
+        return AgentState.of_tensors(self._facts(), join_groups(groups))
 
     @torch.no_grad()
     def restore(self, state: AgentState) -> None:

@@ -240,8 +240,8 @@ class MceplAgent(Agent):
 
     def state(self) -> AgentState:
         """Return scores, their running mean, last gradient, momentum, neighbors' counts and running statistics."""
-        return AgentState(
-            join_groups(self._groups()), self._facts(**{"num-neighbors": self._num_neighbors})
+        return AgentState.of_tensors(
+            self._facts(**{"num-neighbors": self._num_neighbors}), join_groups(self._groups())
         )
 
     def restore(self, state: AgentState) -> None:

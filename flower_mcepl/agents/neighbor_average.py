@@ -159,7 +159,7 @@ class NeighborAverageAgent(Agent):
     def state(self) -> AgentState:
         """Return the arrays and what the agent knows of the graph."""
         facts = {"degree": self._degree, "num-examples": self._num_examples}
-        return AgentState(join_groups({"arrays": self._present()}), self._facts(**facts))
+        return AgentState.of_tensors(self._facts(**facts), join_groups({"arrays": self._present()}))
 
     def restore(self, state: AgentState) -> None:
         """Continue exactly where `state` was taken."""

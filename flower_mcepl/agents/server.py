@@ -95,7 +95,7 @@ class Server(abc.ABC):
 
     def state(self) -> AgentState:
         """Return everything that must survive until the next round."""
-        return AgentState(join_groups(self._groups()), self._facts())
+        return AgentState.of_tensors(self._facts(), join_groups(self._groups()))
 
     def restore(self, state: AgentState) -> None:
         """Continue exactly where `state` was taken.

@@ -137,7 +137,7 @@ def _device(settings: DeviceSettings) -> str:
 
 
 def _write_and_read_back(folder: Path) -> None:
-    state = AgentState({"scores": torch.arange(8.0)}, {"algorithm": "doctor"})
+    state = AgentState({"algorithm": "doctor"}, {"scores": np.arange(8, dtype=np.float32)})
     written = Generation("0" * 16, 1, 0, state, {}, {"1/bits": np.arange(8, dtype=np.uint8)})
     warnings: list[str] = []
     store = StateStore(folder, log=warnings.append)

@@ -1,21 +1,21 @@
 """The center of a star: where a server-based algorithm opens what the agents send, and frames what they get."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Generic, final
 
+import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from flower_mcepl.agents.agent import AgentState, Payload
 from flower_mcepl.agents.server import Server
-from flower_mcepl.config.checks import check
 from flower_mcepl.errors import CorruptFrameError, ForeignFrameError, FrameError, ReplayedFrameError
+from flower_mcepl.exchange.exchange import check_rounds
 from flower_mcepl.exchange.ledger import Ledger
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.outbox import Outbox
 from flower_mcepl.exchange.parcels import (
-    ExchangeState,
+    Answer,
     FrameT,
     Parcel,
     Posted,
@@ -24,6 +24,7 @@ from flower_mcepl.exchange.parcels import (
     shipments,
 )
 from flower_mcepl.exchange.turn import refusal
+from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.topology import Topology
 
 
@@ -70,16 +71,7 @@ class Center(Generic[FrameT]):
         evaluate_every: int = 10,
         max_staleness: int = 5,
     ) -> None:
-        check(
-            evaluate_every >= 1,
-            "evaluate-every is a number of rounds and must be >= 1",
-            evaluate_every,
-        )
-        check(
-            max_staleness >= 0,
-            "max-staleness is a number of rounds and must be >= 0",
-            max_staleness,
-        )
+        check_rounds(evaluate_every=evaluate_every, max_staleness=max_staleness)
         self.server, self.evaluate_every, self.max_staleness = server, evaluate_every, max_staleness
         self.topology = replace(
             Topology.from_edges([], num_agents=server.num_agents), name="server"
@@ -122,57 +114,44 @@ class Center(Generic[FrameT]):
             acknowledged=self._mailbox.rounds().get(agent),
         )
 
-    def answered(
-        self,
-        agent: int,
-        facts: Mapping[str, Any],
-        held: Mapping[int, int],
-        lacking: Sequence[int] = (),
-    ) -> None:
-        """Note that the agent answered: the facts of its handshake, and the model that it holds."""
-        self._facts[agent], self._held[agent] = facts, held.get(self.server.index, 0)
-
-    def post(self, agent: int, posts: Sequence[Posted[FrameT]], *, round: int) -> list[str]:
-        """Open the agent's frame of ``round``; return why it is refused, if it is."""
-        if not posts:
+    def take(self, agent: int, answer: Answer[FrameT], *, round: int) -> list[str]:
+        """Take in an answer and open its frame of ``round``; say why it is refused, if it is."""
+        self._facts[agent] = answer.facts
+        self._held[agent] = answer.held.get(self.server.index, 0)
+        if not answer.posts:
             return []
-        self.ledger.add_uplink(agent, shipments(posts, self._facts.get(agent, {})))
+        self.ledger.add_uplink(agent, shipments(answer.posts, answer.facts))
+        frames = answer.posts
         try:
-            self._mailbox.put(agent, [self._open(post.frame) for post in posts], latest_round=round)
-            self._inbox[agent] = self._checked(
-                self._mailbox.current([agent], round=round), agent, round
-            )
+            self._mailbox.put(agent, [self._open(p.frame) for p in frames], latest_round=round)
+            current = self._mailbox.current([agent], round=round)
+            self._inbox[agent] = self._checked(current, agent, round)
         except FrameError as error:
             return [refusal(agent, error)]
         return []
 
-    def state(self, *, round: int) -> ExchangeState[FrameT]:
-        """Return all that must survive after ``round``, which the server aggregates first if it has not."""
+    def state(self, *, round: int) -> Bundle:
+        """Everything that must survive ``round``, which the server aggregates first if it has not."""
         self._close(round)
         server = self.server.state()
-        arrays = {
-            f"server/{name}": tensor.detach().cpu().numpy()
-            for name, tensor in server.tensors.items()
-        }
-        arrays |= {f"mailbox/{name}": array for name, array in self._mailbox.arrays().items()}
-        for place, outbox in self._outboxes.items():
-            arrays |= {f"outbox-{place}/{name}": array for name, array in outbox.arrays().items()}
+        groups = {"server": server.arrays, "mailbox": self._mailbox.arrays()}
+        groups |= {f"outbox-{place}": box.arrays() for place, box in self._outboxes.items()}
         facts: dict[str, Any] = {
             "server": server.facts,
             "outboxes": list(self._outboxes),
             "facts": {agent: dict(facts) for agent, facts in self._facts.items()},
             "held": dict(self._held),
             "newest": self._newest,
-            "for-all": None
-            if self._for_all is None
-            else [self._for_all[0], *post_facts(self._for_all[1])],
+            "for-all": None,
             "ledger": self.ledger.state(),
         }
-        return ExchangeState(
-            facts, arrays, {} if self._for_all is None else {"for-all": self._for_all[1].frame}
-        )
+        if self._for_all is not None:
+            newest, post = self._for_all
+            facts["for-all"] = [newest, *post_facts(post)]
+            groups["for-all"] = {"frame": np.frombuffer(self._open(post.frame), np.uint8)}
+        return Bundle.joined(facts, groups)
 
-    def restore(self, state: ExchangeState[FrameT]) -> None:
+    def restore(self, state: Bundle) -> None:
         """Continue exactly where `state` was taken; the server must be one of the same algorithm, run and fleet.
 
         Raises
@@ -180,25 +159,20 @@ class Center(Generic[FrameT]):
         StateError
             If the server's state is of another one, or something in it is damaged.
         """
-        groups: dict[str, dict[str, NDArray[Any]]] = {}
-        for place, array in state.arrays.items():
-            group, _, name = place.partition("/")
-            groups.setdefault(group, {})[name] = array
         facts = state.facts
-        tensors = {
-            name: torch.from_numpy(array.copy()) for name, array in groups.get("server", {}).items()
-        }
-        self.server.restore(AgentState(tensors, facts["server"]))
-        self._mailbox.restore(groups.get("mailbox", {}))
+        # a copy: the server goes on in these very arrays
+        own = {name: array.copy() for name, array in state.group("server").items()}
+        self.server.restore(AgentState(facts["server"], own))
+        self._mailbox.restore(state.group("mailbox"))
         self._outboxes = {}
         for place in facts["outboxes"]:
-            self._outbox(place).restore(groups.get(f"outbox-{place}", {}))
+            self._outbox(place).restore(state.group(f"outbox-{place}"))
         self._facts, self._held = by_number(facts["facts"]), by_number(facts["held"])
-        self._newest, self._inbox = facts["newest"], {}
-        self._for_all = None
+        self._newest, self._inbox, self._for_all = facts["newest"], {}, None
         if facts["for-all"] is not None:
-            round, *rest = facts["for-all"]
-            self._for_all = (round, Posted(state.frames["for-all"], *rest))
+            newest, *rest = facts["for-all"]
+            frame = self._wrap(state.group("for-all")["frame"].tobytes())
+            self._for_all = (newest, Posted(frame, *rest))
         self.ledger.restore(facts["ledger"])
 
     def _checked(self, found: Mapping[int, Payload], agent: int, round: int) -> Payload:

@@ -1,15 +1,21 @@
-"""What stands between the agents, whichever it is."""
+"""The exchange between agents: a relay, or a server in the center of a star."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
+from flower_mcepl.config.checks import check
 from flower_mcepl.exchange.ledger import Ledger
-from flower_mcepl.exchange.parcels import ExchangeState, FrameT, Parcel, Posted
+from flower_mcepl.exchange.parcels import Answer, FrameT, Parcel
+from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.topology import Topology
 
 
 class Exchange(Protocol[FrameT]):
-    """A `Relay` of closed frames from agent to agent, or the `Center` of a server-based algorithm."""
+    """Hands out a parcel to each agent in each round, and takes in what it answers.
+
+    A `Relay` of closed frames from agent to agent, or the `Center` of a server-based
+    algorithm.
+    """
 
     topology: Topology  # over the agents alone
     ledger: Ledger
@@ -18,35 +24,43 @@ class Exchange(Protocol[FrameT]):
     key_interval: int
 
     def parcel(self, agent: int, *, round: int, closing: bool = False) -> Parcel[FrameT]:
-        """Return the agent's parcel for ``round`` and count its frames as sent."""
+        """Parcel of the agent for ``round``; its frames count as sent."""
         ...
 
-    def answered(
-        self,
-        agent: int,
-        facts: Mapping[str, Any],
-        held: Mapping[int, int],
-        lacking: Sequence[int] = (),
-    ) -> None:
-        """Note that the agent answered: the facts of its handshake, and which round of which sender it holds.
+    def take(self, agent: int, answer: Answer[FrameT], *, round: int) -> Sequence[str]:
+        """Take in the answer to the parcel of ``round``; say why frames in it are refused.
 
-        ``lacking`` are senders whose frames it could not decode.
+        Frames that come late, in a later round, count as those of their own round. Only
+        whoever opens frames can refuse them.
         """
         ...
 
-    def post(
-        self, agent: int, posts: Sequence[Posted[FrameT]], *, round: int
-    ) -> Sequence[str] | None:
-        """Take the agent's frames of ``round``; whoever opens them returns why some are refused.
+    def state(self, *, round: int) -> Bundle:
+        """Everything that must survive ``round``, before any parcel of the next one."""
+        ...
 
-        Frames that come late, in a later round, count as those of their own round.
+    def restore(self, state: Bundle) -> None:
+        """Continue exactly where `state` was taken.
+
+        Graph or server, and settings, must be the same.
         """
         ...
 
-    def state(self, *, round: int) -> ExchangeState[FrameT]:
-        """Return all that must survive after ``round``, before any parcel of the next one is asked for."""
-        ...
 
-    def restore(self, state: ExchangeState[FrameT]) -> None:
-        """Continue exactly where `state` was taken; graph or server, and settings, must be the same."""
-        ...
+def check_rounds(*, evaluate_every: int, max_staleness: int, key_interval: int = 0) -> None:
+    """Raise ConfigError unless these numbers of rounds make sense."""
+    check(
+        evaluate_every >= 1,
+        "evaluate-every is a number of rounds and must be >= 1",
+        evaluate_every,
+    )
+    check(
+        max_staleness >= 0,
+        "max-staleness is a number of rounds and must be >= 0",
+        max_staleness,
+    )
+    check(
+        key_interval >= 0,
+        "key-interval is a number of rounds, or 0 for as few as pay; it must be >= 0",
+        key_interval,
+    )

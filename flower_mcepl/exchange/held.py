@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flower_mcepl.errors import StateError
+from flower_mcepl.files.bundle import Arrays
 from flower_mcepl.wire.payload import Reference, join_support, support_of, values_of
 from flower_mcepl.wire.support import pack, packed_bytes, unpack
 
 ABSENT, MASK, DENSE, SPARSE = range(4)  # what a layer's tensor is
-
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)

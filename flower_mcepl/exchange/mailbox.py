@@ -16,7 +16,8 @@ from flower_mcepl.errors import (
     StateError,
 )
 from flower_mcepl.exchange.decoded import DecodedFrames, Key
-from flower_mcepl.exchange.held import Arrays, Held
+from flower_mcepl.exchange.held import Held
+from flower_mcepl.files.bundle import Arrays
 from flower_mcepl.wire import (
     FrameBytes,
     FrameHeader,

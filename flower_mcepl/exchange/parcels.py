@@ -1,10 +1,8 @@
-"""What goes between an agent and the exchange in a round, and what of an exchange is saved."""
+"""What goes between an agent and the exchange in a round."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
-
-from numpy.typing import NDArray
 
 from flower_mcepl.exchange.ledger import Shipment
 
@@ -42,15 +40,6 @@ class Posted(Generic[FrameT]):
     def is_key(self) -> bool:
         """Tell whether everyone can decode it: it is whole, or builds on the common first payload."""
         return not self.builds_on
-
-
-@dataclass(frozen=True)
-class ExchangeState(Generic[FrameT]):
-    """What of a `Relay` or `Center` must survive a round: JSON-able facts, arrays and frames by name."""
-
-    facts: dict[str, Any]
-    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
-    frames: dict[str, FrameT] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """The relay: which frames go to which agent. It never opens a frame."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic
 
-from flower_mcepl.config.checks import check
+import numpy as np
+
+from flower_mcepl.exchange.exchange import check_rounds
 from flower_mcepl.exchange.ledger import Ledger
 from flower_mcepl.exchange.parcels import (
-    ExchangeState,
+    Answer,
     FrameT,
     Parcel,
     Posted,
@@ -14,6 +16,7 @@ from flower_mcepl.exchange.parcels import (
     post_facts,
     shipments,
 )
+from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.topology import Topology
 
 
@@ -24,6 +27,8 @@ class Relay(Generic[FrameT]):
     ----------
     topology : Topology
         Who is whose neighbor in which round.
+    open_frame, wrap_frame : callable (default: frames are bytes)
+        A frame's bytes from the frame as it came, and back, for `state` and `restore`.
     evaluate_every : int (default: 10)
         Personal models are evaluated after each such number of rounds, and after the
         last one.
@@ -43,31 +48,19 @@ class Relay(Generic[FrameT]):
         self,
         topology: Topology,
         *,
+        # what comes is bytes unless it is said how to open and wrap it
+        open_frame: Callable[[FrameT], bytes] = bytes,  # type: ignore[assignment]
+        wrap_frame: Callable[[bytes], FrameT] = bytes,  # type: ignore[assignment]
         evaluate_every: int = 10,
         max_staleness: int = 5,
         key_interval: int = 0,
     ) -> None:
-        check(
-            evaluate_every >= 1,
-            "evaluate-every is a number of rounds and must be >= 1",
-            evaluate_every,
+        check_rounds(
+            evaluate_every=evaluate_every, max_staleness=max_staleness, key_interval=key_interval
         )
-        check(
-            max_staleness >= 0,
-            "max-staleness is a number of rounds and must be >= 0",
-            max_staleness,
-        )
-        check(
-            key_interval >= 0,
-            "key-interval is a number of rounds, or 0 for as few as pay",
-            key_interval,
-        )
-        self.topology, self.evaluate_every, self.max_staleness = (
-            topology,
-            evaluate_every,
-            max_staleness,
-        )
-        self.key_interval = key_interval
+        self.topology, self.key_interval = topology, key_interval
+        self.evaluate_every, self.max_staleness = evaluate_every, max_staleness
+        self._open, self._wrap = open_frame, wrap_frame
         self.ledger = Ledger()
         # with the round, oldest first
         self._posted: dict[int, list[tuple[int, Posted[FrameT]]]] = {}
@@ -98,26 +91,19 @@ class Relay(Generic[FrameT]):
             whole=not closing and self._whole_is_due(agent, round),
         )
 
-    def answered(
-        self,
-        agent: int,
-        facts: Mapping[str, Any],
-        held: Mapping[int, int],
-        lacking: Sequence[int] = (),
-    ) -> None:
-        """Note that the agent answered: the facts of its handshake, and which round of which sender it holds.
-
-        ``lacking`` are senders whose frames it could not decode.
-        """
-        self._facts[agent], self._held[agent] = facts, held
-        self._broken |= self._began_whole.pop(agent, set()) & set(lacking)
-
-    def post(self, agent: int, posts: Sequence[Posted[FrameT]], *, round: int) -> None:
-        """Take the agent's frames of ``round``, each of which suffices, for its neighbors' next parcels.
+    def take(self, agent: int, answer: Answer[FrameT], *, round: int) -> tuple[()]:
+        """Take in an answer to the parcel of ``round``; a relay opens no frame, and so refuses none.
 
         Frames that come late count as those of their own round; they never replace
         newer ones.
         """
+        self._facts[agent], self._held[agent] = answer.facts, answer.held
+        self._broken |= self._began_whole.pop(agent, set()) & set(answer.lacking)
+        self._keep(agent, answer.posts, round)
+        return ()
+
+    def _keep(self, agent: int, posts: Sequence[Posted[FrameT]], round: int) -> None:
+        """Keep the frames, each of which suffices, for the neighbors' next parcels."""
         if not posts:
             return
         self.ledger.add_uplink(agent, shipments(posts, self._facts.get(agent, {})))
@@ -132,41 +118,39 @@ class Relay(Generic[FrameT]):
             self._broken.discard(agent)
         self._posted[agent] = [*kept, *((round, post) for post in posts)]
 
-    def state(self, *, round: int) -> ExchangeState[FrameT]:
-        """Return all that must survive after ``round``, before any parcel of the next one is asked for."""
+    def state(self, *, round: int) -> Bundle:
+        """Everything that must survive ``round``, before any parcel of the next one."""
         posted = {
             agent: [[r, *post_facts(post)] for r, post in posts]
             for agent, posts in self._posted.items()
         }
-        return ExchangeState(
-            facts={
-                "posted": posted,
-                "facts": {agent: dict(facts) for agent, facts in self._facts.items()},
-                "held": {agent: dict(held) for agent, held in self._held.items()},
-                "began-whole": {
-                    agent: sorted(senders) for agent, senders in self._began_whole.items()
-                },
-                "broken": sorted(self._broken),
-                "ledger": self.ledger.state(),
-            },
-            frames={
-                f"{agent}/{place}": post.frame
-                for agent, posts in self._posted.items()
-                for place, (_, post) in enumerate(posts)
-            },
-        )
+        facts = {
+            "posted": posted,
+            "facts": {agent: dict(facts) for agent, facts in self._facts.items()},
+            "held": {agent: dict(held) for agent, held in self._held.items()},
+            "began-whole": {agent: sorted(senders) for agent, senders in self._began_whole.items()},
+            "broken": sorted(self._broken),
+            "ledger": self.ledger.state(),
+        }
+        frames = {
+            f"{agent}/{place}": np.frombuffer(self._open(post.frame), np.uint8)
+            for agent, posts in self._posted.items()
+            for place, (_, post) in enumerate(posts)
+        }
+        return Bundle(facts, frames)
 
-    def restore(self, state: ExchangeState[FrameT]) -> None:
+    def restore(self, state: Bundle) -> None:
         """Continue exactly where `state` was taken; topology and settings must be the same."""
         facts = state.facts
+        frames = {place: self._wrap(array.tobytes()) for place, array in state.arrays.items()}
         self._posted = {
             int(agent): [
-                (r, Posted(state.frames[f"{agent}/{place}"], *rest))
+                (r, Posted(frames[f"{agent}/{place}"], *rest))
                 for place, (r, *rest) in enumerate(posts)
             ]
             for agent, posts in facts["posted"].items()
         }
-        self._facts = {int(agent): told for agent, told in facts["facts"].items()}
+        self._facts = by_number(facts["facts"])
         self._held = {int(agent): by_number(held) for agent, held in facts["held"].items()}
         self._began_whole = {
             int(agent): set(senders) for agent, senders in facts["began-whole"].items()

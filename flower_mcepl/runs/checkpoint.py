@@ -1,46 +1,22 @@
-"""Checkpoints: what must survive a round, each in one sealed file."""
+"""Checkpoints: what of a run must survive a round, each a bundle in one sealed file."""
 
-import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import safetensors
-import safetensors.numpy
-from numpy.typing import NDArray
 
 from flower_mcepl.errors import RecordError, StateError
 from flower_mcepl.files.atomic import remove_leftovers
+from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.files.sealed import DamagedError, Kind, read_sealed, set_aside, write_sealed
-from flower_mcepl.record.values import to_json
 
-SEAL = Kind(b"FMCECKPT", 1, "a checkpoint")
+SEAL = Kind(b"FMCECKPT", 2, "a checkpoint")
+ROUND = "round"  # key of a checkpoint's facts
 KEPT = 2  # the newest and the one before
 _NAME = re.compile(r"round-(\d{6,})\.checkpoint")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What must survive ``round``: JSON-able facts, and arrays by name."""
-
-    round: int
-    facts: dict[str, Any]
-    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
-
-    def group(self, name: str) -> dict[str, NDArray[Any]]:
-        """Return the arrays whose names begin with ``name/``, without that."""
-        return {
-            place.removeprefix(f"{name}/"): array
-            for place, array in self.arrays.items()
-            if place.startswith(f"{name}/")
-        }
-
-
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint below ``folder`` in one step, and drop all but it and the one before.
+def save_checkpoint(folder: Path, round: int, checkpoint: Bundle) -> None:
+    """Write the checkpoint of a round below ``folder`` in one step; keep it and the one before.
 
     When this returns, the file survives a loss of power.
 
@@ -49,17 +25,19 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     RecordError
         If it cannot be written.
     """
-    path = _path(folder, checkpoint.round)
+    path = _path(folder, round)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_sealed(path, _encode(checkpoint), SEAL)
-        for round in sorted(checkpoint_rounds(folder))[:-KEPT]:
-            _path(folder, round).unlink()
+        write_sealed(
+            path, Bundle({ROUND: round, **checkpoint.facts}, checkpoint.arrays).encode(), SEAL
+        )
+        for earlier in sorted(checkpoint_rounds(folder))[:-KEPT]:
+            _path(folder, earlier).unlink()
     except OSError as error:
         raise RecordError(f"cannot write the checkpoint {path}: {error}") from error
 
 
-def newest_checkpoint(folder: Path, log: Callable[[str], None] = lambda line: None) -> Checkpoint:
+def newest_checkpoint(folder: Path, log: Callable[[str], None] = lambda line: None) -> Bundle:
     """Read the newest checkpoint below ``folder``; ``log`` is told of each damaged one that was passed over.
 
     Raises
@@ -124,20 +102,11 @@ def _path(folder: Path, round: int) -> Path:
     return folder / f"round-{round:06d}.checkpoint"
 
 
-def _encode(checkpoint: Checkpoint) -> bytes:
-    """Return the length of the facts in 8 bytes, the facts as JSON, and the arrays in the safetensors format."""
-    facts = to_json({"round": checkpoint.round, **checkpoint.facts}).encode()
-    arrays = {name: np.ascontiguousarray(array) for name, array in checkpoint.arrays.items()}
-    return len(facts).to_bytes(8, "big") + facts + safetensors.numpy.save(arrays)
-
-
-def _load(path: Path) -> Checkpoint:
-    """Read one checkpoint; raise DamagedError, or RecordError where it is whole and still of no use."""
+def _load(path: Path) -> Bundle:
+    """Read one checkpoint; raise DamagedError, or RecordError where it is whole and of no use."""
     try:
-        body = read_sealed(path, SEAL)
-        end = 8 + int.from_bytes(body[:8], "big")
-        facts: dict[str, Any] = json.loads(bytes(body[8:end]))
-        arrays = safetensors.numpy.load(bytes(body[end:]))
-        return Checkpoint(facts.pop("round"), facts, arrays)
-    except (StateError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        checkpoint = Bundle.decode(bytes(read_sealed(path, SEAL)))
+        int(checkpoint.facts[ROUND])
+    except (StateError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"the checkpoint {path} cannot be used: {error}") from error
+    return checkpoint

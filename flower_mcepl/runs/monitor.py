@@ -1,7 +1,7 @@
-"""What is told of a run while it goes on: the record on disk, and one line a round for a person."""
+"""Progress of a run: lines in its record, and one line a round for a person."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Generic
@@ -9,6 +9,7 @@ from typing import Any, Generic
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, FrameT
 from flower_mcepl.record.accuracy import accuracy_summary
+from flower_mcepl.record.layout import Row
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.values import human_bytes
 from flower_mcepl.record.writing import RunRecord
@@ -16,12 +17,12 @@ from flower_mcepl.record.writing import RunRecord
 
 @dataclass
 class RunMonitor(Generic[FrameT]):
-    """Takes the answers of each round into the relay, the record and the log.
+    """Writes each round of a run to its record and to the log; it moves no frame.
 
     Parameters
     ----------
-    relay : Relay or Center
-        Gets the frames; its ledger is what the record's byte counts come from.
+    exchange : Relay or Center
+        Its ledger is what the record's byte counts come from.
     num_rounds : int
         For the time left.
     record : RunRecord or None
@@ -30,11 +31,11 @@ class RunMonitor(Generic[FrameT]):
         Gets each line.
     """
 
-    relay: Exchange[FrameT]
+    exchange: Exchange[FrameT]
     num_rounds: int
     record: RunRecord | None = None
     log: Callable[[str], None] = lambda line: None
-    rows: list[dict[str, Any]] = field(default_factory=list)  # as in rounds.jsonl
+    rows: list[Row] = field(default_factory=list)  # as in rounds.jsonl
     train_loss: dict[int, float] = field(default_factory=dict)  # mean over the agents, by round
 
     def __post_init__(self) -> None:
@@ -44,67 +45,59 @@ class RunMonitor(Generic[FrameT]):
         self._agent_seconds: dict[int, float] = {}
         self._introduced: dict[int, Mapping[str, Any]] = {}
 
+    def rows_of(self, round: int, answers: Mapping[int, Answer[FrameT]]) -> list[Row]:
+        """Rows of ``rounds.jsonl`` that the answers of a round tell, each of the round before."""
+        for agent, answer in answers.items():
+            spent = answer.metrics.get("seconds", 0.0)
+            self._agent_seconds[agent] = self._agent_seconds.get(agent, 0.0) + spent
+        return [
+            self._row(agent, (answer.late_of or round) - 1, answer)
+            for agent, answer in answers.items()
+            if "accuracy" in answer.metrics
+        ]
+
     def close_round(
         self,
         round: int,
         answers: Mapping[int, Answer[FrameT]],
+        rows: Sequence[Row],
         *,
-        failed: Mapping[str, str] | None = None,
-        missing: Sequence[int] = (),
-        states: Mapping[str, str] | None = None,
+        refused: Mapping[int, Sequence[str]],
+        failed: Mapping[str, str],
+        missing: Sequence[int],
+        states: Mapping[str, str],
     ) -> None:
-        """Take in the answers of ``round``; number ``num_rounds + 1`` is the closing exchange.
+        """Write and log a round whose answers were taken in; see `RunBook.close_round`.
 
-        ``failed`` holds a reason by agent or node, ``missing`` the agents that did not
-        answer at all, and ``states`` what has changed about agents or nodes since the
-        round before.
+        ``rows`` are those of `rows_of`, ``refused`` the reasons by who refused a frame.
         """
-        answers = dict(sorted(answers.items()))
-        for agent, answer in answers.items():
-            spent = answer.metrics.get("seconds", 0.0)
-            self._agent_seconds[agent] = self._agent_seconds.get(agent, 0.0) + spent
-        # Before the new frames count: a row's bytes are those that led to the model it
-        # speaks of.
-        evaluated = [
-            self._row(agent, (a.late_of or round) - 1, a)
-            for agent, a in answers.items()
-            if "accuracy" in a.metrics
+        self.rows += rows
+        losses = [
+            answer.metrics["train-loss"]
+            for answer in answers.values()
+            if answer.late_of is None and "train-loss" in answer.metrics
         ]
-        self.rows += evaluated
-        refused = {
-            agent: list(answer.refused) for agent, answer in answers.items() if answer.refused
-        }
-        for agent, answer in answers.items():
-            self.relay.answered(agent, answer.facts, answer.held, answer.lacking)
-            for reason in self.relay.post(agent, answer.posts, round=answer.late_of or round) or ():
-                # the server's number
-                refused.setdefault(self.relay.topology.num_agents, []).append(reason)
-                self.log(f"round {round}: the server refused a frame. {reason}")
-            for reason in answer.refused:
-                self.log(f"round {round}: agent {agent} refused a frame. {reason}")
-            if answer.lacking:
-                self.log(
-                    f"round {round}: agent {agent} lacks what the frames of these agents build "
-                    f"on, and gets it next: {', '.join(map(str, answer.lacking))}"
-                )
-        timely = [a for a in answers.values() if a.late_of is None]
-        losses = [a.metrics["train-loss"] for a in timely if "train-loss" in a.metrics]
         if losses:
             self.train_loss[round] = fmean(losses)
-        closed = _ClosedRound(
-            round,
-            answers,
-            dict(failed or {}),
-            list(missing),
-            refused,
-            evaluated,
-            dict(states or {}),
-        )
+        closed = _ClosedRound(round, answers, rows, refused, failed, missing, states)
+        for line in self._troubles(closed):
+            self.log(f"round {round}: {line}")
         if self.record is not None:
             self._write(self.record, closed)
         self.log(self._line(closed))
         if self._warm[0] == 0:
             self._warm = (round, time.perf_counter())
+
+    def _troubles(self, closed: "_ClosedRound[FrameT]") -> Iterator[str]:
+        for number, reasons in closed.refused.items():
+            who = "the server" if number == self.exchange.topology.num_agents else f"agent {number}"
+            yield from (f"{who} refused a frame. {reason}" for reason in reasons)
+        for agent, answer in closed.answers.items():
+            if answer.lacking:
+                yield (
+                    f"agent {agent} lacks what the frames of these agents build on, and gets it "
+                    f"next: {', '.join(map(str, answer.lacking))}"
+                )
 
     def evaluations(self) -> dict[int, dict[str, Any]]:
         """Return mean, spread and extremes of the personal accuracies by evaluated round."""
@@ -128,8 +121,8 @@ class RunMonitor(Generic[FrameT]):
         summary = {
             "num_rounds": self.num_rounds,
             "accuracy": accuracy_summary(self.rows),
-            "bytes": self.relay.ledger.totals(),
-            "links": self.relay.ledger.link_rows(),
+            "bytes": self.exchange.ledger.totals(),
+            "links": self.exchange.ledger.link_rows(),
             "seconds": time.perf_counter() - self._start,
             **more,
         }
@@ -153,8 +146,8 @@ class RunMonitor(Generic[FrameT]):
             row["round"]: row["train_loss"] for row in run.relay if row["train_loss"] is not None
         }
 
-    def _row(self, agent: int, round: int, answer: Answer[FrameT]) -> dict[str, Any]:
-        ledger, metrics = self.relay.ledger, answer.metrics
+    def _row(self, agent: int, round: int, answer: Answer[FrameT]) -> Row:
+        ledger, metrics = self.exchange.ledger, answer.metrics
         return {
             "round": round,
             "agent": agent,
@@ -170,26 +163,26 @@ class RunMonitor(Generic[FrameT]):
 
     def _write(self, record: RunRecord, closed: "_ClosedRound[FrameT]") -> None:
         answers = closed.answers
-        told = {
+        introduced = {
             agent: {key.replace("-", "_"): value for key, value in a.facts.items()}
             for agent, a in answers.items()
             if a.introduces or agent not in self._introduced
         }
-        if any(self._introduced.get(agent) != facts for agent, facts in told.items()):
-            self._introduced.update(told)
+        if any(self._introduced.get(agent) != facts for agent, facts in introduced.items()):
+            self._introduced.update(introduced)
             record.amend_config(
                 agents=[self._introduced[agent] for agent in sorted(self._introduced)]
             )
-        record.log_agents(closed.evaluated)
-        record.log_traffic({"round": closed.round, **self.relay.ledger.changes()})
+        record.log_agents(closed.rows)
+        record.log_traffic({"round": closed.round, **self.exchange.ledger.changes()})
         for agent, answer in answers.items():
             record.keep_frames(answer.late_of or closed.round, agent, answer.raw)
-        totals = self.relay.ledger.totals()
+        totals = self.exchange.ledger.totals()
         record.log_round(
             {
                 "round": closed.round,
                 "answered": len(answers),
-                "agents": self.relay.topology.num_agents,
+                "agents": self.exchange.topology.num_agents,
                 "failed": closed.failed,
                 "missing": closed.missing,
                 "states": closed.states,
@@ -216,20 +209,20 @@ class RunMonitor(Generic[FrameT]):
                 f"round {closed.round}/{self.num_rounds}",
                 f"{self._time_left(closed.round)} left",
             ]
-        parts.append(f"{len(closed.answers)}/{self.relay.topology.num_agents} answered")
+        parts.append(f"{len(closed.answers)}/{self.exchange.topology.num_agents} answered")
         late = sum(answer.late_of is not None for answer in closed.answers.values())
         parts[-1] += f" ({late} late)" if late else ""
         parts += [f"{len(closed.failed)} failed"] if closed.failed else []
         parts += [f"no answer from {', '.join(map(str, closed.missing))}"] if closed.missing else []
         if closed.round in self.train_loss:
             parts.append(f"train loss {self.train_loss[closed.round]:.3f}")
-        if closed.evaluated:
-            s = accuracy_summary(closed.evaluated)
+        if closed.rows:
+            s = accuracy_summary(closed.rows)
             parts.append(
                 f"accuracy after round {s['round']}: {s['mean']:.3f} ± {s['std']:.3f} "
                 f"(worst {s['worst']:.3f}, agent {s['worst_agent']})"
             )
-        totals = self.relay.ledger.totals()
+        totals = self.exchange.ledger.totals()
         parts.append(f"{human_bytes(totals['links_total'])} over the links")
         if totals["link_bits_per_weight"]:
             parts[-1] += f" ({totals['link_bits_per_weight']:.2g} bit per weight)"
@@ -248,9 +241,9 @@ class RunMonitor(Generic[FrameT]):
 @dataclass(frozen=True)
 class _ClosedRound(Generic[FrameT]):
     round: int
-    answers: dict[int, Answer[FrameT]]
-    failed: dict[str, str]
-    missing: list[int]
-    refused: dict[int, list[str]]  # by who refused
-    evaluated: list[dict[str, Any]]  # rows of rounds.jsonl, of the round before
-    states: dict[str, str]  # of agents and nodes, where they changed
+    answers: Mapping[int, Answer[FrameT]]
+    rows: Sequence[Row]  # of rounds.jsonl, of the round before
+    refused: Mapping[int, Sequence[str]]  # by who refused
+    failed: Mapping[str, str]
+    missing: Sequence[int]
+    states: Mapping[str, str]  # of agents and nodes, where they changed

@@ -14,21 +14,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from flower_mcepl.agents.registry import read_config
 from flower_mcepl.config.checks import check
 from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.exchange.exchange import Exchange
-from flower_mcepl.exchange.parcels import ExchangeState, FrameT
+from flower_mcepl.exchange.parcels import FrameT
+from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.files.sealed import file_lock
 from flower_mcepl.record.layout import CONFIG, FRAMES, RELAY, ROUNDS, SUMMARY, TRAFFIC
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.values import package_versions, to_json, utc_now
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.checkpoint import (
-    Checkpoint,
+    ROUND,
     checkpoint_rounds,
     drop_checkpoints,
     newest_checkpoint,
@@ -36,19 +34,13 @@ from flower_mcepl.runs.checkpoint import (
     set_damaged_aside,
 )
 from flower_mcepl.runs.monitor import RunMonitor
+from flower_mcepl.runs.options import free_keys
+from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.runs.store import StateStore
 
 CHECKPOINT, LOCK = "checkpoint", ".lock"  # in the run record
-INITIAL = "initial"  # group of arrays in a checkpoint
 RUN = "run"  # key of config.json: 16 hex digits that stand for the run, however often it is resumed
 _FILES = (ROUNDS, RELAY, TRAFFIC)
-# of the run config: what may differ when a run is resumed, as it decides nothing about
-# its bits
-FREE_KEYS = frozenset(
-    {"resume", "record-dir", "num-rounds", "min-agents", "checkpoint-every", "keep-frames"}
-    | {"round-timeout", "wait-timeout", "timeout-factor"}
-    | {"state-dir", "state-runs", "tell-classes"}
-)
 # the same in config.json
 _FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", RUN})
 
@@ -62,7 +54,7 @@ class Reopened(NamedTuple):
     """A run record that was set back to its last checkpoint."""
 
     record: RunRecord
-    checkpoint: Checkpoint
+    checkpoint: Bundle
     answered: int  # agents that took part in the last round before the run broke off
 
 
@@ -74,34 +66,24 @@ class RunCheckpoints(Generic[FrameT]):
     ----------
     record : RunRecord
         The record of the run.
-    relay : Relay or Center
-        What stands between the agents.
+    exchange : Relay or Center
+        The exchange between the agents.
     monitor : RunMonitor
-        What has told of the run so far.
+        The run's progress so far.
     every : int
         Rounds between checkpoints; 0 writes none.
-    pack, unpack : callable
-        A frame's bytes from the frame as it came, and back.
     """
 
     def __init__(
         self,
         record: RunRecord,
-        relay: Exchange[FrameT],
+        exchange: Exchange[FrameT],
         monitor: RunMonitor[FrameT],
         *,
         every: int,
-        pack: Callable[[FrameT], bytes],
-        unpack: Callable[[bytes], FrameT],
     ) -> None:
-        check(
-            every >= 0,
-            "checkpoint-every is a number of rounds, or 0 for no checkpoints; it must be >= 0",
-            every,
-        )
         self.folder, self.every = record.path / CHECKPOINT, every
-        self._record, self._relay, self._monitor = record, relay, monitor
-        self._pack, self._unpack = pack, unpack
+        self._record, self._exchange, self._monitor = record, exchange, monitor
 
     def due(self, round: int) -> bool:
         """Tell whether the agents must store their states in ``round``, so that a checkpoint can follow it."""
@@ -111,37 +93,22 @@ class RunCheckpoints(Generic[FrameT]):
         """Return the rounds of the checkpoints that are there, ascending."""
         return sorted(checkpoint_rounds(self.folder))
 
-    def save(
-        self, round: int, *, initial: Mapping[str, NDArray[Any]] | None = None, **more: Any
-    ) -> None:
-        """Write the checkpoint of ``round``, whose answers were all taken in.
-
-        ``initial`` are the arrays that an app with `neighbor_average_mod` began with,
-        ``more`` facts to add.
-        """
-        state = self._relay.state(round=round)
-        arrays: dict[str, NDArray[Any]] = {
-            f"exchange/{name}": array for name, array in state.arrays.items()
-        }
-        for name, frame in state.frames.items():
-            arrays[f"frame/{name}"] = np.frombuffer(self._pack(frame), np.uint8)
-        arrays |= {f"{INITIAL}/{name}": array for name, array in (initial or {}).items()}
+    def save(self, round: int, more: Bundle) -> None:
+        """Write the checkpoint of ``round``, whose answers were all taken in, with ``more`` beside it."""
+        state = self._exchange.state(round=round)
         facts = {
             "exchange": state.facts,
             "monitor": self._monitor.state(),
             "files": {file: _synced_size(self._record.path / file) for file in _FILES},
-            **more,
+            **more.facts,
         }
-        save_checkpoint(self.folder, Checkpoint(round, facts, arrays))
+        groups = {**more.groups(), "exchange": state.arrays}
+        save_checkpoint(self.folder, round, Bundle.joined(facts, groups))
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Let relay and monitor go on where `save` was called; the record is as `reopen` left it."""
-        frames = {
-            name: self._unpack(array.tobytes()) for name, array in checkpoint.group("frame").items()
-        }
-        self._relay.restore(
-            ExchangeState(checkpoint.facts["exchange"], checkpoint.group("exchange"), frames)
-        )
+    def restore(self, checkpoint: Bundle) -> None:
+        """Let exchange and monitor go on where `save` was called; the record is as `reopen` left it."""
+        exchange = Bundle(checkpoint.facts["exchange"], checkpoint.group("exchange"))
+        self._exchange.restore(exchange)
         self._monitor.restore(checkpoint.facts["monitor"], read_run(self._record.path))
 
     def clear(self) -> None:
@@ -193,20 +160,21 @@ def reopen(
         )
     _check_same_run(run.config, config)
     checkpoint = newest_checkpoint(path / CHECKPOINT, log)
+    last = int(checkpoint.facts[ROUND])
     sizes: Mapping[str, int] = checkpoint.facts["files"]
     for file, size in sizes.items():
         _check_size(path / file, size)
     for file, size in sizes.items():
         os.truncate(path / file, size)
     for frame in (path / FRAMES).glob("*.frame"):
-        if int(frame.name.partition("-")[0]) > checkpoint.round:
+        if int(frame.name.partition("-")[0]) > last:
             frame.unlink()
     (path / SUMMARY).unlink(missing_ok=True)
-    set_damaged_aside(path / CHECKPOINT, after=checkpoint.round)
+    set_damaged_aside(path / CHECKPOINT, after=last)
     record, answered = RunRecord(path, with_frames=with_frames), _last_answered(run)
     noted = {
         "resumed": utc_now(),
-        "after_round": checkpoint.round,
+        "after_round": last,
         "answered": answered,
         "versions": package_versions(),
     }
@@ -261,7 +229,7 @@ def _last_answered(run: Run) -> int:
 def _check_same_run(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     old, new = recorded.get("run_config", {}), now.get("run_config", {})
     if "run_config" in now:  # a run without Flower is told agents, not a run config
-        for key in sorted({*old, *new} - FREE_KEYS):
+        for key in sorted({*old, *new} - free_keys(RunSettings, DeviceSettings)):
             _check_same(f"run-config key {key}", old.get(key), new.get(key))
     for key in sorted(now.keys() - _FREE):
         _check_same(key, recorded.get(key), json.loads(to_json(now[key])))

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from flower_mcepl.config.fields import RunConfig, field_keys, read_fields
 from flower_mcepl.data.batches import EVALUATED
 from flower_mcepl.data.splits import check_data_keys
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.runs.options import FREE, RoundOptions
 from flower_mcepl.topology import Topology
 
 
@@ -25,11 +27,11 @@ class DeviceSettings:
     threads: int = 1  # of torch on the CPU; float sums depend on it. 0: torch's own choice
     # folder of a device's states; "": below the user's; "none": they stay in Flower's
     # Context
-    state_dir: str = ""
-    state_runs: int = 2  # runs whose states stay in state_dir
+    state_dir: str = field(default="", metadata=FREE)
+    state_runs: int = field(default=2, metadata=FREE)  # runs whose states stay in state_dir
     # say in the handshake, and so in the record, which classes the agent holds, and how
     # many
-    tell_classes: bool = True
+    tell_classes: bool = field(default=True, metadata=FREE)
 
     def __post_init__(self) -> None:
         check(self.state_runs >= 1, "state-runs must be >= 1", self.state_runs)
@@ -77,7 +79,7 @@ class DeviceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class RunSettings(RoundOptions):
     """What one run does, apart from the algorithm's own parameters.
 
     Raises
@@ -88,62 +90,31 @@ class RunSettings:
 
     algorithm: str = "mcepl"  # one of flower_mcepl.agents.ALGORITHMS
     num_agents: int = 10
-    num_rounds: int = 100
+    num_rounds: int = field(default=100, metadata=FREE)
     seed: int = 0
     topology: str = "ring"  # see Topology.parse
-    evaluate_every: int = 10  # rounds
-    # the split that accuracy and loss are of: one of
-    # flower_mcepl.data.batches.EVALUATED
+    # the split that accuracy and loss are of: one of flower_mcepl.data.EVALUATED
     evaluate_on: str = "test"
-    max_staleness: int = 5  # rounds for which an absent neighbor's last mask stays in use
-    # rounds between whole frames; 0: when the deltas since the last one have as many
-    # bytes
-    key_interval: int = 0
-    keep_frames: bool = False  # keep every frame in the run record
-    # agents that must take part in round 1 and when a run resumes; 0: all, then as many
-    # as last
-    min_agents: int = 0
-    round_timeout: float = 600.0  # seconds that a round may take
-    # times the usual answer time, after which an agent is not waited for; 0:
-    # round_timeout
-    timeout_factor: float = 5.0
-    # seconds to wait for these agents' nodes, and in a later round for any node
-    wait_timeout: float = 120.0
-    record_dir: str = "runs"  # the run record becomes a folder in here
-    checkpoint_every: int = 25  # rounds between checkpoints in the run record; 0: none
-    resume: str = ""  # the run record of a run that broke off: it goes on in there
+    round_timeout: float = field(default=600.0, metadata=FREE)  # seconds that a round may take
+    record_dir: str = field(default="runs", metadata=FREE)  # the run record becomes a folder in here
+    resume: str = field(default="", metadata=FREE)  # the run record of a run that broke off: it goes on in there
 
     def __post_init__(self) -> None:
-        for name in ("num_agents", "num_rounds", "evaluate_every"):
-            check(
-                getattr(self, name) >= 1,
-                f"{name.replace('_', '-')} must be >= 1",
-                getattr(self, name),
-            )
+        super().__post_init__()
+        for name in ("num_agents", "num_rounds"):
+            key, value = name.replace("_", "-"), getattr(self, name)
+            check(value >= 1, f"{key} must be >= 1", value)
         check(
             self.evaluate_on in EVALUATED,
             f"evaluate-on must be one of {', '.join(EVALUATED)}",
             self.evaluate_on,
         )
-        check(self.max_staleness >= 0, "max-staleness must be >= 0", self.max_staleness)
-        check(self.key_interval >= 0, "key-interval must be >= 0", self.key_interval)
         check(
-            self.checkpoint_every >= 0,
-            "checkpoint-every must be >= 0 (0: none)",
-            self.checkpoint_every,
-        )
-        check(self.timeout_factor >= 0, "timeout-factor must be >= 0 (0: off)", self.timeout_factor)
-        check(
-            0 <= self.min_agents <= self.num_agents,
+            self.min_agents <= self.num_agents,
             f"min-agents must be in 0..{self.num_agents} (num-agents)",
             self.min_agents,
         )
-        for name in ("round_timeout", "wait_timeout"):
-            check(
-                getattr(self, name) > 0,
-                f"{name.replace('_', '-')} must be > 0 seconds",
-                getattr(self, name),
-            )
+        check(self.round_timeout > 0, "round-timeout must be > 0 seconds", self.round_timeout)
 
     @classmethod
     def from_run_config(
@@ -187,3 +158,8 @@ class RunSettings:
     def graph(self) -> Topology:
         """Return the communication graph of the run."""
         return Topology.parse(self.topology, num_agents=self.num_agents, seed=self.seed)
+
+
+def recorded(settings: RunSettings, run_config: RunConfig) -> dict[str, Any]:
+    """What the run record says of a run config, beside the options of the rounds."""
+    return {"run_config": dict(run_config), "seed": settings.seed}

@@ -1,7 +1,6 @@
 """Agents over a graph in one process, without Flower: the oracle for everything that runs under it."""
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,13 @@ from flower_mcepl.agents.server import Server
 from flower_mcepl.errors import ConfigError, RecordError, TopologyError
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.exchange.exchange import Exchange
-from flower_mcepl.exchange.parcels import Answer, Posted
+from flower_mcepl.exchange.parcels import Answer, Parcel, Posted
 from flower_mcepl.exchange.relay import Relay
-from flower_mcepl.exchange.turn import Mail, Reply, open_mail, play_round
+from flower_mcepl.exchange.turn import Reply, open_mail, play_round
 from flower_mcepl.messages.handshake import check_common_ground, introduction
 from flower_mcepl.record.writing import RunRecord
-from flower_mcepl.runs.checkpoint import Checkpoint
+from flower_mcepl.runs.book import RunBook, open_book
 from flower_mcepl.runs.generation import Generation
-from flower_mcepl.runs.monitor import RunMonitor
-from flower_mcepl.runs.resumption import (
-    RUN,
-    RunCheckpoints,
-    new_run_id,
-    only_writer,
-    reopen,
-    run_id_of,
-)
 from flower_mcepl.runs.store import StateStore
 from flower_mcepl.streams import torch_threads
 from flower_mcepl.topology import Topology
@@ -107,136 +97,95 @@ def simulate(
     RecordError
         If the record cannot be written, or its run not be resumed.
     """
-    relay = _exchange(topology, server, evaluate_every, max_staleness, key_interval)
-    _check_fleet(agents, relay.topology, num_rounds)
+    if checkpoint_every and record is None and resume is None:
+        raise ConfigError(
+            f"checkpoints are part of a run record; got checkpoint_every {checkpoint_every} "
+            "without one."
+        )
+    exchange = _exchange(topology, server, evaluate_every, max_staleness, key_interval)
+    _check_fleet(agents, exchange.topology, num_rounds)
     _check_server(agents[0], server)
-    monitor = RunMonitor(relay, num_rounds, record, log)
-    fleet = _Fleet(agents, [open_mail(agent, max_staleness=max_staleness) for agent in agents])
+    fleet = _Fleet(agents, max_staleness=max_staleness)
     config = {
         "seed": agents[0].seed,
-        "num_rounds": num_rounds,
         "evaluate_every": evaluate_every,
         "max_staleness": max_staleness,
-        "key_interval": relay.key_interval,
+        "key_interval": exchange.key_interval,
         "threads": threads,
-        "topology": relay.topology.to_config(),
+        "topology": exchange.topology.to_config(),
         **({} if server is None else {"server": {"number": server.index, **server.parameters()}}),
     }
-    status = "failed"
-    with contextlib.ExitStack() as held:
-        book = _open_book(monitor, fleet, record, resume, checkpoint_every, config, held)
-        try:
-            with torch_threads(threads):
-                for round in range(book.first if book else 1, num_rounds + 2):
-                    parcels = [
-                        relay.parcel(agent.index, round=round, closing=round > num_rounds)
-                        for agent in agents
-                    ]
-                    answers = {}
-                    for agent, mail, parcel in zip(agents, fleet.mails, parcels, strict=True):
-                        reply = play_round(agent, mail, parcel)
-                        on_reply(round, agent.index, reply)
-                        answers[agent.index] = _answer(
-                            reply, introduction(agent, tell_classes=tell_classes)
-                        )
-                    monitor.close_round(round, answers)
-                    if book is not None and round <= num_rounds:
-                        book.keep(round)
-                if book is not None:
-                    save_agents(agents, book.record.agents_dir)
-                    if server is not None:
-                        save_state(server.state(), book.record.agents_dir / SERVER_FILE)
-            status = "finished"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            summary = monitor.finish(status)
-        if book is not None:
-            book.checkpoints.clear()
-    return SimulationResult(monitor.rows, summary)
+    with open_book(
+        exchange,
+        config,
+        num_rounds=num_rounds,
+        record=record,
+        resume=None if resume is None else Path(resume),
+        checkpoint_every=checkpoint_every,
+        log=log,
+    ) as book:
+        if book.resumed is not None:
+            fleet.go_back(book)
+        with torch_threads(threads):
+            for round in range(book.first, num_rounds + 2):
+                closing = round > num_rounds
+                parcels = [exchange.parcel(i, round=round, closing=closing) for i in fleet.indices]
+                answers = {}
+                for agent, reply in fleet.play(parcels):
+                    on_reply(round, agent.index, reply)
+                    facts = introduction(agent, tell_classes=tell_classes)
+                    answers[agent.index] = _answer(reply, facts)
+                book.close_round(round, answers)
+                if not closing and book.due(round):
+                    fleet.store(book, round)  # first, so that no exchange's side lacks the other
+                    book.keep(round)
+        if book.record is not None:
+            fleet.save(book.record.agents_dir, server)
+    return SimulationResult(book.monitor.rows, book.summary)
 
 
-@dataclass(frozen=True)
 class _Fleet:
-    agents: Sequence[Agent]
-    mails: Sequence[Mail]
+    """All agents, each with its mail, and their side of checkpoints."""
 
+    def __init__(self, agents: Sequence[Agent], *, max_staleness: int) -> None:
+        self._agents = agents
+        self._mails = [open_mail(agent, max_staleness=max_staleness) for agent in agents]
+        self.indices = [agent.index for agent in agents]
 
-@dataclass(frozen=True)
-class _Book:
-    """The record of a simulation, with the checkpoints of its two sides: the relay, and the agents."""
+    def play(self, parcels: Sequence[Parcel[bytes]]) -> Iterator[tuple[Agent, Reply]]:
+        """Let each agent answer its parcel, one after the other."""
+        for agent, mail, parcel in zip(self._agents, self._mails, parcels, strict=True):
+            yield agent, play_round(agent, mail, parcel)
 
-    record: RunRecord
-    fleet: _Fleet
-    checkpoints: RunCheckpoints[bytes]
-    run: str
-    first: int  # the first round that is still to be played
+    def store(self, book: RunBook[bytes], round: int) -> None:
+        """Write the agents' states after ``round`` into the record."""
+        for agent, mail in zip(self._agents, self._mails, strict=True):
+            _states(book).save(Generation.of(agent, mail, run=book.run, round=round))
 
-    def keep(self, round: int) -> None:
-        """Write a checkpoint if one is due; the agents first, so that no relay's side lacks the other one."""
-        if self.checkpoints.due(round):
-            for agent, mail in zip(self.fleet.agents, self.fleet.mails, strict=True):
-                self._states().save(Generation.of(agent, mail, run=self.run, round=round))
-            self.checkpoints.save(round)
-
-    def go_back(self, checkpoint: Checkpoint) -> None:
-        """Let both sides go on from a checkpoint."""
-        self.checkpoints.restore(checkpoint)
-        for agent, mail in zip(self.fleet.agents, self.fleet.mails, strict=True):
-            found = self._states().load(agent.index, run=self.run, before=self.first)
-            if found is None or found.round != checkpoint.round:
+    def go_back(self, book: RunBook[bytes]) -> None:
+        """Let the agents go on from the states of the checkpoint that the run is resumed from."""
+        last = book.first - 1
+        for agent, mail in zip(self._agents, self._mails, strict=True):
+            stored = _states(book).load(agent.index, run=book.run, before=book.first)
+            if stored is None or stored.round != last:
                 raise RecordError(
-                    f"{self.record.agents_dir} must hold the state of every agent after round "
-                    f"{checkpoint.round}, and that of agent {agent.index} is missing. Put it "
-                    "back, or start the run anew."
+                    f"{_states(book).folder} must hold the state of every agent after round "
+                    f"{last}, and that of agent {agent.index} is missing. Put it back, or start "
+                    "the run anew."
                 )
-            found.restore(agent, mail)
+            stored.restore(agent, mail)
 
-    def _states(self) -> StateStore:
-        return StateStore(self.record.agents_dir)
+    def save(self, folder: Path, server: Server | None) -> None:
+        """Write the final states, each as one safetensors file."""
+        for agent in self._agents:
+            save_state(agent.state(), folder / agent_file(agent.index))
+        if server is not None:
+            save_state(server.state(), folder / SERVER_FILE)
 
 
-def _open_book(
-    monitor: RunMonitor[bytes],
-    fleet: _Fleet,
-    record: RunRecord | None,
-    resume: str | Path | None,
-    every: int,
-    config: Mapping[str, Any],
-    held: contextlib.ExitStack,
-) -> _Book | None:
-    """Begin the record of a new run, or go back to the checkpoint of the one that is resumed; hold it either way."""
-    checkpoint = None
-    if resume is not None:
-        if record is not None:
-            raise ConfigError(
-                "a resumed run goes on in its own record; got another one, too. Leave out record."
-            )
-        record, checkpoint, _ = reopen(Path(resume).absolute(), config, held=held, log=monitor.log)
-    elif record is not None:
-        held.enter_context(only_writer(record.path))
-        record.amend_config(**{RUN: new_run_id()}, **config)
-    if record is None:
-        if every:
-            raise ConfigError(
-                f"checkpoints are part of a run record; got checkpoint_every {every} without one."
-            )
-        return None
-    monitor.record = record
-    checkpoints = RunCheckpoints[bytes](
-        record, monitor.relay, monitor, every=every, pack=bytes, unpack=bytes
-    )
-    book = _Book(
-        record,
-        fleet,
-        checkpoints,
-        run_id_of(record),
-        first=1 if checkpoint is None else checkpoint.round + 1,
-    )
-    if checkpoint is not None:
-        book.go_back(checkpoint)
-    return book
+def _states(book: RunBook[bytes]) -> StateStore:
+    assert book.record is not None
+    return StateStore(book.record.agents_dir)
 
 
 def _answer(reply: Reply, facts: Mapping[str, Any]) -> Answer[bytes]:
@@ -254,12 +203,6 @@ def _answer(reply: Reply, facts: Mapping[str, Any]) -> Answer[bytes]:
         reply.lacking,
         raw=[frame.data for frame in reply.frames],
     )
-
-
-def save_agents(agents: Sequence[Agent], folder: Path) -> None:
-    """Write each agent's state as ``agent-0003.safetensors``."""
-    for agent in agents:
-        save_state(agent.state(), folder / agent_file(agent.index))
 
 
 def _exchange(

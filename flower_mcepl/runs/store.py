@@ -27,7 +27,7 @@ from flower_mcepl.files.sealed import (
 )
 from flower_mcepl.runs.generation import Generation
 
-STATE = Kind(b"FMCESTAT", 1, "an agent's state")
+STATE = Kind(b"FMCESTAT", 2, "an agent's state")
 KEPT = 2  # rounds of each agent
 Log = Callable[[str], None]
 

@@ -1,8 +1,9 @@
 """Server-based algorithms as a Flower strategy: every agent hears the server, and no agent another."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Unpack, final
 
 from flwr.app import Array, Context
 from torch import nn
@@ -12,12 +13,13 @@ from flower_mcepl.agents.server import Server
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.masks.model import shared_module
 from flower_mcepl.messages.handshake import check_common_ground
-from flower_mcepl.runs.settings import RunSettings
+from flower_mcepl.runs.options import RoundKeywords, RoundOptions
+from flower_mcepl.runs.settings import RunSettings, recorded
 from flower_mcepl.runs.simulation import SERVER_FILE
 from flower_mcepl.strategies.answers import frame_array, frame_bytes
 from flower_mcepl.strategies.fedavg import FlowerFedavgServer
 from flower_mcepl.strategies.gossip import GossipStrategy
-from flower_mcepl.strategies.rounds import ExchangeStrategy, common_settings
+from flower_mcepl.strategies.rounds import ExchangeStrategy
 
 
 @final
@@ -34,51 +36,30 @@ class ServerStrategy(ExchangeStrategy):
     server : Server
         As from `make_server`; agent i is the node whose node config says ``partition-id
         = i``.
-    evaluate_every, min_agents, wait_timeout, timeout_factor, record, name, keep_frames,
-    config
-        As in `GossipStrategy`.
-    max_staleness : int (default: 5)
-        For how many rounds an agent that hears nothing goes on with the server's last
-        model.
-    checkpoint_every, resume
+    options, record, name, config
         As in `GossipStrategy`; a checkpoint holds the server's model, too.
     """
 
     def __init__(
         self,
         server: Server,
+        options: RoundOptions | None = None,
         *,
-        evaluate_every: int = 10,
-        max_staleness: int = 5,
-        min_agents: int = 0,
-        wait_timeout: float = 120.0,
-        timeout_factor: float = 5.0,
         record: str | Path | None = "runs",
         name: str = "server",
-        keep_frames: bool = False,
-        checkpoint_every: int = 25,
-        resume: str | Path | None = None,
         config: Mapping[str, Any] | None = None,
+        **keywords: Unpack[RoundKeywords],
     ) -> None:
         self.server = server
-        super().__init__(
-            Center[Array](
-                server,
-                open_frame=frame_bytes,
-                wrap_frame=frame_array,
-                evaluate_every=evaluate_every,
-                max_staleness=max_staleness,
-            ),
-            min_agents=min_agents,
-            wait_timeout=wait_timeout,
-            timeout_factor=timeout_factor,
-            record=record,
-            name=name,
-            keep_frames=keep_frames,
-            checkpoint_every=checkpoint_every,
-            resume=resume,
-            config=config,
+        options = replace(options or RoundOptions(), **keywords)
+        center = Center[Array](
+            server,
+            open_frame=frame_bytes,
+            wrap_frame=frame_array,
+            evaluate_every=options.evaluate_every,
+            max_staleness=options.max_staleness,
         )
+        super().__init__(center, options, record=record, name=name, config=config)
 
     @classmethod
     def from_run_config(
@@ -107,8 +88,10 @@ class ServerStrategy(ExchangeStrategy):
         )
         strategy = cls(
             server,
-            max_staleness=settings.max_staleness,
-            **common_settings(settings, run_config, name),
+            settings,
+            record=settings.record_dir,
+            name=name,
+            config=recorded(settings, run_config),
         )
         strategy.begin_from(settings)
         return strategy

@@ -1,7 +1,7 @@
 """What every strategy of this package does: one message per agent and round, through a relay or a center."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
@@ -19,25 +19,17 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from flower_mcepl.config.checks import check
 from flower_mcepl.errors import AnswerError, ConfigError, FingerprintError, RosterError
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, Parcel
+from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.messages import keys
 from flower_mcepl.record.writing import RunRecord
-from flower_mcepl.runs.checkpoint import Checkpoint
+from flower_mcepl.runs.book import RunBook, open_book
 from flower_mcepl.runs.monitor import RunMonitor
-from flower_mcepl.runs.resumption import (
-    INITIAL,
-    RUN,
-    RunCheckpoints,
-    new_run_id,
-    only_writer,
-    reopen,
-    run_id_of,
-)
+from flower_mcepl.runs.options import RoundOptions
 from flower_mcepl.runs.settings import RunSettings
-from flower_mcepl.strategies.answers import frame_array, frame_bytes, plain_reason, read_answer
+from flower_mcepl.strategies.answers import plain_reason, read_answer
 from flower_mcepl.strategies.attendance import Attendance
 from flower_mcepl.strategies.initial import InitialArrays
 from flower_mcepl.strategies.orders import frames_of, order_of
@@ -46,6 +38,7 @@ from flower_mcepl.strategies.roster import Roster
 from flower_mcepl.strategies.waiting import Arrival, InFlight, Patience
 
 logger = getLogger("flwr")
+INITIAL = "initial"  # group of arrays in a checkpoint
 
 
 class ExchangeStrategy(Strategy):
@@ -55,56 +48,66 @@ class ExchangeStrategy(Strategy):
     ----------
     exchange : Exchange
         A `Relay` or a `Center` of Flower's arrays.
-    others : see `GossipStrategy`
+    options : RoundOptions
+        How the rounds go.
+    record, name, config
+        See `GossipStrategy`.
     """
 
     def __init__(
         self,
         exchange: Exchange[Array],
+        options: RoundOptions,
         *,
-        min_agents: int,
-        wait_timeout: float,
-        timeout_factor: float,
         record: str | Path | None,
         name: str,
-        keep_frames: bool,
-        checkpoint_every: int,
-        resume: str | Path | None,
         config: Mapping[str, Any] | None,
     ) -> None:
-        self.topology, self.relay = exchange.topology, exchange
-        if not 0 <= min_agents <= self.topology.num_agents:
-            raise ConfigError(
-                f"min_agents must be in 0..{self.topology.num_agents}; got {min_agents}."
-            )
-        check(timeout_factor >= 0, "timeout_factor must be >= 0 (0: off)", timeout_factor)
-        check(checkpoint_every >= 0, "checkpoint_every must be >= 0 (0: none)", checkpoint_every)
-        self.min_agents = min_agents or self.topology.num_agents
-        # but where the run is resumed, for as many as took part last
-        self._asks_for_all = min_agents == 0
+        self.topology, self.exchange, self.options = exchange.topology, exchange, options
+        num_agents = self.topology.num_agents
+        if options.min_agents > num_agents:
+            raise ConfigError(f"min_agents must be in 0..{num_agents}; got {options.min_agents}.")
         self.record_root, self.name = record, name
-        self.keep_frames, self.checkpoint_every = keep_frames, checkpoint_every
-        self.resume = Path(resume).absolute() if resume else None
         self.config = dict(config or {})
-        self.run_id = new_run_id()  # stays the same when the run is resumed, unlike Flower's
-        self.roster = Roster(self.topology.num_agents)
+        self.roster = Roster(num_agents)
         self.attendance = Attendance(
-            self.roster, min_agents=self.min_agents, wait_timeout=wait_timeout
+            self.roster,
+            min_agents=options.min_agents or num_agents,
+            wait_timeout=options.wait_timeout,
         )
-        self.monitor = RunMonitor(self.relay, num_rounds=0, log=_log)
-        self.record: RunRecord | None = None
-        self._checkpoints: RunCheckpoints[Array] | None = None
         # Flower's defaults, unless the run config says otherwise
         self._num_rounds, self._timeout = 3, 3600.0
-        self._first = 1  # the first round of this process; a later one where the run is resumed
-        self._timeout_factor = timeout_factor
-        self._patience = Patience(self._timeout, timeout_factor)
+        self._patience = Patience(self._timeout, options.timeout_factor)
         self._in_flight = InFlight()
-        self._initial: InitialArrays | None = None  # until `start`
+        # both until `start`
+        self._book: RunBook[Array] | None = None
+        self._initial: InitialArrays | None = None
         # of the present exchange, by the id of the message answered
         self._arrivals: dict[str, Arrival] = {}
         # nodes that were turned away; they may try again when a node has left
         self._refused: set[int] = set()
+
+    @property
+    def book(self) -> RunBook[Array]:
+        """Book of the run that `start` began."""
+        if self._book is None:
+            raise ConfigError(
+                f"{type(self).__name__} runs its rounds itself, and was not started. Call its own "
+                "start(grid=grid, ...); a strategy that wraps another to clip or add noise to the "
+                "aggregate has nothing to work on here, as nothing is aggregated. Use Flower's "
+                "mods on the devices instead (docs/existing-apps.md)."
+            )
+        return self._book
+
+    @property
+    def monitor(self) -> RunMonitor[Array]:
+        """Progress of the run: each agent's evaluations, and the training losses."""
+        return self.book.monitor
+
+    @property
+    def record(self) -> RunRecord | None:
+        """Record of the run; None where none is written."""
+        return self.book.record
 
     def begin_from(self, settings: RunSettings) -> None:
         """Take rounds and timeout from the run config, for a `start` that does not name them."""
@@ -117,8 +120,8 @@ class ExchangeStrategy(Strategy):
     def summary(self) -> None:
         """Log what is about to run."""
         _log(f"\t├── {self.describe()}")
-        if self._first > 1:
-            _log(f"\t├── resumed after round {self._first - 1}")
+        if self.book.resumed is not None:
+            _log(f"\t├── resumed after round {self.book.first - 1}")
         if self.record is not None:
             _log(f"\t└── Run record: {self.record.path}")
 
@@ -161,34 +164,22 @@ class ExchangeStrategy(Strategy):
         self._timeout = timeout = self._timeout if timeout is None else timeout
         if num_rounds < 1:
             raise ConfigError(f"num_rounds must be >= 1; got {num_rounds}.")
-        self.monitor.num_rounds = num_rounds
         self._initial = InitialArrays(
             initial_arrays or ArrayRecord(),
             train_config=train_config or ConfigRecord(),
             evaluate_config=evaluate_config or ConfigRecord(),
-            ledger=self.relay.ledger,
+            ledger=self.exchange.ledger,
         )
-        self._patience = Patience(timeout, self._timeout_factor)
-        with contextlib.ExitStack() as held:
-            self._open_record(num_rounds, timeout, held)
-            status = "failed"
-            try:
-                result = self._run(
-                    grid,
-                    ArrayRecord(),  # there is no global model
-                    train_config or ConfigRecord(),
-                    evaluate_config or ConfigRecord(),
-                    evaluate_fn,
-                )
-                self._finish()
-                status = "finished"
-            except KeyboardInterrupt:
-                status = "interrupted"
-                raise
-            finally:
-                self.monitor.finish(status)
-            if self._checkpoints is not None:
-                self._checkpoints.clear()
+        self._patience = Patience(timeout, self.options.timeout_factor)
+        with self._opened(num_rounds, timeout) as self._book:
+            result = self._run(
+                grid,
+                ArrayRecord(),  # there is no global model
+                train_config or ConfigRecord(),
+                evaluate_config or ConfigRecord(),
+                evaluate_fn,
+            )
+            self._finish()
         result.train_metrics_clientapp.update(
             {
                 round: MetricRecord({"train-loss": loss})
@@ -216,7 +207,7 @@ class ExchangeStrategy(Strategy):
         round; this one may begin later, and takes late answers into the next round.
         """
         result = Result()
-        num_rounds = self.monitor.num_rounds
+        num_rounds, first = self.monitor.num_rounds, self.book.first
         _log(f"Starting {type(self).__name__} strategy: {num_rounds} rounds")
         self.summary()
 
@@ -224,29 +215,30 @@ class ExchangeStrategy(Strategy):
             if evaluate_fn and (metrics := evaluate_fn(round, arrays)) is not None:
                 result.evaluate_metrics_serverapp[round] = metrics
 
-        if self._first == 1:
+        if first == 1:
             look(0)
         else:
             self.attendance.wait_for_nodes(grid, first=True)
             self.attendance.identify(grid, timeout=self._timeout)
-        for round in range(self._first, num_rounds + 1):
+        for round in range(first, num_rounds + 1):
             messages = self.configure_train(round, arrays, train_config, grid)
-            self.aggregate_train(round, self._exchange(grid, messages, round))
-            if self._checkpoints is not None and self._checkpoints.due(round):
-                self._save_checkpoint(self._checkpoints, round)
+            self.aggregate_train(round, self._send_and_wait(grid, messages, round))
+            if self.book.due(round):
+                self.book.keep(round, self._own_state())
             if round < num_rounds:
                 look(round)
         messages = self.configure_evaluate(num_rounds, arrays, evaluate_config, grid)
-        self.aggregate_evaluate(num_rounds, self._exchange(grid, messages, num_rounds + 1))
+        self.aggregate_evaluate(num_rounds, self._send_and_wait(grid, messages, num_rounds + 1))
         look(num_rounds)
         return result
 
-    def _save_checkpoint(self, checkpoints: RunCheckpoints[Array], round: int) -> None:
+    def _own_state(self) -> Bundle:
+        """What of this side must survive beside the exchange: who is who, and the initial arrays."""
         assert self._initial is not None
         facts, arrays = self._initial.state()
-        checkpoints.save(round, initial=arrays, roster=self.roster.state(), **facts)
+        return Bundle.joined({"roster": self.roster.state(), **facts}, {INITIAL: arrays})
 
-    def _exchange(self, grid: Grid, messages: Iterable[Message], round: int) -> list[Message]:
+    def _send_and_wait(self, grid: Grid, messages: Iterable[Message], round: int) -> list[Message]:
         """Send the messages and return what was answered in time, late answers to earlier messages included.
 
         The last round waits for late answers, too: there is no later one that could
@@ -263,7 +255,7 @@ class ExchangeStrategy(Strategy):
             deadline=self._patience.deadline(evaluating=evaluating),
             longest=self._timeout,
         )
-        if round > self._first:  # the first one includes the start of processes
+        if round > self.book.first:  # the first one includes the start of processes
             for kind in (True, False):
                 times = [
                     a.seconds
@@ -279,7 +271,7 @@ class ExchangeStrategy(Strategy):
     def _evaluates(self, round: int) -> bool:
         """Tell whether agents evaluate in ``round``, which takes longer."""
         return round > self.monitor.num_rounds or (
-            round > 1 and (round - 1) % self.relay.evaluate_every == 0
+            round > 1 and (round - 1) % self.exchange.evaluate_every == 0
         )
 
     def _time_to_live(self, round: int) -> float:
@@ -290,15 +282,8 @@ class ExchangeStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return one message per node that is online and owes no answer: its parcel for the round."""
-        if self._initial is None:
-            raise ConfigError(
-                f"{type(self).__name__} runs its rounds itself, and was not started. Call its own "
-                "start(grid=grid, ...); a strategy that wraps another to clip or add noise to the "
-                "aggregate has nothing to work on here, as nothing is aggregated. Use Flower's "
-                "mods on the devices instead (docs/existing-apps.md)."
-            )
         before = self.attendance.online
-        online = self.attendance.wait_for_nodes(grid, first=server_round == self._first)
+        online = self.attendance.wait_for_nodes(grid, first=server_round == self.book.first)
         if left := set(before) - set(online):
             self._refused.clear()
             self.roster.doubt(left)
@@ -312,7 +297,7 @@ class ExchangeStrategy(Strategy):
             parcel = (
                 Parcel[Array](server_round, None)
                 if agent is None
-                else self.relay.parcel(agent, round=server_round)
+                else self.exchange.parcel(agent, round=server_round)
             )
             messages.append(self._message(node, parcel, config, MessageType.TRAIN))
         return messages
@@ -336,7 +321,7 @@ class ExchangeStrategy(Strategy):
         messages = []
         for agent, node in sorted(self.roster.node_of.items()):
             if node in reachable:
-                parcel = self.relay.parcel(agent, round=server_round + 1, closing=True)
+                parcel = self.exchange.parcel(agent, round=server_round + 1, closing=True)
                 messages.append(self._message(node, parcel, config, MessageType.EVALUATE))
         return messages
 
@@ -359,21 +344,20 @@ class ExchangeStrategy(Strategy):
         order = order_of(
             parcel,
             config,
-            run=self.run_id,
-            max_staleness=self.relay.max_staleness,
+            run=self.book.run,
+            max_staleness=self.exchange.max_staleness,
             introduce=not self.roster.has_met(node) or self.roster.agent_of(node) is None,
         )
-        if self._checkpoints is not None and (kept := self._checkpoints.rounds()):
+        checkpoints, record = self.book.checkpoints, self.record
+        if checkpoints is not None and (kept := checkpoints.rounds()):
             order[keys.CHECKPOINTS] = kept
-        store = (
-            parcel.train and self._checkpoints is not None and self._checkpoints.due(parcel.round)
-        )
+        store = parcel.train and self.book.due(parcel.round)
         if store:
             order[keys.STORE] = True
         # a simulated agent finds its state in the record
-        resumed = self._first > 1 and not self.roster.has_met(node)
-        if self.record is not None and (store or resumed or not parcel.train):
-            order[keys.AGENTS_DIR] = str(self.record.agents_dir)
+        resumed = self.book.resumed is not None and not self.roster.has_met(node)
+        if record is not None and (store or resumed or not parcel.train):
+            order[keys.AGENTS_DIR] = str(record.agents_dir)
         content = RecordDict({keys.FRAMES: frames_of(parcel), keys.ORDER: order})
         assert self._initial is not None
         self._initial.add_to(content, node=node)
@@ -406,7 +390,7 @@ class ExchangeStrategy(Strategy):
                 failed[self._name(node)] = str(error)
                 continue
             except (RosterError, FingerprintError) as error:
-                if round == self._first:
+                if round == self.book.first:
                     raise
                 self._refused.add(node)
                 failed[f"node {node}"] = str(error)
@@ -425,13 +409,13 @@ class ExchangeStrategy(Strategy):
         }
         for name, reason in sorted(failed.items()):
             logger.log(WARNING, "round %d: %s failed. %s", round, name, reason)
-        self.attendance.check(round, answers, failed, first=round == self._first)
+        self.attendance.check(round, answers, failed, first=round == self.book.first)
         busy = self._in_flight.busy()
         # no other answer is owed
         prompt = [agent for agent in answers if self.roster.node_of[agent] not in busy]
         missing = [agent for agent in self.roster.absent(prompt) if f"agent {agent}" not in failed]
         states = self.attendance.changes(round, answers, failed, busy)
-        self.monitor.close_round(round, answers, failed=failed, missing=missing, states=states)
+        self.book.close_round(round, answers, failed=failed, missing=missing, states=states)
 
     def _origin(self, reply: Message, round: int) -> tuple[int, int]:
         """Return round and node of the message that was answered."""
@@ -468,75 +452,55 @@ class ExchangeStrategy(Strategy):
         """Return what else belongs into the record's config."""
         return {}
 
-    def _open_record(self, num_rounds: int, timeout: float, held: contextlib.ExitStack) -> None:
-        """Begin the record, or go back to the checkpoint of the run that is resumed; hold the record either way."""
+    @contextlib.contextmanager
+    def _opened(self, num_rounds: int, timeout: float) -> Iterator[RunBook[Array]]:
+        """Open the book of the run, and go back to where the one that is resumed broke off."""
         assert self._initial is not None
         config = {
             **self.config,
-            "num_rounds": num_rounds,
             "timeout": timeout,
-            "evaluate_every": self.relay.evaluate_every,
-            "max_staleness": self.relay.max_staleness,
-            "key_interval": self.relay.key_interval,
-            "min_agents": self.min_agents,
+            "evaluate_every": self.exchange.evaluate_every,
+            "max_staleness": self.exchange.max_staleness,
+            "key_interval": self.exchange.key_interval,
+            "min_agents": self.attendance.min_agents,
             "topology": self.topology.to_config(),
             **self._about(),
             **self._initial.about(),
         }
-        checkpoint: Checkpoint | None = None
-        if self.resume is not None:
-            self.record, checkpoint, answered = reopen(
-                self.resume, config, held=held, with_frames=self.keep_frames, log=logger.warning
+        options = self.options
+        resume = Path(options.resume) if options.resume else None
+        record = None
+        if resume is None and self.record_root is not None:
+            record = RunRecord.create(
+                self.record_root, name=self.name, config=config, with_frames=options.keep_frames
             )
-            self.run_id = run_id_of(self.record)
+        with open_book(
+            self.exchange,
+            config,
+            num_rounds=num_rounds,
+            record=record,
+            resume=resume,
+            checkpoint_every=options.checkpoint_every,
+            keep_frames=options.keep_frames,
+            log=_log,
+        ) as book:
+            if book.resumed is not None:
+                self._go_back(book.resumed, book.answered)
+            yield book
+
+    def _go_back(self, checkpoint: Bundle, answered: int) -> None:
+        """Know the agents again, and begin from the arrays that the run began with."""
+        if self.options.min_agents == 0:
             # an agent that died earlier holds up nothing, as it held up nothing then
-            if self._asks_for_all:
-                self.min_agents = self.attendance.min_agents = max(1, answered)
-        elif self.record_root is not None:
-            config[RUN] = self.run_id
-            self.record = RunRecord.create(
-                self.record_root, name=self.name, config=config, with_frames=self.keep_frames
+            self.attendance.min_agents = max(1, answered)
+        self.roster.restore(checkpoint.facts["roster"])
+        assert self._initial is not None
+        if not self._initial.restore(checkpoint.facts, checkpoint.group(INITIAL)):
+            _log(
+                "The initial arrays are those that the run began with; the ones given now have "
+                "other bits."
             )
-            held.enter_context(only_writer(self.record.path))
-        if self.record is None:
-            return
-        self.monitor.record = self.record
-        self._checkpoints = RunCheckpoints[Array](
-            self.record,
-            self.relay,
-            self.monitor,
-            every=self.checkpoint_every,
-            pack=frame_bytes,
-            unpack=frame_array,
-        )
-        if checkpoint is not None:
-            self._first = checkpoint.round + 1
-            self._checkpoints.restore(checkpoint)
-            self.roster.restore(checkpoint.facts["roster"])
-            if not self._initial.restore(checkpoint.facts, checkpoint.group(INITIAL)):
-                _log(
-                    "The initial arrays are those that the run began with; the ones given now "
-                    "have other bits."
-                )
 
 
 def _log(line: str) -> None:
     logger.log(INFO, "%s", line)
-
-
-def common_settings(
-    settings: RunSettings, run_config: Mapping[str, Any], name: str
-) -> dict[str, Any]:
-    """Return what the run config says to every strategy, as arguments."""
-    return {
-        "evaluate_every": settings.evaluate_every,
-        "min_agents": settings.min_agents,
-        "wait_timeout": settings.wait_timeout,
-        "timeout_factor": settings.timeout_factor,
-        "checkpoint_every": settings.checkpoint_every,
-        "resume": settings.resume or None,
-        "record": settings.record_dir,
-        "name": name,
-        "keep_frames": settings.keep_frames,
-        "config": {"run_config": dict(run_config), "seed": settings.seed},
-    }

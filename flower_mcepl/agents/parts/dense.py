@@ -175,7 +175,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
 
     def state(self) -> AgentState:
         """Return weights, momentum, buffers and what the algorithm adds to them."""
-        return AgentState(join_groups(self._groups()), self._facts())
+        return AgentState.of_tensors(self._facts(), join_groups(self._groups()))
 
     def restore(self, state: AgentState) -> None:
         """Continue exactly where `state` was taken."""

@@ -1,0 +1,190 @@
+"""The book of a run: its record, checkpoints, progress and status, from the first line to the summary."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, final
+
+from flower_mcepl.errors import ConfigError
+from flower_mcepl.exchange.exchange import Exchange
+from flower_mcepl.exchange.parcels import Answer, FrameT
+from flower_mcepl.files.bundle import Bundle
+from flower_mcepl.record.writing import RunRecord
+from flower_mcepl.runs.checkpoint import ROUND
+from flower_mcepl.runs.monitor import RunMonitor
+from flower_mcepl.runs.resumption import (
+    RUN,
+    RunCheckpoints,
+    new_run_id,
+    only_writer,
+    reopen,
+    run_id_of,
+)
+
+
+@final
+class RunBook(Generic[FrameT]):
+    """Takes the answers of each round into the exchange, the record and the log; make one with `open_book`.
+
+    Attributes
+    ----------
+    monitor : RunMonitor
+        Rows, losses and evaluations so far.
+    record : RunRecord or None
+        Where it is written; None: nowhere.
+    checkpoints : RunCheckpoints or None
+        Those in the record.
+    run : str
+        Id of the run, the same when it is resumed.
+    resumed : Bundle or None
+        The checkpoint that the run goes on from; None: it begins.
+    answered : int
+        Agents that took part in the last round before the run broke off; 0: none.
+    summary : dict
+        As in ``summary.json``, once the run has ended.
+    """
+
+    def __init__(self, exchange: Exchange[FrameT], monitor: RunMonitor[FrameT], run: str) -> None:
+        self.monitor, self.run = monitor, run
+        self.record: RunRecord | None = None
+        self.checkpoints: RunCheckpoints[FrameT] | None = None
+        self.resumed: Bundle | None = None
+        self.answered = 0
+        self.summary: dict[str, Any] = {}
+        self._exchange = exchange
+
+    @property
+    def first(self) -> int:
+        """The first round that is still to be played."""
+        return 1 if self.resumed is None else int(self.resumed.facts[ROUND]) + 1
+
+    def close_round(
+        self,
+        round: int,
+        answers: Mapping[int, Answer[FrameT]],
+        *,
+        failed: Mapping[str, str] | None = None,
+        missing: Sequence[int] = (),
+        states: Mapping[str, str] | None = None,
+    ) -> None:
+        """Take in the answers of ``round``; number ``num_rounds + 1`` is the closing exchange.
+
+        Parameters
+        ----------
+        round : int
+            The round that ends.
+        answers : mapping
+            Answer by agent, those that came late included.
+        failed : mapping, optional
+            Reason by name of agent or node.
+        missing : sequence of int
+            Agents that did not answer at all.
+        states : mapping, optional
+            What changed about agents or nodes since the round before.
+        """
+        answers = dict(sorted(answers.items()))
+        # Before the new frames count: a row's bytes are those that led to the model that
+        # it speaks of.
+        rows = self.monitor.rows_of(round, answers)
+        refused = {agent: list(answer.refused) for agent, answer in answers.items()}
+        server = self._exchange.topology.num_agents  # its number; a relay refuses nothing
+        for agent, answer in answers.items():
+            reasons = self._exchange.take(agent, answer, round=answer.late_of or round)
+            refused.setdefault(server, []).extend(reasons)
+        self.monitor.close_round(
+            round,
+            answers,
+            rows,
+            refused={number: reasons for number, reasons in refused.items() if reasons},
+            failed=dict(failed or {}),
+            missing=list(missing),
+            states=dict(states or {}),
+        )
+
+    def due(self, round: int) -> bool:
+        """Whether a checkpoint follows ``round``: the agents must store their states in it, too."""
+        return self.checkpoints is not None and self.checkpoints.due(round)
+
+    def keep(self, round: int, more: Bundle | None = None) -> None:
+        """Write the checkpoint of ``round``, whose answers were all taken in, if one is due."""
+        if self.checkpoints is not None and self.checkpoints.due(round):
+            self.checkpoints.save(round, more or Bundle())
+
+
+@contextlib.contextmanager
+def open_book(
+    exchange: Exchange[FrameT],
+    config: Mapping[str, Any],
+    *,
+    num_rounds: int,
+    record: RunRecord | None = None,
+    resume: Path | None = None,
+    checkpoint_every: int = 0,
+    keep_frames: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> Iterator[RunBook[FrameT]]:
+    """Hold the book of a run while it goes on; the summary says how the block ended.
+
+    Without an exception it is ``finished`` and its checkpoints go. A KeyboardInterrupt
+    makes it ``interrupted``, anything else ``failed``; both can be resumed.
+
+    Parameters
+    ----------
+    exchange : Relay or Center
+        Takes in the answers; where the run is resumed it is set back to the checkpoint.
+    config : mapping
+        What else is needed to repeat the run, for ``config.json``.
+    num_rounds : int
+        Rounds, without the closing exchange.
+    record : RunRecord, optional
+        The record of a new run, just made; None writes nothing.
+    resume : Path, optional
+        The record of a run that broke off, in place of ``record``.
+    checkpoint_every : int (default: 0)
+        Rounds between checkpoints; 0 writes none.
+    keep_frames : bool (default: False)
+        Where the run is resumed: keep every frame, as in `RunRecord.create`.
+    log : callable
+        Gets each line.
+
+    Raises
+    ------
+    RecordError
+        If the record cannot be written, or the run not be resumed.
+    ConfigError
+        If the run that is resumed had other settings.
+    """
+    book = RunBook(exchange, RunMonitor(exchange, num_rounds, log=log), new_run_id())
+    config = {**config, "num_rounds": num_rounds}
+    with contextlib.ExitStack() as held:
+        if resume is not None:
+            if record is not None:
+                raise ConfigError(
+                    "a resumed run goes on in its own record; got another one, too. Leave out record."
+                )
+            book.record, book.resumed, book.answered = reopen(
+                resume.absolute(), config, held=held, with_frames=keep_frames, log=log
+            )
+            book.run = run_id_of(book.record)
+        elif record is not None:
+            held.enter_context(only_writer(record.path))
+            record.amend_config(**{RUN: book.run}, **config)
+            book.record = record
+        if book.record is not None:
+            book.monitor.record = book.record
+            book.checkpoints = RunCheckpoints(
+                book.record, exchange, book.monitor, every=checkpoint_every
+            )
+            if book.resumed is not None:
+                book.checkpoints.restore(book.resumed)
+        status = "failed"
+        try:
+            yield book
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            book.summary = book.monitor.finish(status)
+        if book.checkpoints is not None:
+            book.checkpoints.clear()

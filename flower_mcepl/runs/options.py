@@ -1,0 +1,102 @@
+"""How the rounds of a run go: one set of options for `GossipStrategy`, `ServerStrategy` and the run config."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TypedDict
+
+from flower_mcepl.config.checks import check
+from flower_mcepl.exchange.exchange import check_rounds
+
+# Metadata of a setting that may differ when a run is resumed: no bit depends on it.
+FREE = {"free": True}
+
+
+def free_keys(*settings: type) -> set[str]:
+    """Run-config keys of these settings that may differ when a run is resumed."""
+    return {
+        entry.name.replace("_", "-")
+        for cls in settings
+        for entry in fields(cls)
+        if entry.metadata.get("free")
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundOptions:
+    """How the rounds of a run go, whatever the algorithm and the graph.
+
+    Parameters
+    ----------
+    evaluate_every : int (default: 10)
+        Evaluate the personal models after each such number of rounds, and after the
+        last one.
+    max_staleness : int (default: 5)
+        Rounds for which an absent neighbor's last mask stays in use; with a server,
+        rounds for which an agent that hears nothing goes on with its last model.
+    key_interval : int (default: 0)
+        Rounds after which an agent sends a whole frame beside its delta; 0: when the
+        deltas since the last whole frame have as many bytes as that.
+    min_agents : int (default: 0)
+        Agents that must take part in round 1, and in the first round after a
+        resumption; 0 stands for all of the graph, and after a resumption for as many as
+        took part last. Other rounds go on with those who answer.
+    wait_timeout : float (default: 120.0)
+        Seconds to wait for these agents' nodes, and in any other round in which no node
+        is online for the first one.
+    timeout_factor : float (default: 5.0)
+        A round goes on without its last agents after so many times the time that most
+        answers took of late, but not before a minute; 0 always waits for the round's
+        timeout. Late answers count when they come.
+    keep_frames : bool (default: False)
+        Keep every frame in the run record, for study.
+    checkpoint_every : int (default: 25)
+        Rounds between checkpoints in the run record, from which a run that broke off is
+        resumed; 0 writes none.
+    resume : str or Path, optional
+        The run record of a run that broke off: go on from its last checkpoint, in the
+        same record.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of range.
+    """
+
+    evaluate_every: int = 10
+    max_staleness: int = 5
+    key_interval: int = 0
+    min_agents: int = field(default=0, metadata=FREE)
+    wait_timeout: float = field(default=120.0, metadata=FREE)
+    timeout_factor: float = field(default=5.0, metadata=FREE)
+    keep_frames: bool = field(default=False, metadata=FREE)
+    checkpoint_every: int = field(default=25, metadata=FREE)
+    resume: str | Path | None = field(default=None, metadata=FREE)
+
+    def __post_init__(self) -> None:
+        check_rounds(
+            evaluate_every=self.evaluate_every,
+            max_staleness=self.max_staleness,
+            key_interval=self.key_interval,
+        )
+        check(self.min_agents >= 0, "min-agents must be >= 0 (0: all)", self.min_agents)
+        check(self.wait_timeout > 0, "wait-timeout must be > 0 seconds", self.wait_timeout)
+        check(self.timeout_factor >= 0, "timeout-factor must be >= 0 (0: off)", self.timeout_factor)
+        check(
+            self.checkpoint_every >= 0,
+            "checkpoint-every is a number of rounds, or 0 for no checkpoints; it must be >= 0",
+            self.checkpoint_every,
+        )
+
+
+class RoundKeywords(TypedDict, total=False):
+    """Fields of `RoundOptions` as keyword arguments."""
+
+    evaluate_every: int
+    max_staleness: int
+    key_interval: int
+    min_agents: int
+    wait_timeout: float
+    timeout_factor: float
+    keep_frames: bool
+    checkpoint_every: int
+    resume: str | Path | None
