@@ -3,24 +3,24 @@
 ::
 
     FlowerMceplError
-    ├── ConfigError             a setting is out of range, unknown or contradictory: change the setting
+    ├── ConfigError             a setting is wrong, unknown or contradictory: change it
     ├── UnsupportedLayerError   the module cannot be masked as it is: change the module
     ├── DataError               an agent's data are empty or malformed: change its data
     ├── TopologyError           the graph is impossible: change the graph
     ├── RosterError             the connected nodes do not fit the graph: change what is started
-    ├── AnswerError             a node's answer is no agent's, or damaged: it counts as failed in this round
-    ├── FingerprintError        two participants do not hold the same frozen weights: align their seeds or models
+    ├── AnswerError             a node's answer is no agent's: it failed in this round
+    ├── FingerprintError        two hold other frozen weights: align seeds or models
     ├── DivergedError           training left the finite numbers: lower the step size
-    ├── StateError              a saved state belongs to something else or is damaged: use the right one
+    ├── StateError              a saved state is damaged or of something else: use another
     ├── RecordError             a run record cannot be written or read
-    ├── LaunchError             Flower's programs are missing, do not start or do not answer: mend the installation
+    ├── LaunchError             Flower's programs do not work: mend the installation
     └── FrameError              one frame is refused; the run goes on
         ├── TruncatedFrameError     shorter than it says
         ├── CorruptFrameError       damaged: checksum or structure
         ├── ForeignFrameError       not a frame, or a frame of another model or agent
         ├── FutureFrameError        written by a newer version, or from a round still to come
         ├── ReplayedFrameError      not newer than what is already held of this sender
-        └── MissingReferenceError   builds on an earlier frame that is not held: the relay sends what is missing
+        └── MissingReferenceError   builds on a frame not held: the relay sends what is missing
 """
 
 import re
@@ -63,7 +63,7 @@ class DivergedError(FlowerMceplError, ArithmeticError):
 
 
 class StateError(FlowerMceplError):
-    """A saved agent state is damaged, or belongs to another agent, model or algorithm."""
+    """A saved state is damaged, or belongs to another agent, model or algorithm."""
 
 
 class RecordError(FlowerMceplError):
@@ -99,7 +99,7 @@ class ReplayedFrameError(FrameError):
 
 
 class MissingReferenceError(FrameError):
-    """The frame builds on an earlier one that the receiver does not hold, or does not hold in the same state."""
+    """The frame builds on an earlier one that the receiver does not hold as it was."""
 
 
 def names_agent(error: Exception, agent: int) -> bool:

@@ -10,7 +10,9 @@ LRN_ALPHAS = (2e-5, 1e-4, 1e-4)
 
 
 class AlexNetCifar(nn.Module):
-    """The "AlexNet-CIFAR" of the paper: images [batch, 3, 32, 32] to 10 logits; 1,227,328 maskable weights at width 1.
+    """The "AlexNet-CIFAR" of the paper: images [batch, 3, 32, 32] to 10 logits.
+
+    It has 1,227,328 maskable weights at width 1.
 
     Parameters
     ----------
@@ -30,7 +32,7 @@ class AlexNetCifar(nn.Module):
         self.fc2 = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits [batch, num_classes]; the paper's network puts an ELU on them too."""
+        """Logits [batch, num_classes]; the paper's network puts an ELU on them, too."""
         for conv, alpha, pad in zip(
             (self.conv1, self.conv2, self.conv3), LRN_ALPHAS, (0, 0, 1), strict=True
         ):
@@ -40,7 +42,9 @@ class AlexNetCifar(nn.Module):
 
 
 def local_response_norm(x: Tensor, *, size: int, alpha: float) -> Tensor:
-    """Normalise over neighboring channels, ``x * (1 + alpha/size * Σ x²)^(-3/4)``; x is [batch, channels, *space].
+    """Local response norm over channels: ``x * (1 + alpha/size * Σ x²)^(-3/4)``.
+
+    x is [batch, channels, *space].
 
     The window of channel c covers ``c - size//2 .. c + (size-1)//2``:
     torch.nn.LocalResponseNorm with k = 1 and beta = 0.75, to float32 rounding (not bit
@@ -51,7 +55,7 @@ def local_response_norm(x: Tensor, *, size: int, alpha: float) -> Tensor:
 
 
 class _LocalResponseNorm(torch.autograd.Function):
-    """The normalisation with its gradient written out; d = 1 + alpha/size * window(x²)."""
+    """Local response norm with its gradient; d = 1 + alpha/size * window(x²)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, alpha: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Named random streams: every draw comes from (run seed, purpose, agent, round), none from a global generator."""
+"""What bits depend on: named random streams, and the number of torch threads."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,8 @@ def stream_seed(
     every machine, Python version and process, and neighboring names give unrelated
     streams.
     """
-    name = f"{int(seed)}/{purpose}/{'-' if agent is None else int(agent)}/{'-' if round is None else int(round)}"
+    parts = ["-" if part is None else int(part) for part in (agent, round)]
+    name = f"{int(seed)}/{purpose}/{parts[0]}/{parts[1]}"
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -42,7 +43,7 @@ def numpy_stream(
 def isolated_rng(
     seed: int, purpose: str, *, agent: int | None = None, round: int | None = None
 ) -> Iterator[None]:
-    """Run a block of other people's code (initialisers, dropout, transforms) on one named stream.
+    """Run other people's code (initialisers, dropout, transforms) on one named stream.
 
     Such code draws from the global generators of torch, NumPy and Python. Inside the
     block these stand at the start of the named stream; afterwards they are where they
@@ -64,7 +65,7 @@ def isolated_rng(
 
 
 def _seed_torch(start: int, *, cuda: bool) -> None:
-    """Do as ``torch.manual_seed``, which formats the call stack for each kind of device that is not in use."""
+    """Seed torch, without the call stacks that ``torch.manual_seed`` formats."""
     torch.default_generator.manual_seed(start)
     if cuda:
         torch.cuda.manual_seed_all(start)
@@ -74,7 +75,7 @@ def _seed_torch(start: int, *, cuda: bool) -> None:
 
 @contextlib.contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Run a block with so many torch threads (0: as it is), then set the old number again."""
+    """Run a block with so many torch threads (0: as it is), then restore the number."""
     if threads < 0:
         raise ConfigError(f"threads must be >= 0 (0: torch's own choice); got {threads}.")
     before = torch.get_num_threads()

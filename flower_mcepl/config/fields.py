@@ -1,4 +1,4 @@
-"""Reading settings: frozen dataclasses whose fields are kebab-case keys of Flower's run config."""
+"""Settings as frozen dataclasses; their fields are keys of the run config."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ RunConfig = Mapping[str, Any]
 
 
 def read_fields(cls: type[T], run_config: RunConfig, **overrides: Any) -> T:
-    """Build a settings dataclass from the run-config keys that bear its fields' names in kebab-case.
+    """Settings of a dataclass from the run-config keys named as its fields.
 
     Keys that are absent keep the field's default; ``overrides`` win.
 
@@ -44,7 +44,7 @@ def field_keys(*classes: type) -> set[str]:
 
 
 def with_section(run_config: RunConfig, section: str) -> dict[str, Any]:
-    """Return the run config in which the keys of a section stand in place of the plain ones.
+    """Run config in which the keys of a section stand in place of the plain ones.
 
     The section ``dsgd`` of ``{"lr": 0.1, "dsgd.lr": 0.05, "local.lr": 0.03}`` gives
     ``{"lr": 0.05}``, so that one app config can hold the settings of several

@@ -6,7 +6,7 @@ from flower_mcepl.errors import ConfigError
 
 
 def per_agent(key: str, value: Any) -> list[float]:
-    """Read a ratio that may differ between agents: ``0.3``, or ``"0.1, 0.3, 0.5"`` given in turn."""
+    """Ratios of agents in turn: ``0.3``, or ``"0.1, 0.3, 0.5"``."""
     parts = value.split(",") if isinstance(value, str) else [value]
     try:
         ratios = [float(part) for part in parts]

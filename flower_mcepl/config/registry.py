@@ -1,4 +1,4 @@
-"""Names in settings, and what they stand for: built-in entries, and those of installed packages.
+"""Names in settings: built-in entries, and those that installed packages add.
 
 A package of somebody else adds an entry by an entry point in its ``pyproject.toml``::
 
@@ -115,7 +115,8 @@ class Registry(Mapping[str, T], Generic[T]):
         if len(candidates) > 1:
             raise self._error(
                 f"{self.noun} names must be unique; {name!r} comes from "
-                f"{' and from '.join(sorted(map(_origin, candidates)))}. Uninstall one of these packages."
+                f"{' and from '.join(sorted(map(_origin, candidates)))}. Uninstall one of these "
+                "packages."
             )
         return candidates[0]
 

@@ -1,4 +1,4 @@
-"""Settings of one line, ``name`` or ``name:key=value,key=value``: how topologies and partitions are named."""
+"""Specs, settings of one line: ``name`` or ``name:key=value,key=value``."""
 
 import difflib
 import math
@@ -62,7 +62,7 @@ def parse_spec(
 
 
 def lookup(known: Mapping[str, T], name: str, what: str, *, error: type[FlowerMceplError]) -> T:
-    """Return what is known under a name; a name that is not gets the closest one as a hint."""
+    """Entry of a name; an unknown name is refused with the closest one as a hint."""
     if name in known:
         return known[name]
     close = difflib.get_close_matches(str(name).lower(), known, n=1)

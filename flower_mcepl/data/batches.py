@@ -1,4 +1,4 @@
-"""What an agent trains and evaluates on: batches of a training split and of a test split."""
+"""Batches of an agent's splits: what it trains and evaluates on."""
 
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
@@ -22,14 +22,14 @@ MOST_CLASSES = 100  # more of them are not counted: no table or picture of them 
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """A split that yields batches ``(inputs, labels)``; write one to bring your own order of the examples."""
+    """Split that yields batches ``(inputs, labels)``, in an order of its own."""
 
     num_examples: int
 
     def training_batches(
         self, *, round: int, steps: int, batch_size: int, generator: torch.Generator
     ) -> Iterator[Batch]:
-        """Yield ``steps`` batches for one round; every random choice comes from ``generator``."""
+        """Batches of one round; every random choice comes from ``generator``."""
         ...
 
     def evaluation_batches(self, *, batch_size: int) -> Iterator[Batch]:
@@ -109,7 +109,7 @@ class AgentData:
 
 
 def class_counts(split: object) -> ClassCounts | None:
-    """Count the examples of each class, or return None where that would mean drawing examples.
+    """Number of examples by class; None where that would mean drawing examples.
 
     Known are the labels of two tensors, of a TensorDataset of two, of a dataset with
     ``targets`` or a column ``label`` or ``labels``, and of a Subset of or a DataLoader
@@ -217,7 +217,7 @@ class TensorBatches:
     def training_batches(
         self, *, round: int, steps: int, batch_size: int, generator: torch.Generator
     ) -> Iterator[Batch]:
-        """Yield batches drawn without replacement until the split is used up, then from a new shuffle."""
+        """Batches without replacement; a split that is used up is shuffled anew."""
         for index in _index_batches(
             self.num_examples, steps=steps, batch_size=batch_size, generator=generator
         ):
@@ -231,7 +231,7 @@ class TensorBatches:
 
 
 class DatasetBatches:
-    """Batches of a map-style dataset that yields ``(input, label)``; its transforms run as the batch is drawn."""
+    """Batches of a map-style dataset; its transforms run as a batch is drawn."""
 
     def __init__(self, dataset: Any, *, collate: Callable[[Any], Any] = default_collate) -> None:
         self.dataset, self.collate = dataset, collate
@@ -240,7 +240,7 @@ class DatasetBatches:
     def training_batches(
         self, *, round: int, steps: int, batch_size: int, generator: torch.Generator
     ) -> Iterator[Batch]:
-        """Yield batches drawn without replacement until the split is used up, then from a new shuffle."""
+        """Batches without replacement; a split that is used up is shuffled anew."""
         for index in _index_batches(
             self.num_examples, steps=steps, batch_size=batch_size, generator=generator
         ):
@@ -266,7 +266,7 @@ class DatasetBatches:
 
 
 def _from_columns(batch: dict[str, Any]) -> Batch:
-    """Take a batch of flwr-datasets or Hugging Face apart: one column of inputs, one named ``label`` or ``labels``."""
+    """Inputs and labels of a batch with named columns, as of Hugging Face datasets."""
     names = [name for name in batch if name in ("label", "labels")]
     inputs = [name for name in batch if name not in names]
     if len(names) != 1 or len(inputs) != 1:

@@ -58,7 +58,8 @@ def cached_tensors(
     Examples
     --------
     >>> def decode() -> dict[str, Tensor]: ...
-    >>> cached_tensors("~/.cache/my-app", {"data": "cifar10", "split": "test", "version": 1}, decode)  # doctest: +SKIP
+    >>> key = {"data": "cifar10", "split": "test", "version": 1}
+    >>> cached_tensors("~/.cache/my-app", key, decode)  # doctest: +SKIP
     """
     try:
         name = json.dumps(dict(settings), sort_keys=True, allow_nan=False)
@@ -70,9 +71,9 @@ def cached_tensors(
         ) from error
     file = f"{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.tensors"
     path = Path(folder).expanduser() / file
-    found = _read(path, name)
-    if found is not None:
-        return found
+    tensors = _read(path, name)
+    if tensors is not None:
+        return tensors
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(
@@ -81,22 +82,22 @@ def cached_tensors(
         except (OSError, StateError) as error:
             _warn_unwritten(path, error)
             return _checked(make())
-        found = _read(path, name)  # another process may have been faster
-        if found is None:
-            found = _checked(make())
-            _write(path, name, found)
-    return found
+        tensors = _read(path, name)  # another process may have been faster
+        if tensors is None:
+            tensors = _checked(make())
+            _write(path, name, tensors)
+    return tensors
 
 
 def _read(path: Path, name: str) -> dict[str, Tensor] | None:
     try:
         return safetensors.torch.load(bytes(read_sealed(path, TENSORS))) if path.exists() else None
     except DamagedError as error:
-        told = f"are damaged: {error}"
+        trouble = f"are damaged: {error}"
     except (OSError, StateError) as error:
-        told = f"are of no use: {error}"
+        trouble = f"are of no use: {error}"
     getLogger(__name__).warning(
-        "the cached tensors %s %s. They are made anew (%s).", path, told, name
+        "the cached tensors %s %s. They are made anew (%s).", path, trouble, name
     )
     return None
 

@@ -1,4 +1,4 @@
-"""Who holds which examples of a data set: the run-config key ``partition``, carried out by flwr-datasets.
+"""Partitions: who holds which examples of a data set, drawn by flwr-datasets.
 
 Only labels are divided, into indices; so images stay where they are, and any data set
 will do. Needs the extra ``vision`` (flwr-datasets), which is imported only when
@@ -79,7 +79,7 @@ class Partition:
         return cls(text)
 
     def divide(self, labels: ArrayLike, *, num_agents: int, seed: int) -> tuple[Indices, ...]:
-        """Return each agent's examples as indices into ``labels``; no example goes to two agents.
+        """Examples of each agent as indices into ``labels``; none goes to two agents.
 
         The same arguments give the same parts on every machine; all agents of a run
         must pass the same.
@@ -171,8 +171,8 @@ def _vision_extra() -> Iterator[None]:
 def _partitioner(name: str, **options: Any) -> "Partitioner":
     from flwr_datasets import partitioner
 
-    found: Partitioner = getattr(partitioner, name)(**options)
-    return found
+    built: Partitioner = getattr(partitioner, name)(**options)
+    return built
 
 
 def _pathological(n: int, seed: int, classes: int, assignment: str = "random") -> "Partitioner":

@@ -1,4 +1,4 @@
-"""How an agent's examples become its training, validation and test split, all three from its own distribution."""
+"""Training, validation and test split of an agent, all from its own distribution."""
 
 import math
 from collections.abc import Iterable
@@ -18,7 +18,9 @@ TEST_SPLITS = ("classes", "proportional")
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Who holds what, as keys of the run config; an app that declares such a key has it checked before a run.
+    """Settings of who holds what, as keys of the run config.
+
+    An app that declares such a key has it checked before a run.
 
     The three fractions are of the agent's own examples, and what they leave over is
     unused.
@@ -62,7 +64,7 @@ class DataSettings:
 
     @classmethod
     def from_run_config(cls, run_config: RunConfig) -> "DataSettings":
-        """Read the settings from the run-config keys that bear the fields' names in kebab-case."""
+        """Settings from the run-config keys named as the fields, in kebab-case."""
         return read_fields(cls, run_config)
 
 
@@ -145,7 +147,7 @@ def own_splits(labels: ArrayLike, settings: DataSettings, *, seed: int, agent: i
 def own_tests(
     test_labels: ArrayLike, labels: ArrayLike, settings: DataSettings, *, seed: int, agent: int
 ) -> NDArray[np.int64]:
-    """Return an agent's share of a data set's own test examples, as sorted places among them.
+    """Share of an agent in a data set's own test examples, as sorted places.
 
     ``classes`` gives every test example of the classes that the agent holds.
     ``proportional`` gives as many as can be had in the class shares of the agent, drawn
@@ -189,7 +191,7 @@ def own_tests(
 
 
 def _evenly_mixed(classes: NDArray[np.generic]) -> Indices:
-    """Return an order in which example j of the n of its class stands at (j + 1/2) / n of the way."""
+    """Order in which example j of the n of its class stands at (j + 1/2) / n."""
     at = np.empty(len(classes))
     for name in np.unique(classes):
         places = np.flatnonzero(classes == name)

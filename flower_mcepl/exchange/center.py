@@ -1,4 +1,4 @@
-"""The center of a star: where a server-based algorithm opens what the agents send, and frames what they get."""
+"""The center of a star: a server opens what agents send, and frames what they get."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -30,7 +30,7 @@ from flower_mcepl.topology import Topology
 
 @final
 class Center(Generic[FrameT]):
-    """Stands between the agents as a `Relay` does, with a server in its midst: participant number N.
+    """The exchange around a server, which is participant number N.
 
     An answer of round t counts if its agent began from the newest model that the server
     has made; all begin round 1 from what they have in common. Agents that are missing,
@@ -54,10 +54,10 @@ class Center(Generic[FrameT]):
 
     Notes
     -----
-    In the ledger an agent's answers are its uplink, and what the server sends is the link from N to the agent. Every
-    frame is counted where Flower carries it, once up or once down, in the terms of its agent: the weights it has and
-    keeps. ``topology`` is over the agents alone and has no
-    link: they do not hear each other.
+    In the ledger an agent's answers are its uplink, and what the server sends is the
+    link from N to the agent. Every frame is counted where Flower carries it, once up or
+    once down, in the terms of its agent: the weights it has and keeps. ``topology`` is
+    over the agents alone and has no link: they do not hear each other.
     """
 
     key_interval = 0  # no agent ever needs a whole frame of another one
@@ -115,7 +115,7 @@ class Center(Generic[FrameT]):
         )
 
     def take(self, agent: int, answer: Answer[FrameT], *, round: int) -> list[str]:
-        """Take in an answer and open its frame of ``round``; say why it is refused, if it is."""
+        """Take in an answer, open its frame of ``round``, and say why it is refused."""
         self._facts[agent] = answer.facts
         self._held[agent] = answer.held.get(self.server.index, 0)
         if not answer.posts:
@@ -131,7 +131,10 @@ class Center(Generic[FrameT]):
         return []
 
     def state(self, *, round: int) -> Bundle:
-        """Everything that must survive ``round``, which the server aggregates first if it has not."""
+        """Everything that must survive ``round``.
+
+        The server aggregates the round first if it has not.
+        """
         self._close(round)
         server = self.server.state()
         groups = {"server": server.arrays, "mailbox": self._mailbox.arrays()}
@@ -152,7 +155,9 @@ class Center(Generic[FrameT]):
         return Bundle.joined(facts, groups)
 
     def restore(self, state: Bundle) -> None:
-        """Continue exactly where `state` was taken; the server must be one of the same algorithm, run and fleet.
+        """Continue exactly where `state` was taken.
+
+        The server must be one of the same algorithm, run and fleet.
 
         Raises
         ------
@@ -175,15 +180,15 @@ class Center(Generic[FrameT]):
             self._for_all = (newest, Posted(frame, *rest))
         self.ledger.restore(facts["ledger"])
 
-    def _checked(self, found: Mapping[int, Payload], agent: int, round: int) -> Payload:
+    def _checked(self, payloads: Mapping[int, Payload], agent: int, round: int) -> Payload:
         """Return the payload that came if the server can make use of it."""
-        if agent not in found:
+        if agent not in payloads:
             raise ReplayedFrameError(
                 f"the server takes frames of the present round, {round}; agent {agent} sent one "
                 f"of round {self._mailbox.rounds().get(agent)}. Nothing is lost: it sends a new "
                 "one every round."
             )
-        for name, tensor in found[agent].items():
+        for name, tensor in payloads[agent].items():
             is_mask = name in self.server.mask_layers
             if (tensor.dtype == torch.bool) != is_mask:
                 raise ForeignFrameError(
@@ -197,10 +202,10 @@ class Center(Generic[FrameT]):
                     f"{name!r} that are infinite or not a number. Look at why its training left "
                     "the finite numbers."
                 )
-        return found[agent]
+        return payloads[agent]
 
     def _close(self, round: int) -> None:
-        """Let the server aggregate what came in ``round``; a second call finds nothing."""
+        """Let the server aggregate what came in ``round``, once."""
         timely = {
             agent: self._inbox[agent]
             for agent in sorted(self._inbox)
@@ -215,7 +220,7 @@ class Center(Generic[FrameT]):
         self._inbox = {}
 
     def _missing(self, agent: int) -> list[Posted[FrameT]]:
-        """Return the frame of the newest model, unless the agent holds it or the server cannot make one for it."""
+        """Frame of the newest model, unless the agent holds it or has none to get."""
         held = self._held.get(agent, 0)
         if held == self._newest:
             return []
@@ -233,7 +238,7 @@ class Center(Generic[FrameT]):
         return [post]
 
     def _builds_on(self, held: int) -> int | None:
-        """Return the round that the frame may build on; one for all stands alone, as all hold different ones."""
+        """Round that the frame may build on; a frame for all stands alone."""
         return None if self.server.shared else held
 
     def _outbox(self, agent: int) -> Outbox:

@@ -1,4 +1,4 @@
-"""What this process has decoded lately: agents that live together need not decode the same frame once each."""
+"""Cache of decoded frames, for agents that live in one process."""
 
 import threading
 from collections import OrderedDict
@@ -13,7 +13,7 @@ Key = tuple[bytes, str]
 
 @final
 class DecodedFrames:
-    """The last payloads that came out of frames, each under its frame's bytes and what the frame builds on.
+    """Payloads of the last frames, by a frame's bytes and what the frame builds on.
 
     A frame says by digest which weights, layers and classes it presumes, so equal bytes
     on an equal reference decode to equal payloads. Only frames with range-coded bits

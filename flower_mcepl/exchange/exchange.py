@@ -28,7 +28,7 @@ class Exchange(Protocol[FrameT]):
         ...
 
     def take(self, agent: int, answer: Answer[FrameT], *, round: int) -> Sequence[str]:
-        """Take in the answer to the parcel of ``round``; say why frames in it are refused.
+        """Take in the answer to the parcel of ``round``; return why frames are refused.
 
         Frames that come late, in a later round, count as those of their own round. Only
         whoever opens frames can refuse them.

@@ -1,4 +1,4 @@
-"""What is kept of a payload until the next frame builds on it: one bit a weight, and which bits flipped."""
+"""A payload as it is kept until the next frame builds on it: one bit a weight."""
 
 import math
 from collections.abc import Mapping
@@ -54,14 +54,14 @@ class Held:
         for name in sorted(layers):
             tensor = reference.tensors.get(name)
             support = None if tensor is None else support_of(tensor)
-            told = None if tensor is None else values_of(tensor)
+            own = None if tensor is None else values_of(tensor)
             kinds.append(
                 ABSENT
                 if tensor is None
-                else (support is not None) * MASK + (told is not None) * DENSE
+                else (support is not None) * MASK + (own is not None) * DENSE
             )
             bits.append(b"" if support is None else pack(support))
-            values.append(np.zeros(0, np.float32) if told is None else told)
+            values.append(np.zeros(0, np.float32) if own is None else own)
             flips.append(np.asarray(reference.flips.get(name, ()), np.int64) + start)
             start += math.prod(layers[name])
         return cls(
@@ -104,7 +104,7 @@ class Held:
 
     def arrays(self) -> Arrays:
         """Return what must be saved; `from_arrays` takes it back."""
-        told = (
+        content = (
             {"content": np.frombuffer(bytes.fromhex(self.content), np.uint8)}
             if self.content
             else {}
@@ -115,7 +115,7 @@ class Held:
             "bits": self.bits,
             "values": self.values,
             "flips": self.flips,
-            **told,
+            **content,
         }
 
     @classmethod
@@ -158,14 +158,14 @@ class Held:
         masked = np.isin(self.kinds, (MASK, SPARSE))
         if len(self.bits) != sum(packed_bytes(size) for size in sizes[masked].tolist()):
             raise ValueError(f"{len(self.bits)} bytes of bits")
-        told, at = 0, 0
+        num_values, at = 0, 0
         for kind, size in zip(self.kinds.tolist(), sizes.tolist(), strict=True):
             if kind == DENSE:
-                told += size
+                num_values += size
             elif kind == SPARSE:
-                told += int(unpack(self.bits[at : at + packed_bytes(size)], size).sum())
+                num_values += int(unpack(self.bits[at : at + packed_bytes(size)], size).sum())
             at += packed_bytes(size) if kind in (MASK, SPARSE) else 0
-        if len(self.values) != told:
+        if len(self.values) != num_values:
             raise ValueError(f"{len(self.values)} values")
         if np.any(np.diff(self.flips.astype(np.int64)) <= 0) or np.any(self.flips >= sizes.sum()):
             raise ValueError("flips that do not ascend or lie beyond the model")

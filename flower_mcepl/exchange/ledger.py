@@ -39,7 +39,7 @@ class Count:
 
 
 class Ledger:
-    """Counts bytes per directed link, and per uplink; all counts are totals since the start of the run.
+    """Byte counts per directed link and per uplink, totals since the start of the run.
 
     A frame goes up to the relay once (uplink) and down once per neighbor (link). Both
     are told, never added, but for what one node or the relay handles. Beside the real
@@ -64,7 +64,10 @@ class Ledger:
         self.uplinks[agent].add(frames)
 
     def add_delivery(self, sender: int, receiver: int, frames: Sequence[Shipment]) -> None:
-        """Count frames handed out for one link in one round (a node that goes away may never fetch them)."""
+        """Count frames handed out for one link in one round.
+
+        A node that goes away may never fetch them.
+        """
         self.links[sender, receiver].add(frames)
         num_bytes = sum(frame.num_bytes for frame in frames)
         self._sent[sender] += num_bytes
@@ -74,7 +77,7 @@ class Ledger:
         self.paper_convention_bits += frames[-1].kept_weights
 
     def add_initial(self, num_bytes: int) -> None:
-        """Count initial arrays that the server hands to one node; they come from no agent and are in no other total."""
+        """Count initial arrays handed to one node; they are in no other total."""
         self.initial_bytes += num_bytes
 
     def sent(self, agent: int) -> int:
@@ -86,7 +89,7 @@ class Ledger:
         return self._received[agent]
 
     def totals(self) -> dict[str, Any]:
-        """Return the run's totals in bytes, and the mean bits per weight of a frame on a link and on an uplink."""
+        """Totals of the run in bytes, and mean bits per weight on links and uplinks."""
         links, uplinks = _sum(self.links.values()), _sum(self.uplinks.values())
         both = _sum([links, uplinks])
         handled = {
@@ -121,7 +124,7 @@ class Ledger:
         ]
 
     def changes(self) -> dict[str, list[list[int]]]:
-        """Return what was counted since the last call, in rows that `TRAFFIC_COLUMNS` names."""
+        """Counts since the last call, in rows that `TRAFFIC_COLUMNS` names."""
         links: list[tuple[tuple[int, ...], Count]] = sorted(
             self.links.items(), key=lambda item: item[0]
         )
@@ -131,7 +134,7 @@ class Ledger:
         return {"links": self._rows(links), "uplinks": self._rows(uplinks)}
 
     def state(self) -> dict[str, Any]:
-        """Return all counts, JSON-able and in their order, as sums of floats depend on it."""
+        """All counts, JSON-able, in their order: sums of floats depend on it."""
         return {
             "links": [[*ends, *asdict(count).values()] for ends, count in self.links.items()],
             "uplinks": [[agent, *asdict(count).values()] for agent, count in self.uplinks.items()],

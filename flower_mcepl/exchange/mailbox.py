@@ -34,7 +34,7 @@ _decoded = DecodedFrames()
 
 
 class Mailbox:
-    """The newest payload of every neighbor, kept packed and unpacked only when it is used.
+    """Newest payload of every neighbor, kept packed until it is used.
 
     A payload of round ``r`` counts in round ``t`` when ``0 <= t - r <= max_staleness``.
     A neighbor that was never heard of counts as holding the common first payload, sent
@@ -91,7 +91,9 @@ class Mailbox:
         self._doubtful: set[int] = set()  # senders whose frames no longer fit what is held of them
 
     def put(self, sender: int, frames: Sequence[FrameBytes], *, latest_round: int) -> None:
-        """Take in the frames of one sender, oldest first, each building on the one before or on what is held.
+        """Take in frames of one sender, oldest first.
+
+        Each builds on the one before, or on what is held.
 
         Frames that are not newer than what is held change nothing, as when an answer to
         the relay was lost and they come again.
@@ -116,6 +118,11 @@ class Mailbox:
                 f"an agent takes frames of others only; agent {sender} was given one filed under "
                 "itself. Look at the routing."
             )
+        # A sender that lost its state begins its rounds anew, and its frames then build on
+        # payloads that nobody holds. Such a sender is doubtful: what is held of it stays
+        # in use while it is fresh enough, but the relay is no longer told of it (see
+        # `rounds`), so that a whole frame comes next, and that one is taken even where
+        # its round is not newer than the one held.
         held = self._held.get(sender)
         known = [] if held is None else [held.reference(self._layers)]
         newest = -1
@@ -146,10 +153,10 @@ class Mailbox:
     def _unpack(
         self, payload: memoryview, header: FrameHeader, known: Sequence[Reference], key: Key | None
     ) -> tuple[Reference, Held]:
-        """Return what a frame tells, unpacked and packed; decoded unless an agent of this process has done so."""
-        found = _decoded.get(key)
-        if found is not None:
-            return found.reference(self._layers), found
+        """Payload of a frame, unpacked and packed; decoded once in a process."""
+        decoded = _decoded.get(key)
+        if decoded is not None:
+            return decoded.reference(self._layers), decoded
         first = [] if self._first is None else [Reference(0, self._first)]
         try:
             reference = unpack_frame(
@@ -178,21 +185,21 @@ class Mailbox:
             Agent to its tensors, agents ascending. The first payload is handed out as
             it is, not copied.
         """
-        found: dict[int, Mapping[str, Tensor]] = {}
+        payloads: dict[int, Mapping[str, Tensor]] = {}
         for sender in sorted({*neighbors} - {self._owner}):
             held = self._held.get(sender)
             if not 0 <= round - (held.round if held else 0) <= self._max_staleness:
                 continue
             if held is not None:
-                found[sender] = (
+                payloads[sender] = (
                     self._unpacked.pop(sender, None) or held.reference(self._layers)
                 ).tensors
             elif self._first is not None:
-                found[sender] = self._first
-        return found
+                payloads[sender] = self._first
+        return payloads
 
     def rounds(self) -> dict[int, int]:
-        """Return the round held of each sender that its next frame may build on, senders ascending."""
+        """Round of each sender's payload that its next frame may build on."""
         return {
             sender: held.round
             for sender, held in sorted(self._held.items())
@@ -200,7 +207,7 @@ class Mailbox:
         }
 
     def forget(self, older_than: int) -> None:
-        """Drop every payload that is too old to count in round ``older_than`` or any later one.
+        """Drop payloads that are too old to count in round ``older_than`` or later.
 
         In a graph that changes, this keeps the memory to the senders of the last
         ``max_staleness`` rounds.
@@ -214,7 +221,7 @@ class Mailbox:
         self._unpacked = {}
 
     def arrays(self) -> Arrays:
-        """Return all that is held, by names such as ``"3/bits"``; :meth:`restore` takes it back."""
+        """All that is held, by names such as ``"3/bits"``; `restore` takes it back."""
         held = {
             f"{sender}/{name}": array
             for sender, held in sorted(self._held.items())
@@ -239,7 +246,7 @@ class Mailbox:
 def restore_held(
     arrays: Mapping[str, NDArray[Any]], layers: Mapping[str, tuple[int, ...]], where: str
 ) -> dict[int, Held]:
-    """Return what is held under each number, from arrays by names such as ``"3/bits"``."""
+    """Payload held under each number, from arrays by names such as ``"3/bits"``."""
     grouped: dict[str, dict[str, NDArray[Any]]] = {}
     for name, array in arrays.items():
         number, _, part = name.partition("/")

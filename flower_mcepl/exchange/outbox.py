@@ -15,7 +15,7 @@ from flower_mcepl.wire.payload import support_of
 
 
 class Outbox:
-    """Writes an agent's frames: what changed since the newest one that the relay has, or the whole payload.
+    """Writer of an agent's frames: changes since the newest one that the relay has.
 
     An answer may be lost on its way. So the sender keeps what it sent until the relay
     says which of it has come, and builds on nothing else. It keeps masks, and with a
@@ -116,7 +116,7 @@ class Outbox:
         )
 
     def arrays(self) -> Arrays:
-        """Return all that is kept, by names such as ``"17/bits"`` (the round); :meth:`restore` takes it back."""
+        """All that is kept, by round: ``"17/bits"``; `restore` takes it back."""
         return {
             f"{round}/{name}": array
             for round, held in sorted(self._sent.items())

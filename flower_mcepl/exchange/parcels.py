@@ -11,7 +11,7 @@ FrameT = TypeVar("FrameT")
 
 @dataclass(frozen=True)
 class Parcel(Generic[FrameT]):
-    """What one agent gets for one round: last round's frames of its in-neighbors, and what to do.
+    """What one agent gets for one round: its in-neighbors' frames, and what to do.
 
     ``round`` begins with this parcel; the frames are of ``round - 1`` or older, those
     of one sender oldest first. ``neighbors`` is None where the agent has not exchanged
@@ -38,7 +38,7 @@ class Posted(Generic[FrameT]):
 
     @property
     def is_key(self) -> bool:
-        """Tell whether everyone can decode it: it is whole, or builds on the common first payload."""
+        """Whether everyone can decode it: whole, or on the common first payload."""
         return not self.builds_on
 
 
@@ -63,7 +63,7 @@ class Answer(Generic[FrameT]):
 
 
 def shipments(posts: Sequence[Posted[Any]], facts: Mapping[str, Any]) -> list[Shipment]:
-    """Return frames as the ledger counts them; ``facts`` are of the handshake that says what they stand for."""
+    """Frames as the ledger counts them; ``facts`` are of their sender's handshake."""
     weights, kept = int(facts.get("num-weights", 0)), int(facts.get("kept-weights", 0))
     return [
         Shipment(post.num_bytes, post.header_bytes, post.is_key, weights, kept) for post in posts

@@ -21,7 +21,7 @@ from flower_mcepl.topology import Topology
 
 
 class Relay(Generic[FrameT]):
-    """Keeps each agent's frames since its last whole one, and hands its neighbors just those that they lack.
+    """Exchange over a graph: each neighbor gets just those frames that it lacks.
 
     Parameters
     ----------
@@ -41,7 +41,8 @@ class Relay(Generic[FrameT]):
 
     Notes
     -----
-    Frames are opaque: in `simulate` they are bytes, in Flower the received Array objects, handed on as they came.
+    Frames are opaque: in `simulate` they are bytes, in Flower the received Array
+    objects, handed on as they came.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Relay(Generic[FrameT]):
         )
 
     def take(self, agent: int, answer: Answer[FrameT], *, round: int) -> tuple[()]:
-        """Take in an answer to the parcel of ``round``; a relay opens no frame, and so refuses none.
+        """Take in the answer to the parcel of ``round``; no frame is ever refused.
 
         Frames that come late count as those of their own round; they never replace
         newer ones.
@@ -140,7 +141,10 @@ class Relay(Generic[FrameT]):
         return Bundle(facts, frames)
 
     def restore(self, state: Bundle) -> None:
-        """Continue exactly where `state` was taken; topology and settings must be the same."""
+        """Continue exactly where `state` was taken.
+
+        Topology and settings must be the same.
+        """
         facts = state.facts
         frames = {place: self._wrap(array.tobytes()) for place, array in state.arrays.items()}
         self._posted = {
@@ -159,7 +163,13 @@ class Relay(Generic[FrameT]):
         self.ledger.restore(facts["ledger"])
 
     def _missing(self, agent: int, sender: int, previous: int) -> list[Posted[FrameT]]:
-        """Return the fewest bytes that bring the agent from what it holds of the sender to the newest frame."""
+        """Chain with the fewest bytes that brings the agent to the newest frame."""
+        # A shortest path over frames: rounds are nodes, a frame is an edge from the round
+        # it builds on to its own, a whole frame one from nowhere, and bytes are lengths.
+        # Frames stand in the order of their rounds, so one pass finds every shortest
+        # chain. What the agent holds is a start of length zero. Where it says that it
+        # holds a round that no kept frame leads on from, only a whole frame helps, and
+        # `_whole_is_due` asks the sender for one if there is none.
         newest = self._newest(sender)
         held = self._held.get(agent, {}).get(sender)
         if newest is None or previous - newest > self.max_staleness or held == newest:

@@ -63,7 +63,7 @@ def open_mail(agent: Agent, *, max_staleness: int) -> Mail:
 
 
 def play_round(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
-    """Fuse the frames of the last round, evaluate if due, train, and encode what goes out.
+    """Fuse the last round's frames, evaluate if due, train, and encode what goes out.
 
     A bad frame is refused and reported; its sender's last good mask stays in use.
 

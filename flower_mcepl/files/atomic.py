@@ -1,11 +1,11 @@
-"""Files that are replaced in one step: whoever reads one finds the old one whole or the new one whole."""
+"""Atomic files: whoever reads one gets the old one whole or the new one whole."""
 
 import os
 from pathlib import Path
 
 
 def replace_file(path: Path, *parts: bytes, mode: int = 0o666) -> None:
-    """Write a file, so that at any moment the old one, the new one or none stands under its name.
+    """Write a file in one step: the old one, the new one or none is there at any time.
 
     When this returns, the file survives a loss of power.
 
@@ -37,7 +37,10 @@ def replace_file(path: Path, *parts: bytes, mode: int = 0o666) -> None:
 
 
 def remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove what killed writers of files whose names begin so left behind; call it while nobody else writes them."""
+    """Remove what killed writers of files with this prefix left behind.
+
+    Call it while nobody else writes them.
+    """
     for leftover in folder.glob(f".{prefix}*.tmp"):
         leftover.unlink(missing_ok=True)
 

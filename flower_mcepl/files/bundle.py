@@ -1,4 +1,4 @@
-"""Facts and arrays that are saved together, in one encoding: safetensors with the facts in its metadata."""
+"""Facts and arrays that are saved together, as safetensors with metadata."""
 
 import json
 from collections.abc import Mapping
@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
 
 
 def _facts(data: bytes) -> dict[str, Any]:
-    """Facts in the metadata, which `safetensors.numpy.load` leaves out: 8 bytes of length, then JSON."""
+    """Facts in the metadata of a safetensors file: 8 bytes of length, then JSON."""
     length = int(np.frombuffer(data, "<u8", count=1)[0])
     facts = json.loads(json.loads(bytes(data[8 : 8 + length]))["__metadata__"][_FACTS])
     if not isinstance(facts, dict):

@@ -1,4 +1,4 @@
-"""Files that are whole or refused: written atomically, under a checksum over all that they hold.
+"""Sealed files: written in one step, under a checksum over all that they hold.
 
 A sealed file is a header (8 bytes that say of which kind it is, its format version, a
 digest) and a body. The digest covers everything else, so a file that was cut off or has
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 
 
 class DamagedError(Exception):
-    """A sealed file is not what was written; the message completes "the file is damaged: ...". Callers catch it."""
+    """Damage of a sealed file; the message completes "the file is damaged: ..."."""
 
 
 def write_sealed(path: Path, body: bytes, kind: Kind) -> None:
@@ -76,7 +76,7 @@ def read_sealed(path: Path, kind: Kind) -> memoryview:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Rename a damaged file, so that it can be looked at later; return its new name, None if that is impossible."""
+    """Rename a damaged file for later study; return its new name, else None."""
     for number in range(1000):
         aside = path.with_name(f"{path.name}{f'-{number}' if number else ''}.damaged")
         if not aside.exists():
@@ -91,7 +91,7 @@ def set_aside(path: Path) -> Path | None:
 def file_lock(
     path: Path, *, wait: float, busy: str, error: type[FlowerMceplError] = StateError
 ) -> Iterator[None]:
-    """Hold a lock; the operating system lets go of it when the process ends, however it ends.
+    """Lock that the operating system releases when its process ends, however it ends.
 
     On Windows, which has no such locks, it does nothing.
 

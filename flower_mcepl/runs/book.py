@@ -1,4 +1,4 @@
-"""The book of a run: its record, checkpoints, progress and status, from the first line to the summary."""
+"""The book of a run: record, checkpoints, progress and status, until its summary."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from flower_mcepl.runs.resumption import (
 
 @final
 class RunBook(Generic[FrameT]):
-    """Takes the answers of each round into the exchange, the record and the log; make one with `open_book`.
+    """Rounds of a run, taken into exchange, record and log; made by `open_book`.
 
     Attributes
     ----------
@@ -67,7 +67,7 @@ class RunBook(Generic[FrameT]):
         missing: Sequence[int] = (),
         states: Mapping[str, str] | None = None,
     ) -> None:
-        """Take in the answers of ``round``; number ``num_rounds + 1`` is the closing exchange.
+        """Take in the answers of a round; ``num_rounds + 1`` is the closing exchange.
 
         Parameters
         ----------
@@ -102,11 +102,14 @@ class RunBook(Generic[FrameT]):
         )
 
     def due(self, round: int) -> bool:
-        """Whether a checkpoint follows ``round``: the agents must store their states in it, too."""
+        """Whether a checkpoint follows ``round``.
+
+        The agents must store their states in that round, too.
+        """
         return self.checkpoints is not None and self.checkpoints.due(round)
 
     def keep(self, round: int, more: Bundle | None = None) -> None:
-        """Write the checkpoint of ``round``, whose answers were all taken in, if one is due."""
+        """Write the checkpoint of ``round``, if one is due."""
         if self.checkpoints is not None and self.checkpoints.due(round):
             self.checkpoints.save(round, more or Bundle())
 
@@ -160,7 +163,8 @@ def open_book(
         if resume is not None:
             if record is not None:
                 raise ConfigError(
-                    "a resumed run goes on in its own record; got another one, too. Leave out record."
+                    "a resumed run goes on in its own record; got another one, too. Leave out "
+                    "record."
                 )
             book.record, book.resumed, book.answered = reopen(
                 resume.absolute(), config, held=held, with_frames=keep_frames, log=log

@@ -16,7 +16,7 @@ _NAME = re.compile(r"round-(\d{6,})\.checkpoint")
 
 
 def save_checkpoint(folder: Path, round: int, checkpoint: Bundle) -> None:
-    """Write the checkpoint of a round below ``folder`` in one step; keep it and the one before.
+    """Write the checkpoint of a round in one step; keep it and the one before.
 
     When this returns, the file survives a loss of power.
 
@@ -38,7 +38,9 @@ def save_checkpoint(folder: Path, round: int, checkpoint: Bundle) -> None:
 
 
 def newest_checkpoint(folder: Path, log: Callable[[str], None] = lambda line: None) -> Bundle:
-    """Read the newest checkpoint below ``folder``; ``log`` is told of each damaged one that was passed over.
+    """Read the newest checkpoint below ``folder``.
+
+    ``log`` gets a line on each damaged one that was passed over.
 
     Raises
     ------
@@ -66,7 +68,7 @@ def newest_checkpoint(folder: Path, log: Callable[[str], None] = lambda line: No
 
 
 def set_damaged_aside(folder: Path, *, after: int) -> None:
-    """Rename the checkpoints of rounds ``> after``, the damaged ones, to ``*.damaged``: they come again.
+    """Rename the damaged checkpoints of rounds ``> after``: these rounds come again.
 
     Raises
     ------
@@ -81,7 +83,7 @@ def set_damaged_aside(folder: Path, *, after: int) -> None:
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Delete all checkpoints, damaged ones included, and the folder if nothing else is in it."""
+    """Delete all checkpoints, damaged ones too, and the folder if it is empty then."""
     if not folder.is_dir():
         return
     for pattern in ("round-*.checkpoint", "round-*.damaged"):
@@ -103,7 +105,7 @@ def _path(folder: Path, round: int) -> Path:
 
 
 def _load(path: Path) -> Bundle:
-    """Read one checkpoint; raise DamagedError, or RecordError where it is whole and of no use."""
+    """Read one checkpoint; raise RecordError where it is whole and of no use."""
     try:
         checkpoint = Bundle.decode(bytes(read_sealed(path, SEAL)))
         int(checkpoint.facts[ROUND])

@@ -46,7 +46,7 @@ class RunMonitor(Generic[FrameT]):
         self._introduced: dict[int, Mapping[str, Any]] = {}
 
     def rows_of(self, round: int, answers: Mapping[int, Answer[FrameT]]) -> list[Row]:
-        """Rows of ``rounds.jsonl`` that the answers of a round tell, each of the round before."""
+        """Rows of ``rounds.jsonl`` from a round's answers, of the round before."""
         for agent, answer in answers.items():
             spent = answer.metrics.get("seconds", 0.0)
             self._agent_seconds[agent] = self._agent_seconds.get(agent, 0.0) + spent
@@ -100,7 +100,7 @@ class RunMonitor(Generic[FrameT]):
                 )
 
     def evaluations(self) -> dict[int, dict[str, Any]]:
-        """Return mean, spread and extremes of the personal accuracies by evaluated round."""
+        """Mean, spread and extremes of the personal accuracies by evaluated round."""
         by_round: dict[int, list[dict[str, Any]]] = {}
         for row in self.rows:
             by_round.setdefault(row["round"], []).append(row)

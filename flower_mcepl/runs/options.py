@@ -1,4 +1,4 @@
-"""How the rounds of a run go: one set of options for `GossipStrategy`, `ServerStrategy` and the run config."""
+"""Options of a run's rounds, for both strategies and the run config."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path

@@ -1,8 +1,13 @@
-"""Runs that resume: the relay's side is kept in the run record, and a later run goes on from there.
+"""Resumption of runs: the relay's side lies in the run record, and goes on from there.
 
 A checkpoint of round t is written after all answers of round t were taken in, and only
 where the order of round t asked every agent to store its state, too: else the two would
 not fit together.
+
+Agents first, the checkpoint last. A kill between the two leaves states that no
+checkpoint needs, which the next round writes over; never a checkpoint whose states are
+missing. Two of each are kept, so that a file that a kill or a bad disk has damaged costs
+the rounds since the one before it, not the run.
 """
 
 import contextlib
@@ -60,7 +65,7 @@ class Reopened(NamedTuple):
 
 @final
 class RunCheckpoints(Generic[FrameT]):
-    """Writes checkpoints of the relay's side of a run into its record, and takes one back.
+    """Checkpoints of the relay's side of a run, in its record.
 
     Parameters
     ----------
@@ -86,7 +91,7 @@ class RunCheckpoints(Generic[FrameT]):
         self._record, self._exchange, self._monitor = record, exchange, monitor
 
     def due(self, round: int) -> bool:
-        """Tell whether the agents must store their states in ``round``, so that a checkpoint can follow it."""
+        """Whether a checkpoint follows ``round``; agents store their states then."""
         return self.every > 0 and round % self.every == 0
 
     def rounds(self) -> list[int]:
@@ -94,7 +99,10 @@ class RunCheckpoints(Generic[FrameT]):
         return sorted(checkpoint_rounds(self.folder))
 
     def save(self, round: int, more: Bundle) -> None:
-        """Write the checkpoint of ``round``, whose answers were all taken in, with ``more`` beside it."""
+        """Write the checkpoint of ``round``, with ``more`` beside it.
+
+        All answers of the round were taken in.
+        """
         state = self._exchange.state(round=round)
         facts = {
             "exchange": state.facts,
@@ -106,13 +114,16 @@ class RunCheckpoints(Generic[FrameT]):
         save_checkpoint(self.folder, round, Bundle.joined(facts, groups))
 
     def restore(self, checkpoint: Bundle) -> None:
-        """Let exchange and monitor go on where `save` was called; the record is as `reopen` left it."""
+        """Let exchange and monitor go on where `save` was called.
+
+        The record is as `reopen` left it.
+        """
         exchange = Bundle(checkpoint.facts["exchange"], checkpoint.group("exchange"))
         self._exchange.restore(exchange)
         self._monitor.restore(checkpoint.facts["monitor"], read_run(self._record.path))
 
     def clear(self) -> None:
-        """Delete the checkpoints, the agents' side included, where it lies in the record: the run has finished."""
+        """Delete the checkpoints of a finished run, the agents' side, too."""
         drop_checkpoints(self.folder)
         StateStore(self._record.agents_dir).clear()
 
@@ -191,7 +202,7 @@ def run_id_of(record: RunRecord) -> str:
 
 @contextlib.contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Hold the run record at ``path`` for this process; the operating system lets go of it when the process ends.
+    """Lock on a run record: one process at a time writes it.
 
     Where the system has no such locks (Windows), nothing is held.
 
@@ -217,7 +228,7 @@ def only_writer(path: Path) -> Iterator[None]:
 
 
 def _last_answered(run: Run) -> int:
-    """Return how many agents took part in the last round in which any did, as far as the record goes; 0: none."""
+    """Agents that took part in the last round in which any did; 0: none."""
     resumptions = run.config.get("resumptions", [])
     if resumptions and resumptions[-1]["after_round"] == (
         run.relay[-1]["round"] if run.relay else 0
@@ -245,7 +256,7 @@ def _check_same_run(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None
 
 
 def _check_no_schedule_moves(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse more rounds where the algorithm takes the length of a schedule from them."""
+    """Refuse more rounds where a schedule of the algorithm lasts as long as they do."""
     before, after = (
         dataclasses.asdict(read_config(str(new["algorithm"]), config, agent=0))
         for config in (old, new)
@@ -274,7 +285,7 @@ def _shown(value: Any) -> str:
 
 
 def _synced_size(path: Path) -> int:
-    """Return the file's size after it has reached the disk: the checkpoint counts on that."""
+    """Size in bytes of the file once it has reached the disk."""
     if not path.exists():
         return 0
     with open(path, "rb") as file:
@@ -283,9 +294,9 @@ def _synced_size(path: Path) -> int:
 
 
 def _check_size(path: Path, size: int) -> None:
-    found = path.stat().st_size if path.exists() else 0
-    if found < size:
+    now = path.stat().st_size if path.exists() else 0
+    if now < size:
         raise RecordError(
-            f"{path} had {size} bytes when the checkpoint was written and has {found} now: lines "
+            f"{path} had {size} bytes when the checkpoint was written and has {now} now: lines "
             "are missing. Put back the whole file, or start the run anew."
         )

@@ -20,7 +20,7 @@ from flower_mcepl.topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
-    """How one agent calculates; a SuperNode's node config may set the same keys for itself."""
+    """Device settings of one agent; a SuperNode's node config may set the same keys."""
 
     # "auto" (CUDA, else MPS, else CPU), or a torch device such as "cpu" or "cuda:1"
     device: str = "auto"
@@ -51,7 +51,7 @@ class DeviceSettings:
             ) from None
 
     def state_folder(self) -> Path | None:
-        """Return the folder of the device's states, None if they stay in Flower's Context.
+        """Folder of the device's states; None if they stay in Flower's Context.
 
         By default it is ``$XDG_STATE_HOME/flower_mcepl``, else
         ``~/.local/state/flower_mcepl``.
@@ -96,8 +96,10 @@ class RunSettings(RoundOptions):
     # the split that accuracy and loss are of: one of flower_mcepl.data.EVALUATED
     evaluate_on: str = "test"
     round_timeout: float = field(default=600.0, metadata=FREE)  # seconds that a round may take
-    record_dir: str = field(default="runs", metadata=FREE)  # the run record becomes a folder in here
-    resume: str = field(default="", metadata=FREE)  # the run record of a run that broke off: it goes on in there
+    # the run record becomes a folder in here
+    record_dir: str = field(default="runs", metadata=FREE)
+    # the run record of a run that broke off: it goes on in there
+    resume: str = field(default="", metadata=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,7 +122,9 @@ class RunSettings(RoundOptions):
     def from_run_config(
         cls, run_config: RunConfig, *, app_keys: Iterable[str] = ()
     ) -> "RunSettings":
-        """Read and check the whole run config before anything runs, the algorithm's and devices' keys included.
+        """Read and check the whole run config before anything runs.
+
+        The algorithm's and the devices' keys are checked, too.
 
         Parameters
         ----------

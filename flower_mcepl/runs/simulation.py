@@ -1,4 +1,4 @@
-"""Agents over a graph in one process, without Flower: the oracle for everything that runs under it."""
+"""Simulation in one process, without Flower: the oracle for what runs under it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class SimulationResult:
 
     @property
     def personalized_accuracy(self) -> float:
-        """Mean accuracy over the agents on their own evaluated splits after the last round."""
+        """Mean accuracy over the agents on their own splits after the last round."""
         return float(self.summary["accuracy"]["mean"])
 
 
@@ -163,7 +163,7 @@ class _Fleet:
             _states(book).save(Generation.of(agent, mail, run=book.run, round=round))
 
     def go_back(self, book: RunBook[bytes]) -> None:
-        """Let the agents go on from the states of the checkpoint that the run is resumed from."""
+        """Let the agents go on from the checkpoint that the run is resumed from."""
         last = book.first - 1
         for agent, mail in zip(self._agents, self._mails, strict=True):
             stored = _states(book).load(agent.index, run=book.run, before=book.first)

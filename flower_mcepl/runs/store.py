@@ -1,4 +1,4 @@
-"""The states of agents on disk: the newest two rounds of each, of which at least one is sound at any moment.
+"""States of agents on disk: two rounds of each, one of them sound at any moment.
 
 One file per agent and round, ``agent-0003-round-000012.state``: a sealed `Generation`
 (see `flower_mcepl.files.sealed`). A writer that is killed leaves a temporary file at
@@ -52,7 +52,7 @@ class StateStore:
         self._log = log or getLogger(__name__).warning
 
     def hold(self, agent: int, *, wait: bool = False) -> AbstractContextManager[None]:
-        """Keep other processes from an agent's files while the block runs; `save` needs it.
+        """Lock on an agent's files, which `save` needs.
 
         Raises
         ------
@@ -72,11 +72,11 @@ class StateStore:
         """Return the rounds after which a state of the agent is stored, ascending."""
         if not self.folder.is_dir():
             return []
-        found = [match for name in os.listdir(self.folder) if (match := _FILE.fullmatch(name))]
-        return sorted(int(match[2]) for match in found if int(match[1]) == agent)
+        matches = [match for name in os.listdir(self.folder) if (match := _FILE.fullmatch(name))]
+        return sorted(int(match[2]) for match in matches if int(match[1]) == agent)
 
     def save(self, generation: Generation, *, checkpoints: Collection[int] = ()) -> None:
-        """Store a state; then remove what is no longer needed: all but the newest earlier one, and later ones.
+        """Store a state and prune: keep it, the one before, and those of checkpoints.
 
         Later ones are there when a resumed run plays rounds again. ``checkpoints`` are
         rounds that the relay could go back to: for each, the newest state that is no
@@ -96,7 +96,7 @@ class StateStore:
         remove_leftovers(self.folder, f"agent-{agent:04d}-")
 
     def load(self, agent: int, *, run: str, before: int) -> Generation | None:
-        """Return the newest sound state that the agent had before a round, None if there is none.
+        """Newest sound state that the agent had before a round; None if there is none.
 
         A damaged file is renamed to ``*.damaged``, and the one before it is taken.
 
@@ -152,7 +152,7 @@ class StateStore:
 
 
 def device_store(root: Path, *, run: str, agent: int, log: Log | None = None) -> StateStore:
-    """Return where an agent's states of one run lie on its device: ``<root>/<run>/agent-0003``.
+    """Store of an agent's states of one run on its device: ``<root>/<run>/agent-0003``.
 
     Raises
     ------
@@ -169,7 +169,7 @@ def device_store(root: Path, *, run: str, agent: int, log: Log | None = None) ->
 
 
 def forget_runs(root: Path, *, agent: int, keep: int, log: Log | None = None) -> None:
-    """Remove an agent's states of all but the ``keep`` runs written to last; other agents' states stay.
+    """Remove an agent's states of all but the last ``keep`` runs.
 
     Runs that left no state do not count, and their folders go. Nothing is removed that
     another process holds, nor anything that is not named as states are. What cannot be
@@ -219,11 +219,11 @@ def _last_written(folder: Path) -> float:
 
 
 def _check(generation: Generation, path: Path, *, run: str, agent: int, round: int) -> None:
-    found = {"run": generation.run, "agent": generation.agent, "round": generation.round}
+    saved = {"run": generation.run, "agent": generation.agent, "round": generation.round}
     for key, mine in {"run": run, "agent": agent, "round": round}.items():
-        if found[key] != mine:
+        if saved[key] != mine:
             raise StateError(
-                f"{path} is of {key} {found[key]!r}, but agent {agent} needs that of {key} "
+                f"{path} is of {key} {saved[key]!r}, but agent {agent} needs that of {key} "
                 f"{mine!r}. Put every file back where it was written, or move it away to start "
                 "afresh."
             )

@@ -1,4 +1,4 @@
-"""Server-based algorithms as a Flower strategy: every agent hears the server, and no agent another."""
+"""Server-based algorithms as a Flower strategy: every agent hears the server alone."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -24,7 +24,7 @@ from flower_mcepl.strategies.rounds import ExchangeStrategy
 
 @final
 class ServerStrategy(ExchangeStrategy):
-    """FedAvg, FedSpa or FedPM in the same messages, frames and records as the gossip methods, for comparison.
+    """FedAvg, FedSpa or FedPM with the messages, frames and records of gossip.
 
     From a run config, FedAvg's mean is that of Flower's own ``FedAvg``.
 
@@ -70,7 +70,7 @@ class ServerStrategy(ExchangeStrategy):
         app_keys: Iterable[str] = (),
         name: str = "server",
     ) -> "ServerStrategy":
-        """Build the strategy from Flower's run config, which is checked whole (see `RunSettings`).
+        """Build the strategy from a run config, checked whole (see `RunSettings`).
 
         ``model_fn`` makes the agents' network; it is called on the run's seed.
         ``app_keys`` are further keys that the app itself reads.

@@ -16,7 +16,7 @@ _ARRAYS, _METRICS, _WEIGHT = "arrays", "metrics", "num-examples"  # as FedAvg ex
 
 @final
 class FlowerFedavgServer(FedavgServer):
-    """A `FedavgServer` whose mean is taken by ``FedAvg.aggregate_train`` of the installed Flower.
+    """FedAvg's server with the mean of Flower's own ``FedAvg.aggregate_train``.
 
     So a comparison with FedAvg is one with the FedAvg that everyone knows; messages,
     frames and the record are those of every other algorithm here.

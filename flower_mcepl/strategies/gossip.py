@@ -1,4 +1,4 @@
-"""The relay as a Flower strategy: every agent gets the frames of its own graph neighbors and nothing else."""
+"""The relay as a Flower strategy: each agent gets its neighbors' frames alone."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -19,7 +19,7 @@ from flower_mcepl.topology import Topology
 
 @final
 class GossipStrategy(ExchangeStrategy):
-    """Decentralized learning without a global model: relay each agent's frame to its graph neighbors only.
+    """Decentralized learning: relay each agent's frame to its graph neighbors only.
 
     One message per agent and round: the train message of a round carries the neighbors'
     frames of the round before; the answer carries the agent's own. A closing message
@@ -78,7 +78,7 @@ class GossipStrategy(ExchangeStrategy):
     def from_run_config(
         cls, run_config: Mapping[str, Any], *, app_keys: Iterable[str] = (), name: str = "gossip"
     ) -> "GossipStrategy":
-        """Build the strategy from Flower's run config, which is checked whole (see `RunSettings`).
+        """Build the strategy from a run config, checked whole (see `RunSettings`).
 
         ``app_keys`` are further keys that the app itself reads.
         """

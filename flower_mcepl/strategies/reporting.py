@@ -11,7 +11,7 @@ logger = getLogger("flwr")
 
 
 def report(record: RunRecord) -> None:
-    """Log the table of the agents and draw the overview, where the extra `report` is installed."""
+    """Log the agents' table and draw the overview, if the extra `report` is there."""
     try:
         run = read_run(record.path)
         for line in agent_table(run).splitlines():

@@ -1,4 +1,4 @@
-"""What every strategy of this package does: one message per agent and round, through a relay or a center."""
+"""Rounds of every strategy: one message per agent and round, by relay or center."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,7 +42,7 @@ INITIAL = "initial"  # group of arrays in a checkpoint
 
 
 class ExchangeStrategy(Strategy):
-    """Sends every agent its parcel and takes its answer; what is in the parcels decides the exchange.
+    """Strategy that sends each agent its parcel and takes its answer.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ class ExchangeStrategy(Strategy):
         return self.book.record
 
     def begin_from(self, settings: RunSettings) -> None:
-        """Take rounds and timeout from the run config, for a `start` that does not name them."""
+        """Take rounds and timeout from the run config, for a `start` without them."""
         self._num_rounds, self._timeout = settings.num_rounds, settings.round_timeout
 
     def describe(self) -> str:
@@ -135,7 +135,9 @@ class ExchangeStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the rounds and the closing exchange; as `Strategy.start`, but ``initial_arrays`` may be left out.
+        """Run the rounds and the closing exchange, as `Strategy.start`.
+
+        ``initial_arrays`` may be left out.
 
         ``num_rounds`` and ``timeout`` (seconds for a round) are by default those of the
         run config after `from_run_config`, else 3 and 3600.
@@ -233,13 +235,13 @@ class ExchangeStrategy(Strategy):
         return result
 
     def _own_state(self) -> Bundle:
-        """What of this side must survive beside the exchange: who is who, and the initial arrays."""
+        """State of this side: who is who, and the initial arrays."""
         assert self._initial is not None
         facts, arrays = self._initial.state()
         return Bundle.joined({"roster": self.roster.state(), **facts}, {INITIAL: arrays})
 
     def _send_and_wait(self, grid: Grid, messages: Iterable[Message], round: int) -> list[Message]:
-        """Send the messages and return what was answered in time, late answers to earlier messages included.
+        """Send the messages and return the answers that came, late ones included.
 
         The last round waits for late answers, too: there is no later one that could
         take them.
@@ -275,13 +277,16 @@ class ExchangeStrategy(Strategy):
         )
 
     def _time_to_live(self, round: int) -> float:
-        """Return for how many seconds a message of ``round`` may be answered: the longest round and two usual ones."""
+        """Seconds for which a message of ``round`` may be answered.
+
+        The longest round, and two usual ones.
+        """
         return self._timeout + 2 * self._patience.deadline(evaluating=self._evaluates(round))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return one message per node that is online and owes no answer: its parcel for the round."""
+        """Messages of a round, one per node that is online and owes no answer."""
         before = self.attendance.online
         online = self.attendance.wait_for_nodes(grid, first=server_round == self.book.first)
         if left := set(before) - set(online):
@@ -312,7 +317,7 @@ class ExchangeStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return the closing messages after the last round; evaluations before that ride on the train messages."""
+        """Closing messages after the last round, which evaluate once more."""
         if server_round != self.monitor.num_rounds:
             return []
         self.attendance.online = sorted(grid.get_node_ids())
@@ -442,7 +447,7 @@ class ExchangeStrategy(Strategy):
         return agent, answer
 
     def _check_agent(self, agent: int, facts: Mapping[str, Any]) -> None:
-        """Raise FingerprintError for an agent that does not fit, beyond what the roster compares."""
+        """Raise FingerprintError for an agent that does not fit this strategy."""
 
     def _name(self, node: int) -> str:
         agent = self.roster.agent_of(node)
@@ -454,7 +459,7 @@ class ExchangeStrategy(Strategy):
 
     @contextlib.contextmanager
     def _opened(self, num_rounds: int, timeout: float) -> Iterator[RunBook[Array]]:
-        """Open the book of the run, and go back to where the one that is resumed broke off."""
+        """Book of the run; where it is resumed, this side goes back, too."""
         assert self._initial is not None
         config = {
             **self.config,

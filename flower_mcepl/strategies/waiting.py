@@ -14,7 +14,7 @@ WINDOW, NEEDED = 20, 3  # rounds that are remembered, and those it takes to lear
 
 
 class Patience:
-    """Learns from the rounds so far after how many seconds one more answer is no longer waited for.
+    """Learns a round's deadline from past answer times.
 
     An answer's time is that until it arrives: in simulation it includes the wait for a
     free core. So it is the whole round's time that is learned there, and a slow machine
@@ -40,14 +40,14 @@ class Patience:
             self._rounds.setdefault(evaluating, deque(maxlen=WINDOW)).append(list(seconds))
 
     def deadline(self, *, evaluating: bool) -> float:
-        """Return the seconds for which a round of this kind waits for its last answers."""
+        """Deadline in seconds of a round of this kind."""
         usual = self.usual(evaluating=evaluating)
         if self.factor == 0 or usual is None:
             return self.longest
         return min(self.longest, max(FLOOR, self.factor * usual))
 
     def usual(self, *, evaluating: bool) -> float | None:
-        """Return the seconds within which most answers of a round of this kind come; None while too little is known."""
+        """Usual answer time in seconds; None while too little is known."""
         rounds = self._rounds.get(evaluating, ())
         if len(rounds) < NEEDED:
             return None
@@ -110,7 +110,7 @@ class InFlight:
         }
 
     def lose(self, online: Iterable[int]) -> None:
-        """Give up what nodes that are not online had to answer, unless it comes after all."""
+        """Give up answers of nodes that are not online, unless they come after all."""
         here = set(online)
         self._lost |= {
             message_id for message_id, sent in self._sent.items() if sent.node not in here
@@ -126,7 +126,7 @@ class InFlight:
     def wait(
         self, grid: Grid, wanted: set[str], *, usual: float, deadline: float, longest: float
     ) -> list[Arrival]:
-        """Wait for the answers to the wanted messages, and take late ones to earlier messages meanwhile.
+        """Wait for the wanted answers, and take late ones meanwhile.
 
         It ends when all have come. Else, when the wanted ones have come and ``usual``
         seconds are over: late agents do not hold up the others, but these do not race

@@ -46,5 +46,5 @@ def between(value: float, what: str, *, most: int) -> float:
 
 
 def lookup(known: Mapping[str, T], name: str, what: str) -> T:
-    """Return what is known under a name; a name that is not gets the closest one as a hint."""
+    """Entry of a name; an unknown name is refused with the closest one as a hint."""
     return specs.lookup(known, name, what, error=TopologyError)
