@@ -1,4 +1,7 @@
-"""Specs, settings of one line: ``name`` or ``name:key=value,key=value``."""
+"""Settings of one line, ``name`` or ``name:key=value,key=value``.
+
+Topologies and partitions are named so.
+"""
 
 import difflib
 import math
@@ -14,22 +17,39 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Kind:
-    """What one parameter may be."""
+    """What the value of one option may be.
 
-    read: Callable[[str], Any]  # raises ValueError
-    noun: str  # as in "must be a whole number"
+    Attributes
+    ----------
+    read : callable
+        Makes the value of its text; raises ``ValueError`` where it cannot.
+    noun : str
+        What it must be, as in "must be a whole number".
+    """
+
+    read: Callable[[str], Any]
+    noun: str
 
 
 @dataclass(frozen=True)
 class Spec(Generic[T]):
-    """One known name: how to build what it stands for, and which parameters it has."""
+    """One known name: how to build what it stands for, and which options it has.
+
+    Attributes
+    ----------
+    build : callable
+        Called as ``build(num_agents, seed=seed, **options)`` with the options that were
+        given, in snake_case.
+    needs, takes : mapping of str to Kind
+        The options that must be given, and those that may; names in kebab-case.
+    """
 
     build: Callable[..., T]
     needs: Mapping[str, Kind] = field(default_factory=dict)
     takes: Mapping[str, Kind] = field(default_factory=dict)
 
     def options(self, name: str, text: str, *, error: type[FlowerMceplError]) -> dict[str, Any]:
-        """Read what stands after the colon; keys are in kebab-case."""
+        """Read what stands after the colon into keyword arguments of ``build``."""
         pairs = [part.partition("=")[::2] for part in text.split(",")] if text else []
         if text and PATH in self.needs.values():
             pairs = [(key, text) for key in self.needs]  # a path may hold , and =
@@ -44,7 +64,7 @@ class Spec(Generic[T]):
             raise error(
                 f"{name} needs {' and '.join(missing)}; got {text!r}. Write '{name}:{example}'."
             )
-        return options
+        return {key.replace("-", "_"): value for key, value in options.items()}
 
 
 def parse_spec(
@@ -62,7 +82,7 @@ def parse_spec(
 
 
 def lookup(known: Mapping[str, T], name: str, what: str, *, error: type[FlowerMceplError]) -> T:
-    """Entry of a name; an unknown name is refused with the closest one as a hint."""
+    """Look up a name; an unknown one is refused with the closest as a hint."""
     if name in known:
         return known[name]
     close = difflib.get_close_matches(str(name).lower(), known, n=1)

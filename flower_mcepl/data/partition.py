@@ -111,9 +111,7 @@ class Partition:
         with _vision_extra():
             from datasets import Dataset
 
-            partitioner: Partitioner = spec.build(
-                num_agents, seed, **{key.replace("-", "_"): value for key, value in options.items()}
-            )
+            partitioner: Partitioner = spec.build(num_agents, seed, **options)
         order = np.arange(len(classes))
         if name in _IN_ORDER:  # they cut the data set as it lies, which may be sorted by class
             order = numpy_stream(seed, "partition").permutation(len(classes))
