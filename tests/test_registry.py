@@ -1,4 +1,4 @@
-"""Names that installed packages add: loaded when asked for, checked, and refused where two clash."""
+"""Names that installed packages add: loaded late, checked, refused where two clash."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from flower_mcepl.config.registry import Registry, _installed
 from flower_mcepl.errors import ConfigError, TopologyError
+from tests import installed
 
 GROUP = "flower_mcepl.tests"
 
@@ -21,12 +22,7 @@ def fresh_look() -> None:
 
 
 def install(folder: Path, package: str, entries: str, module: str = "") -> None:
-    """Lay a package into ``folder`` as an installer does."""
-    info = folder / f"{package}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{entries}\n")
-    (folder / f"{package}.py").write_text(module)
+    installed.install(folder, package, f"[{GROUP}]\n{entries}", module)
 
 
 def test_built_in_entries_come_in_their_order_and_load_when_asked() -> None:
@@ -97,3 +93,17 @@ def test_it_is_a_mapping() -> None:
     assert numbers.get("six", 6) == 6
     with pytest.raises(KeyError):
         numbers["six"]
+
+
+def test_it_names_the_package_that_adds_an_entry_without_loading_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "late_package", "six = late_package:SIX\npid = late_package:PID")
+    monkeypatch.syspath_prepend(tmp_path)
+    numbers = registry(pid="errno:EPERM", other="errno:ENOENT")
+    assert (numbers.package("six"), numbers.package("other")) == ("late_package", None)
+    assert "late_package" not in sys.modules
+    with pytest.raises(TopologyError, match=r"unknown number 'sixx'.*Did you mean 'six'"):
+        numbers.package("sixx")
+    with pytest.raises(TopologyError, match="names must be unique; 'pid' comes from"):
+        numbers.package("pid")

@@ -1,4 +1,4 @@
-"""Names in settings: built-in entries, and those that installed packages add.
+"""Names in settings and what they stand for, built-in or added by installed packages.
 
 A package of somebody else adds an entry by an entry point in its ``pyproject.toml``::
 
@@ -75,6 +75,17 @@ class Registry(Mapping[str, T], Generic[T]):
             self._loaded[name] = self._load(name)
         return self._loaded[name]
 
+    def package(self, name: str) -> str | None:
+        """Name of the package that adds an entry; None for a built-in one.
+
+        Raises
+        ------
+        ConfigError (or the registry's own error)
+            If there is no such name, or two packages give it.
+        """
+        entry = self._entry_point(name)
+        return None if entry.dist is None else entry.dist.name
+
     def __contains__(self, name: object) -> bool:
         return name in self._built_in or name in _installed(self.group)
 
@@ -115,8 +126,8 @@ class Registry(Mapping[str, T], Generic[T]):
         if len(candidates) > 1:
             raise self._error(
                 f"{self.noun} names must be unique; {name!r} comes from "
-                f"{' and from '.join(sorted(map(_origin, candidates)))}. Uninstall one of these "
-                "packages."
+                f"{' and from '.join(sorted(map(_origin, candidates)))}. "
+                "Uninstall one of these packages."
             )
         return candidates[0]
 
