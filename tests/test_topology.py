@@ -484,7 +484,7 @@ def test_bad_questions(topology: Topology) -> None:
 
 
 def test_metropolis_refuses_directed_graphs() -> None:
-    with pytest.raises(TopologyError, match="undirected graph; random-neighbors is directed"):
+    with pytest.raises(TopologyError, match="undirected graph; this one is directed"):
         Topology.random_neighbors(4, degree=1, seed=0).mixing(kind="metropolis")
 
 

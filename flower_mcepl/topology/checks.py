@@ -1,4 +1,4 @@
-"""Check what a person asks of a graph; the ``TopologyError`` of a wrong value says what to change."""
+"""Checks of what a graph is asked for; a wrong value raises ``TopologyError``."""
 
 import operator
 from collections.abc import Mapping
@@ -46,5 +46,5 @@ def between(value: float, what: str, *, most: int) -> float:
 
 
 def lookup(known: Mapping[str, T], name: str, what: str) -> T:
-    """Entry of a name; an unknown name is refused with the closest one as a hint."""
+    """Look up a name; an unknown one is refused with the closest as a hint."""
     return specs.lookup(known, name, what, error=TopologyError)

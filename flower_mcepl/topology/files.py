@@ -1,35 +1,36 @@
-"""Read a graph from a matrix or from an edge list; ``Topology.from_file`` says what a file may hold."""
+"""Graphs in files: an adjacency matrix, or an edge list."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from flower_mcepl.errors import TopologyError
+from flower_mcepl.topology.families import Edge
+from flower_mcepl.topology.schedules import FixedLinks
 
 _Matrix = npt.NDArray[np.float64]
 
 
 def read_graph(
-    path: str | Path, *, num_agents: int | None, directed: bool
-) -> tuple[list[Any], int, bool]:
-    """Return the edges of a graph file, the number of agents, and whether the graph is directed."""
+    path: str | Path, *, num_agents: int | None = None, directed: bool = False
+) -> FixedLinks:
+    """Links that stand in a file; ``Topology.from_file`` says what it may hold."""
     rows = _read_npy(path) if Path(path).suffix == ".npy" else _read_text(path)
     if isinstance(rows, list) and all(len(row) == 2 for row in rows):
         edges = _edge_list(rows, path)
         size = 1 + max(map(max, edges), default=-1) if num_agents is None else num_agents
-        return edges, size, directed
+        return FixedLinks.from_edges(edges, num_agents=size, directed=directed)
     matrix = _adjacency(rows, path)
     if num_agents not in (None, len(matrix)):
         raise TopologyError(
             f"the matrix in {path} has {len(matrix)} agents, but {num_agents} are asked for. "
             "Change num_agents or the file."
         )
-    return (
-        np.argwhere(matrix).tolist(),
-        len(matrix),
-        directed or not np.array_equal(matrix, matrix.T),
+    return FixedLinks.from_edges(
+        [(i, j) for i, j in np.argwhere(matrix).tolist()],
+        num_agents=len(matrix),
+        directed=directed or not np.array_equal(matrix, matrix.T),
     )
 
 
@@ -61,13 +62,13 @@ def _read_text(path: str | Path) -> list[list[float]]:
     return [row for row in rows if row]
 
 
-def _edge_list(rows: list[list[float]], path: str | Path) -> list[tuple[int, ...]]:
+def _edge_list(rows: list[list[float]], path: str | Path) -> list[Edge]:
     for row in rows:
         if not all(x.is_integer() and x >= 0 for x in row):
             raise TopologyError(
                 f"an edge list holds pairs of agents 0, 1, 2...; {path} has a line {row}."
             )
-    return [tuple(map(int, row)) for row in rows]
+    return [(int(sender), int(receiver)) for sender, receiver in rows]
 
 
 def _adjacency(rows: _Matrix | list[list[float]], path: str | Path) -> npt.NDArray[np.bool_]:
