@@ -1,4 +1,4 @@
-"""Edges of the known families of graphs, as pure functions of size, parameters and seed.
+"""Edges of the known families of graphs: functions of size, parameters and seed.
 
 Each returns (sender, receiver) pairs over the agents 0..n-1, to be read as links both
 ways; no agent is linked to itself, and an edge may come twice. A wrong argument raises
