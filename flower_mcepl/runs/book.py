@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, final
 
-from flower_mcepl.errors import ConfigError
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, FrameT
 from flower_mcepl.files.bundle import Bundle
@@ -120,7 +119,7 @@ def open_book(
     config: Mapping[str, Any],
     *,
     num_rounds: int,
-    record: RunRecord | None = None,
+    record: Callable[[Mapping[str, Any]], RunRecord] | None = None,
     resume: Path | None = None,
     checkpoint_every: int = 0,
     keep_frames: bool = False,
@@ -136,11 +135,11 @@ def open_book(
     exchange : Relay or Center
         Takes in the answers; where the run is resumed it is set back to the checkpoint.
     config : mapping
-        What else is needed to repeat the run, for ``config.json``.
+        What is needed to repeat the run beside the exchange, for ``config.json``.
     num_rounds : int
         Rounds, without the closing exchange.
-    record : RunRecord, optional
-        The record of a new run, just made; None writes nothing.
+    record : callable, optional
+        Gives the record of a new run, whose config it gets; None writes nothing.
     resume : Path, optional
         The record of a run that broke off, in place of ``record``.
     checkpoint_every : int (default: 0)
@@ -156,24 +155,22 @@ def open_book(
         If the record cannot be written, or the run not be resumed.
     ConfigError
         If the run that is resumed had other settings.
+    TopologyError
+        If the graph cannot be recorded.
     """
     book = RunBook(exchange, RunMonitor(exchange, num_rounds, log=log), new_run_id())
-    config = {**config, "num_rounds": num_rounds}
     with contextlib.ExitStack() as held:
         if resume is not None:
-            if record is not None:
-                raise ConfigError(
-                    "a resumed run goes on in its own record; got another one, too. Leave out "
-                    "record."
-                )
+            settings = _settings(exchange, config, num_rounds)
             book.record, book.resumed, book.answered = reopen(
-                resume.absolute(), config, held=held, with_frames=keep_frames, log=log
+                resume.absolute(), settings, held=held, with_frames=keep_frames, log=log
             )
             book.run = run_id_of(book.record)
         elif record is not None:
-            held.enter_context(only_writer(record.path))
-            record.amend_config(**{RUN: book.run}, **config)
-            book.record = record
+            settings = {RUN: book.run, **_settings(exchange, config, num_rounds)}
+            book.record = record(settings)
+            held.enter_context(only_writer(book.record.path))
+            book.record.amend_config(**settings)
         if book.record is not None:
             book.monitor.record = book.record
             book.checkpoints = RunCheckpoints(
@@ -192,3 +189,16 @@ def open_book(
             book.summary = book.monitor.finish(status)
         if book.checkpoints is not None:
             book.checkpoints.clear()
+
+
+def _settings(
+    exchange: Exchange[FrameT], config: Mapping[str, Any], num_rounds: int
+) -> dict[str, Any]:
+    return {
+        **config,
+        "num_rounds": num_rounds,
+        "evaluate_every": exchange.evaluate_every,
+        "max_staleness": exchange.max_staleness,
+        "key_interval": exchange.key_interval,
+        "topology": exchange.topology.to_config(),
+    }

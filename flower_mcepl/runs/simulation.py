@@ -102,24 +102,24 @@ def simulate(
             f"checkpoints are part of a run record; got checkpoint_every {checkpoint_every} "
             "without one."
         )
+    if record is not None and resume is not None:
+        raise ConfigError(
+            "a resumed run goes on in its own record; got another one, too. Leave out record."
+        )
     exchange = _exchange(topology, server, evaluate_every, max_staleness, key_interval)
     _check_fleet(agents, exchange.topology, num_rounds)
     _check_server(agents[0], server)
     fleet = _Fleet(agents, max_staleness=max_staleness)
     config = {
         "seed": agents[0].seed,
-        "evaluate_every": evaluate_every,
-        "max_staleness": max_staleness,
-        "key_interval": exchange.key_interval,
         "threads": threads,
-        "topology": exchange.topology.to_config(),
         **({} if server is None else {"server": {"number": server.index, **server.parameters()}}),
     }
     with open_book(
         exchange,
         config,
         num_rounds=num_rounds,
-        record=record,
+        record=None if record is None else lambda _: record,
         resume=None if resume is None else Path(resume),
         checkpoint_every=checkpoint_every,
         log=log,

@@ -464,27 +464,17 @@ class ExchangeStrategy(Strategy):
         config = {
             **self.config,
             "timeout": timeout,
-            "evaluate_every": self.exchange.evaluate_every,
-            "max_staleness": self.exchange.max_staleness,
-            "key_interval": self.exchange.key_interval,
             "min_agents": self.attendance.min_agents,
-            "topology": self.topology.to_config(),
             **self._about(),
             **self._initial.about(),
         }
         options = self.options
-        resume = Path(options.resume) if options.resume else None
-        record = None
-        if resume is None and self.record_root is not None:
-            record = RunRecord.create(
-                self.record_root, name=self.name, config=config, with_frames=options.keep_frames
-            )
         with open_book(
             self.exchange,
             config,
             num_rounds=num_rounds,
-            record=record,
-            resume=resume,
+            record=None if self.record_root is None else self._new_record,
+            resume=Path(options.resume) if options.resume else None,
             checkpoint_every=options.checkpoint_every,
             keep_frames=options.keep_frames,
             log=_log,
@@ -492,6 +482,15 @@ class ExchangeStrategy(Strategy):
             if book.resumed is not None:
                 self._go_back(book.resumed, book.answered)
             yield book
+
+    def _new_record(self, config: Mapping[str, Any]) -> RunRecord:
+        assert self.record_root is not None
+        return RunRecord.create(
+            self.record_root,
+            name=self.name,
+            config=config,
+            with_frames=self.options.keep_frames,
+        )
 
     def _go_back(self, checkpoint: Bundle, answered: int) -> None:
         """Know the agents again, and begin from the arrays that the run began with."""
