@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flower_mcepl.errors import TopologyError
+from flower_mcepl.record.reading import read_run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.simulation import simulate
 from flower_mcepl.topology import TOPOLOGIES, Spec, Topology, families
@@ -291,6 +292,9 @@ def test_a_run_record_is_refused_before_the_run(tmp_path: Path) -> None:
     record = RunRecord.create(tmp_path, name="own", config={})
     with pytest.raises(TopologyError, match="of the schedule Turn in the topology 'mine'"):
         simulate(make_fleet(3), of(Turn(3), n=3), num_rounds=1, record=record)
+    assert read_run(record.path).summary is None
+    result = simulate(make_fleet(3), of(Turn(3), n=3), num_rounds=1)  # without one it runs
+    assert len(result.rows) == 3
 
 
 @pytest.mark.parametrize(
