@@ -45,27 +45,21 @@ class Partition:
     def parse(cls, text: str) -> "Partition":
         """Make a partition from one line, ``name`` or ``name:key=value,key=value``.
 
-        ==============================
-        ===========================================================================
-        ``iid``                         equal parts, drawn at random
-        ``pathological:classes=3``      so many classes an agent, each divided equally
-        among its holders;
-                                        ``assignment=random`` (default),
-                                        ``deterministic`` (agent i holds i, i+1,
-                                        ...) or ``first-deterministic`` (arXiv:2102.02079)
-        ``dirichlet:alpha=0.3``         each class in shares drawn from Dirichlet(alpha)
-        (arXiv:1905.12022); drawn
-                                        anew until every agent has ``min-size=10``
-                                        examples
-        ``shards:per-agent=2``          examples sorted by class, cut into equal shards,
-        so many for each agent
-                                        (arXiv:1602.05629); what is left over, under one
-                                        example a shard, is unused
-        ``linear``, ``square``,         drawn at random, in sizes proportional to i + 1,
-        (i + 1)² or exp(i + 1) for
-        ``exponential``                 agent i
-        ==============================
-        ===========================================================================
+        ``iid``
+            Equal parts, drawn at random.
+        ``pathological:classes=3``
+            So many classes an agent, each divided equally among its holders;
+            ``assignment=random`` (default), ``deterministic`` (agent i holds i, i+1,
+            ...) or ``first-deterministic`` (arXiv:2102.02079).
+        ``dirichlet:alpha=0.3``
+            Each class in shares drawn from Dirichlet(alpha) (arXiv:1905.12022); drawn
+            anew until every agent has ``min-size=10`` examples.
+        ``shards:per-agent=2``
+            Examples sorted by class, cut into equal shards, so many for each agent
+            (arXiv:1602.05629); what is left over, under one example a shard, is unused.
+        ``linear``, ``square``, ``exponential``
+            Drawn at random, in sizes proportional to i + 1, (i + 1)² or exp(i + 1) for
+            agent i.
 
         Raises
         ------
