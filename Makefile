@@ -18,7 +18,7 @@ FIND_PYTHON = \
 	  exit 1; \
 	fi
 
-.PHONY: help setup demo test test-slow lint types version check build clean
+.PHONY: help setup demo test test-slow lint types version check docs build clean
 .DEFAULT_GOAL := help
 export PYTHON
 
@@ -65,6 +65,12 @@ version: setup ## check that the newest entry of CHANGELOG.md is the version of 
 	sys.exit(None if top == version else f'pyproject.toml says {version}, the top of CHANGELOG.md {top}')"
 
 check: lint types version test ## all of the above that is fast: run it before you push
+
+docs: setup ## build the site into build/docs/index.html; a warning is an error
+	@"$(PY)" -c 'import furo, myst_parser, sphinx' 2>/dev/null || \
+	  "$(PY)" -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	"$(PY)" -m sphinx -q -W --keep-going -b html -c docs -d build/doctrees . build/docs
+	@echo "Open build/docs/index.html"
 
 build: setup ## make the wheel and the source distribution in dist/
 	"$(PY)" -m pip install --quiet --disable-pip-version-check build

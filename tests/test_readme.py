@@ -1,4 +1,4 @@
-"""What the README shows must work: its links, its change of an ordinary app, its example without Flower."""
+"""What the READMEs show works: the change of an ordinary app, the examples' keys."""
 
 import re
 import tomllib
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from flower_mcepl import AgentData, MceplAgent, MceplConfig, Topology, shared_module, simulate
+from flower_mcepl import Topology
 from flower_mcepl.agents import ALGORITHMS
 from flower_mcepl.clients import make_client_app
 from flower_mcepl.runs.settings import RunSettings
@@ -20,22 +20,6 @@ from flower_mcepl.studies import read_study
 from .inprocess_grid import InProcessGrid
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(
-    [
-        *ROOT.glob("*.md"),
-        *ROOT.glob("docs/*.md"),
-        *ROOT.glob("examples/*/README.md"),
-        *ROOT.glob("benchmarks/*.md"),
-    ]
-)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_relative_links_lead_to_something(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        if not target.startswith("http"):
-            place = page.parent / target
-            assert place.is_dir() or place.stat().st_size > 0, target
 
 
 class Net(nn.Module):
@@ -71,8 +55,7 @@ def load_data(partition_id: int, num_partitions: int) -> tuple[DataLoader[Any], 
 def added_lines() -> str:
     (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     changed = [line for line in diff.splitlines() if line[:1] in "+-"]
-    assert len(diff.splitlines()) <= 18
-    assert len(changed) <= 15
+    assert len(diff.splitlines()) <= 12
     return "\n".join(line[1:] for line in changed if line.startswith("+"))
 
 
@@ -91,39 +74,6 @@ def test_the_change_of_an_ordinary_app_runs_as_written(
     assert list((tmp_path / "runs").iterdir())
 
 
-def test_the_example_without_flower_runs_as_written() -> None:
-    text = (ROOT / "README.md").read_text()
-    (code,) = [
-        block
-        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        if "simulate(" in block
-    ]
-    split = [(torch.randn(8, 4), torch.randint(0, 2, (8,))) for _ in range(10)]
-    names: dict[str, Any] = {"Net": Net, "train": split, "test": split}
-    exec(code.replace("num_rounds=40", "num_rounds=2"), names)
-    assert 0 <= names["result"].personalized_accuracy <= 1
-    assert {AgentData, MceplAgent, MceplConfig, Topology, shared_module, simulate} <= set(
-        value for value in names.values() if callable(value) or isinstance(value, type)
-    )
-
-
-def test_the_configuration_table_tells_the_keys_and_their_defaults() -> None:
-    rows = re.findall(
-        r"^\| ((?:`[a-z-]+`(?:, )?)+) \| ([^|]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE
-    )
-    told = {
-        key: value.strip()
-        for keys, values in rows
-        for key, value in zip(
-            re.findall(r"`([a-z-]+)`", keys), values.replace("`", "").split(", "), strict=False
-        )
-    }
-    config = {key: tomllib.loads(f"x = {value}")["x"] for key, value in told.items()}
-    assert RunSettings.from_run_config({**config, "threads": 1}) == RunSettings()
-    ours = MceplConfig.from_run_config(config, agent=0)
-    assert ours == MceplConfig(first_retention={"conv": 0.3, "linear": 0.9})
-
-
 def test_cifar10s_readme_tells_its_own_keys_and_presets() -> None:
     folder = ROOT / "examples" / "cifar10"
     text = (folder / "README.md").read_text()
@@ -134,14 +84,14 @@ def test_cifar10s_readme_tells_its_own_keys_and_presets() -> None:
         re.M | re.S,
     )
     rows = re.findall(r"^\| ((?:`[a-z-]+`(?:, )?)+) \| ([^|]+) \|", text, re.MULTILINE)
-    told = {
+    shown = {
         key: tomllib.loads(f"x = {value}")["x"]
         for keys, values in rows
         for key, value in zip(
             re.findall(r"`([a-z-]+)`", keys), values.replace("`", "").split(", "), strict=True
         )
     }
-    assert told == {key: config[key] for key in re.findall(r'"([a-z-]+)"', own)}
+    assert shown == {key: config[key] for key in re.findall(r'"([a-z-]+)"', own)}
     presets = {path.name for path in (folder / "presets").iterdir()}
     assert set(re.findall(r"\(presets/([a-z]+\.toml)\)", text)) == presets
     study = read_study(ROOT / "examples" / "paper" / "cifar10-presets.toml")
