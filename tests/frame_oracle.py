@@ -105,14 +105,12 @@ def encode(
     coded = coder.finish()
     description = describe(fingerprint, {name: layers[name].shape for name in names})
     middle = (b"" if builds_on else description) + lines + varint(len(coded))
-    head = b"MCPL" + bytes([2, 0 if builds_on else 1]) + len(names).to_bytes(2, "little")
+    head = b"MCPL" + bytes([3, 0 if builds_on else 1]) + len(names).to_bytes(2, "little")
     head += sender.to_bytes(4, "little") + round.to_bytes(4, "little")
     head += (0xFFFFFFFF if builds_on is None else builds_on).to_bytes(4, "little")
-    head += blake(description + (b"" if classes is None else prior_digest(classes))) + blake(
-        canonical
-    )
-    head += (40 + len(middle) + len(raw) + len(coded) + 8).to_bytes(4, "little")
-    body = head + middle + raw + coded
+    head += blake(description + (b"" if classes is None else prior_digest(classes)))
+    tail = (40 + len(middle) + len(raw) + len(coded) + 8).to_bytes(4, "little") + middle
+    body = head + exclusive_or(blake(canonical), blake(head + tail)) + tail + raw + coded
     return body + blake(body)
 
 
@@ -124,7 +122,7 @@ def decode(
     classes: Classes | None = None,
 ) -> dict[str, Layer]:
     """Read a frame that is known to be good; anything odd is an AssertionError."""
-    assert data[:5] == b"MCPL\x02"
+    assert data[:5] == b"MCPL\x03"
     flags, count, total = (
         data[5],
         int.from_bytes(data[6:8], "little"),
@@ -151,6 +149,7 @@ def decode(
         num_values = stream.varint() if kind and precision else None
         lines.append((coding, kind, precision, told, num_values))
     coded = stream.varint()
+    around = blake(data[:28] + data[36 : stream.at])
     coder = Decoder(data[total - 8 - coded : total - 8])
     layers, canonical = {}, b""
     for name, (coding, kind, precision, told, num_values) in zip(names, lines, strict=True):
@@ -193,7 +192,7 @@ def decode(
         layers[name] = Layer(shapes[name], bits, values, precision)
     assert stream.at == total - 8 - coded
     assert coder.all_read()
-    assert blake(canonical) == data[28:36]
+    assert exclusive_or(blake(canonical), around) == data[28:36]
     return layers
 
 
@@ -202,6 +201,10 @@ def decode(
 
 def blake(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def exclusive_or(left: bytes, right: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(left, right, strict=True))
 
 
 def describe(fingerprint: str, shapes: Mapping[str, tuple[int, ...]]) -> bytes:

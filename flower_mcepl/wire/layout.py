@@ -24,10 +24,10 @@ from flower_mcepl.wire.values import BY_CODE, Precision
 
 # raise it when a field moves, or bit order, padding, layer order or a model's
 # frequencies change
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 MAGIC = b"MCPL"
-CHECKSUM_NBYTES = 8
+DIGEST_NBYTES = 8
 DESCRIBED = 1  # flag: fingerprint, names and shapes follow the fixed header
 MAX_DIMS = 32  # what every supported numpy can hold
 MAX_NUMEL = 2**60  # bounds the strides, also of an empty layer such as (0, 2**32 - 1, 2**32 - 1)
@@ -37,6 +37,7 @@ U16, U32 = 2**16 - 1, 2**32 - 1
 NO_REFERENCE = U32
 # magic version flags layers sender round reference model content total
 FIXED = struct.Struct("<4sBBHIII8s8sI")
+CONTENT = slice(28, 36)  # where the content lies in it
 
 FrameBytes = bytes | bytearray | memoryview | NDArray[np.uint8]
 _WITH_CLASSES, _WITH_RECENT = 0x20, 0x40
@@ -93,7 +94,8 @@ class FrameHeader:
     # is whole
     reference: int | None
     model: str  # 16 hex digits, for the fingerprint, the layers and the classes of weights together
-    content: str  # 16 hex digits, for what the frame decodes to
+    # 16 hex digits, for what the frame decodes to; another one where the header was edited
+    content: str
     # of the shared frozen weights, 32 lower-case hex digits; None: not described
     fingerprint: str | None
     layers: tuple[LayerEntry, ...]
@@ -142,10 +144,21 @@ def model_digest(description: bytes, prior: Prior | None) -> bytes:
 
 def digest(parts: Iterable[bytes | memoryview]) -> bytes:
     """Return the 8 bytes of BLAKE2b over all parts."""
-    state = hashlib.blake2b(digest_size=CHECKSUM_NBYTES)
+    state = hashlib.blake2b(digest_size=DIGEST_NBYTES)
     for part in parts:
         state.update(part)
     return state.digest()
+
+
+def bind(content: bytes, header: bytes | memoryview) -> bytes:
+    """The content digest as it travels: exclusive-or the digest of the header around it.
+
+    The same call leads back. So a header with an edit names the digest of another
+    content, and no payload decodes to that: names, shapes and how each layer is told
+    are covered as well as the bits, while equal payloads keep equal content digests.
+    """
+    around = digest([header[: CONTENT.start], header[CONTENT.stop :]])
+    return bytes(left ^ right for left, right in zip(content, around, strict=True))
 
 
 def shape_fits(shape: Sequence[int]) -> bool:
@@ -185,10 +198,10 @@ def open_frame(
             f"a frame must be as long as it says; {who} says {total} bytes and has {len(view)}. "
             "Have it sent again."
         )
-    if total < len(view) or total < FIXED.size + CHECKSUM_NBYTES:
+    if total < len(view) or total < FIXED.size + DIGEST_NBYTES:
         raise corrupt(who, f"it says {total} bytes and {len(view)} came")
-    body = view[:-CHECKSUM_NBYTES]
-    if digest([body]) != view[-CHECKSUM_NBYTES:]:
+    body = view[:-DIGEST_NBYTES]
+    if digest([body]) != view[-DIGEST_NBYTES:]:
         raise corrupt(who, "its checksum does not match (so sender and round may be wrong, too)")
     if flags & ~DESCRIBED:
         raise future(who, f"flags {flags:#04x}")
@@ -207,7 +220,7 @@ def open_frame(
         round=round,
         reference=None if reference == NO_REFERENCE else reference,
         model=model.hex(),
-        content=content.hex(),
+        content=bind(content, body[: reader.at]).hex(),
         fingerprint=fingerprint,
         layers=entries,
         total=total,
@@ -335,7 +348,7 @@ def _check_start(view: memoryview) -> None:
         )
     if len(view) < FIXED.size:
         raise TruncatedFrameError(
-            f"a frame has at least {FIXED.size + CHECKSUM_NBYTES} bytes; {len(view)} came. Have "
+            f"a frame has at least {FIXED.size + DIGEST_NBYTES} bytes; {len(view)} came. Have "
             "it sent again."
         )
     if view[len(MAGIC)] != WIRE_VERSION:

@@ -95,7 +95,10 @@ def canonical_values(values: Values) -> list[bytes | memoryview]:
 def canonical_pieces(
     support: bytes | memoryview | None, precision: Precision | None, values: bytes | memoryview
 ) -> list[bytes | memoryview]:
-    """Return what stands for a layer in the digest of the content: no two kinds of layer look alike there."""
+    """What stands for a layer in the content digest.
+
+    It names the layer only together with its shape and kind, which `bind` covers.
+    """
     parts = [] if support is None else [support]
     if precision is not None:
         parts += [bytes([precision.code | (support is not None) << 3]), values]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.wire.layout import (
-    CHECKSUM_NBYTES,
+    CONTENT,
     DESCRIBED,
+    DIGEST_NBYTES,
     FIXED,
     MAGIC,
     NO_REFERENCE,
@@ -22,6 +23,7 @@ from flower_mcepl.wire.layout import (
     U32,
     WIRE_VERSION,
     LayerEntry,
+    bind,
     describe,
     digest,
     model_digest,
@@ -146,13 +148,12 @@ def write_frame(
     # at the worst a mask is one bit per weight
     if not packed and any(part.bits is not None for part in parts):
         inside = min(_Inside.of(parts, description, reference, None, packed=True), inside, key=len)
-    total = FIXED.size + len(inside) + CHECKSUM_NBYTES
+    total = FIXED.size + len(inside) + DIGEST_NBYTES
     if total > U32:
         raise ConfigError(
             f"a frame has at most {U32} bytes; this one would have {total}. Send it in several "
             "frames."
         )
-    content = digest(piece for part in parts for piece in part.canonical())
     fixed = FIXED.pack(
         MAGIC,
         WIRE_VERSION,
@@ -162,10 +163,13 @@ def write_frame(
         round,
         NO_REFERENCE if inside.builds_on is None else inside.builds_on,
         model_digest(description, prior),
-        content,
+        bytes(DIGEST_NBYTES),
         total,
     )
-    body = fixed + inside.header + inside.payload
+    content = digest(piece for part in parts for piece in part.canonical())
+    header = fixed + inside.header
+    bound = bind(content, header)
+    body = header[: CONTENT.start] + bound + header[CONTENT.stop :] + inside.payload
     header_bytes = total - len(inside.payload)
     decoded = {
         p.name: torch.from_numpy(p.decoded).reshape(p.shape) for p in parts if p.decoded is not None
