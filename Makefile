@@ -1,8 +1,10 @@
 # Every target sets up its own environment first; nothing has to be prepared.
 #   make test VENV=/some/where      use (or create) that environment instead of .venv
 #   make test PYTEST_ARGS='-k wire' pass arguments to pytest
+#   make explore EXPLORE_SECONDS=60 explore for another time than 5 minutes
 VENV ?= .venv
 PYTEST_ARGS ?=
+EXPLORE_SECONDS ?= 300
 PIP_ARGS ?=
 DEMO_ARGS ?=
 
@@ -18,7 +20,7 @@ FIND_PYTHON = \
 	  exit 1; \
 	fi
 
-.PHONY: help setup demo test test-slow lint types version check docs build clean
+.PHONY: help setup demo test test-slow lint types version check docs build clean explore
 .DEFAULT_GOAL := help
 export PYTHON
 
@@ -44,11 +46,14 @@ setup: ## create the environment and install everything into it, unless that is 
 demo: setup ## run the quickstart for real; results go under runs/
 	"$(PY)" -m flower_mcepl.launch examples/quickstart $(DEMO_ARGS)
 
-test: setup ## run the fast tests, on all cores
+test: setup ## run the fast tests, on all cores; the same examples every time
 	"$(PY)" -m pytest -n auto $(PYTEST_ARGS)
 
 test-slow: setup ## run the tests that train for long or start Flower itself
 	"$(PY)" -m pytest -m slow $(PYTEST_ARGS)
+
+explore: setup ## search for new examples that break a property, for EXPLORE_SECONDS
+	"$(PY)" -m tests.explore --seconds $(EXPLORE_SECONDS) -n auto $(PYTEST_ARGS)
 
 lint: setup ## check style and formatting
 	"$(PY)" -m ruff check .

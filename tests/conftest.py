@@ -1,22 +1,77 @@
-"""What tests share: a Hypothesis profile without deadlines, one torch thread, a home for states, a small study."""
+"""What tests share: the two Hypothesis profiles, seeds, one torch thread, a home for states, a small study.
+
+The fast suite says the same twice: its examples are drawn from each test's own source
+(profile ``fast``), and every test begins with the same global seeds, wherever it runs.
+``make explore`` draws new examples instead (profile ``explore``, see explore.py).
+"""
 
 import contextlib
 import os
+import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
+from hypothesis.internal.conjecture import providers
 
-# The first call into torch takes seconds, which is no property of the code under test.
-settings.register_profile("flower_mcepl", deadline=None)
-settings.load_profile("flower_mcepl")
+from .explore import UNTIL
+
+# No deadlines: the first call into torch takes seconds, which is no property of the
+# code under test.
+settings.register_profile("fast", deadline=None, derandomize=True)
+settings.register_profile(
+    "explore", deadline=None, max_examples=200, print_blob=True, database=None
+)
+settings.load_profile("fast")
+
+# Hypothesis also draws constants that it finds in the modules loaded so far. Those
+# depend on which tests ran before in this process, and so would the examples.
+if hasattr(providers, "_get_local_constants"):
+    _NO_CONSTANTS = providers.Constants()
+    providers._get_local_constants = lambda: _NO_CONSTANTS
 
 with contextlib.suppress(ImportError):
     import torch
 
     # small tensors; and workers of one machine do not fight over its cores
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Explore in an order of the seed's own, so that every test has its turn where time is short."""
+    if UNTIL in os.environ:
+        random.Random(config.getoption("--hypothesis-seed")).shuffle(items)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed what a library may draw from; and stop exploring when the time is up."""
+    if time.time() > float(os.environ.get(UNTIL, "inf")):
+        pytest.skip("the time to explore is up")
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    with contextlib.suppress(NameError):
+        torch.manual_seed(0)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say how to repeat what was found with new examples."""
+    seed = config.getoption("--hypothesis-seed")
+    failed = [report.nodeid for report in terminalreporter.stats.get("failed", [])]
+    if not failed or seed is None:
+        return
+    terminalreporter.section("FOUND: how to repeat it", sep="#", red=True, bold=True)
+    profile = f"--hypothesis-profile=explore --hypothesis-seed={seed}"
+    for test in failed:
+        terminalreporter.line(f"python -m pytest -n 0 {profile} '{test}'")
+    terminalreporter.line(
+        "Or put the line @reproduce_failure(...) that stands above on top of the test. Then add "
+        "the example to the test, as an @example or on its own, and mend what it shows."
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")
