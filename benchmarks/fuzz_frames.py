@@ -51,9 +51,9 @@ from flower_mcepl.wire.layout import (
     FREE_WEIGHTS,
     WEIGHTS_PER_BYTE,
     bind,
-    open_frame,
     varint,
 )
+from flower_mcepl.wire.opening import open_frame
 from flower_mcepl.wire.values import BY_CODE
 
 FINGERPRINT = "000102030405060708090a0b0c0d0e0f"

@@ -7,8 +7,9 @@ from flower_mcepl.wire.layout import (
     LayerEntry,
     check_fingerprint,
 )
+from flower_mcepl.wire.opening import check_frame, read_header
 from flower_mcepl.wire.payload import Reference
-from flower_mcepl.wire.reading import Frame, check_frame, decode_frame, read_header, unpack_frame
+from flower_mcepl.wire.reading import Frame, decode_frame, unpack_frame
 from flower_mcepl.wire.support import Prior
 from flower_mcepl.wire.values import PRECISIONS
 from flower_mcepl.wire.writing import WrittenFrame, encode_frame, write_frame

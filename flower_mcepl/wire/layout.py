@@ -1,4 +1,4 @@
-"""The header of a frame and the checks of its structure; byte by byte in ``docs/wire-format.md``."""
+"""The header of a frame, and how to write its parts; byte by byte in ``docs/wire-format.md``."""
 
 import hashlib
 import math
@@ -6,8 +6,6 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +13,10 @@ from numpy.typing import NDArray
 from flower_mcepl.errors import (
     ConfigError,
     CorruptFrameError,
-    ForeignFrameError,
     FutureFrameError,
-    TruncatedFrameError,
 )
 from flower_mcepl.wire.support import ALONE, DELTA, PACKED, Prior, packed_bytes
-from flower_mcepl.wire.values import BY_CODE, Precision
+from flower_mcepl.wire.values import Precision
 
 # raise it when a field moves, or bit order, padding, layer order or a model's
 # frequencies change
@@ -40,7 +36,7 @@ FIXED = struct.Struct("<4sBBHIII8s8sI")
 CONTENT = slice(28, 36)  # where the content lies in it
 
 FrameBytes = bytes | bytearray | memoryview | NDArray[np.uint8]
-_WITH_CLASSES, _WITH_RECENT = 0x20, 0x40
+WITH_CLASSES, WITH_RECENT = 0x20, 0x40  # in the coding byte of a layer's line
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class LayerEntry:
     def line(self) -> bytes:
         """Return the layer's line in the header."""
         coding = (self.precision.code if self.precision else 0) | self.kind << 3
-        coding |= self.with_classes * _WITH_CLASSES | self.with_recent * _WITH_RECENT
+        coding |= self.with_classes * WITH_CLASSES | self.with_recent * WITH_RECENT
         told = varint(self.told) if self.kind in (ALONE, DELTA) else b""
         return bytes([coding]) + told + (varint(self.num_values) if self.is_sparse else b"")
 
@@ -175,184 +171,6 @@ def varint(value: int) -> bytes:
         parts.append(value & 127 | 128)
         value >>= 7
     return bytes([*parts, value])
-
-
-def open_frame(
-    data: FrameBytes, layers: Mapping[str, Sequence[int]] | None
-) -> tuple[memoryview, FrameHeader]:
-    """Check everything that needs no expectation; return the payload (raw bytes, then coded ones) and the header.
-
-    The order matters. Magic, version and length come before the checksum, because only
-    they say that there is one and where. All else comes after it, so that a flipped bit
-    is never taken for another model or round. Where the frame does not describe itself
-    its layers are taken to be ``layers``.
-    """
-    view = _as_view(data)
-    _check_start(view)
-    _, version, flags, count, sender, round, reference, model, content, total = FIXED.unpack_from(
-        view
-    )
-    who = name_frame(sender, round)
-    if total > len(view):
-        raise TruncatedFrameError(
-            f"a frame must be as long as it says; {who} says {total} bytes and has {len(view)}. "
-            "Have it sent again."
-        )
-    if total < len(view) or total < FIXED.size + DIGEST_NBYTES:
-        raise corrupt(who, f"it says {total} bytes and {len(view)} came")
-    body = view[:-DIGEST_NBYTES]
-    if digest([body]) != view[-DIGEST_NBYTES:]:
-        raise corrupt(who, "its checksum does not match (so sender and round may be wrong, too)")
-    if flags & ~DESCRIBED:
-        raise future(who, f"flags {flags:#04x}")
-    reader = _Reader(body, FIXED.size, who)
-    fingerprint, names = None, None
-    if flags & DESCRIBED:
-        fingerprint, names = reader.description(count)
-    elif layers is not None and len(layers) == count:
-        names = [(name, tuple(layers[name])) for name in sorted(layers)]
-    entries = tuple(reader.line(*(names[i] if names else (None, None))) for i in range(count))
-    coded = reader.varint()
-    payload = body[reader.at :]
-    header = FrameHeader(
-        version=version,
-        sender=sender,
-        round=round,
-        reference=None if reference == NO_REFERENCE else reference,
-        model=model.hex(),
-        content=bind(content, body[: reader.at]).hex(),
-        fingerprint=fingerprint,
-        layers=entries,
-        total=total,
-        coded_bytes=coded,
-        header_bytes=total - len(payload),
-    )
-    _check_payload(header, len(payload), who)
-    return payload, header
-
-
-def _check_payload(header: FrameHeader, num_bytes: int, who: str) -> None:
-    if header.coded_bytes % 4 or header.coded_bytes > num_bytes:
-        raise corrupt(
-            who,
-            f"{header.coded_bytes} range-coded bytes are no whole words, or more than there are",
-        )
-    if header.reference is None and any(entry.is_change for entry in header.layers):
-        raise corrupt(who, "a layer builds on another frame, but the header names none")
-    if any(entry.shape is None for entry in header.layers):
-        return
-    declared = header.coded_bytes + sum(entry.raw_bytes() for entry in header.layers)
-    if declared != num_bytes:
-        raise corrupt(who, f"its layers say {declared} bytes of payload and {num_bytes} are there")
-
-
-class _Reader:
-    """Reads the description and the lines of a frame whose checksum is right."""
-
-    def __init__(self, view: memoryview, at: int, who: str) -> None:
-        self._view, self.at, self._who = view, at, who
-
-    def description(self, count: int) -> tuple[str, list[tuple[str, tuple[int, ...]]]]:
-        layers: list[tuple[str, tuple[int, ...]]] = []
-        try:
-            (digits,) = self._take("<16s")
-            for _ in range(count):
-                (length,) = self._take("<H")
-                (label,) = self._take(f"<{length}s")
-                (dims,) = self._take("<B")
-                layers.append((label.decode("utf-8"), self._take(f"<{dims}I")))
-        except (struct.error, UnicodeDecodeError) as error:
-            raise corrupt(
-                self._who, f"layer {len(layers)} of its description cannot be read ({error})"
-            ) from None
-        for name, shape in layers:
-            if not shape_fits(shape):
-                raise corrupt(self._who, f"layer {name!r} has the impossible shape {shape}")
-        if any(left >= right for (left, _), (right, _) in pairwise(layers)):
-            raise corrupt(self._who, "its layer names are not in ascending order")
-        return digits.hex(), layers
-
-    def line(self, name: str | None, shape: tuple[int, ...] | None) -> LayerEntry:
-        label = "a layer" if name is None else f"layer {name!r}"
-        try:
-            (coding,) = self._take("<B")
-        except struct.error:
-            raise corrupt(self._who, f"it ends before the line of {label}") from None
-        kind, code = coding >> 3 & 3, coding & 7
-        precision = BY_CODE.get(code)
-        sparse_differences = kind and precision is not None and precision.of_differences
-        if coding & 0x80 or (code and precision is None) or sparse_differences:
-            raise future(self._who, f"coding {coding:#04x} in {label}")
-        told = self.varint() if kind in (ALONE, DELTA) else 0
-        num_values = self.varint() if kind and precision else 0
-        with_classes, with_recent = bool(coding & _WITH_CLASSES), bool(coding & _WITH_RECENT)
-        if (
-            (not kind and not precision)
-            or (with_classes and kind < ALONE)
-            or (with_recent and kind != DELTA)
-        ):
-            raise corrupt(self._who, f"the coding {coding:#04x} of {label} contradicts itself")
-        if shape is not None and max(told, num_values) > math.prod(shape):
-            raise corrupt(
-                self._who, f"{label} of {math.prod(shape)} weights tells of {max(told, num_values)}"
-            )
-        return LayerEntry(name, shape, kind, precision, with_classes, with_recent, told, num_values)
-
-    def varint(self) -> int:
-        value = 0
-        for digit in range(9):
-            try:
-                byte = int(self._take("<B")[0])
-            except struct.error:
-                break
-            value |= (byte & 127) << 7 * digit
-            if byte < 128:
-                return value
-        raise corrupt(self._who, "a number in its header does not end")
-
-    def _take(self, layout: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(layout, self._view, self.at)
-        self.at += struct.calcsize(layout)
-        return values
-
-
-def _as_view(data: FrameBytes) -> memoryview:
-    try:
-        view = data.data if isinstance(data, np.ndarray) else memoryview(data)
-    except (TypeError, ValueError):
-        view = None
-    if view is None or view.format not in ("B", "b", "c"):
-        raise ConfigError(
-            "a frame is bytes, bytearray, memoryview or a numpy uint8 array; got "
-            f"{type(data).__name__}. Pass the bytes as they came."
-        )
-    if view.ndim == 1 and view.c_contiguous:
-        return view if view.format == "B" else view.cast("B")
-    return memoryview(view.tobytes())
-
-
-def _check_start(view: memoryview) -> None:
-    """Judge magic, version and the presence of the fixed header."""
-    start = bytes(view[: len(MAGIC)])
-    if start != MAGIC[: len(start)]:
-        raise ForeignFrameError(
-            f"a frame starts with {MAGIC!r}; these {len(view)} bytes start with {start!r}. They "
-            "are no frame: look at what wrote them."
-        )
-    if len(view) > len(MAGIC) and view[len(MAGIC)] > WIRE_VERSION:
-        raise future("a frame", f"version {view[len(MAGIC)]}")
-    if len(view) > len(MAGIC) and 0 < view[len(MAGIC)] < WIRE_VERSION:
-        raise ForeignFrameError(
-            f"this flower_mcepl reads frames of version {WIRE_VERSION}; one came of version "
-            f"{view[len(MAGIC)]}, written by an older one. Update flower_mcepl there."
-        )
-    if len(view) < FIXED.size:
-        raise TruncatedFrameError(
-            f"a frame has at least {FIXED.size + DIGEST_NBYTES} bytes; {len(view)} came. Have "
-            "it sent again."
-        )
-    if view[len(MAGIC)] != WIRE_VERSION:
-        raise corrupt("a frame", f"version {view[len(MAGIC)]} never existed")
 
 
 def name_frame(sender: int, round: int) -> str:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from flower_mcepl.errors import (
     CorruptFrameError,
-    ForeignFrameError,
-    FutureFrameError,
     MissingReferenceError,
 )
 from flower_mcepl.wire.layout import (
@@ -25,14 +23,11 @@ from flower_mcepl.wire.layout import (
     FrameBytes,
     FrameHeader,
     LayerEntry,
-    check_fingerprint,
     corrupt,
-    describe,
     digest,
-    model_digest,
     name_frame,
-    open_frame,
 )
+from flower_mcepl.wire.opening import check_frame
 from flower_mcepl.wire.payload import (
     Reference,
     base_of,
@@ -265,94 +260,3 @@ def _unfit(header: FrameHeader, what: str) -> CorruptFrameError | MissingReferen
         "sender and receiver must know the same of earlier rounds and of the classes of weights; "
         f"{who} does not fit: {what}. The relay sends a whole frame next time."
     )
-
-
-def read_header(
-    data: FrameBytes, layers: Mapping[str, tuple[int, ...]] | None = None
-) -> FrameHeader:
-    """Read who sent a frame, when, and which layers, without unpacking a tensor.
-
-    The checksum and the structure are checked as in :func:`decode_frame`, the bits are
-    not. ``layers`` are the names and shapes to assume where the frame does not tell
-    them.
-    """
-    return open_frame(data, layers)[1]
-
-
-def check_frame(
-    data: FrameBytes,
-    *,
-    fingerprint: str | None,
-    layers: Mapping[str, tuple[int, ...]] | None,
-    dtype: torch.dtype | None,
-    sender: int | None,
-    latest_round: int | None,
-    prior: Prior | None,
-) -> tuple[memoryview, FrameHeader]:
-    """Check all that `decode_frame` checks before it looks for the reference; return the payload and the header."""
-    if fingerprint is not None:
-        check_fingerprint(fingerprint)
-    payload, header = open_frame(data, layers)
-    _expect_model(header, fingerprint=fingerprint, layers=layers, dtype=dtype, prior=prior)
-    _expect_origin(header, sender=sender, latest_round=latest_round)
-    return payload, header
-
-
-def _expect_model(
-    header: FrameHeader,
-    *,
-    fingerprint: str | None,
-    layers: Mapping[str, tuple[int, ...]] | None,
-    dtype: torch.dtype | None,
-    prior: Prior | None,
-) -> None:
-    who = name_frame(header.sender, header.round)
-    if fingerprint is not None and header.fingerprint not in (None, fingerprint):
-        raise ForeignFrameError(
-            f"a frame must carry the fingerprint of the same frozen weights, {fingerprint}; {who} "
-            f"carries {header.fingerprint}. Give both agents the same model and the same seed."
-        )
-    if any(entry.name is None for entry in header.layers):
-        raise ForeignFrameError(
-            f"a delta frame does not repeat names and shapes, {len(header.layers)} here; {who} "
-            f"cannot be read with {'none' if layers is None else len(layers)} expected. Pass the "
-            "layers of the sender's model."
-        )
-    came = {entry.name: entry.shape for entry in header.layers}
-    wanted = came if layers is None else {name: tuple(shape) for name, shape in layers.items()}
-    if came != wanted:
-        name = min(str(n) for n in {*came, *wanted} if came.get(n) != wanted.get(n))
-        raise ForeignFrameError(
-            f"a frame must have the receiver's layers; in {who} layer {name!r} has shape "
-            f"{came.get(name, 'none')} instead of {wanted.get(name, 'none')}. Give both agents "
-            "one model."
-        )
-    if fingerprint is not None and layers is not None:
-        mine = model_digest(describe(fingerprint, layers), prior).hex()
-        if mine != header.model:
-            raise ForeignFrameError(
-                "a frame must be of the receiver's frozen weights, layers and classes of weights, "
-                f"together {mine}; {who} has {header.model}. Give both agents the same model, "
-                "seed and algorithm."
-            )
-    for entry in header.layers:
-        if dtype is not None and (dtype == torch.bool) != (entry.precision is None):
-            raise ForeignFrameError(
-                f"the receiver takes {dtype} only; {who} has "
-                f"{entry.precision.name if entry.precision else 'a mask'} in layer "
-                f"{entry.name!r}. Give both agents the same algorithm."
-            )
-
-
-def _expect_origin(header: FrameHeader, *, sender: int | None, latest_round: int | None) -> None:
-    who = name_frame(header.sender, header.round)
-    if sender is not None and header.sender != sender:
-        raise ForeignFrameError(
-            f"a frame must come from the agent it is filed under, {sender}; this is {who}. Look "
-            "at the routing."
-        )
-    if latest_round is not None and header.round > latest_round:
-        raise FutureFrameError(
-            f"a frame must come from a round that has begun, at most {latest_round}; this is "
-            f"{who}. It may belong to another run; if not, keep it until that round."
-        )
