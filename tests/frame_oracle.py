@@ -13,6 +13,20 @@ from dataclasses import dataclass, field
 
 ALL, PACKED, ALONE, DELTA = 0, 1, 2, 3
 PRECISIONS = {None: 0, "float32": 1, "float16": 2, "bfloat16": 3, "int8": 4, "int8-differences": 5}
+NAMED = 7
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A codec that the page does not know: a frame says its name."""
+
+    num_bytes: Callable[[int], int]
+    pack: Callable[[Sequence[float]], bytes]
+    unpack: Callable[[bytes, int], list[float]]
+    of_differences: bool = False
+
+
+CODECS: dict[str, Codec] = {}  # by name; tests add theirs
 
 
 @dataclass(frozen=True)
@@ -61,10 +75,12 @@ def encode(
         kind = ALL if layer.bits is None else telling.kind
         base = reference.values.get(name) if reference else None
         precision = layer.precision
-        if precision == "int8-differences" and (base is None or len(base) < 2):
+        if of_differences(precision) and (
+            base is None or num_bytes(precision, len(base)) >= 4 * len(base)
+        ):
             precision = "float32"
-        coding = PRECISIONS[precision] + 8 * kind
-        line = b""
+        coding = PRECISIONS.get(precision, NAMED) + 8 * kind
+        line = named(precision)
         if kind in (ALONE, DELTA):
             last = reference.bits[name] if reference and kind == DELTA else None
             told = [k for k, bit in enumerate(layer.bits) if bit != (last[k] if last else 0)]
@@ -85,7 +101,7 @@ def encode(
         if layer.values is not None:
             if layer.bits is not None:
                 line += varint(len(layer.values))
-            if precision == "int8-differences":
+            if of_differences(precision):
                 assert reference
                 assert base
                 builds_on = reference.round
@@ -93,13 +109,12 @@ def encode(
                     [single(v - b) for v, b in zip(layer.values, base, strict=True)], precision
                 )
                 canonical += b"\1" + pack_values(
-                    add(base, unpack_values(values, precision)), "float32"
+                    add(base, unpack_values(values, precision, len(base))), "float32"
                 )
             else:
                 values = pack_values(layer.values, precision)
-                canonical += (
-                    bytes([PRECISIONS[precision] + (8 if layer.bits is not None else 0)]) + values
-                )
+                canonical += bytes([coding & 7 | (8 if layer.bits is not None else 0)])
+                canonical += named(precision) + values
             raw += values
         lines += bytes([coding]) + line
     coded = coder.finish()
@@ -144,7 +159,11 @@ def decode(
     lines = []
     for _ in names:
         coding = stream.number(1)
-        kind, precision = coding >> 3 & 3, list(PRECISIONS)[coding & 7]
+        kind = coding >> 3 & 3
+        if coding & 7 == NAMED:
+            precision: str | None = stream.take(stream.number(1)).decode()
+        else:
+            precision = list(PRECISIONS)[coding & 7]
         told = stream.varint() if kind in (ALONE, DELTA) else 0
         num_values = stream.varint() if kind and precision else None
         lines.append((coding, kind, precision, told, num_values))
@@ -177,17 +196,16 @@ def decode(
             canonical += pack_bits(bits)
         if precision:
             length = numel if num_values is None else num_values
-            stored = stream.take({"float32": 4, "float16": 2, "bfloat16": 2}.get(precision, 1) * length
-                                 + 4 * precision.startswith("int8"))  # fmt: skip
-            values = unpack_values(stored, precision)
-            if precision == "int8-differences":
+            stored = stream.take(num_bytes(precision, length))
+            values = unpack_values(stored, precision, length)
+            if of_differences(precision):
                 assert kind == ALL
                 assert reference
                 assert reference.round == builds_on
                 values = add(reference.values[name], values)
                 canonical += b"\1" + pack_values(values, "float32")
             else:
-                canonical += bytes([PRECISIONS[precision] + (8 if kind else 0)]) + stored
+                canonical += bytes([coding & 7 | (8 if kind else 0)]) + named(precision) + stored
             assert bits is None or sum(bits) == len(values)
         layers[name] = Layer(shapes[name], bits, values, precision)
     assert stream.at == total - 8 - coded
@@ -268,7 +286,30 @@ def single(value: float) -> float:
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
+def named(precision: str | None) -> bytes:
+    """What a line says of the codec besides its code."""
+    if precision in PRECISIONS:
+        return b""
+    assert precision is not None
+    return bytes([len(precision.encode())]) + precision.encode()
+
+
+def of_differences(precision: str | None) -> bool:
+    if precision in CODECS:
+        return CODECS[precision].of_differences
+    return precision == "int8-differences"
+
+
+def num_bytes(precision: str | None, count: int) -> int:
+    if precision in CODECS:
+        return CODECS[precision].num_bytes(count)
+    sizes: dict[str | None, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+    return sizes.get(precision, 1) * count + 4 * (precision not in sizes)
+
+
 def pack_values(values: Sequence[float], precision: str | None) -> bytes:
+    if precision in CODECS:
+        return CODECS[precision].pack(values)
     if precision == "float32":
         return struct.pack(f"<{len(values)}f", *values)
     if precision == "float16":
@@ -284,7 +325,9 @@ def pack_values(values: Sequence[float], precision: str | None) -> bytes:
     return struct.pack(f"<f{len(values)}b", scale, *(max(-127, min(127, step)) for step in steps))
 
 
-def unpack_values(data: bytes, precision: str) -> list[float]:
+def unpack_values(data: bytes, precision: str, count: int) -> list[float]:
+    if precision in CODECS:
+        return CODECS[precision].unpack(data, count)
     if precision == "float32":
         return list(struct.unpack(f"<{len(data) // 4}f", data))
     if precision == "float16":

@@ -51,6 +51,11 @@ GOLDEN_DIFFERENCES = bytes.fromhex(
     "4d43504c 03 00 0100 03000000 07000000 06000000 3be562d0ae6c8053 f177fb005f58b444 39000000"
     "05 00 0402813b 7fc000 bc98076eea0b2e68"
 )
+GOLDEN_NAMED = bytes.fromhex(
+    "4d43504c 03 01 0100 03000000 07000000 ffffffff 3be562d0ae6c8053 b12d19b7081010e4 53000000"
+    "000102030405060708090a0b0c0d0e0f 0100 76 01 03000000"
+    "07 05 6279746573 00 01fe03 e07cdb60de0713c4"
+)
 DESCRIPTION, LINES, PAYLOAD = 40, 72, 75  # where they begin in GOLDEN
 
 
@@ -404,12 +409,13 @@ def test_the_page_shows_the_same_bytes() -> None:
             assert int(offset) == len(frame)
             frame += bytes.fromhex(octets)
         frames.append(frame)
-    assert frames == [GOLDEN, GOLDEN_DELTA, GOLDEN_DIFFERENCES]
+    assert frames == [GOLDEN, GOLDEN_DELTA, GOLDEN_DIFFERENCES, GOLDEN_NAMED]
     prose = " ".join(page.split())
     for frame, payload, content in (
         (GOLDEN, 75, "b1 80 01 00 00 c0 bf"),
         (GOLDEN_DELTA, 43, "10 a0 18"),
         (GOLDEN_DIFFERENCES, 42, "01 00 00 c0 3f 40 20 10 c0 00 00 00 3f"),
+        (GOLDEN_NAMED, 72, "07 05 62 79 74 65 73 01 fe 03"),
     ):
         digest = oracle.blake(bytes.fromhex(content))
         around = oracle.blake(frame[:28] + frame[36:payload])

@@ -16,7 +16,7 @@ from flower_mcepl.errors import (
     FutureFrameError,
 )
 from flower_mcepl.wire.support import ALONE, DELTA, PACKED, Prior, packed_bytes
-from flower_mcepl.wire.values import Precision
+from flower_mcepl.wire.values import Codec
 
 # raise it when a field moves, or bit order, padding, layer order or a model's
 # frequencies change
@@ -46,7 +46,7 @@ class LayerEntry:
     name: str | None
     shape: tuple[int, ...] | None
     kind: int  # of the support: 0 (all weights), PACKED, ALONE or DELTA
-    precision: Precision | None  # None: a mask, without values
+    precision: Codec | None  # None: a mask, without values
     with_classes: bool = False
     with_recent: bool = False
     told: int = 0  # weights told by range coding: those that are on (ALONE) or have flipped (DELTA)
@@ -62,21 +62,25 @@ class LayerEntry:
         """Tell whether it says what changed against another frame: flips of a mask, or differences of values."""
         return self.kind == DELTA or (self.precision is not None and self.precision.of_differences)
 
-    def raw_bytes(self) -> int:
-        """Return how many bytes lie outside the range-coded ones; the shape must be known."""
+    @property
+    def count(self) -> int:
+        """Number of its values; the shape must be known."""
         assert self.shape is not None
-        numel = math.prod(self.shape)
-        values = 0
-        if self.precision is not None:
-            values = self.precision.num_bytes(self.num_values if self.is_sparse else numel)
-        return values + (packed_bytes(numel) if self.kind == PACKED else 0)
+        return self.num_values if self.is_sparse else math.prod(self.shape)
+
+    def raw_bytes(self) -> int:
+        """Size in bytes of what is not range-coded; the shape must be known."""
+        assert self.shape is not None
+        values = 0 if self.precision is None else self.precision.size(self.count)
+        return values + (packed_bytes(math.prod(self.shape)) if self.kind == PACKED else 0)
 
     def line(self) -> bytes:
         """Return the layer's line in the header."""
         coding = (self.precision.code if self.precision else 0) | self.kind << 3
         coding |= self.with_classes * WITH_CLASSES | self.with_recent * WITH_RECENT
-        told = varint(self.told) if self.kind in (ALONE, DELTA) else b""
-        return bytes([coding]) + told + (varint(self.num_values) if self.is_sparse else b"")
+        line = bytes([coding]) + (self.precision.tag if self.precision else b"")
+        line += varint(self.told) if self.kind in (ALONE, DELTA) else b""
+        return line + (varint(self.num_values) if self.is_sparse else b"")
 
 
 @dataclass(frozen=True)

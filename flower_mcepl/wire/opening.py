@@ -38,7 +38,7 @@ from flower_mcepl.wire.layout import (
     shape_fits,
 )
 from flower_mcepl.wire.support import ALONE, DELTA, Prior
-from flower_mcepl.wire.values import BY_CODE
+from flower_mcepl.wire.values import BUILT_IN, BY_CODE, NAMED, PRECISIONS, Codec, find_precision
 
 
 def read_header(
@@ -196,7 +196,10 @@ def _check_payload(header: FrameHeader, num_bytes: int, who: str) -> None:
         raise corrupt(who, "a layer builds on another frame, but the header names none")
     if any(entry.shape is None for entry in header.layers):
         return
-    declared = header.coded_bytes + sum(entry.raw_bytes() for entry in header.layers)
+    try:
+        declared = header.coded_bytes + sum(entry.raw_bytes() for entry in header.layers)
+    except ConfigError as error:  # of a codec that a package adds
+        raise undecodable(who, "a layer", error) from error
     if declared != num_bytes:
         raise corrupt(who, f"its layers say {declared} bytes of payload and {num_bytes} are there")
 
@@ -234,7 +237,7 @@ class _Reader:
         except struct.error:
             raise corrupt(self._who, f"it ends before the line of {label}") from None
         kind, code = coding >> 3 & 3, coding & 7
-        precision = BY_CODE.get(code)
+        precision = self._named_codec(label) if code == NAMED else BY_CODE.get(code)
         sparse_differences = kind and precision is not None and precision.of_differences
         if coding & 0x80 or (code and precision is None) or sparse_differences:
             raise future(self._who, f"coding {coding:#04x} in {label}")
@@ -252,6 +255,28 @@ class _Reader:
                 self._who, f"{label} of {math.prod(shape)} weights tells of {max(told, num_values)}"
             )
         return LayerEntry(name, shape, kind, precision, with_classes, with_recent, told, num_values)
+
+    def _named_codec(self, label: str) -> Codec:
+        """The codec of a package; a name that is not installed here is refused."""
+        try:
+            (length,) = self._take("<B")
+            (octets,) = self._take(f"<{length}s")
+            name = octets.decode("utf-8")
+        except (struct.error, UnicodeDecodeError) as error:
+            raise corrupt(self._who, f"the codec of {label} has no name ({error})") from None
+        if name not in PRECISIONS:
+            raise FutureFrameError(
+                f"a frame is read with the codecs that it was written with; {self._who} has "
+                f"{label} in codec {name!r}, and this installation has "
+                f"{', '.join(PRECISIONS)}. Install the package that adds it here, or let the "
+                "sender choose one of these."
+            )
+        if name in BUILT_IN:
+            raise corrupt(self._who, f"the built-in codec of {label} came by its name, {name!r}")
+        try:
+            return find_precision(name)
+        except ConfigError as error:
+            raise undecodable(self._who, label, error) from error
 
     def varint(self) -> int:
         value = 0
@@ -308,3 +333,11 @@ def _check_start(view: memoryview) -> None:
         )
     if view[len(MAGIC)] != WIRE_VERSION:
         raise corrupt("a frame", f"version {view[len(MAGIC)]} never existed")
+
+
+def undecodable(who: str, label: str, error: ConfigError) -> ForeignFrameError:
+    """The error of a frame whose bytes are right and whose codec, of some package, fails here."""
+    return ForeignFrameError(
+        f"sender and receiver must have the same working codec; {who} cannot be decoded, in "
+        f"{label}: {error}"
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from flower_mcepl.errors import CorruptFrameError
 from flower_mcepl.wire.range_coding import Bits, Ints
 from flower_mcepl.wire.support import Known, Prior
-from flower_mcepl.wire.values import FLOAT32, Precision, Values
+from flower_mcepl.wire.values import FLOAT32, Codec, Values
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ def base_of(name: str, shape: Sequence[int], reference: Reference | None) -> Val
 
 def canonical_values(values: Values) -> list[bytes | memoryview]:
     """Return what stands for a dense layer that was told as differences: what it decodes to, as float32."""
-    return canonical_pieces(None, FLOAT32, FLOAT32.pack(values))
+    return canonical_pieces(None, FLOAT32, FLOAT32.encode(values))
 
 
 def canonical_pieces(
-    support: bytes | memoryview | None, precision: Precision | None, values: bytes | memoryview
+    support: bytes | memoryview | None, precision: Codec | None, values: bytes | memoryview
 ) -> list[bytes | memoryview]:
     """What stands for a layer in the content digest.
 
@@ -101,5 +101,5 @@ def canonical_pieces(
     """
     parts = [] if support is None else [support]
     if precision is not None:
-        parts += [bytes([precision.code | (support is not None) << 3]), values]
+        parts += [bytes([precision.code | (support is not None) << 3]), precision.tag, values]
     return parts

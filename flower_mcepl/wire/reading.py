@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flower_mcepl.errors import (
+    ConfigError,
     CorruptFrameError,
     MissingReferenceError,
 )
@@ -27,7 +28,7 @@ from flower_mcepl.wire.layout import (
     digest,
     name_frame,
 )
-from flower_mcepl.wire.opening import check_frame
+from flower_mcepl.wire.opening import check_frame, undecodable
 from flower_mcepl.wire.payload import (
     Reference,
     base_of,
@@ -47,7 +48,7 @@ from flower_mcepl.wire.support import (
     read_support,
     unpack,
 )
-from flower_mcepl.wire.values import Precision, Values, add_difference
+from flower_mcepl.wire.values import Codec, Values, add_difference
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def unpack_frame(
 ) -> Frame:
     """Unpack the tensors of a frame that `check_frame` has passed; the rest as in `decode_frame`."""
     reference = _find_reference(header, references)
+    who = name_frame(header.sender, header.round)
     split = len(payload) - header.coded_bytes
     coder, at = BitReader(payload[split:]), 0
     tensors, flips, canonical = {}, {}, []
@@ -147,6 +149,8 @@ def unpack_frame(
             # Range-coded bits also turn out unreadable where the two ends do not know
             # the same.
             raise _unfit(header, f"in layer {entry.name!r} {error}") from None
+        except ConfigError as error:
+            raise undecodable(who, f"layer {entry.name!r}", error) from error
         tensors[entry.name] = layer.tensor
         canonical += layer.canonical
         if entry.kind == DELTA:
@@ -206,7 +210,7 @@ def _read_layer(
     if entry.precision is None:
         assert bits is not None
         return _ReadLayer(torch.from_numpy(bits).reshape(entry.shape), told, canonical)
-    values = entry.precision.unpack(raw)
+    values = entry.precision.decode(raw, entry.count)
     if bits is None:
         return _ReadLayer(torch.from_numpy(values).reshape(entry.shape), told, canonical)
     return _ReadLayer(join_support(bits, torch.from_numpy(values), entry.shape), told, canonical)
@@ -215,14 +219,14 @@ def _read_layer(
 def _read_differences(
     name: str,
     shape: tuple[int, ...],
-    precision: Precision,
+    precision: Codec,
     raw: memoryview,
     reference: Reference | None,
 ) -> Values:
     base = base_of(name, shape, reference)
     if base is None:
         raise CorruptFrameError("the receiver does not know its values of an earlier round")
-    return add_difference(base, precision.unpack(raw))
+    return add_difference(base, precision.decode(raw, math.prod(shape)))
 
 
 def _check_known(entry: LayerEntry, known: Known) -> None:

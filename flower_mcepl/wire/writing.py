@@ -42,7 +42,7 @@ from flower_mcepl.wire.range_coding import Bits, BitWriter, Ints
 from flower_mcepl.wire.support import DELTA, PACKED, Plan, Prior, pack, packed_bytes, plan_support
 from flower_mcepl.wire.values import (
     FLOAT32,
-    Precision,
+    Codec,
     Values,
     add_difference,
     difference,
@@ -95,9 +95,10 @@ def encode_frame(
         Classes of weights that the receivers know, too.
     precision : str (default: "float32")
         How floats travel: "float32", "float16", "bfloat16", "int8" (127 steps up to the
-        layer's largest value), or "int8-differences" (127 steps up to the largest
-        change against the reference, for dense layers alone; what has no reference
-        travels as float32). Whatever it is, float32 comes out at the other end.
+        layer's largest value), "int8-differences" (127 steps up to the largest change
+        against the reference, for dense layers alone; what has no reference travels as
+        float32), or the name of a `Codec` that an installed package adds. Whatever it
+        is, float32 comes out at the other end.
     packed : bool (default: False)
         Spend one bit on every weight of a mask, without range coding.
 
@@ -140,10 +141,8 @@ def write_frame(
     description = describe(
         fingerprint, {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     )
-    parts = [
-        _Part.of(name, tensors[name], find_precision(precision), reference)
-        for name in sorted(tensors)
-    ]
+    codec = find_precision(precision)
+    parts = [_Part.of(name, tensors[name], codec, reference) for name in sorted(tensors)]
     inside = _Inside.of(parts, description, reference, prior, packed=packed)
     # at the worst a mask is one bit per weight
     if not packed and any(part.bits is not None for part in parts):
@@ -237,13 +236,13 @@ class _Part:
     support: bytes  # the same, packed; empty: all weights
     num_values: int
     values: bytes  # as they travel
-    precision: Precision | None  # None: a mask, without values
+    precision: Codec | None  # None: a mask, without values
     # where a precision of differences was asked for: what comes out, flat
     decoded: Values | None = None
 
     @classmethod
     def of(
-        cls, name: str, tensor: Tensor, precision: Precision, reference: Reference | None
+        cls, name: str, tensor: Tensor, precision: Codec, reference: Reference | None
     ) -> "_Part":
         sparse = (
             tensor.layout is torch.sparse_coo and tensor.is_coalesced() and tensor.dense_dim() == 0
@@ -272,7 +271,7 @@ class _Part:
             return cls._of_differences(
                 name, shape, values, precision, base_of(name, shape, reference)
             )
-        return cls(name, shape, bits, support, values.size, precision.pack(values), precision)
+        return cls(name, shape, bits, support, values.size, precision.encode(values), precision)
 
     @classmethod
     def _of_differences(
@@ -280,17 +279,17 @@ class _Part:
         name: str,
         shape: tuple[int, ...],
         values: Values,
-        precision: Precision,
+        precision: Codec,
         base: Values | None,
     ) -> "_Part":
         """Tell values as differences from those that the receivers hold, where that is possible and shorter."""
-        if base is None or precision.num_bytes(values.size) >= FLOAT32.num_bytes(values.size):
+        if base is None or precision.size(values.size) >= FLOAT32.size(values.size):
             return cls(
-                name, shape, None, b"", values.size, FLOAT32.pack(values), FLOAT32, values.copy()
+                name, shape, None, b"", values.size, FLOAT32.encode(values), FLOAT32, values.copy()
             )
-        told = precision.pack(difference(values, base))
-        decoded = add_difference(base, precision.unpack(memoryview(told)))
-        return cls(name, shape, None, b"", values.size, told, precision, decoded)
+        packed = precision.encode(difference(values, base))
+        decoded = add_difference(base, precision.decode(memoryview(packed), values.size))
+        return cls(name, shape, None, b"", values.size, packed, precision, decoded)
 
     def canonical(self) -> list[bytes | memoryview]:
         """Return what stands for it in the digest of the content."""
