@@ -1,4 +1,6 @@
-"""Feed damaged and forged frames to the decoder and the mailbox; only FrameErrors and the honest tensors may result.
+"""Feed damaged and forged frames to the decoder and the mailbox.
+
+Only FrameErrors and the honest tensors may result.
 
 python benchmarks/fuzz_frames.py --frames 1000000 --seed 0
 
@@ -152,7 +154,7 @@ def honest_frames(seed: int) -> list[Honest]:
             name: values.sparse_mask(_sparse(support[name])) for name, values in floats().items()
         }
 
-    found: list[Honest] = []
+    frames: list[Honest] = []
 
     def add(
         name: str,
@@ -176,8 +178,8 @@ def honest_frames(seed: int) -> list[Honest]:
             **how,
         )
         decoded = decode_frame(written.data, **draft.expected()).tensors  # int8 and the like round
-        found.append(replace(draft, data=written.data, tensors=decoded))
-        return found[-1]
+        frames.append(replace(draft, data=written.data, tensors=decoded))
+        return frames[-1]
 
     common = masks(0.3)
     add("packed masks", masks(0.3), packed=True)
@@ -213,7 +215,7 @@ def honest_frames(seed: int) -> list[Honest]:
         {**masks(0.2), "conv": floats()["conv"], "head": under(masks(0.2))["head"]},
         prior=CLASSES,
     )
-    return found
+    return frames
 
 
 def _sparse(support: Tensor) -> Tensor:
@@ -226,7 +228,7 @@ def _sparse(support: Tensor) -> Tensor:
     )
 
 
-# ---- mutants ----------------------------------------------------------------------------------------------
+# ---- mutants -------------------------------------------------------------------------
 
 
 @dataclass
@@ -258,7 +260,7 @@ class Mutants:
         return data
 
     def place(self, case: Honest) -> int:
-        """Return a place in a frame, as often in its short header as in its long payload."""
+        """A place in a frame, as often in its short header as in its payload."""
         header = self.headers[case.name]
         begin = header.header_bytes - 8
         ranges = [
@@ -289,7 +291,7 @@ class Mutants:
         return case.data[: self.rng.randrange(len(case.data))]
 
     def splice(self, case: Honest) -> bytes:
-        """Join the beginning of one frame to the end of another, or put a piece of another in."""
+        """Join the beginning of a frame to the end of another, or put a piece in."""
         other = self.rng.choice(self.honest)
         at, start = self.place(case), self.place(other)
         if self.rng.random() < 0.5:
@@ -323,20 +325,29 @@ class Mutants:
         return FIXED.pack(*fields) + case.data[FIXED.size :]
 
     def change_line(self, case: Honest) -> bytes:
-        """Tell one layer in another way, and give the frame a payload of the length that it then declares."""
+        """Code one layer in another way, with a payload of the length then declared."""
         header, rng = self.headers[case.name], self.rng
         entries = list(header.layers)
         at = rng.randrange(len(entries))
         entry = entries[at]
         numel = int(np.prod(entry.shape or ()))
-        numbers = [0, 1, entry.told, entry.num_values, numel // 16, numel // 3, numel, numel + 1]
+        numbers = [
+            0,
+            1,
+            entry.num_listed,
+            entry.num_values,
+            numel // 16,
+            numel // 3,
+            numel,
+            numel + 1,
+        ]
         entries[at] = replace(
             entry,
             kind=rng.choice([entry.kind, rng.randrange(4)]),
             precision=rng.choice([entry.precision, None, *BY_CODE.values()]),
             with_classes=rng.choice([entry.with_classes, rng.random() < 0.5]),
             with_recent=rng.choice([entry.with_recent, rng.random() < 0.5]),
-            told=rng.choice([entry.told, rng.choice(numbers)]),
+            num_listed=rng.choice([entry.num_listed, rng.choice(numbers)]),
             num_values=rng.choice([entry.num_values, rng.choice(numbers)]),
         )
         payload = case.data[header.header_bytes - 8 : -8]
@@ -383,7 +394,7 @@ def with_content(data: bytes, expected: Mapping[str, Any]) -> bytes:
 
 
 def bound(data: bytes, content: bytes) -> bytes:
-    """Return the frame with this content digest, bound to its header, if it can be read."""
+    """The frame with this content digest bound to its header, if it can be read."""
     try:
         payload, _ = open_frame(data, LAYERS)
     except Exception:
@@ -392,7 +403,7 @@ def bound(data: bytes, content: bytes) -> bytes:
     return sealed(data[: CONTENT.start] + bind(content, header) + data[CONTENT.stop :])
 
 
-# ---- what comes of them -----------------------------------------------------------------------------------
+# ---- what comes of them --------------------------------------------------------------
 
 
 @dataclass
@@ -423,13 +434,13 @@ class Receiver:
         self.held = self.box.current([SENDER], round=ROUND).get(SENDER, {})
 
     def put(self, data: bytes) -> Tensors | None:
-        """Put a mutant into the mailbox; return what the mailbox then holds if that changed."""
+        """Put a mutant into the mailbox; return what it then holds if that changed."""
         try:
             self.box.put(SENDER, [data], latest_round=ROUND)
-            found = self.box.current([SENDER], round=ROUND).get(SENDER, {})
+            current = self.box.current([SENDER], round=ROUND).get(SENDER, {})
         finally:
             self.box.restore(self.state)
-        return None if _same(found, self.held) else found
+        return None if _same(current, self.held) else current
 
 
 def fuzz(frames: int, *, seed: int, seconds: float = float("inf")) -> Outcome:
@@ -544,12 +555,12 @@ def _judge(
             raise
         fail(repr(error)[:300])
         return
-    found = tensors[0] if tensors else None
-    if found is not None and not forged and not _as_encoded(found, encoded.get(_content(data))):
+    decoded = tensors[0] if tensors else None
+    if decoded is not None and not forged and not _as_encoded(decoded, encoded.get(_content(data))):
         fail("other tensors than were encoded")
-    if found is not None and forged:
+    if decoded is not None and forged:
         result = "accepted with a forged digest"
-    if tensors and found is None:
+    if tensors and decoded is None:
         result = "nothing new"
     outcome.counts[("good checksum" if fits else "as damaged") + ": " + result] += 1
     outcome.slowest = max(outcome.slowest, spent)
@@ -587,8 +598,8 @@ def _content(data: bytes) -> str:
         return ""
 
 
-def _as_encoded(found: Tensors, wanted: Tensors | None) -> bool:
-    return wanted is not None and _same(found, wanted)
+def _as_encoded(decoded: Tensors, wanted: Tensors | None) -> bool:
+    return wanted is not None and _same(decoded, wanted)
 
 
 def _same(left: Tensors, right: Tensors) -> bool:
@@ -596,11 +607,12 @@ def _same(left: Tensors, right: Tensors) -> bool:
         return False
     pairs = [(left[name], right[name]) for name in left]
     return all(
-        a.shape == b.shape and a.layout == b.layout and _told(a) == _told(b) for a, b in pairs
+        a.shape == b.shape and a.layout == b.layout and _contents(a) == _contents(b)
+        for a, b in pairs
     )
 
 
-def _told(tensor: Tensor) -> tuple[bytes, bytes]:
+def _contents(tensor: Tensor) -> tuple[bytes, bytes]:
     """Return which elements are on, and the values of those."""
     if tensor.layout is torch.strided:
         return b"", tensor.numpy().tobytes()

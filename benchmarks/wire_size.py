@@ -24,7 +24,7 @@ from flower_mcepl.models import AlexNetCifar
 from flower_mcepl.wire import Reference, decode_frame
 from flower_mcepl.wire.payload import support_of
 from flower_mcepl.wire.range_coding import Bits, BitWriter
-from flower_mcepl.wire.support import Known, plan_support
+from flower_mcepl.wire.support import Known, choose_code
 
 COLUMNS = ("weights", "flips", "ours", "entropy", "packed", "zstd", "paper")
 
@@ -110,7 +110,7 @@ def frames_of(record: Path) -> dict[int, dict[int, Path]]:
 
 def coded_bytes(bits: Bits, known: Known) -> float:
     """Return what the layer takes in a frame, without the few bytes that end a range coder."""
-    plan, writer = plan_support(bits, known), BitWriter()
+    plan, writer = choose_code(bits, known), BitWriter()
     plan.write(writer)
     return max(len(writer.to_bytes()) - 4, 0) if plan.kind > 1 else plan.num_bits / 8
 

@@ -1,4 +1,4 @@
-"""What tests share: the two Hypothesis profiles, seeds, one torch thread, a home for states, a small study.
+"""What tests share: Hypothesis profiles, seeds, a home for states, a small study.
 
 The fast suite says the same twice: its examples are drawn from each test's own source
 (profile ``fast``), and every test begins with the same global seeds, wherever it runs.
@@ -41,7 +41,7 @@ with contextlib.suppress(ImportError):
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Explore in an order of the seed's own, so that every test has its turn where time is short."""
+    """Explore in the seed's own order: where time is short, each has its turn."""
     if UNTIL in os.environ:
         random.Random(config.getoption("--hypothesis-seed")).shuffle(items)
 
@@ -76,7 +76,7 @@ def pytest_terminal_summary(
 
 @pytest.fixture(autouse=True, scope="session")
 def no_state_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Let an agent that is played as on a device keep its state elsewhere than in the home of who runs the tests."""
+    """A home for the states of agents that are played as on a device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield Path(os.environ["XDG_STATE_HOME"])

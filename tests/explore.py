@@ -1,4 +1,4 @@
-"""Search for examples that break a property: all property tests, again and again, each time with another seed.
+"""Search for examples that break a property: every pass draws from another seed.
 
 python -m tests.explore --seconds 300
 
@@ -33,7 +33,7 @@ def explore(seconds: float, arguments: list[str]) -> int:
 
 
 def play(seed: int, until: float, arguments: list[str]) -> int | str:
-    """Play all property tests with one seed; return pytest's exit code, or why there is none."""
+    """Play all property tests with one seed; return pytest's exit code or why not."""
     profile = ["--hypothesis-profile=explore", f"--hypothesis-seed={seed}"]
     command = [sys.executable, "-m", "pytest", *OPTIONS, *profile, *arguments]
     limit = max(until - time.time(), 0) + SHRINKING

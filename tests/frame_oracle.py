@@ -1,8 +1,8 @@
-"""A slow, obvious second encoder and decoder of frames, written from docs/wire-format.md alone.
+"""A slow, obvious second encoder and decoder of frames.
 
-Everything is plain Python: bits are lists of 0 and 1, values lists of floats, the range
-coder counts with integers of any length. What the page leaves to the encoder (how a
-layer is told) is an argument here.
+It is written from docs/wire-format.md alone. Everything is plain Python: bits are lists
+of 0 and 1, values lists of floats, the range coder counts with integers of any length.
+What the page leaves to the encoder (how a layer is coded) is an argument here.
 """
 
 import hashlib
@@ -83,15 +83,15 @@ def encode(
         line = named(precision)
         if kind in (ALONE, DELTA):
             last = reference.bits[name] if reference and kind == DELTA else None
-            told = [k for k, bit in enumerate(layer.bits) if bit != (last[k] if last else 0)]
+            listed = [k for k, bit in enumerate(layer.bits) if bit != (last[k] if last else 0)]
             recent = reference.flips[name] if reference and telling.with_recent else []
             groups = sort_weights(
                 math.prod(layer.shape), last, recent if telling.with_recent else None,
                 classes[name] if classes and telling.with_classes else None,
             )  # fmt: skip
-            write_positions(coder.write, [[int(k in told) for k in group] for group in groups])
+            write_positions(coder.write, [[int(k in listed) for k in group] for group in groups])
             coding += 0x20 * telling.with_classes + 0x40 * telling.with_recent
-            line += varint(len(told))
+            line += varint(len(listed))
             if kind == DELTA:
                 builds_on = reference.round if reference else None
         if layer.bits is not None:
@@ -164,14 +164,14 @@ def decode(
             precision: str | None = stream.take(stream.number(1)).decode()
         else:
             precision = list(PRECISIONS)[coding & 7]
-        told = stream.varint() if kind in (ALONE, DELTA) else 0
+        num_listed = stream.varint() if kind in (ALONE, DELTA) else 0
         num_values = stream.varint() if kind and precision else None
-        lines.append((coding, kind, precision, told, num_values))
+        lines.append((coding, kind, precision, num_listed, num_values))
     coded = stream.varint()
     around = blake(data[:28] + data[36 : stream.at])
     coder = Decoder(data[total - 8 - coded : total - 8])
     layers, canonical = {}, b""
-    for name, (coding, kind, precision, told, num_values) in zip(names, lines, strict=True):
+    for name, (coding, kind, precision, num_listed, num_values) in zip(names, lines, strict=True):
         numel = math.prod(shapes[name])
         bits, values = None, None
         if kind == PACKED:
@@ -188,7 +188,7 @@ def decode(
             )
             bits = list(last or [0] * numel)
             for group, taken in zip(
-                groups, read_positions(coder.read, list(map(len, groups)), told), strict=True
+                groups, read_positions(coder.read, list(map(len, groups)), num_listed), strict=True
             ):
                 for weight, flip in zip(group, taken, strict=True):
                     bits[weight] ^= flip
@@ -214,7 +214,7 @@ def decode(
     return layers
 
 
-# ---- bytes ------------------------------------------------------------------------------------------------
+# ---- bytes ---------------------------------------------------------------------------
 
 
 def blake(data: bytes) -> bytes:
@@ -347,7 +347,7 @@ def add(base: Sequence[float], differences: Sequence[float]) -> list[float]:
     return [single(b + d) for b, d in zip(base, differences, strict=True)]
 
 
-# ---- groups, positions, numbers ---------------------------------------------------------------------------
+# ---- groups, positions, numbers ------------------------------------------------------
 
 
 def sort_weights(
@@ -372,11 +372,11 @@ def sort_weights(
 
 def frequencies(ratio: int, largest: int) -> list[int]:
     """Return the frequency of the 1 for each binary digit of a number, lowest first."""
-    x, found = min(ratio, 2**32 - 1), []
+    x, digits = min(ratio, 2**32 - 1), []
     for _ in range(largest.bit_length()):
-        found.append(max((x << 24) // (x + 2**32), 1))
+        digits.append(max((x << 24) // (x + 2**32), 1))
         x = x * x >> 32
-    return found
+    return digits
 
 
 def count_frequencies(sizes: Sequence[int], total: int) -> list[list[int]]:
@@ -447,7 +447,7 @@ def read_positions(read: Callable[[int], int], sizes: Sequence[int], total: int)
     ]
 
 
-# ---- the range coder --------------------------------------------------------------------------------------
+# ---- the range coder -----------------------------------------------------------------
 
 
 class Encoder:

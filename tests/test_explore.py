@@ -1,4 +1,4 @@
-"""The fast suite draws the same examples every time; what exploring finds can be repeated."""
+"""The fast suite draws the same examples every time; finds can be repeated."""
 
 import os
 import random

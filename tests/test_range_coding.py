@@ -55,7 +55,7 @@ def groups_of(numel: int, last: Bits | None, recent: Ints | None, labels: object
     return Groups(numel, last=last, recent=recent, classes=classes)
 
 
-# ---- the coder --------------------------------------------------------------------------------------------
+# ---- the coder -----------------------------------------------------------------------
 
 
 @quick
@@ -68,46 +68,46 @@ def test_words_are_those_of_the_oracle(seed: int, count: int, ends: int) -> None
     generator = np.random.default_rng(seed)
     frequency = generator.integers(1, ends + 1, count)
     # likely and unlikely bits
-    told = generator.random(count) < generator.choice([0.5, 1e-9, 1 - 1e-9])
+    symbols = generator.random(count) < generator.choice([0.5, 1e-9, 1 - 1e-9])
     slow = oracle.Encoder()
-    for bit, f in zip(told.tolist(), frequency.tolist(), strict=True):
+    for bit, f in zip(symbols.tolist(), frequency.tolist(), strict=True):
         slow.write(int(bit), f)
     writer = BitWriter()
-    writer.write(told[: count // 2], frequency[: count // 2])
-    writer.write(told[count // 2 :], frequency[count // 2 :])
+    writer.write(symbols[: count // 2], frequency[: count // 2])
+    writer.write(symbols[count // 2 :], frequency[count // 2 :])
     data = writer.to_bytes()
     assert data == slow.finish()
     reader, back = BitReader(memoryview(data)), oracle.Decoder(data)
-    assert np.array_equal(reader.read(count, frequency), told)
-    assert [back.read(f) for f in frequency.tolist()] == told.astype(int).tolist()
+    assert np.array_equal(reader.read(count, frequency), symbols)
+    assert [back.read(f) for f in frequency.tolist()] == symbols.astype(int).tolist()
     assert reader.at_end()
     assert back.all_read()
 
 
 @pytest.mark.parametrize("frequency", [1, 2, 2**23, 2**24 - 1])
 def test_one_frequency_for_all_bits_is_the_same_as_one_for_each(frequency: int) -> None:
-    told = np.random.default_rng(0).random(300) < frequency / 2**24
+    symbols = np.random.default_rng(0).random(300) < frequency / 2**24
     one, each = BitWriter(), BitWriter()
-    one.write(told, ints(frequency))
-    each.write(told, np.full(300, frequency))
+    one.write(symbols, ints(frequency))
+    each.write(symbols, np.full(300, frequency))
     assert one.to_bytes() == each.to_bytes()
-    assert np.array_equal(BitReader(memoryview(one.to_bytes())).read(300, ints(frequency)), told)
+    assert np.array_equal(BitReader(memoryview(one.to_bytes())).read(300, ints(frequency)), symbols)
 
 
 def test_a_carry_runs_through_many_words() -> None:
-    """Bits that keep the state at the upper edge, so that the encoder must hold many words back."""
+    """Bits that keep the state at the upper edge: the encoder holds many words back."""
     for last in (0, 1):
-        told = np.array([0, *[1] * 4000, last, 0, 1] * 2, np.bool_)
-        frequency = np.full(len(told), 2**24 - 1)
+        symbols = np.array([0, *[1] * 4000, last, 0, 1] * 2, np.bool_)
+        frequency = np.full(len(symbols), 2**24 - 1)
         frequency[0] = 2**23
         slow = oracle.Encoder()
-        for bit, f in zip(told.tolist(), frequency.tolist(), strict=True):
+        for bit, f in zip(symbols.tolist(), frequency.tolist(), strict=True):
             slow.write(int(bit), f)
         writer = BitWriter()
-        writer.write(told, frequency)
+        writer.write(symbols, frequency)
         assert writer.to_bytes() == slow.finish()
         assert np.array_equal(
-            BitReader(memoryview(writer.to_bytes())).read(len(told), frequency), told
+            BitReader(memoryview(writer.to_bytes())).read(len(symbols), frequency), symbols
         )
 
 
@@ -137,7 +137,7 @@ def test_garbage_is_read_as_the_oracle_reads_it(data: bytes, seed: int) -> None:
     assert reader.at_end() == back.all_read()
 
 
-# ---- groups -----------------------------------------------------------------------------------------------
+# ---- groups --------------------------------------------------------------------------
 
 
 @quick
@@ -157,8 +157,8 @@ def test_groups_are_those_of_the_oracle_and_ranks_lead_back(
     assert groups.sizes.tolist() == [len(group) for group in slow]
     counts, ranks = groups.ranks(chosen)
     wanted = [[rank for rank, weight in enumerate(group) if weight in chosen] for group in slow]
-    assert counts.tolist() == [len(found) for found in wanted]
-    assert ranks.tolist() == [rank for found in wanted for rank in found]
+    assert counts.tolist() == [len(group_ranks) for group_ranks in wanted]
+    assert ranks.tolist() == [rank for group_ranks in wanted for rank in group_ranks]
     assert np.sort(groups.weights(counts, ranks)).tolist() == chosen.tolist()
 
 
@@ -170,7 +170,7 @@ def test_classes_sort_stably() -> None:
     assert Classes.of(np.zeros(0, np.uint8)).starts.tolist() == [0, 0]
 
 
-# ---- positions --------------------------------------------------------------------------------------------
+# ---- positions -----------------------------------------------------------------------
 
 
 @st.composite
@@ -182,15 +182,15 @@ def positions(draw: st.DrawFn) -> list[Bits]:
     return [draw(bits(size)) for size in sizes]
 
 
-def told_as(groups: list[Bits]) -> tuple[Ints, Ints, Ints]:
+def sizes_counts_ranks(groups: list[Bits]) -> tuple[Ints, Ints, Ints]:
     sizes, counts = ints(*map(len, groups)), ints(*(int(group.sum()) for group in groups))
     return sizes, counts, np.concatenate([np.flatnonzero(group) for group in groups])
 
 
 @quick
 @given(groups=positions())
-def test_positions_come_back_and_are_told_as_by_the_oracle(groups: list[Bits]) -> None:
-    sizes, counts, ranks = told_as(groups)
+def test_positions_come_back_and_are_coded_as_by_the_oracle(groups: list[Bits]) -> None:
+    sizes, counts, ranks = sizes_counts_ranks(groups)
     writer, slow = BitWriter(), oracle.Encoder()
     write_positions(writer, sizes, counts, ranks)
     oracle.write_positions(slow.write, [group.astype(int).tolist() for group in groups])
@@ -198,9 +198,9 @@ def test_positions_come_back_and_are_told_as_by_the_oracle(groups: list[Bits]) -
     assert data == slow.finish()
     reader, back = BitReader(memoryview(data)), oracle.Decoder(data)
     total = int(counts.sum())
-    found = read_positions(reader, sizes, total)
-    assert np.array_equal(found[0], counts)
-    assert np.array_equal(found[1], ranks)
+    came = read_positions(reader, sizes, total)
+    assert np.array_equal(came[0], counts)
+    assert np.array_equal(came[1], ranks)
     assert reader.at_end()
     assert oracle.read_positions(back.read, sizes.tolist(), total) == [
         group.astype(int).tolist() for group in groups
@@ -209,13 +209,13 @@ def test_positions_come_back_and_are_told_as_by_the_oracle(groups: list[Bits]) -
 
 def test_more_gaps_than_are_read_at_once() -> None:
     taken = np.random.default_rng(0).random(60 * AT_ONCE) < 0.05
-    sizes, counts, ranks = told_as([taken[: AT_ONCE * 50], taken[AT_ONCE * 50 :]])
+    sizes, counts, ranks = sizes_counts_ranks([taken[: AT_ONCE * 50], taken[AT_ONCE * 50 :]])
     assert counts[0] > 2 * AT_ONCE
     writer = BitWriter()
     write_positions(writer, sizes, counts, ranks)
-    found = read_positions(BitReader(memoryview(writer.to_bytes())), sizes, int(counts.sum()))
-    assert np.array_equal(found[0], counts)
-    assert np.array_equal(found[1], ranks)
+    came = read_positions(BitReader(memoryview(writer.to_bytes())), sizes, int(counts.sum()))
+    assert np.array_equal(came[0], counts)
+    assert np.array_equal(came[1], ranks)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0003, 0.002, 0.02, 0.06, 0.07, 0.3, 0.9, 0.999, 1.0])
@@ -226,7 +226,7 @@ def test_estimate_is_close_to_the_real_size(share: float, number: int) -> None:
     groups = [
         generator.random(size) < min(share * generator.uniform(0.5, 1.5), 1) for size in sizes
     ]
-    sizes, counts, ranks = told_as(groups)
+    sizes, counts, ranks = sizes_counts_ranks(groups)
     writer = BitWriter()
     write_positions(writer, sizes, counts, ranks)
     real = 8 * len(writer.to_bytes())
@@ -261,12 +261,12 @@ def test_garbage_leads_to_weights_of_the_layer(
 ) -> None:
     groups = groups_of(*layer)
     try:
-        found = read_positions(
+        came = read_positions(
             BitReader(memoryview(data[: len(data) // 4 * 4])), groups.sizes, int(share * layer[0])
         )
     except CorruptFrameError:
         return
-    weights = groups.weights(*found)
+    weights = groups.weights(*came)
     assert len(set(weights.tolist())) == len(weights) == int(share * layer[0])
     assert np.all((weights >= 0) & (weights < layer[0]))
 
@@ -285,7 +285,7 @@ def test_tables_do_not_depend_on_the_machine() -> None:
         assert writer.to_bytes() == slow.finish()
 
 
-def test_a_torch_mask_can_be_told() -> None:
+def test_a_torch_mask_can_be_coded() -> None:
     mask = torch.tensor([True, False, True]).numpy()
     groups = Groups(3)
     counts, ranks = groups.ranks(np.flatnonzero(mask))

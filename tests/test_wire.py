@@ -87,7 +87,7 @@ def forged(frame: bytes, at: int, new: bytes) -> bytes:
 
 
 def replaced(frame: bytes, begin: int, end: int, new: bytes) -> bytes:
-    """Replace some bytes by any number of others, and give the frame a good length and checksum again."""
+    """Replace some bytes by any others, with a good length and checksum again."""
     body = frame[:begin] + new + frame[end:-8]
     return sealed(body[:36] + struct.pack("<I", len(body) + 8) + body[40:])
 
@@ -119,7 +119,7 @@ def sparse_of(mask: Tensor, values: Tensor) -> Tensor:
     ).coalesce()
 
 
-# ---- what agents send -------------------------------------------------------------------------------------
+# ---- what agents send ----------------------------------------------------------------
 
 MASK, FLOATS, SPARSE = range(3)
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
@@ -258,7 +258,7 @@ def cases(
 all_cases = st.one_of(cases(), cases(["int8-differences"], known=True))
 
 
-# ---- what comes out is what went in -----------------------------------------------------------------------
+# ---- what comes out is what went in --------------------------------------------------
 
 
 @quick
@@ -313,7 +313,7 @@ def test_round_trip_and_bytes_of_the_oracle(case: Case, packed: bool) -> None:
 
 @quick
 @given(case=all_cases, data=st.data())
-def test_frames_of_the_oracle_told_in_any_way_are_read(case: Case, data: st.DataObject) -> None:
+def test_frames_of_the_oracle_coded_in_any_way_are_read(case: Case, data: st.DataObject) -> None:
     reference = case.plain_reference()
     tellings = {}
     for name in case.tensors:
@@ -371,7 +371,7 @@ def test_golden_delta_frame_never_drifts() -> None:
     assert_same(frame.tensors, NEW)
     assert frame.flips["w"].tolist() == [8, 20, 22]
     assert frame.header.layers == (
-        LayerEntry("w", (24,), DELTA, None, with_classes=True, with_recent=True, told=3),
+        LayerEntry("w", (24,), DELTA, None, with_classes=True, with_recent=True, num_listed=3),
     )
     assert frame.as_reference().round == 7
 
@@ -431,10 +431,10 @@ def test_the_page_shows_the_same_bytes() -> None:
 
 
 def test_golden_symbols_are_those_of_the_page() -> None:
-    told: list[tuple[int, int]] = []
+    symbols: list[tuple[int, int]] = []
     groups = oracle.sort_weights(24, LAST["w"].int().tolist(), [22], [0] * 19 + [1] * 5)
     oracle.write_positions(
-        lambda *symbol: told.append(symbol), [[int(k in (8, 20, 22)) for k in g] for g in groups]
+        lambda *symbol: symbols.append(symbol), [[int(k in (8, 20, 22)) for k in g] for g in groups]
     )
     assert [len(group) for group in groups] == [0, 1, 17, 2, 3, 1]
     counts = [
@@ -447,7 +447,7 @@ def test_golden_symbols_are_those_of_the_page() -> None:
         (0, 1161499),
     ]
     gap = [(1, 8134407), (1, 7880673), (1, 7376450), (0, 6393341), (0, 4611749)]
-    assert told == [*counts, (0, 1677721), *gap, (1, 5592405), (0, 5592405), (0, 5592405)]
+    assert symbols == [*counts, (0, 1677721), *gap, (1, 5592405), (0, 5592405), (0, 5592405)]
 
 
 def test_bytes_do_not_depend_on_order_layout_or_gradient() -> None:
@@ -475,8 +475,8 @@ def test_order_of_reference_and_classes_does_not_matter() -> None:
     labels = {name: torch.arange(200).to(torch.uint8) % 4 for name in "abc"}
     flips = {name: np.arange(5) for name in "abc"}
     back = {
-        name: dict(reversed(found.items()))
-        for name, found in (("l", last), ("f", flips), ("p", labels))
+        name: dict(reversed(mapping.items()))
+        for name, mapping in (("l", last), ("f", flips), ("p", labels))
     }
     assert encode(new, reference=Reference(1, last, flips), prior=Prior(labels)) == encode(
         dict(reversed(new.items())),
@@ -579,12 +579,14 @@ def test_one_weight_is_as_short_as_it_is_exact() -> None:
     }
     known = Reference(6, {name: torch.zeros_like(tensor) for name, tensor in values.items()})
     frame = encode(values, reference=known, precision="int8-differences")
-    found = decode_frame(frame, layers=shapes_of(values), references=[known])
-    told = {
-        str(layer.name): layer.precision.name for layer in found.header.layers if layer.precision
+    frame_read = decode_frame(frame, layers=shapes_of(values), references=[known])
+    codecs = {
+        str(layer.name): layer.precision.name
+        for layer in frame_read.header.layers
+        if layer.precision
     }
-    assert told == {"all": "int8-differences", "none": "float32", "one": "float32"}
-    assert found.tensors["one"].tolist() == values["one"].tolist()
+    assert codecs == {"all": "int8-differences", "none": "float32", "one": "float32"}
+    assert frame_read.tensors["one"].tolist() == values["one"].tolist()
 
 
 def test_packing_the_masks_leaves_the_differences_as_they_are() -> None:
@@ -606,9 +608,13 @@ def test_packing_the_masks_leaves_the_differences_as_they_are() -> None:
 
 def test_the_content_of_differences_is_that_of_the_values_they_give() -> None:
     written = write_frame(
-        {"v": torch.tensor([1.5, -2.25, 0.5])}, sender=3, round=7, fingerprint=FINGERPRINT, reference=VALUES,
+        {"v": torch.tensor([1.5, -2.25, 0.5])},
+        sender=3,
+        round=7,
+        fingerprint=FINGERPRINT,
+        reference=VALUES,
         precision="int8-differences",
-    )  # fmt: skip
+    )
     exact = write_frame(written.decoded, sender=3, round=7, fingerprint=FINGERPRINT)
     assert exact.content == written.content
     assert_same(decode_frame(exact.data).tensors, written.decoded)
@@ -679,17 +685,17 @@ def test_every_kind_of_buffer() -> None:
         decode_frame(memoryview(np.zeros(20)))
 
 
-# ---- how long frames are ----------------------------------------------------------------------------------
+# ---- how long frames are -------------------------------------------------------------
 
 
 @quick
 @given(case=all_cases)
 def test_never_longer_than_packed_bits(case: Case) -> None:
     packed = encode(case.tensors, packed=True, precision=case.precision)
-    ours = encode(
+    best = encode(
         case.tensors, reference=case.reference, prior=case.prior, precision=case.precision
     )
-    assert len(ours) <= len(packed)
+    assert len(best) <= len(packed)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.0005, 0.005, 0.05, 0.3])
@@ -736,13 +742,17 @@ def test_a_delta_frame_does_not_describe_itself() -> None:
     # a key frame
     assert read_header(encode(NEW, reference=Reference(0, LAST))).fingerprint == FINGERPRINT
     header = read_header(GOLDEN_DELTA)
-    assert (header.layers[0].name, header.layers[0].shape, header.layers[0].told) == (None, None, 3)
+    assert (header.layers[0].name, header.layers[0].shape, header.layers[0].num_listed) == (
+        None,
+        None,
+        3,
+    )
     random = torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.5
     far = {"w": random}, Reference(6, {"w": random.roll(1)})  # nothing to gain from the reference
     assert read_header(encode(far[0], reference=far[1])).reference is None
 
 
-# ---- what cannot be sent ----------------------------------------------------------------------------------
+# ---- what cannot be sent -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.uint8, torch.int64, torch.complex64])
@@ -820,7 +830,7 @@ def test_classes_must_be_for_the_layer() -> None:
         encode(NEW, prior=Prior({"w": torch.zeros(7, dtype=torch.uint8)}))
 
 
-# ---- damaged bytes ----------------------------------------------------------------------------------------
+# ---- damaged bytes -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", range(len(GOLDEN)))
@@ -911,8 +921,8 @@ def test_no_edit_of_a_header_is_taken(edits: list[tuple[int, int]]) -> None:
             decode_frame(forgery, references=references)
 
 
-def test_layers_told_as_each_other_are_refused() -> None:
-    """A mask and 8 floats have the same digest as 8 floats and a mask if all bytes are a 1."""
+def test_layers_coded_as_each_other_are_refused() -> None:
+    """If all bytes are a 1, a mask and floats have the digest of floats and a mask."""
     ones = torch.from_numpy(np.full(32, 1, np.uint8).view(np.float32).copy())
     frame = encode({"a": mask_of(8, 7), "b": ones}, packed=True)
     assert frame[72:75] == b"\x08\x01\x00"  # a packed, b float32, nothing range-coded
@@ -1086,7 +1096,7 @@ def test_content_tells_kinds_and_precisions_apart() -> None:
         decode_frame(replaced(off, line, line + 1, b"\x09\x00"))
 
 
-# ---- good frames of someone else --------------------------------------------------------------------------
+# ---- good frames of someone else -----------------------------------------------------
 
 
 def test_header_is_checked_like_the_frame() -> None:
@@ -1185,7 +1195,7 @@ def test_many_weights_in_few_bytes_need_the_layers() -> None:
     assert_same(decode_frame(data, layers=shapes_of(tensors)).tensors, tensors)
 
 
-# ---- the wrong reference ----------------------------------------------------------------------------------
+# ---- the wrong reference -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1269,7 +1279,7 @@ def test_one_other_bit_in_what_is_known_is_noticed(weight: int) -> None:
 def test_what_the_receiver_knows_wrongly_never_gives_another_payload(
     case: Case, data: st.DataObject
 ) -> None:
-    """Other masks, values, flips, classes: refused, or (where they are of no consequence) the same payload."""
+    """Other masks, values, flips, classes: refused, or of no consequence."""
     frame = encode(
         case.tensors, reference=case.reference, prior=case.prior, precision=case.precision
     )
@@ -1290,9 +1300,9 @@ def test_what_the_receiver_knows_wrongly_never_gives_another_payload(
         flips = {
             name: np.flatnonzero(generator.random(tensor.numel()) < 0.03)
             if data.draw(st.booleans())
-            else found
+            else listed
             for name, tensor in tensors.items()
-            if (found := reference.flips.get(name)) is not None
+            if (listed := reference.flips.get(name)) is not None
         }
         reference = Reference(reference.round, tensors, flips)
     if labels is not None and data.draw(st.booleans()):
@@ -1338,7 +1348,7 @@ def test_model_digest_covers_weights_layers_and_classes() -> None:
     assert models[0] == model_digest(oracle.describe(FINGERPRINT, {"w": (24,)}), None).hex()
 
 
-def test_content_is_the_same_however_it_is_told() -> None:
+def test_content_is_the_same_however_it_is_coded() -> None:
     frames = [
         encode(NEW),
         encode(NEW, packed=True),

@@ -1,4 +1,4 @@
-"""The fuzzer of benchmarks/fuzz_frames.py, for a moment; and proof that it would notice."""
+"""The fuzzer of benchmarks/fuzz_frames.py, and proof that it would notice."""
 
 import importlib.util
 import sys

@@ -118,7 +118,7 @@ def _table(header: FrameHeader) -> Table:
         shape = "?" if entry.shape is None else "x".join(map(str, entry.shape)) or "scalar"
         weights = "?" if entry.shape is None else f"{_numel(entry):,}"
         coded = entry.kind >= 2
-        told = f"{entry.told:,}" if coded else ""
+        told = f"{entry.num_listed:,}" if coded else ""
         entropy = human_bytes(_entropy(entry) / 8) if coded and entry.shape is not None else ""
         table.add_row(*map(Text, (name, shape, weights, _how(entry), told, entropy)))
     return table
@@ -144,7 +144,7 @@ def _numel(entry: LayerEntry) -> int:
 
 
 def _entropy(entry: LayerEntry) -> float:
-    share = entry.told / max(_numel(entry), 1)
+    share = entry.num_listed / max(_numel(entry), 1)
     if not 0 < share < 1:
         return 0.0
     return -_numel(entry) * (share * math.log2(share) + (1 - share) * math.log2(1 - share))

@@ -1,4 +1,7 @@
-"""The header of a frame, and how to write its parts; byte by byte in ``docs/wire-format.md``."""
+"""The header of a frame, and how to write its parts.
+
+Byte by byte in ``docs/wire-format.md``.
+"""
 
 import hashlib
 import math
@@ -26,7 +29,7 @@ MAGIC = b"MCPL"
 DIGEST_NBYTES = 8
 DESCRIBED = 1  # flag: fingerprint, names and shapes follow the fixed header
 MAX_DIMS = 32  # what every supported numpy can hold
-MAX_NUMEL = 2**60  # bounds the strides, also of an empty layer such as (0, 2**32 - 1, 2**32 - 1)
+MAX_NUMEL = 2**60  # bounds the strides, also of an empty layer: (0, 2**32 - 1, 2**32 - 1)
 # the most that a frame may declare where no shapes are expected
 FREE_WEIGHTS, WEIGHTS_PER_BYTE = 2**20, 2**10
 U16, U32 = 2**16 - 1, 2**32 - 1
@@ -41,7 +44,10 @@ WITH_CLASSES, WITH_RECENT = 0x20, 0x40  # in the coding byte of a layer's line
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One layer in a frame's header; name and shape are None where the frame does not describe itself."""
+    """One layer in a frame's header.
+
+    Name and shape are None where neither the frame nor its reader knows them.
+    """
 
     name: str | None
     shape: tuple[int, ...] | None
@@ -49,17 +55,18 @@ class LayerEntry:
     precision: Codec | None  # None: a mask, without values
     with_classes: bool = False
     with_recent: bool = False
-    told: int = 0  # weights told by range coding: those that are on (ALONE) or have flipped (DELTA)
+    # weights that the range-coded section lists: that are on (ALONE) or flipped (DELTA)
+    num_listed: int = 0
     num_values: int = 0  # of a sparse layer
 
     @property
     def is_sparse(self) -> bool:
-        """Tell whether it holds a mask together with the values under it."""
+        """Whether it holds a mask together with the values under it."""
         return self.kind != 0 and self.precision is not None
 
     @property
     def is_change(self) -> bool:
-        """Tell whether it says what changed against another frame: flips of a mask, or differences of values."""
+        """Whether it says what changed against another frame: flips, or differences."""
         return self.kind == DELTA or (self.precision is not None and self.precision.of_differences)
 
     @property
@@ -75,11 +82,11 @@ class LayerEntry:
         return values + (packed_bytes(math.prod(self.shape)) if self.kind == PACKED else 0)
 
     def line(self) -> bytes:
-        """Return the layer's line in the header."""
+        """The layer's line in the header."""
         coding = (self.precision.code if self.precision else 0) | self.kind << 3
         coding |= self.with_classes * WITH_CLASSES | self.with_recent * WITH_RECENT
         line = bytes([coding]) + (self.precision.tag if self.precision else b"")
-        line += varint(self.told) if self.kind in (ALONE, DELTA) else b""
+        line += varint(self.num_listed) if self.kind in (ALONE, DELTA) else b""
         return line + (varint(self.num_values) if self.is_sparse else b"")
 
 
@@ -93,9 +100,8 @@ class FrameHeader:
     # round of the frame that this one builds on (0: the common first payload), None: it
     # is whole
     reference: int | None
-    model: str  # 16 hex digits, for the fingerprint, the layers and the classes of weights together
-    # 16 hex digits, for what the frame decodes to; another one where the header was edited
-    content: str
+    model: str  # 16 hex digits, for fingerprint, layers and classes of weights together
+    content: str  # 16 hex digits, for what the frame decodes to
     # of the shared frozen weights, 32 lower-case hex digits; None: not described
     fingerprint: str | None
     layers: tuple[LayerEntry, ...]
@@ -105,7 +111,13 @@ class FrameHeader:
 
 
 def check_fingerprint(fingerprint: str) -> str:
-    """Return the fingerprint as it is; raise :class:`ConfigError` unless it is 32 lower-case hex digits."""
+    """Return the fingerprint as it is.
+
+    Raises
+    ------
+    ConfigError
+        Unless it is 32 lower-case hex digits.
+    """
     if not re.fullmatch("[0-9a-f]{32}", fingerprint):
         raise ConfigError(
             f"a fingerprint is 32 lower-case hex digits (16 bytes); got {fingerprint!r}. "
@@ -115,7 +127,7 @@ def check_fingerprint(fingerprint: str) -> str:
 
 
 def describe(fingerprint: str, layers: Mapping[str, Sequence[int]]) -> bytes:
-    """Return the part of a frame that says for which weights it is; the names ascend."""
+    """The part of a frame that says for which weights it is; the names ascend."""
     parts = [bytes.fromhex(check_fingerprint(fingerprint))]
     for name in sorted(layers):  # code points sort like their utf-8 bytes
         try:
@@ -138,12 +150,12 @@ def describe(fingerprint: str, layers: Mapping[str, Sequence[int]]) -> bytes:
 
 
 def model_digest(description: bytes, prior: Prior | None) -> bytes:
-    """Return 8 bytes that stand for the weights, the layers and the classes that a frame presumes."""
+    """8 bytes that stand for the weights, layers and classes that a frame presumes."""
     return digest([description, b"" if prior is None else prior.digest])
 
 
 def digest(parts: Iterable[bytes | memoryview]) -> bytes:
-    """Return the 8 bytes of BLAKE2b over all parts."""
+    """The 8 bytes of BLAKE2b over all parts."""
     state = hashlib.blake2b(digest_size=DIGEST_NBYTES)
     for part in parts:
         state.update(part)
@@ -151,10 +163,10 @@ def digest(parts: Iterable[bytes | memoryview]) -> bytes:
 
 
 def bind(content: bytes, header: bytes | memoryview) -> bytes:
-    """The content digest as it travels: exclusive-or the digest of the header around it.
+    """The content digest as it travels: bound to the header around it by exclusive-or.
 
     The same call leads back. So a header with an edit names the digest of another
-    content, and no payload decodes to that: names, shapes and how each layer is told
+    content, and no payload decodes to that: names, shapes and how each layer is coded
     are covered as well as the bits, while equal payloads keep equal content digests.
     """
     around = digest([header[: CONTENT.start], header[CONTENT.stop :]])
@@ -162,14 +174,14 @@ def bind(content: bytes, header: bytes | memoryview) -> bytes:
 
 
 def shape_fits(shape: Sequence[int]) -> bool:
-    """Tell whether a frame and numpy can hold the shape."""
+    """Whether a frame and numpy can hold the shape."""
     # Zeros count as ones: an empty layer must not smuggle in strides that overflow.
     fits = len(shape) <= MAX_DIMS and all(0 <= dim <= U32 for dim in shape)
     return fits and math.prod(max(dim, 1) for dim in shape) < MAX_NUMEL
 
 
 def varint(value: int) -> bytes:
-    """Return a number in base 128, lowest digit first, the top bit set on all bytes but the last."""
+    """A number in base 128, lowest digit first, the top bit set on all but the last."""
     parts = bytearray()
     while value > 127:
         parts.append(value & 127 | 128)
@@ -178,19 +190,19 @@ def varint(value: int) -> bytes:
 
 
 def name_frame(sender: int, round: int) -> str:
-    """Return how to call a frame in an error."""
+    """A frame's name in an error."""
     return f"the frame of sender {sender} in round {round}"
 
 
 def corrupt(who: str, what: str) -> CorruptFrameError:
-    """Return the error of a damaged frame."""
+    """The error of a damaged frame."""
     return CorruptFrameError(
         f"a frame must arrive as it was written; {who} is damaged: {what}. Have it sent again."
     )
 
 
 def future(who: str, what: str) -> FutureFrameError:
-    """Return the error of a frame with something that this version does not know."""
+    """The error of a frame with something that this version does not know."""
     return FutureFrameError(
         f"this flower_mcepl reads frames up to version {WIRE_VERSION} and knows no {what}; {who} "
         "was written by a newer one. Update flower_mcepl here."

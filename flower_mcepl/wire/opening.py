@@ -1,4 +1,4 @@
-"""Open a frame: check its bytes, read its header, and compare it with what the receiver expects."""
+"""Open a frame: check its bytes, read its header, compare it with what is expected."""
 
 import math
 import struct
@@ -63,7 +63,13 @@ def check_frame(
     latest_round: int | None,
     prior: Prior | None,
 ) -> tuple[memoryview, FrameHeader]:
-    """Check all that `decode_frame` checks before it looks for the reference; return the payload and the header."""
+    """Check all that `decode_frame` checks before it looks for the reference.
+
+    Returns
+    -------
+    tuple[memoryview, FrameHeader]
+        The payload (raw bytes, then coded ones) and the header.
+    """
     if fingerprint is not None:
         check_fingerprint(fingerprint)
     payload, header = open_frame(data, layers)
@@ -135,7 +141,7 @@ def _expect_origin(header: FrameHeader, *, sender: int | None, latest_round: int
 def open_frame(
     data: FrameBytes, layers: Mapping[str, Sequence[int]] | None
 ) -> tuple[memoryview, FrameHeader]:
-    """Check everything that needs no expectation; return the payload (raw bytes, then coded ones) and the header.
+    """Check everything that needs no expectation; return as `check_frame`.
 
     The order matters. Magic, version and length come before the checksum, because only
     they say that there is one and where. All else comes after it, so that a flipped bit
@@ -241,7 +247,7 @@ class _Reader:
         sparse_differences = kind and precision is not None and precision.of_differences
         if coding & 0x80 or (code and precision is None) or sparse_differences:
             raise future(self._who, f"coding {coding:#04x} in {label}")
-        told = self.varint() if kind in (ALONE, DELTA) else 0
+        num_listed = self.varint() if kind in (ALONE, DELTA) else 0
         num_values = self.varint() if kind and precision else 0
         with_classes, with_recent = bool(coding & WITH_CLASSES), bool(coding & WITH_RECENT)
         if (
@@ -250,11 +256,11 @@ class _Reader:
             or (with_recent and kind != DELTA)
         ):
             raise corrupt(self._who, f"the coding {coding:#04x} of {label} contradicts itself")
-        if shape is not None and max(told, num_values) > math.prod(shape):
-            raise corrupt(
-                self._who, f"{label} of {math.prod(shape)} weights tells of {max(told, num_values)}"
-            )
-        return LayerEntry(name, shape, kind, precision, with_classes, with_recent, told, num_values)
+        if shape is not None and (most := max(num_listed, num_values)) > math.prod(shape):
+            raise corrupt(self._who, f"{label} of {math.prod(shape)} weights tells of {most}")
+        return LayerEntry(
+            name, shape, kind, precision, with_classes, with_recent, num_listed, num_values
+        )
 
     def _named_codec(self, label: str) -> Codec:
         """The codec of a package; a name that is not installed here is refused."""
@@ -336,7 +342,7 @@ def _check_start(view: memoryview) -> None:
 
 
 def undecodable(who: str, label: str, error: ConfigError) -> ForeignFrameError:
-    """The error of a frame whose bytes are right and whose codec, of some package, fails here."""
+    """The error of a frame whose bytes are right and whose codec fails here."""
     return ForeignFrameError(
         f"sender and receiver must have the same working codec; {who} cannot be decoded, in "
         f"{label}: {error}"

@@ -1,4 +1,4 @@
-"""A payload's layers as both ends of the wire see them: which weights are on, their values, what is known of them."""
+"""A payload's layers as both ends see them: support, values, what is known of them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,16 @@ class Reference:
     round: int
     tensors: Mapping[str, Tensor]
     flips: Mapping[str, Ints] = field(default_factory=dict)
-    """Layer name to the weights (flat, ascending) that flipped when it was sent; not of layers that came whole."""
+    """Layer name to the weights (flat, ascending) that flipped when it was sent.
+
+    Without the layers that came whole.
+    """
     content: str = ""
-    """The digest of the content that its frame told, 16 hex digits; empty if it came in no frame."""
+    """The content digest of its frame, 16 hex digits; empty if it came in none."""
 
 
 def support_of(tensor: Tensor) -> Bits | None:
-    """Return which weights of a payload's tensor are on, flat; None where all are (a dense tensor of floats)."""
+    """Which weights of a payload's tensor are on, flat; None of dense floats."""
     if tensor.layout is torch.sparse_coo:
         bits = np.zeros(tuple(tensor.shape), np.bool_)
         if len(tensor.values()):  # without indices a scalar would be set, too
@@ -39,12 +42,12 @@ def support_of(tensor: Tensor) -> Bits | None:
         return bits.reshape(-1)
     if tensor.dtype == torch.bool:
         octets = tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8)
-        return np.asarray(octets != 0)  # a view of other bytes as bool may hold more than 0 and 1
+        return np.asarray(octets != 0)  # a bool that is a view of other bytes may hold a 2
     return None
 
 
 def values_of(tensor: Tensor) -> Values | None:
-    """Return the values of a payload's tensor, flat, of a sparse one those that are on; None of a mask."""
+    """Values of a payload's tensor, flat, of those that are on; None of a mask."""
     if tensor.dtype == torch.bool:
         return None
     values = tensor.values() if tensor.layout is torch.sparse_coo else tensor
@@ -52,21 +55,23 @@ def values_of(tensor: Tensor) -> Values | None:
 
 
 def join_support(bits: Bits, values: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the coalesced sparse COO tensor with ``values`` where ``bits`` (flat) are on."""
+    """The coalesced sparse COO tensor with ``values`` where ``bits`` (flat) are on."""
     on = np.flatnonzero(bits)
     if len(on) != len(values):
         raise CorruptFrameError(f"{len(values)} values came for {len(on)} weights")
     places = (
         np.stack(np.unravel_index(on, tuple(shape))) if shape else np.zeros((0, len(on)), np.int64)
     )
-    found = torch.from_numpy(places), values, tuple(shape)
-    return torch.sparse_coo_tensor(*found, is_coalesced=True, check_invariants=False)
+    indices = torch.from_numpy(places)
+    return torch.sparse_coo_tensor(
+        indices, values, tuple(shape), is_coalesced=True, check_invariants=False
+    )
 
 
 def known_of(
     name: str, shape: Sequence[int], reference: Reference | None, prior: Prior | None
 ) -> Known:
-    """Return what both ends know of a layer's support."""
+    """What both ends know of a layer's support."""
     numel = math.prod(shape)
     last = None
     if (
@@ -80,7 +85,7 @@ def known_of(
 
 
 def base_of(name: str, shape: Sequence[int], reference: Reference | None) -> Values | None:
-    """Return the values of a layer, flat, that both ends hold and differences are told against; None without any."""
+    """Base of a layer's differences: its values, flat, that both ends hold; or None."""
     tensor = None if reference is None else reference.tensors.get(name)
     if tensor is None or tuple(tensor.shape) != tuple(shape) or support_of(tensor) is not None:
         return None
@@ -88,7 +93,7 @@ def base_of(name: str, shape: Sequence[int], reference: Reference | None) -> Val
 
 
 def canonical_values(values: Values) -> list[bytes | memoryview]:
-    """Return what stands for a dense layer that was told as differences: what it decodes to, as float32."""
+    """What stands for a layer of differences in the content digest: what comes out."""
     return canonical_pieces(None, FLOAT32, FLOAT32.encode(values))
 
 

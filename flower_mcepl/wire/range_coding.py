@@ -1,7 +1,7 @@
 """Range coding of bits in groups: how the wire comes far below one bit per weight.
 
-Weights are sorted into groups whose bits look alike; in each group the rarer bit is
-told by its positions. All models are binary and all frequencies are integers, so that
+Weights are sorted into groups whose bits look alike; in each group the positions of the
+rarer bit are coded. All models are binary and all frequencies are integers, so that
 `constriction` and any other range coder agree on them bit for bit;
 ``docs/wire-format.md`` says how.
 """
@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from flower_mcepl.errors import CorruptFrameError
 
-PRECISION = 24  # a frequency f means the probability f / 2**24
-DENSE = 16  # a group is told bit by bit where the rarer bit has more than one place in so many
-AT_ONCE = 1 << 13  # gaps read in one go, so that a frame cannot make its reader allocate much
+FREQUENCY_BITS = 24  # a frequency f means the probability f / 2**24
+BITWISE = 16  # a group is coded bit by bit where over one in so many is the rarer bit
+AT_ONCE = 1 << 13  # gaps read in one go: no frame makes its reader allocate much
 
 Ints = NDArray[np.int64]
 Bits = NDArray[np.bool_]
 
 _queue = constriction.stream.queue
 _BINARY = constriction.stream.model.Categorical(perfect=False)
-_ONE = 1 << PRECISION
+_ONE = 1 << FREQUENCY_BITS
 _X_BITS = np.uint64(32)
 
 
@@ -34,23 +34,26 @@ class BitWriter:
         self._coder = _queue.RangeEncoder()
 
     def write(self, bits: Bits, frequency: Ints) -> None:
-        """Append bits; ``frequency`` is one number for all of them (shape [1]) or one for each."""
+        """Append bits; ``frequency`` is one for all (shape [1]) or one for each."""
         if bits.size:
             self._coder.encode(bits.astype(np.int32), *_models(frequency))
 
     def to_bytes(self) -> bytes:
-        """Return all that was written as little-endian 32-bit words."""
+        """All that was written, as little-endian 32-bit words."""
         return bytes(self._coder.get_compressed().astype("<u4").tobytes())
 
 
 class BitReader:
-    """Reads back what a `BitWriter` wrote, given the same frequencies; any bytes are safe to read from."""
+    """Reads back what a `BitWriter` wrote, given the same frequencies.
+
+    Any bytes are safe to read from.
+    """
 
     def __init__(self, data: memoryview) -> None:
         self._coder = _queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
 
     def read(self, count: int, frequency: Ints) -> Bits:
-        """Return the next bits."""
+        """The next bits."""
         if count == 0:
             return np.zeros(0, np.bool_)
         models = _models(frequency)
@@ -61,13 +64,13 @@ class BitReader:
         return np.asarray(bits).astype(np.bool_)
 
     def at_end(self) -> bool:
-        """Tell whether everything may have been read."""
+        """Whether everything may have been read."""
         return bool(self._coder.maybe_exhausted())
 
 
 def _models(frequency: Ints) -> tuple[object, ...]:
-    """Return what constriction wants; it adds 1 to each of the two integers that it is given as floats."""
-    # exact: under 2**24
+    """The models of bits with these frequencies, as constriction takes them."""
+    # It adds 1 to each of the two integers, given as floats: exact under 2**24.
     pairs = np.stack([_ONE - 1 - frequency, frequency - 1], axis=1).astype(np.float32)
     if len(frequency) == 1:
         return (constriction.stream.model.Categorical(pairs[0], perfect=False),)
@@ -76,11 +79,11 @@ def _models(frequency: Ints) -> tuple[object, ...]:
 
 @dataclass(frozen=True)
 class Classes:
-    """The weights of a layer, sorted into classes that sender and receiver both know."""
+    """The weights of a layer, sorted into classes that both ends know."""
 
     order: Ints  # weights by class, within a class by index
     place: Ints  # of each weight in ``order``
-    starts: Ints  # where each class begins in ``order``, and the number of weights at the end
+    starts: Ints  # where each class begins in ``order``, and at the end the number of weights
 
     @classmethod
     def of(cls, labels: NDArray[np.uint8]) -> "Classes":
@@ -93,8 +96,27 @@ class Classes:
         return cls(order, place, starts)
 
 
+# Why groups. Positions among n weights cost about n H(share) bits (H: binary entropy).
+# H is concave: groups with different shares, each coded on its own, never cost more
+# than all weights together, and much less where both ends know beforehand which weights
+# are lively. They know three things. The last bit: where 3 of 10 weights are on, one
+# that is on flips more often than one that is off, since as many come as go. What
+# flipped a round ago: such a weight lies at the edge of being kept, and tends to flip
+# back. The class: how far a score began from zero, and how fast it moves. The price of
+# a group is its count, some 5 to 20 bits.
+#
+# Why ranks. A weight's index says little in a layer where most weights belong to other
+# groups; among its own group alone the gaps between positions are geometric with one
+# parameter, which the count gives. So index and rank must lead to each other for
+# millions of weights, both ways, with a few array operations: `_sets` holds, for each
+# last bit, the ascending places (by class, then by index) of its weights. Classes are
+# consecutive ranges of them, so a group is a slice, and a rank a subtraction.
+
+
 class Groups:
-    """The groups of one layer's weights; within a group a weight has a rank, its place among the others by index.
+    """The groups of one layer's weights, and each weight's rank in its group.
+
+    The rank is the weight's place among the others of the group, by index.
 
     Parameters
     ----------
@@ -140,7 +162,7 @@ class Groups:
         )
 
     def ranks(self, weights: Ints) -> tuple[Ints, Ints]:
-        """Return how many of ``weights`` (ascending) lie in each group, and their ranks, group after group."""
+        """Number of ``weights`` (ascending) in each group, and their ranks by group."""
         groups, ranks = [], []
         for bit, members in enumerate(self._recent):
             at = _find(members, weights)
@@ -157,20 +179,20 @@ class Groups:
         return np.bincount(group, minlength=len(self.sizes)), np.concatenate(ranks)[order]
 
     def weights(self, counts: Ints, ranks: Ints) -> Ints:
-        """Return the weights of these ranks, in no particular order; the inverse of `ranks`."""
+        """The weights of these ranks, in any order; the inverse of `ranks`."""
         group = np.repeat(np.arange(len(counts)), counts)
-        found = [members[ranks[group == bit]] for bit, members in enumerate(self._recent)]
+        pieces = [members[ranks[group == bit]] for bit, members in enumerate(self._recent)]
         group -= len(self._recent)
         for number, (chosen, begins) in enumerate(self._sets):
             mine = (group >= 0) & (group % len(self._sets) == number)
             at = ranks[mine] + begins[group[mine] // len(self._sets)]
             places = at if chosen is None else chosen[at]
-            found.append(places if self._classes is None else self._classes.order[places])
-        return np.asarray(np.concatenate(found))
+            pieces.append(places if self._classes is None else self._classes.order[places])
+        return np.asarray(np.concatenate(pieces))
 
 
 def _find(members: Ints, wanted: Ints) -> Ints:
-    """Return where those of ``wanted`` that are ``members`` stand among them; both ascend."""
+    """Ranks of those of ``wanted`` that are ``members``; both ascend."""
     at = np.searchsorted(members, wanted)
     if not len(members):
         return at[:0]
@@ -178,26 +200,29 @@ def _find(members: Ints, wanted: Ints) -> Ints:
 
 
 def write_positions(writer: BitWriter, sizes: Ints, counts: Ints, ranks: Ints) -> None:
-    """Write which ranks of each group are taken; the reader must know the sizes and the sum of the counts."""
+    """Write which ranks of each group are taken.
+
+    The reader must know the sizes and the sum of the counts.
+    """
     if len(sizes) > 1:
         writer.write(*_digits(counts, _count_table(sizes, int(counts.sum()))))
-    rare, dense = _rare(sizes, counts)
+    rare, bitwise = _rare(sizes, counts)
     spots = _turn(sizes, counts, ranks)
     gaps = np.diff(spots, prepend=0) - 1
     starts = (np.cumsum(rare) - rare)[rare > 0]
     gaps[starts] = spots[starts]
-    table = _gap_table(sizes, np.where(dense, 0, rare))
-    sparse = np.repeat(~dense, rare)
+    table = _gap_table(sizes, np.where(bitwise, 0, rare))
+    sparse = np.repeat(~bitwise, rare)
     writer.write(*_digits(gaps[sparse], table, np.repeat(np.arange(len(sizes)), rare)[sparse]))
     ends = np.cumsum(rare)
-    for group in np.flatnonzero(dense):
-        told = np.zeros(sizes[group], np.bool_)
-        told[spots[ends[group] - rare[group] : ends[group]]] = True
-        writer.write(told, _share(rare[group], sizes[group]))
+    for group in np.flatnonzero(bitwise):
+        bits = np.zeros(sizes[group], np.bool_)
+        bits[spots[ends[group] - rare[group] : ends[group]]] = True
+        writer.write(bits, _share(rare[group], sizes[group]))
 
 
 def read_positions(reader: BitReader, sizes: Ints, total: int) -> tuple[Ints, Ints]:
-    """Return the counts and the ranks, as given to `write_positions`."""
+    """The counts and the ranks, as given to `write_positions`."""
     counts = np.array([total])
     if len(sizes) > 1:
         counts = _read_digits(reader, _count_table(sizes, total))
@@ -205,33 +230,33 @@ def read_positions(reader: BitReader, sizes: Ints, total: int) -> tuple[Ints, In
         raise CorruptFrameError(
             f"the groups hold {counts.sum()} positions instead of {total}, or more than fit"
         )
-    rare, dense = _rare(sizes, counts)
+    rare, bitwise = _rare(sizes, counts)
     group = np.repeat(np.arange(len(sizes)), rare)
-    sparse = ~dense[group]
-    table, row = _gap_table(sizes, np.where(dense, 0, rare)), group[sparse]
+    sparse = ~bitwise[group]
+    table, row = _gap_table(sizes, np.where(bitwise, 0, rare)), group[sparse]
     pieces = [
         _read_digits(reader, table, row[at : at + AT_ONCE]) for at in range(0, len(row), AT_ONCE)
     ]
     gaps = np.concatenate([np.zeros(0, np.int64), *pieces])
     spots = np.zeros(len(group), np.int64)
     along = np.cumsum(gaps + 1)
-    own = np.where(dense, 0, rare)
+    own = np.where(bitwise, 0, rare)
     # where each group's first gap begins
     before = np.concatenate([[0], along])[np.cumsum(own) - own]
     spots[sparse] = along - np.repeat(before, own) - 1
     ends = np.cumsum(rare)
-    for g in np.flatnonzero(dense):
-        found = np.flatnonzero(reader.read(int(sizes[g]), _share(rare[g], sizes[g])))
-        if len(found) != rare[g]:
-            raise CorruptFrameError(f"a group holds {len(found)} positions instead of {rare[g]}")
-        spots[ends[g] - rare[g] : ends[g]] = found
+    for g in np.flatnonzero(bitwise):
+        places = np.flatnonzero(reader.read(int(sizes[g]), _share(rare[g], sizes[g])))
+        if len(places) != rare[g]:
+            raise CorruptFrameError(f"a group holds {len(places)} positions instead of {rare[g]}")
+        spots[ends[g] - rare[g] : ends[g]] = places
     if np.any(spots >= sizes[group]):
         raise CorruptFrameError("a position lies beyond its group")
     return counts, _turn(sizes, counts, spots, back=True)
 
 
 def estimate_bits(sizes: Ints, counts: Ints) -> float:
-    """Return about how many bits `write_positions` needs."""
+    """Approximate size in bits of what `write_positions` writes."""
     total = int(counts.sum())
     share = counts / np.maximum(sizes, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -240,19 +265,19 @@ def estimate_bits(sizes: Ints, counts: Ints) -> float:
         )
     bits = float(np.sum(sizes * entropy))
     if len(sizes) > 1:
-        told, frequency = _digits(counts, _count_table(sizes, total))
-        bits -= float(np.sum(np.log2(np.where(told, frequency, _ONE - frequency) / _ONE)))
+        digits, frequency = _digits(counts, _count_table(sizes, total))
+        bits -= float(np.sum(np.log2(np.where(digits, frequency, _ONE - frequency) / _ONE)))
     return bits
 
 
 def _rare(sizes: Ints, counts: Ints) -> tuple[Ints, Bits]:
-    """Return how many places the rarer bit has in each group, and which groups are told bit by bit."""
+    """Number of the rarer bit in each group, and which groups are coded bit by bit."""
     rare = np.minimum(counts, sizes - counts)
-    return rare, rare * DENSE > sizes
+    return rare, rare * BITWISE > sizes
 
 
 def _turn(sizes: Ints, counts: Ints, spots: Ints, *, back: bool = False) -> Ints:
-    """Where more than half of a group is taken, replace the ranks taken by those left out; or ``back``."""
+    """Where over half of a group is taken, the ranks left out instead; or ``back``."""
     turned = 2 * counts > sizes
     if not turned.any():
         return spots
@@ -266,7 +291,7 @@ def _turn(sizes: Ints, counts: Ints, spots: Ints, *, back: bool = False) -> Ints
 
 
 def _share(count: np.int64, size: np.int64) -> Ints:
-    return np.array([np.clip((int(count) << PRECISION) // int(size), 1, _ONE - 1)])
+    return np.array([np.clip((int(count) << FREQUENCY_BITS) // int(size), 1, _ONE - 1)])
 
 
 # A number with a geometric distribution, P(k) ~ x**k, has independent binary digits:
@@ -277,14 +302,14 @@ def _share(count: np.int64, size: np.int64) -> Ints:
 
 
 def _count_table(sizes: Ints, total: int) -> Ints:
-    """Return the frequencies of each group's count, whose mean is the group's share of the total."""
+    """Frequencies of each group's count, whose mean is its share of the total."""
     everything = int(sizes.sum())
     ratios = [((total * size) << 32) // (everything + total * size or 1) for size in sizes.tolist()]
     return _table(ratios, [min(size, total) for size in sizes.tolist()])
 
 
 def _gap_table(sizes: Ints, rare: Ints) -> Ints:
-    """Return the frequencies of each group's gaps between positions."""
+    """Frequencies of each group's gaps between positions."""
     pairs = list(zip(sizes.tolist(), rare.tolist(), strict=True))
     return _table(
         [((size - n) << 32) // max(size, 1) for size, n in pairs],
@@ -293,14 +318,15 @@ def _gap_table(sizes: Ints, rare: Ints) -> Ints:
 
 
 def _table(ratios: list[int], largest: list[int]) -> Ints:
-    """Return the frequencies for x in units of 2**-32 and the largest number that may occur."""
+    """Frequencies for each x, in units of 2**-32, and largest number that may occur."""
     lengths = np.array([value.bit_length() for value in largest])
     x = np.array([min(ratio, (1 << 32) - 1) for ratio in ratios], np.uint64)
-    powers = np.empty((int(lengths.max(initial=0)), len(ratios)), np.uint64)  # x ** 2**digit
+    # x ** 2**digit
+    powers = np.empty((int(lengths.max(initial=0)), len(ratios)), np.uint64)
     for digit in range(len(powers)):
         powers[digit] = x
         x = (x * x) >> _X_BITS
-    frequency = (powers << np.uint64(PRECISION)) // (powers + (np.uint64(1) << _X_BITS))
+    frequency = (powers << np.uint64(FREQUENCY_BITS)) // (powers + (np.uint64(1) << _X_BITS))
     has = np.arange(len(powers))[:, None] < lengths
     return np.asarray(
         np.where(has, np.maximum(frequency, np.uint64(1)), np.uint64(0)).T.astype(np.int64)
@@ -308,7 +334,7 @@ def _table(ratios: list[int], largest: list[int]) -> Ints:
 
 
 def _digits(numbers: Ints, table: Ints, row: Ints | None = None) -> tuple[Bits, Ints]:
-    """Return the digits of all numbers, number after number, and their frequencies."""
+    """The digits of all numbers, number after number, and their frequencies."""
     frequency = table if row is None else table[row]
     digits = (numbers[:, None] >> np.arange(table.shape[1])) & 1
     has = frequency > 0

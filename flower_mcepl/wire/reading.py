@@ -1,8 +1,8 @@
-"""Check framed bytes and turn them back into masks and float tensors; byte by byte in ``docs/wire-format.md``.
+"""Turn framed bytes back into masks and float tensors.
 
-Bytes from the network are never trusted: no declared length is believed before it is
-compared with the number of bytes that are there, and a refused frame always raises a
-``FrameError``.
+Byte by byte in ``docs/wire-format.md``. Bytes from the network are never trusted: no
+declared length is believed before it is compared with the number of bytes that are
+there, and a refused frame always raises a ``FrameError``.
 """
 
 import math
@@ -53,14 +53,14 @@ from flower_mcepl.wire.values import Codec, Values, add_difference
 
 @dataclass(frozen=True)
 class Frame:
-    """A decoded frame; its tensors lie on the CPU, are writable and own their memory."""
+    """A decoded frame; its tensors are on the CPU, writable, in memory of their own."""
 
     header: FrameHeader
     tensors: dict[str, Tensor]
-    flips: dict[str, Ints]  # of the layers that were told as changes
+    flips: dict[str, Ints]  # of the layers that came as changes
 
     def as_reference(self) -> Reference:
-        """Return it as what the sender's next frame may build on."""
+        """The frame as what the sender's next one may build on."""
         return Reference(self.header.round, self.tensors, self.flips, self.header.content)
 
 
@@ -133,7 +133,7 @@ def unpack_frame(
     references: Sequence[Reference] = (),
     prior: Prior | None = None,
 ) -> Frame:
-    """Unpack the tensors of a frame that `check_frame` has passed; the rest as in `decode_frame`."""
+    """Unpack the tensors of a frame that `check_frame` has passed."""
     reference = _find_reference(header, references)
     who = name_frame(header.sender, header.round)
     split = len(payload) - header.coded_bytes
@@ -154,7 +154,7 @@ def unpack_frame(
         tensors[entry.name] = layer.tensor
         canonical += layer.canonical
         if entry.kind == DELTA:
-            flips[entry.name] = layer.told
+            flips[entry.name] = layer.listed
     if not coder.at_end():
         raise _unfit(header, "range-coded bits are left over")
     if digest(canonical).hex() != header.content:
@@ -165,7 +165,7 @@ def unpack_frame(
 @dataclass(frozen=True)
 class _ReadLayer:
     tensor: Tensor
-    told: Ints
+    listed: Ints  # as in `LayerEntry.num_listed`, ascending
     canonical: list[bytes | memoryview]
 
 
@@ -179,11 +179,11 @@ def _read_layer(
     assert entry.name is not None
     assert entry.shape is not None
     numel = math.prod(entry.shape)
-    bits, told = None, np.zeros(0, np.int64)
+    bits, listed = None, np.zeros(0, np.int64)
     if entry.precision is not None and entry.precision.of_differences:
         values = _read_differences(entry.name, entry.shape, entry.precision, raw, reference)
         return _ReadLayer(
-            torch.from_numpy(values).reshape(entry.shape), told, canonical_values(values)
+            torch.from_numpy(values).reshape(entry.shape), listed, canonical_values(values)
         )
     support: bytes | memoryview | None = None
     if entry.kind == PACKED:
@@ -203,17 +203,17 @@ def _read_layer(
             known.recent if entry.with_recent else None,
             known.classes if entry.with_classes else None,
         )
-        bits, told = read_support(coder, entry.told, known)
-        told = np.sort(told)
+        bits, listed = read_support(coder, entry.num_listed, known)
+        listed = np.sort(listed)
         support = pack(bits)
     canonical = canonical_pieces(support, entry.precision, raw)
     if entry.precision is None:
         assert bits is not None
-        return _ReadLayer(torch.from_numpy(bits).reshape(entry.shape), told, canonical)
+        return _ReadLayer(torch.from_numpy(bits).reshape(entry.shape), listed, canonical)
     values = entry.precision.decode(raw, entry.count)
     if bits is None:
-        return _ReadLayer(torch.from_numpy(values).reshape(entry.shape), told, canonical)
-    return _ReadLayer(join_support(bits, torch.from_numpy(values), entry.shape), told, canonical)
+        return _ReadLayer(torch.from_numpy(values).reshape(entry.shape), listed, canonical)
+    return _ReadLayer(join_support(bits, torch.from_numpy(values), entry.shape), listed, canonical)
 
 
 def _read_differences(
@@ -256,7 +256,7 @@ def _find_reference(header: FrameHeader, references: Sequence[Reference]) -> Ref
 
 
 def _unfit(header: FrameHeader, what: str) -> CorruptFrameError | MissingReferenceError:
-    """Return the error of a frame whose checksum is right and whose bits do not fit what the receiver knows."""
+    """The error of a frame with a good checksum that does not fit what is known."""
     who = name_frame(header.sender, header.round)
     if header.reference is None and not any(entry.with_classes for entry in header.layers):
         return corrupt(who, what)

@@ -1,4 +1,7 @@
-"""Which weights of a layer are on: bit by bit, on its own, or as flips against an earlier frame; the cheapest wins."""
+"""The support of a layer (which weights are on), coded in the cheapest of three ways.
+
+Bit by bit, on its own, or as flips against an earlier frame.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,12 +27,12 @@ from flower_mcepl.wire.range_coding import (
 )
 
 PACKED, ALONE, DELTA = 1, 2, 3  # as on the wire
-FEW = 16  # recent flips have groups of their own where at most one weight in so many flipped
+FEW = 16  # recent flips have groups of their own where at most one weight in so many is one
 NOTHING = np.zeros(0, np.int64)
 
 
 class Prior:
-    """What everyone knows of every weight before anything is sent: classes of weights that flip about equally often.
+    """Classes of weights that flip about equally often, known to all beforehand.
 
     Parameters
     ----------
@@ -55,7 +58,7 @@ class Prior:
         self._classes: dict[str, Classes] = {}
 
     def classes(self, name: str) -> Classes | None:
-        """Return the classes of a layer, None if it has none."""
+        """Classes of a layer's weights; None if it has none."""
         if name in self._labels and name not in self._classes:
             self._classes[name] = Classes.of(self._labels[name])
         return self._classes.get(name)
@@ -76,13 +79,13 @@ class Known:
 
     numel: int
     last: Bits | None = None  # its bits in the reference, [numel]
-    recent: Ints | None = None  # the weights that flipped when the reference was sent, ascending
+    recent: Ints | None = None  # weights that flipped when the reference was sent, ascending
     classes: Classes | None = None
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a layer's bits are going to be told."""
+class SupportCode:
+    """How a layer's bits are going to be coded."""
 
     kind: int  # PACKED, ALONE or DELTA
     num_bits: float  # about what it costs
@@ -100,9 +103,9 @@ class Plan:
             write_positions(writer, self.sizes, self.counts, self.ranks)
 
 
-def plan_support(bits: Bits, known: Known) -> Plan:
-    """Choose the cheapest way to tell ``bits`` [numel] to someone who knows ``known``."""
-    options = [Plan(PACKED, 8.0 * packed_bytes(known.numel))]
+def choose_code(bits: Bits, known: Known) -> SupportCode:
+    """The cheapest code of ``bits`` [numel] for a receiver who knows ``known``."""
+    options = [SupportCode(PACKED, 8.0 * packed_bytes(known.numel))]
     if known.numel and known.last is not None:
         recent = known.recent
         if recent is not None and not 0 < len(recent) * FEW <= known.numel:
@@ -114,13 +117,13 @@ def plan_support(bits: Bits, known: Known) -> Plan:
         options.append(
             _coded(ALONE, np.flatnonzero(bits), Known(known.numel, classes=known.classes))
         )
-    return min(options, key=lambda plan: plan.num_bits)
+    return min(options, key=lambda code: code.num_bits)
 
 
-def _coded(kind: int, weights: Ints, known: Known) -> Plan:
+def _coded(kind: int, weights: Ints, known: Known) -> SupportCode:
     groups = Groups(known.numel, last=known.last, recent=known.recent, classes=known.classes)
     counts, ranks = groups.ranks(weights)
-    return Plan(
+    return SupportCode(
         kind,
         estimate_bits(groups.sizes, counts),
         with_classes=known.classes is not None,
@@ -133,10 +136,10 @@ def _coded(kind: int, weights: Ints, known: Known) -> Plan:
 
 
 def read_support(reader: BitReader, count: int, known: Known) -> tuple[Bits, Ints]:
-    """Read range-coded bits, as flips where ``known.last`` is given; return them and the weights that were told.
+    """Read range-coded bits, as flips where ``known.last`` is given.
 
-    ``count`` is the number of weights that are told; ``known`` holds exactly what the
-    sender used.
+    ``count`` is the number of weights that are coded; ``known`` holds exactly what the
+    sender used. Returns the bits and these weights.
     """
     groups = Groups(known.numel, last=known.last, recent=known.recent, classes=known.classes)
     weights = groups.weights(*read_positions(reader, groups.sizes, count))
@@ -146,15 +149,15 @@ def read_support(reader: BitReader, count: int, known: Known) -> tuple[Bits, Int
 
 
 def packed_bytes(numel: int) -> int:
-    """Return how many bytes hold so many bits."""
+    """Size in bytes of ``numel`` packed bits."""
     return (numel + 7) // 8
 
 
 def pack(bits: Bits) -> bytes:
-    """Return 8 bits a byte, most significant first; the padding is zero."""
+    """The bits, 8 a byte, most significant first; the padding is zero."""
     return np.packbits(bits, bitorder="big").tobytes()
 
 
 def unpack(data: memoryview | NDArray[np.uint8], numel: int) -> Bits:
-    """Return the bits; the padding is not looked at."""
+    """The bits; the padding is not looked at."""
     return np.unpackbits(np.frombuffer(data, np.uint8), count=numel, bitorder="big").view(np.bool_)

@@ -1,4 +1,4 @@
-"""How the float values of a layer lie in a frame, and how a package adds a way of its own.
+"""How the float values of a layer lie in a frame, and how a package adds a codec.
 
 Byte by byte in ``docs/wire-format.md``.
 """
@@ -71,7 +71,7 @@ class Codec:
 
     @property
     def tag(self) -> bytes:
-        """What a layer's line names it by behind the code; empty for a built-in codec."""
+        """Its name behind the code in a layer's line; empty for a built-in codec."""
         if self.code != NAMED:
             return b""
         label = self.name.encode()

@@ -1,8 +1,9 @@
-"""Turn masks and float tensors into framed bytes; byte by byte in ``docs/wire-format.md``.
+"""Turn masks and float tensors into framed bytes.
 
-A frame is one agent's payload of one round. It says who sent it, when, and for which
-frozen weights, and it ends in a checksum. As in video, it is whole (a key frame) or
-tells what changed against an earlier frame of the same sender (a delta frame).
+Byte by byte in ``docs/wire-format.md``. A frame is one agent's payload of one round. It
+says who sent it, when, and for which frozen weights, and it ends in a checksum. As in
+video, it is whole (a key frame) or holds what changed against an earlier frame of the
+same sender (a delta frame).
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,15 @@ from flower_mcepl.wire.payload import (
     values_of,
 )
 from flower_mcepl.wire.range_coding import Bits, BitWriter, Ints
-from flower_mcepl.wire.support import DELTA, PACKED, Plan, Prior, pack, packed_bytes, plan_support
+from flower_mcepl.wire.support import (
+    DELTA,
+    PACKED,
+    Prior,
+    SupportCode,
+    choose_code,
+    pack,
+    packed_bytes,
+)
 from flower_mcepl.wire.values import (
     FLOAT32,
     Codec,
@@ -74,7 +83,9 @@ def encode_frame(
     precision: str = "float32",
     packed: bool = False,
 ) -> bytes:
-    """Frame one agent's payload; the same tensors give the same bytes, whatever the order of the mapping.
+    """Frame one agent's payload.
+
+    The same tensors give the same bytes, whatever the order of the mapping.
 
     Parameters
     ----------
@@ -130,7 +141,7 @@ def write_frame(
     precision: str = "float32",
     packed: bool = False,
 ) -> WrittenFrame:
-    """Do as `encode_frame`, and tell what the sender must know of the frame."""
+    """The frame that `encode_frame` gives, with what its sender must know of it."""
     for word, value, most in (("sender", sender, U32), ("round", round, U32 - 1)):
         if not 0 <= value <= most:
             raise ConfigError(f"the {word} of a frame must lie in 0 to {most}; got {value}.")
@@ -197,23 +208,23 @@ class _Inside:
         *,
         packed: bool,
     ) -> "_Inside":
-        """Tell every layer the cheapest way, or packed."""
-        plans = [part.plan(reference, prior, packed=packed) for part in parts]
-        entries = [part.entry(plan) for part, plan in zip(parts, plans, strict=True)]
+        """Code every layer the cheapest way, or packed."""
+        codes = [part.code(reference, prior, packed=packed) for part in parts]
+        entries = [part.entry(code) for part, code in zip(parts, codes, strict=True)]
         coder = BitWriter()
         flips = {}
-        for part, plan in zip(parts, plans, strict=True):
-            if plan is not None:
-                plan.write(coder)
-                if plan.kind == DELTA:
-                    flips[part.name] = plan.weights
+        for part, code in zip(parts, codes, strict=True):
+            if code is not None:
+                code.write(coder)
+                if code.kind == DELTA:
+                    flips[part.name] = code.weights
         coded = coder.to_bytes()
-        raw = b"".join(part.raw(plan) for part, plan in zip(parts, plans, strict=True))
+        raw = b"".join(part.raw(code) for part, code in zip(parts, codes, strict=True))
         builds_on = (
             reference.round if reference and any(entry.is_change for entry in entries) else None
         )
         header = b"".join(entry.line() for entry in entries) + varint(len(coded))
-        if not builds_on:  # also against the first payload: a key frame tells what it is
+        if not builds_on:  # also against the first payload: a key frame says what it is
             header = description + header
         return cls(header, raw + coded, builds_on, flips)
 
@@ -222,7 +233,7 @@ class _Inside:
 
     @property
     def described(self) -> bool:
-        """Tell whether fingerprint, names and shapes are in the header."""
+        """Whether fingerprint, names and shapes are in the header."""
         return not self.builds_on
 
 
@@ -282,7 +293,7 @@ class _Part:
         precision: Codec,
         base: Values | None,
     ) -> "_Part":
-        """Tell values as differences from those that the receivers hold, where that is possible and shorter."""
+        """Differences from what receivers hold, where that is possible and shorter."""
         if base is None or precision.size(values.size) >= FLOAT32.size(values.size):
             return cls(
                 name, shape, None, b"", values.size, FLOAT32.encode(values), FLOAT32, values.copy()
@@ -292,21 +303,21 @@ class _Part:
         return cls(name, shape, None, b"", values.size, packed, precision, decoded)
 
     def canonical(self) -> list[bytes | memoryview]:
-        """Return what stands for it in the digest of the content."""
+        """What stands for it in the content digest."""
         if self.decoded is not None:
             return canonical_values(self.decoded)
         return canonical_pieces(
             None if self.bits is None else self.support, self.precision, self.values
         )
 
-    def plan(
+    def code(
         self, reference: Reference | None, prior: Prior | None, *, packed: bool
-    ) -> Plan | None:
-        """Return how its bits are told; None where there are none."""
+    ) -> SupportCode | None:
+        """How its bits are coded; None where there are none."""
         if self.bits is None:
             return None
         if packed:
-            return Plan(PACKED, 8.0 * packed_bytes(self.bits.size))
+            return SupportCode(PACKED, 8.0 * packed_bytes(self.bits.size))
         known = known_of(self.name, self.shape, reference, prior)
         if known.classes is not None and len(known.classes.order) != known.numel:
             raise ConfigError(
@@ -314,23 +325,23 @@ class _Part:
                 f"weights and classes for {len(known.classes.order)}. Make the classes from the "
                 "model that is sent."
             )
-        return plan_support(self.bits, known)
+        return choose_code(self.bits, known)
 
-    def entry(self, plan: Plan | None) -> LayerEntry:
-        """Return its place in the header."""
-        if plan is None:
+    def entry(self, code: SupportCode | None) -> LayerEntry:
+        """Its place in the header."""
+        if code is None:
             return LayerEntry(self.name, self.shape, 0, self.precision)
         return LayerEntry(
             self.name,
             self.shape,
-            plan.kind,
+            code.kind,
             self.precision,
-            plan.with_classes,
-            plan.with_recent,
-            len(plan.weights),
+            code.with_classes,
+            code.with_recent,
+            len(code.weights),
             self.num_values,
         )
 
-    def raw(self, plan: Plan | None) -> bytes:
-        """Return what lies in the frame as it is."""
-        return (self.support if plan is not None and plan.kind == PACKED else b"") + self.values
+    def raw(self, code: SupportCode | None) -> bytes:
+        """What lies in the frame as it is."""
+        return (self.support if code is not None and code.kind == PACKED else b"") + self.values
