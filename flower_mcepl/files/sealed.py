@@ -10,10 +10,11 @@ import errno
 import hashlib
 import os
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from flower_mcepl.errors import FlowerMceplError, StateError
 from flower_mcepl.files.atomic import replace_file
@@ -93,8 +94,6 @@ def file_lock(
 ) -> Iterator[None]:
     """Lock that the operating system releases when its process ends, however it ends.
 
-    On Windows, which has no such locks, it does nothing.
-
     Parameters
     ----------
     path : Path
@@ -112,27 +111,64 @@ def file_lock(
     StateError (or ``error``)
         If another process still holds it after `wait`: ``busy``.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
+    with open(path, "a+b", buffering=0) as file:
         deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    file.seek(0)
-                    raise error(busy.replace("{process}", file.read().strip() or "?")) from None
-                time.sleep(_LOOK_AGAIN)
+        while not _lock(file):
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                raise error(busy.replace("{process}", file.read().decode().strip() or "?"))
+            time.sleep(_LOOK_AGAIN)
         file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+        file.write(str(os.getpid()).encode())
+        try:
+            yield
+        finally:
+            _unlock(file)
+
+
+def remove_lock(path: Path) -> None:
+    """Remove the file of a lock; held, it stays on Windows, which removes no open file."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        if sys.platform != "win32":
+            raise
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    # Nobody else reads a byte that is locked here, so it is one far behind the process id.
+    _LOCKED_BYTE = 1 << 30
+
+    def _lock(file: IO[bytes]) -> bool:
+        """Lock a file unless another process has it locked."""
+        file.seek(_LOCKED_BYTE)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+    def _unlock(file: IO[bytes]) -> None:
+        """Unlock a file at once; the system alone takes its time after the file is closed."""
+        file.seek(_LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(file: IO[bytes]) -> bool:
+        """Lock a file unless another process has it locked."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _unlock(file: IO[bytes]) -> None:
+        """Do nothing: the lock ends as the file is closed."""
 
 
 def _digest(body: bytes | memoryview, magic: bytes, version: int) -> bytes:

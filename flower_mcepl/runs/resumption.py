@@ -25,7 +25,7 @@ from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import FrameT
 from flower_mcepl.files.bundle import Bundle
-from flower_mcepl.files.sealed import file_lock
+from flower_mcepl.files.sealed import file_lock, remove_lock
 from flower_mcepl.record.layout import CONFIG, FRAMES, RELAY, ROUNDS, SUMMARY, TRAFFIC
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.values import package_versions, to_json, utc_now
@@ -204,8 +204,6 @@ def run_id_of(record: RunRecord) -> str:
 def only_writer(path: Path) -> Iterator[None]:
     """Lock on a run record: one process at a time writes it.
 
-    Where the system has no such locks (Windows), nothing is held.
-
     Raises
     ------
     RecordError
@@ -224,7 +222,7 @@ def only_writer(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            remove_lock(lock)
 
 
 def _last_answered(run: Run) -> int:
@@ -288,7 +286,7 @@ def _synced_size(path: Path) -> int:
     """Size in bytes of the file once it has reached the disk."""
     if not path.exists():
         return 0
-    with open(path, "rb") as file:
+    with open(path, "rb+") as file:  # Windows syncs no file that is open for reading only
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size
 

@@ -22,6 +22,7 @@ from flower_mcepl.files.sealed import (
     Kind,
     file_lock,
     read_sealed,
+    remove_lock,
     set_aside,
     write_sealed,
 )
@@ -136,8 +137,10 @@ class StateStore:
         """Remove all states, as when a run is over; damaged files stay."""
         if self.folder.is_dir():
             for name in os.listdir(self.folder):
-                if _FILE.fullmatch(name) or re.fullmatch(r"\.agent-\d{4,}(\.lock|-.*\.tmp)", name):
+                if _FILE.fullmatch(name) or re.fullmatch(r"\.agent-\d{4,}-.*\.tmp", name):
                     (self.folder / name).unlink(missing_ok=True)
+                elif re.fullmatch(r"\.agent-\d{4,}\.lock", name):
+                    remove_lock(self.folder / name)
 
     def _path(self, agent: int, round: int) -> Path:
         return self.folder / f"agent-{agent:04d}-round-{round:06d}.state"
