@@ -1,6 +1,7 @@
 """Atomic files: whoever reads one gets the old one whole or the new one whole."""
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -47,7 +48,7 @@ def remove_leftovers(folder: Path, prefix: str) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Let a rename survive a loss of power; Windows has no means for it."""
-    if os.name == "posix":
+    if sys.platform != "win32":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -2,13 +2,14 @@
 
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flower_mcepl.errors import ConfigError
+from flower_mcepl.errors import ConfigError, LaunchError
 
 _PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # how flwr 1.41 reads --run-config
 
@@ -31,6 +32,7 @@ def plan_run(
     federation_config: str = "",
 ) -> Plan:
     """Check what can be checked before anything starts; see ``run_app`` for the parameters."""
+    refuse_windows()
     refuse_shadowed(app, Path.cwd())
     overrides = format_run_config(run_config)
     nodes = num_agents(app, overrides) if num_supernodes is None else num_supernodes
@@ -113,6 +115,18 @@ def federation_line(num_supernodes: int, more: str = "") -> str:
         raise ConfigError("num-supernodes is said twice; take it out of the federation config.")
     cpus = "" if "client-resources-num-cpus" in said else " client-resources-num-cpus=1"
     return f"num-supernodes={num_supernodes}{cpus} {more}".rstrip()
+
+
+def refuse_windows() -> None:
+    """Raise on Windows, where Ray's processes cannot be told from others and ended for sure.
+
+    Flower itself calls its simulation experimental there.
+    """
+    if sys.platform == "win32":
+        raise LaunchError(
+            "a private SuperLink needs Linux or macOS, as Flower's simulation is experimental on "
+            'Windows. Run a study with engine = "in-process" (the same bits), or use WSL2.'
+        )
 
 
 def refuse_shadowed(app: Path, cwd: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every process that descends from ours."""
+"""Every process that descends from ours, on Linux and macOS."""
 
 import contextlib
 import os
@@ -43,7 +43,8 @@ class ProcessFamily:
             if line[-1] in mine:
                 mine.update(line)
         mine.discard(os.getpid())
-        self._groups = {group for pid, _, group in table if pid in mine} - {os.getpgrp()}
+        own = {group for pid, _, group in table if pid == os.getpid()}
+        self._groups = {group for pid, _, group in table if pid in mine} - own
         return sorted(mine)
 
     def _marked(self, pid: int) -> bool:
@@ -60,10 +61,10 @@ class ProcessFamily:
         """Wait, then SIGTERM, then SIGKILL, at most ``grace`` seconds each; return who is left."""
         if self._gone_within(grace, busy):
             return []
-        for signum in (signal.SIGTERM, signal.SIGKILL):
+        for name in ("SIGTERM", "SIGKILL"):
             for pid in self.members():
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signum)
+                    os.kill(pid, signal.Signals[name])
             if self._gone_within(grace, busy):
                 return []
         return self.members()
@@ -79,22 +80,28 @@ class ProcessFamily:
 
 def _process_table() -> list[tuple[int, int, int]]:
     """Return (pid, parent, process group) of every living process, zombies left out."""
-    if not Path("/proc/self/stat").exists():
-        shown = subprocess.run(
-            ["ps", "-axo", "pid=,ppid=,pgid=,stat="], capture_output=True, text=True, check=True
-        ).stdout
-        rows = [row.split() for row in shown.splitlines()]
-        return [
-            (int(pid), int(parent), int(group))
-            for pid, parent, group, state in rows
-            if state[0] != "Z"
-        ]
+    return _table_of_proc() if Path("/proc/self/stat").exists() else _table_of_ps()
+
+
+def _table_of_proc() -> list[tuple[int, int, int]]:
     table = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                after_name = (entry / "stat").read_text(errors="replace").rpartition(")")[2]
-                state, parent, group = after_name.split()[:3]
+                stat = (entry / "stat").read_text(encoding="utf-8", errors="replace")
+                state, parent, group = stat.rpartition(")")[2].split()[:3]
                 if state not in "ZX":
                     table.append((int(entry.name), int(parent), int(group)))
     return table
+
+
+def _table_of_ps() -> list[tuple[int, int, int]]:
+    """Return the same on macOS, which has no /proc."""
+    command = ["ps", "-axo", "pid=,ppid=,pgid=,stat="]  # as BSD's and Linux's ps both understand
+    shown = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+    rows = [row.split() for row in shown.stdout.splitlines()]
+    return [
+        (int(pid), int(parent), int(group))
+        for pid, parent, group, state in rows
+        if state[0] not in "ZX"
+    ]

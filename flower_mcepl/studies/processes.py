@@ -3,14 +3,17 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 Work = Callable[[T], str | None]  # returns what went wrong
+Pipe = Any  # one end of a pipe, whose type is another one on Windows
+_KILLED = -9  # exit code of a process that SIGKILL ended; Windows knows neither
 
 
 def side_by_side(
@@ -20,7 +23,7 @@ def side_by_side(
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads half
     waiting = list(reversed(tasks))
     # by the handle that tells of the process's end
-    running: dict[object, tuple[SpawnProcess, Connection, T]] = {}
+    running: dict[object, tuple[SpawnProcess, Pipe, T]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -42,7 +45,10 @@ def side_by_side(
 
 
 def _start_deaf(process: SpawnProcess) -> None:
-    """Start a process that does not hear Ctrl-C, which goes to all of a terminal's processes: its parent ends it."""
+    """Start a process that never hears Ctrl-C, which goes to all of a terminal's processes: its parent ends it."""
+    if sys.platform == "win32":  # which blocks no signals: the process itself ignores it, later
+        process.start()
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
@@ -50,19 +56,19 @@ def _start_deaf(process: SpawnProcess) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _outcome(process: SpawnProcess, receiver: Connection) -> str | None:
+def _outcome(process: SpawnProcess, receiver: Pipe) -> str | None:
     process.join()
     with receiver:
         if process.exitcode == 0 and receiver.poll():
             told: str | None = receiver.recv()
             return told
-    reason = (
-        "killed, maybe for want of memory" if process.exitcode == -signal.SIGKILL else "see its log"
-    )
+    killed = process.exitcode == _KILLED
+    reason = "killed, maybe for want of memory" if killed else "see its log"
     return f"the run's process ended with exit code {process.exitcode} ({reason})."
 
 
-def _work(work: Work[T], task: T, sender: Connection) -> None:
+def _work(work: Work[T], task: T, sender: Pipe) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     sender.send(work(task))
 

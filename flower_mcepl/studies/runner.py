@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from flower_mcepl.errors import ConfigError, FlowerMceplError, RecordError
 from flower_mcepl.files.sealed import file_lock
+from flower_mcepl.launch.plan import refuse_windows
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.compare import compare
@@ -106,12 +107,15 @@ def run_study(
     ------
     ConfigError
         If another process is at work on the same folder, or `jobs` does not fit.
+    LaunchError
+        If Flower's simulation is to carry it out, on Windows.
     """
+    if study.engine == "flower":
+        refuse_windows()
     if jobs < 1 or (jobs > 1 and study.engine != "in-process"):
         raise ConfigError(
             f'--jobs must be 1 with engine = "{study.engine}", and >= 1 with "in-process"; got '
-            f"{jobs}. Flower spreads "
-            "one run over all cores by itself."
+            f"{jobs}. Flower spreads one run over all cores by itself."
         )
     study.out.mkdir(parents=True, exist_ok=True)
     with _only_runner(study.out):
@@ -158,7 +162,8 @@ def _attempts(tasks: Sequence[Task], jobs: int) -> Attempts:
 
 def attempt(task: Task) -> str | None:
     """Carry out one run; return what went wrong, which stands in its log with the traceback."""
-    with open(task.log, "w", encoding="utf-8", buffering=1) as log:
+    # what an app prints may hold names of files that are no text
+    with open(task.log, "w", encoding="utf-8", errors="backslashreplace", buffering=1) as log:
         interrupts: list[int] = []
         try:
             # An app that prints would disturb the progress shown.
