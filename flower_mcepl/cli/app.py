@@ -15,6 +15,7 @@ from flower_mcepl.cli.run import run
 from flower_mcepl.cli.show import show
 from flower_mcepl.cli.tensorboard import tensorboard
 from flower_mcepl.errors import FlowerMceplError
+from flower_mcepl.terminal import spell_unknown
 
 app = typer.Typer(
     name="flower-mcepl",
@@ -36,6 +37,7 @@ def _several_commands() -> None:
 
 def main() -> None:
     """Run the command line; what goes wrong on purpose is told in one line, with exit code 1."""
+    spell_unknown()
     try:
         app()
     except (FlowerMceplError, OSError) as error:

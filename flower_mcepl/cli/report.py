@@ -1,5 +1,6 @@
 """``flower-mcepl report``: a study as one HTML page."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -41,4 +42,4 @@ def report(
     page = report_page(found)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8", newline="\n")
-    typer.echo(str(target))
+    sys.stdout.write(f"{target}\n")

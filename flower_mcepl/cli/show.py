@@ -1,5 +1,6 @@
 """``flower-mcepl show``: a run record in the terminal."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +21,8 @@ def show(
     in docs/run-record.md.
     """
     found = read_run(run)
-    typer.echo(agent_table(found), nl=False)
+    sys.stdout.write(agent_table(found))
     holdings = holdings_of(found.config.get("agents") or [])
     if holdings is not None:
-        typer.echo()
+        sys.stdout.write("\n")
         print_holdings(holdings, wide_console())

@@ -1,5 +1,6 @@
 """``flower-mcepl tensorboard``: run records as TensorBoard scalars."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -49,11 +50,11 @@ def tensorboard(
                 break
             time.sleep(every)
     except KeyboardInterrupt:
-        typer.echo("stopped; what is written stays", err=True)
+        sys.stderr.write("stopped; what is written stays\n")
     finally:
         for writer in writers:
             writer.close()
-    typer.echo(f"{len(writers)} record(s) under {out}: tensorboard --logdir {out}")
+    sys.stdout.write(f"{len(writers)} record(s) under {out}: tensorboard --logdir {out}\n")
 
 
 def _names(folders: list[Path]) -> list[str]:

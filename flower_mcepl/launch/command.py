@@ -13,10 +13,12 @@ from flower_mcepl.errors import FlowerMceplError
 from flower_mcepl.launch.logs import excerpt, record_named_in, without_colors
 from flower_mcepl.launch.plan import Plan, plan_run
 from flower_mcepl.launch.run import RunOutcome, carry_out
+from flower_mcepl.terminal import spell_unknown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 only for a run that finished well."""
+    spell_unknown()
     options = _parser().parse_args(arguments)
     terminal = _Terminal()
     try:

@@ -244,6 +244,7 @@ def private_environment(home: Path, inherited: Mapping[str, str]) -> dict[str, s
         "RAY_TMPDIR": str(home),
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
+        "PYTHONIOENCODING": "utf-8",  # what we read; Flower's own lines are no ASCII
         "PATH": os.pathsep.join([*dict.fromkeys(programs), inherited.get("PATH", os.defpath)]),
     }
 

@@ -13,10 +13,12 @@ from flower_mcepl.errors import FlowerMceplError
 from flower_mcepl.record.reading import read_run
 from flower_mcepl.report.overview import plot_run
 from flower_mcepl.report.table import agent_table
+from flower_mcepl.terminal import spell_unknown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table of a run record and draw its picture; the exit code is 1 where that fails."""
+    spell_unknown()
     parser = argparse.ArgumentParser(
         prog="python -m flower_mcepl.report",
         description="Print what a run's agents reached and what it cost, and draw the run as one PNG.",

@@ -219,7 +219,7 @@ class RunMonitor(Generic[FrameT]):
         if closed.rows:
             s = accuracy_summary(closed.rows)
             parts.append(
-                f"accuracy after round {s['round']}: {s['mean']:.3f} ± {s['std']:.3f} "
+                f"accuracy after round {s['round']}: {s['mean']:.3f} +/- {s['std']:.3f} "
                 f"(worst {s['worst']:.3f}, agent {s['worst_agent']})"
             )
         totals = self.exchange.ledger.totals()

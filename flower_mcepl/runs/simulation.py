@@ -19,6 +19,7 @@ from flower_mcepl.runs.book import RunBook, open_book
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.store import StateStore
 from flower_mcepl.streams import torch_threads
+from flower_mcepl.terminal import any_encoding
 from flower_mcepl.topology import Topology
 
 SERVER_FILE = "server.safetensors"
@@ -122,7 +123,7 @@ def simulate(
         record=None if record is None else lambda _: record,
         resume=None if resume is None else Path(resume),
         checkpoint_every=checkpoint_every,
-        log=log,
+        log=any_encoding(log),
     ) as book:
         if book.resumed is not None:
             fleet.go_back(book)

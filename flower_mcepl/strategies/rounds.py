@@ -119,11 +119,11 @@ class ExchangeStrategy(Strategy):
 
     def summary(self) -> None:
         """Log what is about to run."""
-        _log(f"\t├── {self.describe()}")
+        _log(f"\t|-- {self.describe()}")
         if self.book.resumed is not None:
-            _log(f"\t├── resumed after round {self.book.first - 1}")
+            _log(f"\t|-- resumed after round {self.book.first - 1}")
         if self.record is not None:
-            _log(f"\t└── Run record: {self.record.path}")
+            _log(f"\t`-- Run record: {self.record.path}")
 
     def start(
         self,

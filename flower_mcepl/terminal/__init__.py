@@ -1,0 +1,5 @@
+"""What reaches a person's terminal, or whatever else stands behind the standard streams."""
+
+from flower_mcepl.terminal.encoding import any_encoding, spell_unknown, spelled
+
+__all__ = ["any_encoding", "spell_unknown", "spelled"]
