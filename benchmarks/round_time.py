@@ -106,7 +106,7 @@ def round_seconds(agents: int, rounds: int) -> tuple[list[float], float]:
         if not outcome.ok:
             raise SystemExit(f"the run failed: {outcome.details}\n{outcome.log[-3000:]}")
         (record,) = Path(folder, "runs").iterdir()
-        lines = [json.loads(line) for line in (record / "relay.jsonl").read_text().splitlines()][
+        lines = [json.loads(line) for line in (record / "relay.jsonl").read_text(encoding="utf-8").splitlines()][
             :rounds
         ]
     ends = [line["seconds"] for line in lines]

@@ -150,7 +150,7 @@ class RunRecord:
         # process.
         with (
             _writing(self.path / file),
-            open(self.path / file, "a", encoding="utf-8", buffering=1) as sink,
+            open(self.path / file, "a", encoding="utf-8", newline="\n", buffering=1) as sink,
         ):
             sink.writelines(lines)
 
@@ -181,7 +181,7 @@ def _claim(folder: Path) -> None:
         raise RecordError(
             f"a run record needs a new or empty folder; {folder} is not empty. Choose another path."
         )
-    open(folder / ROUNDS, "x").close()  # exclusive: a second run with the same path stops here
+    open(folder / ROUNDS, "xb").close()  # exclusive: a second run with the same path stops here
 
 
 def _replace(path: Path, text: str) -> None:
