@@ -1,11 +1,22 @@
 """Other systems: Windows as far as it can be played, any encoding, spawn, and what a source distribution holds."""
 
+import ast
+import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from flower_mcepl import Topology, simulate
+from flower_mcepl.launch.processes import _table_of_proc, _table_of_ps
+from flower_mcepl.record.writing import RunRecord
+from flower_mcepl.terminal import any_encoding, spelled
+from tests.fleet import make_fleet
 from tests.study_app import write_app
 from tests.windows import plays_windows
 
@@ -174,3 +185,216 @@ for source in {list(FORBIDDEN_THERE)!r}:
     errors = result.stdout.splitlines()
     for told, (source, error) in zip(errors, FORBIDDEN_THERE.items(), strict=True):
         assert error in told, source
+
+
+# --- any encoding ---
+
+IN_AN_ENCODING = """
+import io
+import sys
+
+from flower_mcepl import Topology, simulate
+from flower_mcepl.cli import main
+from flower_mcepl.launch.command import main as launch
+from flower_mcepl.report.__main__ import main as report
+from tests.fleet import make_fleet
+
+_, record, nowhere, *encodings = sys.argv
+for encoding in encodings:  # of the streams; "own" is the one that Python chose
+    if encoding != "own":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding, write_through=True)
+        sys.stderr = io.TextIOWrapper(sys.stderr.buffer, encoding, write_through=True)
+    simulate(make_fleet(2), Topology.ring(2), num_rounds=1, log=print)
+    assert report([record]) == 0
+    assert launch([record]) == 1
+    for arguments in (
+        ["show", record],
+        ["compare", record],
+        ["compare", nowhere],
+        ["plot", record],
+        ["report", record],
+        ["frame", record + "/frames/00001-agent-0000.frame"],
+        ["tensorboard", "plain", "--out", "events"],  # itself writes to no other place in a C locale
+        ["run", "study.toml", "--dry-run"],
+        ["run", "study.toml"],
+        ["run", "--help"],
+        ["doctor", "--help"],
+        ["data", "--help"],
+    ):
+        sys.argv = ["flower-mcepl", *arguments]
+        try:
+            main()
+        except SystemExit as end:
+            assert (end.code in (0, None)) == (arguments[1] != nowhere), arguments
+    print("done in", encoding, flush=True)
+"""
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.fixture(scope="module")
+def record_of_many_letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A record whose place and whose classes have letters that few encodings have."""
+    folder = tmp_path_factory.mktemp("records") / "n\xe4me \u540d"
+    record = RunRecord.create(name="n\xe4me", path=folder, config={}, with_frames=True)
+    simulate(make_fleet(3), Topology.ring(3), num_rounds=2, record=record)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for agent in config["agents"]:
+        agent["classes"] = {"\u540d": 3, "gr\xf6\xdfe \u2026": 1}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("env", "encodings"),
+    [({"PYTHONIOENCODING": "ascii"}, ("own", "cp1252")), (C_LOCALE, ("own",))],
+    ids=["ascii-and-cp1252", "C-locale"],
+)
+def test_no_command_dies_on_an_encoding(
+    env: dict[str, str], encodings: tuple[str, ...], record_of_many_letters: Path, tmp_path: Path
+) -> None:
+    app = write_app(tmp_path, "letters")
+    study = f"app = '{app}'\nout = 'out'\nengine = 'in-process'\n[[runs]]\nlabel = 'one'\n"
+    (tmp_path / "study.toml").write_text(study, encoding="utf-8")
+    (tmp_path / "plain").symlink_to(record_of_many_letters)
+    (tmp_path / "script.py").write_text(IN_AN_ENCODING, encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "script.py", str(record_of_many_letters), "\u540d", *encodings],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr).decode("cp1252", "replace")
+    in_ascii, in_cp1252, _ = (result.stdout + b"done in").split(b"done in", 2)
+    assert b"mean +/- sd" in in_ascii
+    assert (b"mean \xb1 sd" in in_cp1252) == ("cp1252" in encodings)
+    assert rb"\u540d" in in_ascii  # told, though it cannot be shown
+    assert b"Traceback" not in result.stderr
+    assert result.stderr.count(b"error: ") == len(encodings)
+
+
+def test_a_log_gets_what_its_stream_can_write() -> None:
+    lines: list[bytes] = []
+    log = any_encoding(lambda line: lines.append(line.encode("cp1252")))
+    log("plain")
+    log("a \xb1 b \u2026 \u2500 \u540d")
+    assert lines == [b"plain", b"a +/- b ... - \\u540d"]
+    assert spelled("\xb1\u2026\xe4\ud800") == r"+/-...\xe4\ud800"
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def docstrings(tree: ast.AST) -> set[int]:
+    """Where the strings begin that are statements of their own."""
+    return {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+
+
+def test_what_we_log_is_ascii() -> None:
+    """Under Flower, log lines go where a console's encoding decides; tables and pages go elsewhere."""
+    for path in python_files("flower_mcepl"):
+        if path.relative_to(ROOT).parts[1] in ("report", "terminal"):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        beside = docstrings(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value.isascii() or id(node) in beside, f"{path}, line {node.lineno}"
+
+
+def without_encoding(source: str) -> Iterator[int]:
+    """Lines where a text file is opened, read or written in whatever encoding the system has."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and opens_text(node):
+            if "encoding" not in {keyword.arg for keyword in node.keywords}:
+                yield node.lineno
+
+
+def opens_text(call: ast.Call) -> bool:
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    if name in ("read_text", "write_text"):
+        return True
+    if name in ("run", "Popen", "check_output"):
+        return keywords.get("text") == "True"
+    modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+    modes = [mode for mode in modes if re.fullmatch("[rwax+bt]{1,3}", str(mode))]
+    mode = keywords.get("mode", "".join(modes))
+    if name in ("NamedTemporaryFile", "TemporaryFile", "fdopen"):
+        return bool(mode) and "b" not in mode
+    if name != "open" or ast.unparse(function) in ("os.open", "Image.open"):
+        return False
+    is_ours = isinstance(function, ast.Name) or bool(modes) or not call.args
+    return is_ours and "b" not in mode
+
+
+@pytest.mark.parametrize(
+    "path", python_files("flower_mcepl", "examples", "benchmarks"), ids=lambda path: path.stem
+)
+def test_every_text_file_has_a_named_encoding(path: Path) -> None:
+    assert list(without_encoding(path.read_text(encoding="utf-8"))) == []
+
+
+def test_the_check_of_encodings_can_fail() -> None:
+    wrong = """open("x")
+open("x", "w")
+path.open()
+path.open("a")
+path.read_text()
+(folder / "x").write_text("y")
+subprocess.run(["ps"], text=True)
+tempfile.NamedTemporaryFile("w")
+"""
+    right = """open("x", "rb")
+open("x", encoding="utf-8")
+path.open("ab")
+path.read_text(encoding="utf-8")
+subprocess.run(["ps"])
+os.open("x", os.O_RDONLY)
+opener.open("http://x", timeout=5)
+tempfile.NamedTemporaryFile()
+"""
+    assert sorted(without_encoding(wrong)) == list(range(1, 9))
+    assert list(without_encoding(right)) == []
+
+
+# --- macOS ---
+
+
+def forks(source: str) -> Iterator[int]:
+    """Lines that start a process as the system does by default: by a fork on Linux, by a spawn elsewhere."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            call = ast.unparse(node)
+            made = re.match(
+                r"(multiprocessing|mp)\.(Process|Pool|Queue|Manager|Pipe)\(|os\.fork", call
+            )
+            context = re.match(r"(multiprocessing|mp)\.(get_context|set_start_method)\(", call)
+            pool = re.match(r"(\w+\.)*ProcessPoolExecutor\(", call) and "mp_context" not in call
+            if made or pool or (context and "'spawn'" not in call):
+                yield node.lineno
+
+
+def test_processes_are_spawned() -> None:
+    assert list(forks("mp.Pool(2)\nmultiprocessing.get_context()\nos.fork()")) == [1, 2, 3]
+    for path in python_files("flower_mcepl", "examples", "benchmarks"):
+        assert list(forks(path.read_text(encoding="utf-8"))) == [], path
+
+
+@pytest.mark.skipif(
+    shutil.which("ps") is None or not Path("/proc/self/stat").exists(), reason="needs ps and /proc"
+)
+def test_ps_tells_of_processes_what_proc_tells() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        tables = [{row[0]: row for row in table()} for table in (_table_of_proc, _table_of_ps)]
+        for pid in (os.getpid(), child.pid):
+            assert tables[0][pid] == tables[1][pid]
+        assert tables[0][child.pid] == (child.pid, os.getpid(), os.getpgrp())
+        child.communicate(b"\n")

@@ -38,20 +38,20 @@ def spell_unknown() -> None:
 
 
 def any_encoding(log: Callable[[str], object]) -> Callable[[str], None]:
-    """Return `log` for lines in any encoding: what its stream cannot write, it gets spelled."""
+    """Return `log` for any encoding: a line that its stream cannot write, it gets in ASCII."""
 
     def write(line: str) -> None:
         try:
             log(line)
-        except UnicodeEncodeError as error:
-            log(spelled(line, error.encoding))
+        except UnicodeEncodeError:  # which names a code page "charmap", whichever it is
+            log(spelled(line))
 
     return write
 
 
-def spelled(text: str, encoding: str) -> str:
-    """Return a text with everything spelled that `encoding` lacks."""
-    return text.encode(encoding, _HANDLER).decode(encoding)
+def spelled(text: str) -> str:
+    """Return a text in ASCII, with everything else spelled."""
+    return text.encode("ascii", _HANDLER).decode("ascii")
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:
