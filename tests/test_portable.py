@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -398,3 +399,37 @@ def test_ps_tells_of_processes_what_proc_tells() -> None:
             assert tables[0][pid] == tables[1][pid]
         assert tables[0][child.pid] == (child.pid, os.getpid(), os.getpgrp())
         child.communicate(b"\n")
+
+
+# --- the source distribution ---
+
+OF_SETUPTOOLS = re.compile(r"PKG-INFO|setup\.cfg|flower_mcepl\.egg-info/.*")
+
+
+@pytest.mark.skipif(
+    shutil.which("git") is None or not (ROOT / ".git").exists(), reason="only a repository is built"
+)
+def test_source_distribution_is_the_repository(tmp_path: Path) -> None:
+    """Its tests find all that they read, and nothing that a run has left in the tree goes out with it."""
+    command = ["git", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    files = [name for name in listed.split("\0") if (ROOT / name).is_file()]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    for left in (
+        "examples/quickstart/runs/a/config.json",
+        "examples/drop_in/gossip/runs/b",
+        "examples/deployment/fleet/node-0/key",
+        "tests/__pycache__/c.cpython-311.pyc",
+        "runs/d",
+        "dist/e",
+    ):
+        (tmp_path / left).parent.mkdir(parents=True)
+        (tmp_path / left).touch()
+    build = "from setuptools import build_meta; build_meta.build_sdist('out')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, check=True)
+    (archive,) = (tmp_path / "out").iterdir()
+    with tarfile.open(archive) as tar:
+        names = [member.name.partition("/")[2] for member in tar if member.isfile()]
+    assert sorted(name for name in names if not OF_SETUPTOOLS.fullmatch(name)) == sorted(files)
