@@ -106,9 +106,10 @@ def round_seconds(agents: int, rounds: int) -> tuple[list[float], float]:
         if not outcome.ok:
             raise SystemExit(f"the run failed: {outcome.details}\n{outcome.log[-3000:]}")
         (record,) = Path(folder, "runs").iterdir()
-        lines = [json.loads(line) for line in (record / "relay.jsonl").read_text(encoding="utf-8").splitlines()][
-            :rounds
-        ]
+        lines = [
+            json.loads(line)
+            for line in (record / "relay.jsonl").read_text(encoding="utf-8").splitlines()
+        ][:rounds]
     ends = [line["seconds"] for line in lines]
     own = statistics.mean(line["agent_seconds"] for line in lines[1:])
     return [after - before for before, after in itertools.pairwise(ends)], own

@@ -10,7 +10,9 @@ from flwr.supercore.task_identity import TaskIdentity  # private, needed by Mess
 
 from flower_mcepl.clients import make_client_app
 from flower_mcepl.clients.app import agent_index
-from flower_mcepl.messages import keys
+from flower_mcepl.exchange.parcels import Answer, Parcel
+from flower_mcepl.messages.answer import from_records
+from flower_mcepl.messages.order import Order
 
 from .fleet import SEED, small_net, split
 
@@ -51,27 +53,24 @@ def a_message(
     *,
     frames: dict[int, bytes] | None = None,
     neighbors: Sequence[int] | None = None,
+    evaluate: bool = False,
+    train: bool = True,
+    acknowledged: int | None = None,
+    whole: bool = False,
     **order: Any,
 ) -> Message:
     """What the relay sends; without `neighbors` it is what a node gets that the relay does not know yet."""
-    record = ConfigRecord(
-        {
-            keys.VERSION: keys.MESSAGE_VERSION,
-            keys.RUN: RUN,
-            keys.ROUND: round,
-            keys.FUSE: neighbors is not None,
-            keys.EVALUATE: False,
-            keys.TRAIN: True,
-            keys.MAX_STALENESS: 5,
-            **{name.replace("_", "-"): value for name, value in order.items()},
-        }
+    parcel = Parcel(
+        round,
+        None if neighbors is None else tuple(neighbors),
+        {j: [Array(np.frombuffer(frame, np.uint8))] for j, frame in (frames or {}).items()},
+        evaluate=evaluate,
+        train=train,
+        acknowledged=acknowledged,
+        whole=whole,
     )
-    if neighbors:
-        record[keys.NEIGHBORS] = list(neighbors)
-    arrays = {
-        f"{j}/0": Array(np.frombuffer(frame, np.uint8)) for j, frame in (frames or {}).items()
-    }
-    content = RecordDict({keys.ORDER: record, keys.FRAMES: ArrayRecord(arrays)})
+    facts = {"run": RUN, "max_staleness": 5, "introduce": True, **order}
+    content = RecordDict(Order(parcel=parcel, **facts).to_records(ArrayRecord, ConfigRecord))
     return Message(content, dst_node_id=1000, message_type="train")
 
 
@@ -83,5 +82,10 @@ def frame_bytes(array: Array) -> bytes:
     return bytes(array.numpy().tobytes())
 
 
-def frame_of(answer: Message) -> bytes:
-    return frame_bytes(answer.content[keys.FRAME][keys.FRAME])
+def the_answer(message: Message) -> Answer[Array]:
+    """What an agent answers, as the relay reads it."""
+    return from_records(message.content)
+
+
+def frame_of(message: Message) -> bytes:
+    return the_answer(message).raw[0]

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from flower_mcepl import (
     AgentData,
     ConfigError,
+    CorruptFrameError,
     DataError,
     DivergedError,
     FlowerMceplError,
@@ -22,9 +23,12 @@ from flower_mcepl import (
     Topology,
 )
 from flower_mcepl.agents import AgentState
+from flower_mcepl.clients import app as client_app
 from flower_mcepl.clients import make_agent_app, make_client_app
 from flower_mcepl.clients.memory import STATE
-from flower_mcepl.messages import keys
+from flower_mcepl.exchange.parcels import Answer
+from flower_mcepl.messages.handshake import read_identity
+from flower_mcepl.messages.limits import LIMITS
 from flower_mcepl.wire import FrameHeader, read_header
 
 from .fleet import make_agent, small_net, split
@@ -40,7 +44,7 @@ from .flower_fleet import (
     state_bytes,
     up_frames,
 )
-from .flower_messages import a_context, a_message, be_a_node, frame_of, the_app
+from .flower_messages import a_context, a_message, be_a_node, frame_of, the_answer, the_app
 
 
 @pytest.fixture(autouse=True)
@@ -66,29 +70,28 @@ def three_rounds(apps: Iterable[ClientApp], context: Context) -> list[bytes]:
 
 
 def test_the_answer_is_handshake_metrics_and_frame() -> None:
-    answer = the_app()(a_message(1), a_context(2))
-    facts = dict(answer.content.config_records[keys.AGENT])
-    assert (facts["agent"], facts["fresh"], facts["num-examples"], facts["num-weights"]) == (
+    answer = the_answer(the_app()(a_message(1), a_context(2)))
+    facts = answer.facts
+    assert (facts["agent"], answer.fresh, facts["num-examples"], facts["num-weights"]) == (
         2,
         True,
         24,
         228,
     )
     assert facts["retention"] == "conv 0.3, linear 0.9"
-    assert len(str(facts["fingerprint"])) == 32
-    assert set(answer.content.metric_records[keys.METRICS]) == {"train-loss", "seconds"}
-    assert len(answer.content.array_records[keys.FRAME]) == 1
+    assert len(facts["fingerprint"]) == 32
+    assert set(answer.metrics) == {"train-loss", "seconds"}
+    assert len(answer.posts) == 1
 
 
 def test_closing_message_trains_nothing_and_brings_no_frame() -> None:
     app, context = the_app(), a_context()
     app(a_message(1), context)
     before = state_bytes(context)
-    answer = app(a_message(2, neighbors=(), evaluate=True, train=False), context)
-    metrics = answer.content.metric_records[keys.METRICS]
-    assert {"accuracy", "loss", "num-examples", "density"} <= set(metrics)
-    assert keys.FRAME not in answer.content.array_records
-    assert keys.REFUSED not in answer.content.config_records[keys.AGENT]
+    answer = the_answer(app(a_message(2, neighbors=(), evaluate=True, train=False), context))
+    assert {"accuracy", "loss", "num-examples", "density"} <= set(answer.metrics)
+    assert not answer.posts
+    assert not answer.refused
     assert state_bytes(context)["agent/scores/0.weight"] == before["agent/scores/0.weight"]
 
 
@@ -98,7 +101,7 @@ def test_a_query_says_who_it_is_without_calling_the_app() -> None:
 
     message = Message(RecordDict(), dst_node_id=1000, message_type="query")
     answer = make_client_app(never, never)(message, a_context(3))
-    assert answer.content.config_records[keys.AGENT]["agent"] == 3
+    assert read_identity(answer.content) == 3
 
 
 HANDSHAKE = {
@@ -114,23 +117,24 @@ HANDSHAKE = {
 
 def test_a_device_may_keep_its_classes_to_itself() -> None:
     classes = {"classes", "train-counts", "test-counts"}
-    told = [
-        set(the_app()(a_message(1), a_context(2, **settings)).content.config_records[keys.AGENT])
+    open_one, secretive = (
+        set(the_answer(the_app()(a_message(1), a_context(2, **settings))).facts)
         for settings in ({}, {"tell-classes": False})
-    ]
-    assert told[0] - told[1] == classes
-    assert told[1] < told[0]
+    )
+    assert open_one - secretive == classes
+    assert secretive < open_one
 
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_the_handshake_comes_only_where_it_is_asked_for_or_the_agent_is_fresh(asked: bool) -> None:
     app, context = the_app(), a_context(2)
-    first = set(app(a_message(1, introduce=asked), context).content.config_records[keys.AGENT])
-    assert first >= HANDSHAKE | {"agent", keys.FRESH}
-    later = set(app(a_message(2, introduce=asked), context).content.config_records[keys.AGENT])
-    assert later & HANDSHAKE == (HANDSHAKE if asked else set())
-    frames = {keys.BUILDS_ON, keys.HEADER_BYTES, keys.CONTENT}
-    assert (later == first) if asked else (later == {"agent", keys.FRESH, *frames})
+    first = the_answer(app(a_message(1, introduce=asked), context))
+    assert first.introduces
+    assert set(first.facts) >= HANDSHAKE | {"agent"}
+    later = the_answer(app(a_message(2, introduce=asked), context))
+    assert (first.fresh, later.fresh) == (True, False)
+    assert later.introduces is asked
+    assert later.facts == (first.facts if asked else {"agent": 2})
 
 
 def headers_of(answer: Message) -> list[FrameHeader]:
@@ -142,11 +146,10 @@ def test_an_answer_says_of_each_frame_what_it_builds_on_and_how_large_its_header
     app(a_message(1), context)
     answer = app(a_message(2, neighbors=(), acknowledged=1, whole=True), context)
     delta, key = headers_of(answer)
-    facts = answer.content.config_records[keys.AGENT]
-    assert list(answer.content.array_records[keys.FRAME]) == [keys.FRAME, keys.KEY_FRAME]
-    assert facts[keys.BUILDS_ON] == [1, 0] == [delta.reference, key.reference]
-    assert facts[keys.HEADER_BYTES] == [delta.header_bytes, key.header_bytes]
-    assert facts[keys.CONTENT] == delta.content == key.content
+    posts = the_answer(answer).posts
+    assert [post.builds_on for post in posts] == [1, 0] == [delta.reference, key.reference]
+    assert [post.header_bytes for post in posts] == [delta.header_bytes, key.header_bytes]
+    assert the_answer(answer).content == delta.content == key.content
     # its answer in round 2 was lost
     again = app(a_message(3, neighbors=(), acknowledged=1), context)
     assert [header.reference for header in headers_of(again)] == [1]
@@ -170,22 +173,15 @@ def test_an_answer_names_what_is_held_and_what_is_lacking() -> None:
     sent = {j: [delta_of(j, neighbors, round) for round in (1, 2, 3)] for j in neighbors}
     app(a_message(1), context)
 
-    def facts_after(round: int, frames: dict[int, bytes]) -> ConfigRecord:
+    def answer_to(round: int, frames: dict[int, bytes]) -> Answer[Array]:
         message = a_message(round, frames=frames, neighbors=(1, 2), introduce=False)
-        return app(message, context).content.config_records[keys.AGENT]
+        return the_answer(app(message, context))
 
-    held = facts_after(2, {1: sent[1][0], 2: sent[2][0]})
-    assert (held[keys.HELD_AGENTS], held[keys.HELD_ROUNDS]) == ([1, 2], [1, 1])
-    lacks = facts_after(4, {1: sent[1][2], 2: sent[2][1]})  # agent 1's frame of round 2 never came
-    assert (lacks[keys.HELD_AGENTS], lacks[keys.HELD_ROUNDS], lacks[keys.LACKING]) == (
-        [2],
-        [2],
-        [1],
-    )
-    assert keys.REFUSED not in lacks
-    again = facts_after(5, {})  # the next message brought nothing: it is still in doubt
-    assert (again[keys.HELD_AGENTS], again[keys.HELD_ROUNDS]) == ([2], [2])
-    assert keys.LACKING not in again
+    assert answer_to(2, {1: sent[1][0], 2: sent[2][0]}).held == {1: 1, 2: 1}
+    lacks = answer_to(4, {1: sent[1][2], 2: sent[2][1]})  # agent 1's frame of round 2 never came
+    assert (lacks.held, lacks.lacking, lacks.refused) == ({2: 2}, (1,), ())
+    again = answer_to(5, {})  # the next message brought nothing: it is still in doubt
+    assert (again.held, again.lacking) == ({2: 2}, ())
 
 
 def test_a_chain_arrives_in_its_order() -> None:
@@ -195,13 +191,9 @@ def test_a_chain_arrives_in_its_order() -> None:
     app(a_message(1), context)
     message = a_message(13, neighbors=(1,))
     for place, frame in enumerate(chain):  # "1/10" comes after "1/9"
-        message.content.array_records[keys.FRAMES][f"1/{place}"] = Array(
-            np.frombuffer(frame, np.uint8)
-        )
-    facts = app(message, context).content.config_records[keys.AGENT]
-    assert (facts[keys.HELD_AGENTS], facts[keys.HELD_ROUNDS]) == ([1], [12])
-    assert keys.REFUSED not in facts
-    assert keys.LACKING not in facts
+        message.content["frames"][f"1/{place}"] = Array(np.frombuffer(frame, np.uint8))
+    answer = the_answer(app(message, context))
+    assert (answer.held, answer.refused, answer.lacking) == ({1: 12}, (), ())
 
 
 def test_a_damaged_envelope_costs_that_frame_alone() -> None:
@@ -211,13 +203,25 @@ def test_a_damaged_envelope_costs_that_frame_alone() -> None:
     message = a_message(
         2, frames={j: delta_of(j, neighbors, 1) for j in neighbors}, neighbors=(1, 2)
     )
-    message.content.array_records[keys.FRAMES]["1/0"].data = b"no envelope"
-    facts = app(message, context).content.config_records[keys.AGENT]
-    (reason,) = facts[keys.REFUSED]
+    message.content["frames"]["1/0"].data = b"no envelope"
+    answer = the_answer(app(message, context))
+    (reason,) = answer.refused
     assert reason.startswith(
         "CorruptFrameError, frame of agent 1: a frame must come as an npy array"
     )
-    assert facts[keys.HELD_AGENTS] == [2]
+    assert set(answer.held) == {2}
+
+
+def test_reasons_are_cut_to_what_an_answer_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(data: bytes) -> bytes:
+        raise CorruptFrameError("no " * 2000)
+
+    app, context = the_app(), a_context()
+    app(a_message(1), context)
+    monkeypatch.setattr(client_app, "open_envelope", refuse)
+    (reason,) = the_answer(app(a_message(2, frames={1: b""}, neighbors=(1,)), context)).refused
+    assert len(reason) == LIMITS.reason
+    assert reason.startswith("CorruptFrameError, frame of agent 1: no no ")
 
 
 # --- what it keeps ---
@@ -415,10 +419,10 @@ def test_the_order_of_the_nodes_does_not_matter() -> None:
 
 def test_a_node_sets_its_own_retention() -> None:
     node = {"retention-conv": 0.5, "retention-linear": "0.25"}
-    facts = the_app()(a_message(1), a_context(node=node)).content.config_records[keys.AGENT]
+    facts = the_answer(the_app()(a_message(1), a_context(node=node))).facts
     assert facts["retention"] == "conv 0.5, linear 0.25"
     assert facts["kept-weights"] == 18 + 48
-    plain = the_app()(a_message(1), a_context()).content.config_records[keys.AGENT]
+    plain = the_answer(the_app()(a_message(1), a_context())).facts
     assert facts["fingerprint"] == plain["fingerprint"]
 
 
@@ -447,7 +451,7 @@ def test_a_node_sets_its_own_threads_and_they_are_put_back() -> None:
 
 def test_a_node_sets_its_own_device() -> None:
     answer = the_app()(a_message(1), a_context(node={"device": "cpu"}, device="cuda:77"))
-    assert keys.FRAME in answer.content.array_records
+    assert the_answer(answer).posts
 
 
 @pytest.mark.parametrize(
@@ -498,8 +502,8 @@ def test_a_node_must_say_which_agent_it_is(partition: Any) -> None:
             "None",
         ),
         (RecordDict(), "None"),
-        (RecordDict({keys.ORDER: ConfigRecord({keys.VERSION: 1})}), "1"),
-        (RecordDict({keys.ORDER: ConfigRecord({keys.ROUND: 1})}), "None"),
+        (RecordDict({"order": ConfigRecord({"message-version": 1})}), "1"),
+        (RecordDict({"order": ConfigRecord({"server-round": 1})}), "None"),
     ],
 )
 @pytest.mark.parametrize("message_type", ["train", "evaluate"])
@@ -541,10 +545,10 @@ def test_the_run_config_says_what_an_agent_is_evaluated_on(split_name: str, size
     app = make_client_app(model_fn, lambda context: (split(0), split(1, size=7), split(2, size=5)))
     context = a_context(4)
     context.run_config["evaluate-on"] = split_name
-    facts = app(a_message(1), context).content.config_records[keys.AGENT]
+    facts = the_answer(app(a_message(1), context)).facts
     assert facts[f"num-{split_name}-examples"] == size
     assert facts["validation-counts"].count(":") == len(set(split(1, size=7)[1].tolist()))
-    metrics = app(a_message(2, evaluate=True), context).content.metric_records[keys.METRICS]
+    metrics = the_answer(app(a_message(2, evaluate=True), context)).metrics
     assert metrics["num-examples"] == size
 
 
@@ -585,7 +589,7 @@ def test_one_agents_data_may_be_agent_data_by_hand() -> None:
     agent = make_agent(0)
     agent.data = AgentData.of(split(3), split(4), agent=0)
     answer = make_agent_app(lambda context: agent)(a_message(1), a_context())
-    assert keys.FRAME in answer.content.array_records
+    assert the_answer(answer).posts
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

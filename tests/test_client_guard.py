@@ -19,7 +19,6 @@ from flwr.clientapp.mod import (  # what users are tempted to add
 
 from flower_mcepl import ConfigError, FlowerMceplError
 from flower_mcepl.clients import make_agent_app
-from flower_mcepl.messages import keys
 
 from .fleet import make_agent
 from .flower_fleet import state_bytes
@@ -289,13 +288,13 @@ def test_local_dp_that_comes_in_by_a_side_door_wedges_nothing() -> None:
     def train(message: Message, context: Context) -> Message:
         return Message(RecordDict({"out": ArrayRecord()}), reply_to=message)
 
-    message.content[keys.FRAMES] = ArrayRecord({"x": next(iter(frames_of_one_agent().values()))})
+    message.content["frames"] = ArrayRecord({"x": next(iter(frames_of_one_agent().values()))})
     # what the guard is there for
     assert unguarded(message, a_context()).metadata.reply_to_message_id == ""
 
 
 def frames_of_one_agent() -> ArrayRecord:
-    return the_app()(sent(1), a_context()).content.array_records[keys.FRAME]
+    return the_app()(sent(1), a_context()).content["frame"]
 
 
 def test_a_node_with_a_broken_mod_shows_as_an_error_and_nothing_hangs() -> None:

@@ -1,6 +1,7 @@
 """Where an agent's state is between two messages: on the device's disk, in the Context, in a simulation's record."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,21 @@ from flower_mcepl import ConfigError, StateError
 from flower_mcepl.agents import load_state
 from flower_mcepl.clients import app as client_app
 from flower_mcepl.clients import make_client_app, memory
-from flower_mcepl.messages import keys
 from flower_mcepl.runs.settings import DeviceSettings
 from flower_mcepl.runs.store import StateStore
 
 from .fleet import noisy_net, same_tensors
 from .flower_fleet import state_of
-from .flower_messages import RUN, a_context, a_message, be_a_node, data_fn, frame_of, the_app
+from .flower_messages import (
+    RUN,
+    a_context,
+    a_message,
+    be_a_node,
+    data_fn,
+    frame_of,
+    the_answer,
+    the_app,
+)
 
 OTHER_RUN = "feedfeedfeedfeed"
 
@@ -72,8 +81,8 @@ def in_one_context(**node: Any) -> Iterator[Context]:
         yield context
 
 
-def fresh(reply: Message) -> Any:
-    return reply.content.config_records[keys.AGENT][keys.FRESH]
+def fresh(reply: Message) -> bool:
+    return the_answer(reply).fresh
 
 
 def store_of(root: Path, agent: int = 0, *, run: str = RUN) -> StateStore:
@@ -98,9 +107,9 @@ def test_a_restarted_node_goes_on_as_the_same_agent_and_its_context_stays_empty(
     assert [fresh(reply) for reply in replies] == [True, False, False]
     assert [context.state for context in contexts] == [RecordDict()] * 3
     assert store_of(tmp_path).rounds(0) == [2, 3]
-    asked = play(a_device(tmp_path), 4, introduce=True).content.config_records[keys.AGENT]
-    assert (asked[keys.FRESH], asked["agent"]) == (False, 0)
-    assert keys.PARAMETERS in asked  # under a new node id the relay asks who it is
+    asked = the_answer(play(a_device(tmp_path), 4, introduce=True))
+    assert (asked.fresh, asked.facts["agent"]) == (False, 0)
+    assert asked.introduces  # under a new node id the relay asks who it is
 
 
 def test_a_round_that_is_sent_again_is_played_again_with_the_same_bits(
@@ -197,20 +206,14 @@ def test_two_nodes_that_play_one_agent_at_once_are_told(tmp_path: Path) -> None:
             return reply
 
     app = the_app(mods=[Meanwhile()])
-    assert keys.FRAME in app(a_message(1), a_device(tmp_path)).content.array_records
+    assert the_answer(app(a_message(1), a_device(tmp_path))).posts
 
 
-def test_the_message_must_say_of_which_run_it_is(tmp_path: Path) -> None:
-    message = a_message(1)
-    del message.content.config_records[keys.ORDER][keys.RUN]
-    with pytest.raises(
-        ConfigError, match=r"agent 0: an order must say of which run it is \(run\); got None"
-    ):
-        the_app()(message, a_device(tmp_path))
-    with pytest.raises(
-        StateError, match=r"a run's id is 16 lower-case hex digits; got '\.\./elsewhere'"
-    ):
-        play(a_device(tmp_path), 1, run="../elsewhere")
+@pytest.mark.parametrize("run", ["../elsewhere", "", "00C0FFEE00C0FFEE"])
+def test_the_message_must_say_of_which_run_it_is(run: str, tmp_path: Path) -> None:
+    rule = f"agent 0: run must be 16 lower-case hex digits; got {run!r}"
+    with pytest.raises(ConfigError, match=re.escape(rule)):
+        play(a_device(tmp_path), 1, run=run)
     assert list(tmp_path.iterdir()) == []
 
 

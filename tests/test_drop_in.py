@@ -676,6 +676,8 @@ def test_what_metrics_are_called() -> None:
         "num-examples": 5,
     }
     assert read_training({"mse": 2.0}) == {}
+    # no number could be averaged with it
+    assert [read_training({"loss": loss}) for loss in (np.nan, np.inf, -np.inf)] == [{}, {}, {}]
 
 
 @pytest.mark.parametrize(

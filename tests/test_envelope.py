@@ -52,3 +52,12 @@ def test_a_header_that_asks_for_terabytes_allocates_nothing() -> None:
         open_envelope(data)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", ["(" + "9," * 3000 + ")", "'" + "9" * 3000 + "'"])
+def test_what_is_wrong_is_said_in_few_words(shape: str) -> None:
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    envelope = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with pytest.raises(CorruptFrameError) as caught:
+        open_envelope(envelope)
+    assert len(str(caught.value)) < 400

@@ -512,8 +512,8 @@ def test_an_unknown_node_without_a_handshake_is_refused(
     relay = the_run(tmp_path).relay
     assert [list(line["failed"]) for line in relay] == [["node 1002"], [], [], []]
     assert (
-        "node 1002 does not answer as an agent (KeyError('fingerprint')"
-        in relay[0]["failed"]["node 1002"]
+        "node 1002 does not answer as an agent (fingerprint must be text of at most 10000 "
+        "characters; got None); its records are" in relay[0]["failed"]["node 1002"]
     )
     assert [line["answered"] for line in relay] == [2, 3, 3, 3]  # asked again, it introduces itself
     asked = [

@@ -1,7 +1,8 @@
-"""Whatever happens in a ClientApp, its SuperNode gets an answer: one without stops serving all later runs, too.
+"""Guard: every message is answered, whatever happens in a ClientApp.
 
-Flower waits for a reply that bears the id of the message, without an end and without a
-look at what the ClientApp gave instead.
+A SuperNode that never gets its reply blocks, for all later runs: Flower waits without
+an end for one that bears the message's id, and does not look at what the ClientApp gave
+instead.
 """
 
 from collections.abc import Callable, Iterable
@@ -47,7 +48,7 @@ def check_mods(mods: Iterable[object]) -> None:
 
 
 def answer_to(message: Message, context: Context, call: Call) -> Message:
-    """Return what ``call`` answers if Flower can send it as the answer to the message, else an error that says why.
+    """Answer of ``call`` if Flower can send it, else an error that says why.
 
     Raises
     ------
@@ -67,19 +68,19 @@ def answer_to(message: Message, context: Context, call: Call) -> Message:
     wrong = _fault(reply, message)
     if wrong is None:
         return reply  # type: ignore[no-any-return]
-    code, told = FAILED, ""
+    code, its_error = FAILED, ""
     if isinstance(reply, Message) and reply.has_error():
-        code, told = reply.error.code, f" It said: {reply.error.reason}"
+        code, its_error = reply.error.code, f" It said: {reply.error.reason}"
     reason = (
         f"node {context.node_id}: a ClientApp and each of its mods must return Message(content, "
         f"reply_to=message), with the message that came; here {wrong}. Mend or leave out the mods "
-        f"of make_client_app.{told}"
+        f"of make_client_app.{its_error}"
     )
     return Message(Error(code, reason), reply_to=message)
 
 
 def _fault(reply: Any, message: Message) -> str | None:
-    """Say what is wrong with a reply, None if nothing is."""
+    """Fault of a reply, None if there is none."""
     if not isinstance(reply, Message):
         return (
             f"{type(reply).__name__} came out"
@@ -106,7 +107,7 @@ def _fault(reply: Any, message: Message) -> str | None:
 
 
 def _flower_ends_it(error: SystemExit) -> bool:
-    """Tell whether Flower ends this process itself, as when its SuperNode stops: then nobody waits for the answer."""
+    """Whether Flower ends the process, as when its SuperNode stops: nobody waits."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next

@@ -1,16 +1,15 @@
-"""Where an agent's state is kept between two messages: on the device's disk, or in Flower's ``Context.state``."""
+"""Memory of an agent between two messages: the device's disk, or Flower's Context."""
 
 import contextlib
 import sys
 from collections.abc import Collection, Iterator
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Protocol, final
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context
+from flwr.app import Array, ArrayRecord, Context
 
-from flower_mcepl.errors import ConfigError
-from flower_mcepl.messages import keys
+from flower_mcepl.messages.order import Order
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.settings import DeviceSettings
 from flower_mcepl.runs.store import StateStore, device_store, forget_runs
@@ -20,38 +19,37 @@ logger = getLogger("flwr")
 
 
 class Memory(Protocol):
-    """What an agent remembers in one run."""
+    """States of one agent in one run."""
 
     def recall(self, *, before: int) -> Generation | None:
-        """Return the newest state that the agent had before a round; None if it begins afresh."""
+        """Newest state that the agent had before a round; None if it begins afresh."""
 
     def remember(self, generation: Generation) -> None:
-        """Keep a state for the next message: all of it, or, where anything fails, nothing."""
+        """Keep a state for the next message: all of it, or nothing where that fails."""
 
 
 @final
 class ContextMemory:
-    """The last state, in Flower's ``Context.state``: it travels with every message and ends with the process.
+    """Last state, in Flower's ``Context.state``.
 
-    It is one array: Flower handles each on its own, and many small ones take longer
-    than a large one.
+    It travels with every message and ends with the process. It is one array: Flower
+    handles each on its own, and many small ones take longer than a large one.
     """
 
     def __init__(self, context: Context, *, run: str) -> None:
         self._context, self._run = context, run
 
     def recall(self, *, before: int) -> Generation | None:
-        """Return the last state, if it is of this run and of an earlier round."""
+        """Last state, if it is of this run and of an earlier round."""
         records = self._context.state.array_records
         if STATE not in records:
             return None
-        found = Generation.decode(records[STATE]["generation"].data)
-        if found.run == self._run and found.round < before:
-            return found
+        last = Generation.decode(records[STATE]["generation"].data)
+        if last.run == self._run and last.round < before:
+            return last
         logger.warning(
-            f"agent {found.agent} starts afresh: round {before} of run {self._run or '?'} was "
-            f"asked for, and its state is that after round {found.round} of run "
-            f"{found.run or '?'}."
+            f"agent {last.agent} starts afresh: round {before} of run {self._run} was "
+            f"asked for, and its state is that after round {last.round} of run {last.run}."
         )
         return None
 
@@ -66,9 +64,9 @@ class ContextMemory:
 
 @final
 class DiskMemory:
-    """The last two states, and those of the relay's checkpoints, on the device's disk: they outlive the SuperNode.
+    """Last two states, and those of the relay's checkpoints, on the device's disk.
 
-    The context stays empty.
+    They outlive the SuperNode; the context stays empty.
 
     Parameters
     ----------
@@ -88,11 +86,11 @@ class DiskMemory:
         self._store = device_store(root, run=run, agent=agent, log=logger.warning)
 
     def recall(self, *, before: int) -> Generation | None:
-        """Return the newest sound state from before the round."""
+        """Newest sound state from before the round."""
         return self._store.load(self._agent, run=self._run, before=before)
 
     def remember(self, generation: Generation) -> None:
-        """Write the state; the first one of a run makes room by removing those of the oldest runs."""
+        """Write the state; the first one of a run replaces those of the oldest runs."""
         first = not self._store.rounds(self._agent)
         self._store.save(generation, checkpoints=self._checkpoints)
         if first:
@@ -101,7 +99,7 @@ class DiskMemory:
 
 @final
 class CheckpointedMemory:
-    """A simulated agent's state: in the context, and in the run record as well, from which a run is resumed.
+    """State of a simulated agent: in the context, and in the record for resumption.
 
     It is written there in the rounds that a checkpoint follows (``store``), and read in
     any.
@@ -119,11 +117,11 @@ class CheckpointedMemory:
         self._store = StateStore(folder, log=logger.warning)
 
     def recall(self, *, before: int) -> Generation | None:
-        """Return the state in the context; in a resumed run, whose contexts are empty, that in the run record."""
-        found = self._context.recall(before=before)
-        return (
-            self._store.load(self._agent, run=self._run, before=before) if found is None else found
-        )
+        """State in the context; in the record where a resumed run begins without."""
+        last = self._context.recall(before=before)
+        if last is not None:
+            return last
+        return self._store.load(self._agent, run=self._run, before=before)
 
     def remember(self, generation: Generation) -> None:
         """Keep the state in both places, or in the context alone."""
@@ -135,38 +133,35 @@ class CheckpointedMemory:
 
 @contextlib.contextmanager
 def open_memory(
-    context: Context, order: ConfigRecord, *, agent: int, settings: DeviceSettings
+    context: Context, order: Order[Array], *, agent: int, settings: DeviceSettings
 ) -> Iterator[Memory]:
-    """Give the memory of an agent for one message; on disk, no other process has it meanwhile.
+    """Open the memory of an agent for one message, on disk for this process alone.
 
     Raises
     ------
-    ConfigError
-        If the message does not say of which run it is.
     StateError
         If another process plays the same agent.
     """
-    run = order.get(keys.RUN)
-    if not isinstance(run, str):
-        raise ConfigError(
-            f"an order must say of which run it is ({keys.RUN}); got {run!r}. Use GossipStrategy."
-        )
+    run = order.run
     folder = settings.state_folder()
     if in_simulation() or folder is None:
-        if keys.AGENTS_DIR in order and in_simulation():
-            record, store = Path(str(order[keys.AGENTS_DIR])), bool(order.get(keys.STORE))
-            yield CheckpointedMemory(context, record, run=run, agent=agent, store=store)
+        if order.agents_dir is not None and in_simulation():
+            record = Path(order.agents_dir)
+            yield CheckpointedMemory(context, record, run=run, agent=agent, store=order.store)
         else:
             yield ContextMemory(context, run=run)
     else:
         with device_store(folder, run=run, agent=agent).hold(agent):
-            checkpoints: Any = order.get(keys.CHECKPOINTS, [])
             yield DiskMemory(
-                folder, run=run, agent=agent, keep_runs=settings.state_runs, checkpoints=checkpoints
+                folder,
+                run=run,
+                agent=agent,
+                keep_runs=settings.state_runs,
+                checkpoints=order.checkpoints,
             )
 
 
 def in_simulation() -> bool:
-    """Tell whether this process is a worker of Flower's Ray simulation; on devices the state stays on the device."""
+    """Whether this process is a worker of Flower's Ray simulation, and no device."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())

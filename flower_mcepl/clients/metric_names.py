@@ -1,5 +1,6 @@
-"""What an app calls its metrics: accuracy, loss and number of examples have no fixed names in Flower."""
+"""Names of an app's metrics, for which Flower has no rule: accuracy, loss, examples."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,16 +14,19 @@ _TRAIN_LOSS = re.compile(r"((train|training)-)?(loss|log-?loss)")
 
 
 def read_training(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return ``train-loss`` and ``num-examples`` of an app's train metrics, where they are found."""
-    loss = _find("train loss", metrics, None, _TRAIN_LOSS)
-    found = {} if loss is None else {"train-loss": float(metrics[loss])}
-    return {**found, **_num_examples(metrics)}
+    """``train-loss`` and ``num-examples`` of an app's train metrics, if they are there.
+
+    A loss that is not finite is left out: there would be no mean over the agents.
+    """
+    name = _find("train loss", metrics, None, _TRAIN_LOSS)
+    loss = math.nan if name is None else float(metrics[name])
+    return {**({"train-loss": loss} if math.isfinite(loss) else {}), **_num_examples(metrics)}
 
 
 def read_evaluation(
     metrics: Mapping[str, Any], *, accuracy: str | None, loss: str | None
 ) -> dict[str, float]:
-    """Return ``accuracy``, ``loss`` and ``num-examples`` of an app's evaluate metrics.
+    """``accuracy``, ``loss`` and ``num-examples`` of an app's evaluate metrics.
 
     Parameters
     ----------
@@ -42,7 +46,7 @@ def read_evaluation(
     name = _find("accuracy", metrics, accuracy, _ACCURACY)
     if name is None:
         raise AnswerError(
-            f"an evaluation needs an accuracy; the app's evaluate metrics are {_told(metrics)}. "
+            f"an evaluation needs an accuracy; the app's evaluate metrics are {_names(metrics)}. "
             "Say which one it is: "
             'NeighborAverageMod(accuracy="NAME"); where there is none, '
             "NeighborAverageMod(evaluate=False)."
@@ -54,13 +58,13 @@ def read_evaluation(
     examples = _num_examples(metrics)
     if not examples:
         raise AnswerError(
-            f"FedAvg and this mod need {NUM_EXAMPLES!r} among the metrics; got {_told(metrics)}. "
+            f"FedAvg and this mod need {NUM_EXAMPLES!r} among the metrics; got {_names(metrics)}. "
             "Add it."
         )
-    told = _find("loss", metrics, loss, _LOSS)
+    named = _find("loss", metrics, loss, _LOSS)
     return {
         "accuracy": float(metrics[name]),
-        "loss": float("nan" if told is None else metrics[told]),
+        "loss": math.nan if named is None else float(metrics[named]),
         **examples,
     }
 
@@ -71,12 +75,14 @@ def _find(
     if name is not None:
         if not _is_number(metrics.get(name)):
             raise AnswerError(
-                f"the {what} was said to be {name!r}; the app's metrics are {_told(metrics)}. "
+                f"the {what} was said to be {name!r}; the app's metrics are {_names(metrics)}. "
                 "Name another."
             )
         return name
     fits = [
-        key for key, value in metrics.items() if known.fullmatch(_plain(key)) and _is_number(value)
+        key
+        for key, value in metrics.items()
+        if known.fullmatch(_in_kebab_case(key)) and _is_number(value)
     ]
     if len(fits) > 1:
         raise AnswerError(
@@ -87,17 +93,17 @@ def _find(
 
 
 def _num_examples(metrics: Mapping[str, Any]) -> dict[str, float]:
-    told = [metrics[key] for key in (NUM_EXAMPLES, "num_examples") if _is_number(metrics.get(key))]
-    return {NUM_EXAMPLES: int(told[0])} if told else {}
+    keys = [key for key in (NUM_EXAMPLES, "num_examples") if _is_number(metrics.get(key))]
+    return {NUM_EXAMPLES: int(metrics[keys[0]])} if keys else {}
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _plain(name: str) -> str:
+def _in_kebab_case(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
-def _told(metrics: Mapping[str, Any]) -> str:
+def _names(metrics: Mapping[str, Any]) -> str:
     return ", ".join(metrics) or "empty"

@@ -1,11 +1,11 @@
-"""A mod with which an app written for FedAvg averages with its neighbors instead: the app itself stays as it is."""
+"""Mod that lets an app written for FedAvg average with its neighbors, as it is."""
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, final
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -14,12 +14,14 @@ from flwr.clientapp import mod as flowers_mods
 from numpy.typing import NDArray
 
 from flower_mcepl.agents import Agent
-from flower_mcepl.agents.array_layout import ArrayLayout, Arrays
+from flower_mcepl.agents.array_layout import Arrays
 from flower_mcepl.agents.neighbor_average import NeighborAverageAgent
-from flower_mcepl.clients.app import AgentApp, agent_index, make_agent_app
+from flower_mcepl.clients.app import AgentApp, introduce, make_agent_app, naming_the_agent
+from flower_mcepl.clients.device import agent_index
 from flower_mcepl.clients.metric_names import read_evaluation, read_training
 from flower_mcepl.errors import AnswerError, ConfigError
-from flower_mcepl.messages import keys
+from flower_mcepl.messages.handshake import is_question
+from flower_mcepl.messages.order import AppInput, Order, is_order
 
 CallNext = Callable[[Message, Context], Message]
 
@@ -36,7 +38,7 @@ _INSIDE_ONLY = {
 @final
 @dataclass(frozen=True, kw_only=True)
 class NeighborAverageMod:
-    """Let the neighbors' average stand where an app written for FedAvg expects the global model.
+    """Average of the neighbors in place of the global model of a FedAvg app.
 
     `neighbor_average_mod` is one with the defaults. The server runs `GossipStrategy`,
     whose ``start`` gets the ``initial_arrays`` as FedAvg's does. In every round the
@@ -58,10 +60,11 @@ class NeighborAverageMod:
 
     Notes
     -----
-    The mod stands first in the list: mods after it see what they see under FedAvg, one ArrayRecord in and one out with
-    the same keys, and mods before it see frames. The state between two messages is kept as that of every agent of this
-    package; the app's own entries in ``Context.state`` stay as they are. In a train message that also evaluates, the
-    app's lifespan is entered once more around the evaluation.
+    The mod stands first in the list: mods after it see what they see under FedAvg, one
+    ArrayRecord in and one out with the same keys, and mods before it see frames. The
+    state between two messages is kept as that of every agent of this package; the app's
+    own entries in ``Context.state`` stay as they are. In a train message that also
+    evaluates, the app's lifespan is entered once more around the evaluation.
 
     Examples
     --------
@@ -75,7 +78,7 @@ class NeighborAverageMod:
     loss: str | None = None
 
     def __call__(self, message: Message, context: Context, call_next: CallNext) -> Message:
-        """Play the round that the message orders; messages that are not from `GossipStrategy` go to the app.
+        """Play the round that `GossipStrategy` orders; other messages go to the app.
 
         Raises
         ------
@@ -89,14 +92,11 @@ class NeighborAverageMod:
         kind = message.metadata.message_type
         if _call.get() is not None or kind not in ("train", "evaluate", "query"):
             return call_next(message, context)
-        if keys.IDENTIFY in message.content:
-            return Message(
-                RecordDict({keys.AGENT: ConfigRecord({"agent": agent_index(context)})}),
-                reply_to=message,
-            )
+        if is_question(message.content):
+            return introduce(message, context)
         if kind == "query":
             return call_next(message, context)
-        if keys.ORDER not in message.content:
+        if not is_order(message.content):
             raise ConfigError(
                 "neighbor_average_mod takes messages of GossipStrategy; this one holds "
                 f"{', '.join(message.content) or 'nothing'}. Use GossipStrategy on the server, or "
@@ -109,13 +109,15 @@ class NeighborAverageMod:
                 "neighbor_average_mod is for an ordinary ClientApp with train and evaluate "
                 "functions. Use one of the two."
             )
-        call = _Call(self, message, context, call_next, app)
+        with naming_the_agent(context):
+            order = Order.from_records(message.content)
+        call = _Call(self, message, context, call_next, app, order.parcel.round, _input(order))
         player = make_agent_app(call.agent)
         assert isinstance(player, AgentApp)
         # an agent built earlier may be used again
-        player.id = f"neighbor-average/{call.layout.fingerprint}"
+        player.id = f"neighbor-average/{call.input.layout.fingerprint}"
         with _calling(call):
-            return player(message, _plain(context))
+            return player(message, _neutral(context))
 
 
 neighbor_average_mod = NeighborAverageMod()
@@ -123,31 +125,22 @@ neighbor_average_mod = NeighborAverageMod()
 
 @dataclass(frozen=True)
 class _Call:
-    """What the app's functions are called with while one message is answered."""
+    """Arguments of the app's functions while one message is answered."""
 
     names: NeighborAverageMod
     message: Message
     context: Context
     call_next: CallNext
     app: ClientApp | None
-    layout: ArrayLayout = field(init=False)
-
-    def __post_init__(self) -> None:
-        told = self.message.content.config_records[keys.ORDER].get(keys.LAYOUT)
-        if told is None:
-            raise ConfigError(
-                "an app with neighbor_average_mod begins with the server's initial arrays, and "
-                "there are none. Pass them as to FedAvg: strategy.start(grid=grid, "
-                "initial_arrays=ArrayRecord(...), ...)."
-            )
-        object.__setattr__(self, "layout", ArrayLayout.from_json(str(told)))
+    round: int
+    input: AppInput[Array]
 
     def agent(self, context: Context) -> Agent:
-        """Return the agent whose functions are those of the app that is called at the time."""
-        initial = self.message.content.array_records.get(keys.INITIAL)
+        """Agent whose functions are those of the app that is called at the time."""
+        initial = self.input.arrays
         return NeighborAverageAgent(
             agent_index(context),
-            self.layout,
+            self.input.layout,
             lambda arrays, round: _current().train(arrays, round),
             lambda arrays: _current().evaluate(arrays),
             initial=None if initial is None else _numpy(initial),
@@ -155,24 +148,23 @@ class _Call:
 
     def train(self, arrays: Arrays, round: int) -> tuple[Arrays, dict[str, float]]:
         """Call the app's train function."""
-        message = self._inside("train", arrays, round, self._config(keys.TRAIN_CONFIG))
+        message = self._inside("train", arrays, round, self.input.train_config)
         reply = self._content("train", self.call_next(message, self.context))
-        found = list(reply.array_records.values())
-        if len(found) != 1:
+        records = list(reply.array_records.values())
+        if len(records) != 1:
             raise AnswerError(
                 "the app's train function must return one ArrayRecord, as for FedAvg; it "
-                f"returned {len(found)} ({', '.join(reply) or 'no records'}). Put all arrays of "
+                f"returned {len(records)} ({', '.join(reply) or 'no records'}). Put all arrays of "
                 "the model into one."
             )
-        return _numpy(found[0]), read_training(_metrics("train", reply))
+        return _numpy(records[0]), read_training(_metrics("train", reply))
 
     def evaluate(self, arrays: Arrays) -> dict[str, float]:
         """Call the app's evaluate function; return nothing where it has none."""
         if not self.names.evaluate:
             return {}
-        order = self.message.content.config_records[keys.ORDER]
-        round = int(order[keys.ROUND]) - 1  # type: ignore[arg-type]
-        message = self._inside("evaluate", arrays, round, self._config(keys.EVALUATE_CONFIG))
+        config = self.input.evaluate_config
+        message = self._inside("evaluate", arrays, self.round - 1, config)
         try:
             if self.message.metadata.message_type == "evaluate":
                 reply = self.call_next(message, self.context)
@@ -187,13 +179,10 @@ class _Call:
         metrics = _metrics("evaluate", self._content("evaluate", reply))
         return read_evaluation(metrics, accuracy=self.names.accuracy, loss=self.names.loss)
 
-    def _config(self, record: str) -> ConfigRecord:
-        return self.message.content.config_records.get(record, ConfigRecord())
-
     def _inside(
-        self, message_type: str, arrays: Arrays, round: int, config: ConfigRecord
+        self, message_type: str, arrays: Arrays, round: int, config: Mapping[str, Any]
     ) -> Message:
-        """Return the message that the app would have got from FedAvg."""
+        """Message that the app would have got from FedAvg."""
         blank = copy.copy(self.message)
         blank.content = RecordDict()
         message = copy.deepcopy(blank)
@@ -241,7 +230,7 @@ def _current() -> _Call:
 
 
 def _running_app() -> ClientApp | None:
-    """Return the ClientApp whose call led here, None if the mod was called by hand; look at the mods on the way.
+    """ClientApp whose call led here, None if called by hand; check the mods between.
 
     A mod gets the function that its message is for, and nothing else. Where a train
     message evaluates too, the app's other function is reached through the app.
@@ -261,16 +250,27 @@ def _running_app() -> ClientApp | None:
     return None
 
 
-def _plain(context: Context) -> Context:
-    """Return the context without what the app may mean by keys of the same name: it calculates as it likes."""
-    ours: dict[str, Any] = {"device": "auto", "threads": 0}
-    node_config, run_config = {**context.node_config, **ours}, {**context.run_config, **ours}
+def _input(order: Order[Array]) -> AppInput[Array]:
+    if order.app is None:
+        raise ConfigError(
+            "an app with neighbor_average_mod begins with the server's initial arrays, and "
+            "there are none. Pass them as to FedAvg: strategy.start(grid=grid, "
+            "initial_arrays=ArrayRecord(...), ...)."
+        )
+    return order.app
+
+
+def _neutral(context: Context) -> Context:
+    """Context without settings of ours that are the app's own by the same name."""
+    # an app calculates as it likes, and may mean something else by them
+    neutral: dict[str, Any] = {"device": "auto", "threads": 0}
+    node_config, run_config = {**context.node_config, **neutral}, {**context.run_config, **neutral}
     return Context(
         context.run_id, context.node_id, node_config, context.state, run_config, context.series_id
     )
 
 
-def _numpy(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+def _numpy(record: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
     return {name: array.numpy() for name, array in record.items()}
 
 

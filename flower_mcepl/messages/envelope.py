@@ -1,4 +1,4 @@
-"""The envelope around a frame: Flower carries byte arrays in NumPy's ``.npy`` format."""
+"""Envelope of a frame: Flower carries byte arrays in NumPy's ``.npy`` format."""
 
 import io
 import math
@@ -9,7 +9,7 @@ from flower_mcepl.errors import CorruptFrameError
 
 
 def open_envelope(data: bytes) -> bytes:
-    """Return the frame inside an ``.npy`` array of uint8, believing no length that it declares.
+    """Frame inside an ``.npy`` array of uint8, whose declared lengths are not believed.
 
     `numpy.load` allocates what the header asks for before it reads; a short message
     could so ask for terabytes.
@@ -27,13 +27,13 @@ def open_envelope(data: bytes) -> bytes:
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
     except Exception as error:  # whatever numpy's parser raises on foreign bytes
         raise CorruptFrameError(
-            f"a frame must come as an npy array of uint8, but its header is damaged: {error}."
+            f"a frame must come as an npy array of uint8, but its header is damaged: {error!s:.100}."
         ) from None
     rest = len(data) - stream.tell()
     if dtype != np.uint8 or len(shape) != 1 or math.prod(shape) != rest:
         raise CorruptFrameError(
             "a frame must come as a one-dimensional uint8 array of its own length; its header "
-            f"says {dtype} {tuple(shape)}, and {rest} bytes follow. The sender must run "
+            f"says {dtype!s:.40} {tuple(shape)!s:.40}, and {rest} bytes follow. The sender must run "
             "flower_mcepl's client."
         )
     return data[stream.tell() :]

@@ -1,4 +1,4 @@
-"""What an agent says of itself at first, and what all agents of a run must have in common."""
+"""Handshake: which agent a node is, what it says of itself, and what all share."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 from flower_mcepl.agents import CLASS_FACTS, Agent
 from flower_mcepl.errors import FingerprintError
 from flower_mcepl.messages import keys
+from flower_mcepl.messages.limits import LIMITS, MakeRecord, Records
 
 
 def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:
-    """Return what an agent tells the others and the record: its handshake and its algorithm's parameters.
+    """Facts of an agent for the others and the record, with its parameters.
 
     Without ``tell_classes`` it keeps to itself which classes it holds, and how many
     examples of each.
@@ -19,10 +20,31 @@ def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:
     return {**facts, keys.PARAMETERS: agent.parameters()}
 
 
+def question(configs: MakeRecord = dict) -> dict[str, Any]:
+    """Records of a message that asks a node which agent it is, and nothing else."""
+    return {keys.IDENTIFY: configs({})}
+
+
+def is_question(records: Records) -> bool:
+    """Whether a message is that question."""
+    return keys.IDENTIFY in records
+
+
+def identity(agent: int, configs: MakeRecord = dict) -> dict[str, Any]:
+    """Records that answer it."""
+    return {keys.AGENT: configs({keys.NUMBER: agent})}
+
+
+def read_identity(records: Records) -> int | None:
+    """Number of the agent that a node says it is; None where it says no number."""
+    number = records.get(keys.AGENT, {}).get(keys.NUMBER)
+    return number if type(number) is int and 0 <= number <= LIMITS.agent else None
+
+
 def check_common_ground(
     mine: str, my_facts: Mapping[str, Any], other: str, other_facts: Mapping[str, Any]
 ) -> None:
-    """Compare two agents' handshakes (`Agent.describe`).
+    """Refuse two agents whose handshakes (`Agent.describe`) do not fit together.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Who takes part: waiting for nodes, asking who they are, and telling how every agent fares."""
+"""Attendance: waiting for nodes, asking who they are, and the state of every agent."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flower_mcepl.errors import RosterError
-from flower_mcepl.messages import keys
+from flower_mcepl.messages.handshake import question, read_identity
 from flower_mcepl.strategies.roster import Roster
 
 logger = getLogger("flwr")
@@ -18,7 +18,7 @@ RUNNING, LATE, GONE, FAILED = "running", "late", "gone", "failed"
 
 
 class Attendance:
-    """Keeps track of which agents are there.
+    """Agents and nodes that are there, round by round.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class Attendance:
         self._silent_rounds = 0
 
     def wait_for_nodes(self, grid: Grid, *, first: bool) -> list[int]:
-        """Return the nodes that are online, once there are enough for the first round, or any in a later one.
+        """Nodes online, once there are enough for the first round, or any later.
 
         Raises
         ------
@@ -50,11 +50,11 @@ class Attendance:
         """
         needed = self.min_agents if first else 1
         deadline = time.monotonic() + self.wait_timeout
-        told = -1
+        logged = -1
         while len(nodes := sorted(grid.get_node_ids())) < needed:
-            if len(nodes) != told:
+            if len(nodes) != logged:
                 logger.log(INFO, "waiting for nodes: %d of %d are here", len(nodes), needed)
-                told = len(nodes)
+                logged = len(nodes)
             if time.monotonic() > deadline:
                 if first:
                     raise self._too_few(grid, nodes)
@@ -64,31 +64,32 @@ class Attendance:
         return nodes
 
     def identify(self, grid: Grid, *, timeout: float) -> None:
-        """Ask the nodes who they are, before a run goes on from a checkpoint: what each gets depends on it.
+        """Ask the nodes who they are, before a run goes on from a checkpoint.
 
-        They have ``timeout`` seconds for it, as for a round: these are their first
-        messages, and processes start.
+        What each gets depends on it. They have ``timeout`` seconds, as for a round:
+        these are their first messages, and processes start.
 
         Raises
         ------
         RosterError
             If two say that they are the same agent, or too few agents are there.
         """
-        said = self._ask(grid, self.online, timeout=timeout)
-        for node, agent in sorted(said.items()):
+        agents = self._ask(grid, self.online, timeout=timeout)
+        for node, agent in sorted(agents.items()):
             self.roster.expect(node, agent)
-        if len(set(said.values())) < self.min_agents:
+        if len(set(agents.values())) < self.min_agents:
             raise RosterError(
                 f"{self.min_agents} agents must be there for the run to go on, but of "
-                f"{len(self.online)} nodes {len(said)} said within {timeout:g} s which agent they "
-                f"are; missing agents: {self._absent(said.values())}. Look at the logs of their "
-                "nodes, or let the run go on with fewer (min_agents, run-config key min-agents)."
+                f"{len(self.online)} nodes {len(agents)} said within {timeout:g} s which agent "
+                f"they are; missing agents: {self._absent(agents.values())}. Look at the logs of "
+                "their nodes, or let the run go on with fewer (min_agents, run-config key "
+                "min-agents)."
             )
 
     def check(
         self, round: int, answered: Collection[int], failed: Mapping[str, str], *, first: bool
     ) -> None:
-        """Raise RosterError if too few take part in the first round, or nobody answers for some rounds."""
+        """Raise RosterError if too few begin, or nobody answers for some rounds."""
         reasons = (
             "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
             or "no reason given"
@@ -116,7 +117,7 @@ class Attendance:
         failed: Mapping[str, str],
         busy: Collection[int],
     ) -> dict[str, str]:
-        """Return the states of agents and nodes that are others than in the round before, and log them.
+        """States of agents and nodes that changed since the last round; log them.
 
         An agent is ``late`` if its node owes an answer (also where an earlier one has
         just come), ``running`` if it answered, ``failed`` with the reason, or ``gone``:
@@ -160,30 +161,30 @@ class Attendance:
     def _ask(
         self, grid: Grid, nodes: Sequence[int], *, timeout: float = ASK_TIMEOUT
     ) -> dict[int, int]:
-        """Return which agent each node says it is.
+        """Agent that each node says it is.
 
         An app with `neighbor_average_mod` has no query function, or one of its own; its
         mod answers the train message.
         """
-        said: dict[int, int] = {}
+        agents: dict[int, int] = {}
         for message_type in ("query", "train"):
-            content = RecordDict({keys.IDENTIFY: ConfigRecord()})
+            content = RecordDict(question(ConfigRecord))
             ask = [
                 Message(content, dst_node_id=n, message_type=message_type, ttl=timeout)
                 for n in nodes
             ]
             replies = list(grid.send_and_receive(ask, timeout=timeout))
             for reply in replies:
-                told = None if reply.has_error() else reply.content.config_records.get(keys.AGENT)
-                if told is not None and isinstance(agent := told.get("agent"), int):
-                    said[reply.metadata.src_node_id] = agent
+                agent = None if reply.has_error() else read_identity(reply.content)
+                if agent is not None:
+                    agents[reply.metadata.src_node_id] = agent
             nodes = sorted(
-                {reply.metadata.src_node_id for reply in replies} & set(nodes) - said.keys()
+                {reply.metadata.src_node_id for reply in replies} & set(nodes) - agents.keys()
             )
-        return said
+        return agents
 
     def _too_few(self, grid: Grid, nodes: Sequence[int]) -> RosterError:
-        """Ask the nodes that are here who they are, so that the error can name who is not."""
+        """Error that names who is absent: the nodes that are here are asked."""
         here = self._ask(grid, nodes).values()
         return RosterError(
             f"the graph has {self.roster.num_agents} agents and {self.min_agents} of them must be "

@@ -1,19 +1,19 @@
-"""What a Flower app written for FedAvg begins with: the server's initial arrays, and the configuration it is told."""
+"""Input of an app written for FedAvg: the server's initial arrays and settings."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from numpy.typing import NDArray
 
 from flower_mcepl.agents.array_layout import ArrayLayout
 from flower_mcepl.exchange.ledger import Ledger
-from flower_mcepl.messages import keys
+from flower_mcepl.messages.order import AppInput
 
 
 class InitialArrays:
-    """Goes once to every node, with its first message; with each later one go only the arrays' names and shapes.
+    """Initial arrays of a run: once to every node, then their layout alone.
 
     A node that fails gets them again with its next message: it may be one that has lost
     its state. Agents of `make_client_app` make their own weights from the run's seed,
@@ -38,32 +38,36 @@ class InitialArrays:
         ledger: Ledger,
     ) -> None:
         self._arrays, self._ledger = arrays, ledger
-        self._configs = {keys.TRAIN_CONFIG: train_config, keys.EVALUATE_CONFIG: evaluate_config}
+        self._train_config, self._evaluate_config = train_config, evaluate_config
         self._layout = ArrayLayout.of(_numpy(arrays))
         self._have: set[int] = set()  # nodes whose last answer was sound
 
-    def add_to(self, content: RecordDict, *, node: int) -> None:
-        """Add to a message for ``node`` what it needs of this."""
+    def input_for(self, node: int) -> AppInput[Array] | None:
+        """Part of this that a message for ``node`` needs; arrays are counted."""
         if not self._arrays:
-            return
-        content.config_records[keys.ORDER][keys.LAYOUT] = self._layout.to_json()
-        content.update({name: config for name, config in self._configs.items() if config})
-        if node not in self._have:
-            content[keys.INITIAL] = self._arrays
+            return None
+        lacks = node not in self._have
+        if lacks:
             self._ledger.add_initial(sum(len(array.data) for array in self._arrays.values()))
+        return AppInput(
+            layout=self._layout,
+            arrays=self._arrays if lacks else None,
+            train_config=self._train_config,
+            evaluate_config=self._evaluate_config,
+        )
 
     def about(self) -> dict[str, Any]:
-        """Return what belongs into the record's config: names, types and shapes; nothing where there are no arrays."""
+        """Names, types and shapes for the record's config; empty without arrays."""
         return (
             {"initial_arrays": json.loads(self._layout.to_json())["arrays"]} if self._arrays else {}
         )
 
     def state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """Return the facts and arrays that must survive when the run is resumed; none where there are no arrays."""
+        """Facts and arrays that a resumed run needs; none where there are no arrays."""
         return ({"layout": self._layout.to_json()} if self._arrays else {}), _numpy(self._arrays)
 
     def restore(self, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bool:
-        """Take back what the run began with, in place of what it was given now; tell whether these were the same bits.
+        """Take back what the run began with; tell whether that has the bits given now.
 
         The agents' states were learned from the former and bear their fingerprint.
         """

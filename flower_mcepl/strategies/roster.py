@@ -1,4 +1,4 @@
-"""Which Flower node is which agent."""
+"""Roster: which Flower node is which agent."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from flower_mcepl.messages.handshake import check_common_ground
 
 
 class Roster:
-    """Maps Flower's node ids, which change with every restart, to the agents of the graph.
+    """Agents of the graph by Flower's node ids, which change with every restart.
 
     Every answer carries a handshake; `admit` checks it. The first agent admitted sets
     the fingerprint of the shared weights for all.
@@ -24,20 +24,20 @@ class Roster:
         self._met: set[int] = set()  # nodes whose handshake was checked, unless in doubt
 
     def agent_of(self, node: int) -> int | None:
-        """Return the agent that the node plays now, or None."""
+        """Agent that the node plays now, or None."""
         agent = self._agent_of.get(node)
         return agent if agent is not None and self.node_of.get(agent) == node else None
 
     def facts(self, agent: int) -> Mapping[str, Any]:
-        """Return the handshake of an agent that was admitted."""
+        """Handshake of an agent that was admitted."""
         return self._facts[agent]
 
     def has_met(self, node: int) -> bool:
-        """Tell whether the node's handshake was checked, and nothing has happened to the node since."""
+        """Whether the node's handshake was checked, and nothing happened since."""
         return node in self._met
 
     def state(self) -> dict[str, Any]:
-        """Return what must survive when the run is resumed: the agents' handshakes, not their nodes."""
+        """Handshakes of the agents, which a resumed run needs; not their nodes."""
         founder = None if self._founder is None else [self._founder[0], dict(self._founder[1])]
         return {
             "facts": {agent: dict(facts) for agent, facts in self._facts.items()},
@@ -45,7 +45,7 @@ class Roster:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Know the agents as `state` was taken; which nodes they are now must be learned anew (`expect`)."""
+        """Know the agents as in `state`; which nodes they are must be learned anew."""
         self._facts = {int(agent): facts for agent, facts in state["facts"].items()}
         self._founder = (
             None if state["founder"] is None else (state["founder"][0], state["founder"][1])
@@ -65,15 +65,15 @@ class Roster:
         self.node_of[agent], self._agent_of[node] = node, agent
 
     def absent(self, here: Collection[int]) -> list[int]:
-        """Return the agents of the graph that are not among those ``here``."""
+        """Agents of the graph that are not among those ``here``."""
         return [agent for agent in range(self.num_agents) if agent not in here]
 
     def doubt(self, nodes: Iterable[int]) -> None:
-        """Want the handshake of these nodes again: they may have been restarted with another node config."""
+        """Want these nodes' handshakes again: a restart may bring another config."""
         self._met -= set(nodes)
 
     def admit(self, node: int, facts: Mapping[str, Any], *, online: Iterable[int]) -> int:
-        """Take the node in as the agent that its handshake names, and return that agent.
+        """Take the node in as the agent that its handshake names; return that agent.
 
         A node may take over an agent whose former node is no longer online (a SuperNode
         that restarted without a key of its own comes back under a new id).

@@ -23,16 +23,15 @@ from flower_mcepl.errors import AnswerError, ConfigError, FingerprintError, Rost
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, Parcel
 from flower_mcepl.files.bundle import Bundle
-from flower_mcepl.messages import keys
+from flower_mcepl.messages.order import Order
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.book import RunBook, open_book
 from flower_mcepl.runs.monitor import RunMonitor
 from flower_mcepl.runs.options import RoundOptions
 from flower_mcepl.runs.settings import RunSettings
-from flower_mcepl.strategies.answers import plain_reason, read_answer
+from flower_mcepl.strategies.answers import array_record, plain_reason, read_answer
 from flower_mcepl.strategies.attendance import Attendance
 from flower_mcepl.strategies.initial import InitialArrays
-from flower_mcepl.strategies.orders import frames_of, order_of
 from flower_mcepl.strategies.reporting import report
 from flower_mcepl.strategies.roster import Roster
 from flower_mcepl.strategies.waiting import Arrival, InFlight, Patience
@@ -346,28 +345,25 @@ class ExchangeStrategy(Strategy):
     def _message(
         self, node: int, parcel: Parcel[Array], config: ConfigRecord, message_type: str
     ) -> Message:
-        order = order_of(
-            parcel,
-            config,
+        checkpoints, record = self.book.checkpoints, self.record
+        store = parcel.train and self.book.due(parcel.round)
+        # a simulated agent finds its state in the record
+        resumed = self.book.resumed is not None and not self.roster.has_met(node)
+        needs_dir = store or resumed or not parcel.train
+        assert self._initial is not None
+        order = Order(
+            parcel=parcel,
             run=self.book.run,
             max_staleness=self.exchange.max_staleness,
             introduce=not self.roster.has_met(node) or self.roster.agent_of(node) is None,
+            checkpoints=() if checkpoints is None else tuple(checkpoints.rounds()),
+            store=store,
+            agents_dir=str(record.agents_dir) if record and needs_dir else None,
+            config=config,
+            app=self._initial.input_for(node),
         )
-        checkpoints, record = self.book.checkpoints, self.record
-        if checkpoints is not None and (kept := checkpoints.rounds()):
-            order[keys.CHECKPOINTS] = kept
-        store = parcel.train and self.book.due(parcel.round)
-        if store:
-            order[keys.STORE] = True
-        # a simulated agent finds its state in the record
-        resumed = self.book.resumed is not None and not self.roster.has_met(node)
-        if record is not None and (store or resumed or not parcel.train):
-            order[keys.AGENTS_DIR] = str(record.agents_dir)
-        content = RecordDict({keys.FRAMES: frames_of(parcel), keys.ORDER: order})
-        assert self._initial is not None
-        self._initial.add_to(content, node=node)
         return Message(
-            content,
+            RecordDict(order.to_records(array_record, ConfigRecord)),
             dst_node_id=node,
             message_type=message_type,
             group_id=str(parcel.round),

@@ -1,0 +1,194 @@
+"""An agent's answer, in Flower's records and back; nothing in it is used unchecked.
+
+The class is `flower_mcepl.exchange.parcels.Answer`: what an agent says and what a relay
+takes in are one thing. Two of its fields do not travel: ``raw`` follows from the
+frames, and ``late_of`` is for the relay to say.
+"""
+
+import json
+import math
+from typing import Any
+
+from flower_mcepl.errors import AnswerError, CorruptFrameError
+from flower_mcepl.exchange.parcels import Answer, FrameT, Posted
+from flower_mcepl.messages import keys
+from flower_mcepl.messages.envelope import open_envelope
+from flower_mcepl.messages.limits import (
+    LIMITS,
+    Fields,
+    Limits,
+    MakeRecord,
+    Records,
+    is_array,
+    is_fact,
+    is_number,
+)
+
+_WHOLE = -1  # in the place of the round that a frame builds on
+_EVALUATION = ("accuracy", "loss", "num-examples", "density")
+_COUNTS = ("num-weights", "kept-weights", "num-examples")  # of a handshake
+_FRACTIONS = ("accuracy", "density")
+_MOST = 2**63 - 1
+
+
+def to_records(
+    answer: Answer[FrameT],
+    arrays: MakeRecord = dict,
+    configs: MakeRecord = dict,
+    metrics: MakeRecord = dict,
+) -> dict[str, Any]:
+    """Records of an answer, made by ``arrays``, ``configs`` and ``metrics``."""
+    facts = dict(answer.facts)
+    if answer.introduces:
+        facts[keys.PARAMETERS] = json.dumps(facts[keys.PARAMETERS])
+    lists = {
+        keys.REFUSED: answer.refused,
+        keys.LACKING: answer.lacking,
+        keys.HELD_AGENTS: answer.held,
+        keys.HELD_ROUNDS: answer.held.values(),
+        keys.BUILDS_ON: [_WHOLE if p.builds_on is None else p.builds_on for p in answer.posts],
+        keys.HEADER_BYTES: [post.header_bytes for post in answer.posts],
+    }
+    agent = {
+        keys.NUMBER: facts[keys.NUMBER],
+        keys.FRESH: answer.fresh,
+        **facts,
+        # Flower's tools trip over empty lists
+        **{key: list(values) for key, values in lists.items() if values},
+        **({} if answer.content is None else {keys.CONTENT: answer.content}),
+    }
+    records = {keys.AGENT: configs(agent), keys.METRICS: metrics(dict(answer.metrics))}
+    if answer.posts:
+        names = (keys.FRAME, keys.KEY_FRAME)
+        frames = {name: post.frame for name, post in zip(names, answer.posts, strict=False)}
+        records[keys.FRAME] = arrays(frames)
+    return records
+
+
+def from_records(records: Records, limits: Limits = LIMITS) -> Answer[Any]:
+    """Check and read the records of a message, as `to_records` writes them.
+
+    Raises
+    ------
+    AnswerError
+        If they are not a whole answer: a field is missing, of another type or beyond
+        its limits.
+    """
+    fields = Fields(records.get(keys.AGENT), keys.AGENT, error=AnswerError, limits=limits)
+    number = fields.number(keys.NUMBER, most=limits.agent)
+    fresh = fields.flag(keys.FRESH)
+    refused = fields.texts(keys.REFUSED, most=limits.reason, entries=limits.reasons)
+    lacking = fields.agents(keys.LACKING)
+    held = _read_held(fields)
+    posts = _read_frames(fields, records.get(keys.FRAME, {}))
+    fields.check(
+        bool(posts) == (keys.CONTENT in fields),
+        f"{keys.CONTENT} must stand beside frames, and nowhere else",
+        fields.rest.get(keys.CONTENT),
+    )
+    content = fields.digest(keys.CONTENT) if posts else None
+    introduces = keys.PARAMETERS in fields
+    facts = _read_handshake(fields) if introduces else {}
+    if not introduces:
+        rule = f"facts must come as a whole handshake, {keys.PARAMETERS} included"
+        fields.check(not fields.rest, rule, [*fields.rest])
+    return Answer(
+        facts={keys.NUMBER: number, **facts},
+        metrics=_read_metrics(fields.of(records.get(keys.METRICS), keys.METRICS)),
+        posts=tuple(post for post, _ in posts),
+        content=content,
+        held=held,
+        refused=refused,
+        lacking=lacking,
+        fresh=fresh,
+        raw=tuple(frame for _, frame in posts),
+        introduces=introduces,
+    )
+
+
+def _read_held(fields: Fields) -> dict[int, int]:
+    agents = fields.agents(keys.HELD_AGENTS)
+    rounds = fields.numbers(keys.HELD_ROUNDS, most=fields.limits.round)
+    fields.check(
+        len(agents) == len(rounds),
+        f"{keys.HELD_ROUNDS} must be as long as {keys.HELD_AGENTS}",
+        rounds,
+    )
+    return dict(zip(agents, rounds, strict=True))
+
+
+def _read_frames(fields: Fields, record: object) -> list[tuple[Posted[Any], bytes]]:
+    """Frames as they came, and their bytes to be counted; a frame stays closed."""
+    builds_on = fields.numbers(keys.BUILDS_ON, least=_WHOLE, most=fields.limits.round, entries=2)
+    header_bytes = fields.numbers(keys.HEADER_BYTES, most=fields.limits.frame, entries=2)
+    frames = fields.of(record, keys.FRAME).rest
+    names = (keys.FRAME, keys.KEY_FRAME)[: len(frames)]
+    fields.check(
+        tuple(frames) == names and len(builds_on) == len(header_bytes) == len(names),
+        f"{keys.BUILDS_ON} and {keys.HEADER_BYTES} must tell of each frame",
+        [builds_on, header_bytes, *frames],
+    )
+    return [
+        _read_frame(fields, frames[name], reference, headers)
+        for name, reference, headers in zip(names, builds_on, header_bytes, strict=True)
+    ]
+
+
+def _read_frame(
+    fields: Fields, array: Any, reference: int, headers: int
+) -> tuple[Posted[Any], bytes]:
+    rule = f"a frame must be an array of at most {fields.limits.frame} bytes"
+    fields.check(is_array(array, most=fields.limits.frame), rule, array)
+    try:
+        frame = open_envelope(array.data)
+    except CorruptFrameError as error:
+        raise AnswerError(str(error)) from error
+    rule = f"{keys.HEADER_BYTES} must be in 0..{len(frame)}, the frame's bytes"
+    fields.check(headers <= len(frame), rule, headers)
+    post = Posted(array, len(frame), headers, None if reference == _WHOLE else reference)
+    return post, frame
+
+
+def _read_handshake(fields: Fields) -> dict[str, Any]:
+    """What is left: facts of `Agent.describe`, which algorithms choose; parameters."""
+    fields.check_names(entries=fields.limits.names)
+    facts = dict(fields.rest)
+    facts[keys.PARAMETERS] = fields.json(
+        keys.PARAMETERS, most=fields.limits.parameters, depth=fields.limits.depth
+    )
+    for key in _COUNTS:
+        if key in fields:
+            fields.number(key, most=_MOST)
+    fields.text("fingerprint", most=fields.limits.text)
+    for key, value in fields.rest.items():
+        rule = f"{key} must be a finite number, bool, text, or list of one of these"
+        fits = is_fact(value, most=fields.limits.text)
+        fields.check(fits, f"{rule}, of at most {fields.limits.text} characters", value)
+    return facts
+
+
+def _read_metrics(fields: Fields) -> dict[str, float]:
+    fields.check_names(entries=fields.limits.names)
+    metrics = fields.rest
+    if any(key in metrics for key in _EVALUATION):
+        absent = [key for key in _EVALUATION if key not in metrics]
+        fields.check(not absent, f"an evaluation needs {', '.join(_EVALUATION)}", sorted(metrics))
+        metrics = {**metrics, "loss": _loss(metrics["loss"])}
+    for key, value in metrics.items():
+        fits = is_number(value) or (key == "loss" and value != value)
+        fields.check(fits, f"metric {key} must be a finite number", value)
+    for key in _FRACTIONS:
+        fields.check(0 <= metrics.get(key, 0) <= 1, f"{key} must be in 0..1", metrics.get(key))
+    if "num-examples" in metrics:
+        fields.of(metrics, keys.METRICS).number("num-examples", most=_MOST)
+    seconds = metrics.get("seconds", 0)
+    fields.check(seconds >= 0, "seconds must be >= 0", seconds)
+    return metrics
+
+
+def _loss(value: Any) -> Any:
+    """Loss of an evaluation; not a number where an app has none, or it is infinite.
+
+    An evaluation that went wrong must not cost what was learned.
+    """
+    return math.nan if isinstance(value, float) and not math.isfinite(value) else value
