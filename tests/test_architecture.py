@@ -22,7 +22,7 @@ ROOMS = {
     "config": "errors",
     "files": "errors",
     "terminal": "",
-    "masks": "errors streams",
+    "masks": "errors streams config",
     "data": "errors streams config files",
     "topology": "errors streams config",
     "wire": "errors config",

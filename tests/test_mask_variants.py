@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flower_mcepl import ConfigError
-from flower_mcepl.agents import find_algorithm
+from flower_mcepl import ConfigError, MceplAgent, MceplConfig, StateError
+from flower_mcepl.agents import Algorithm
+from flower_mcepl.agents.registry import read_config
+from flower_mcepl.runs.settings import RunSettings
 
 from . import oracles, slow_weights
 from .baselines import RING, agent_of, blobs, data_of, fleet_of, play
@@ -28,11 +30,32 @@ def test_no_fine_tuning_is_mcepl_with_a_step_of_zero() -> None:
         assert mine.parameters() == theirs.parameters()
 
 
-def test_no_fine_tuning_refuses_a_step() -> None:
+@pytest.mark.parametrize(
+    "key", ["mcepl-no-finetuning.finetune-lr", "local-masks.fusion", "mask-averaging.fusion"]
+)
+def test_what_makes_an_ablation_cannot_be_set(key: str) -> None:
+    name, _, own = key.partition(".")
+    with pytest.raises(ConfigError, match=f"unknown run-config key '{key}'"):
+        RunSettings.from_run_config({"algorithm": name, key: 2.0})
+    plain = read_config(name, {own: "nonsense", "score-lr": 3.0}, agent=0)  # a key of others
+    assert plain == read_config(name, {"score-lr": 3.0}, agent=0)
+
+
+def test_a_fixed_parameter_is_one_of_the_config() -> None:
     with pytest.raises(
-        ConfigError, match=r"finetune-lr must be 0 in algorithm mcepl-no-finetuning; got 2\.0\. Use"
+        ConfigError, match=r"fixed parameters must be fields of MceplConfig; got 'lr, pull'"
     ):
-        find_algorithm("mcepl-no-finetuning").config(finetune_lr=2.0)
+        Algorithm(MceplAgent, MceplConfig, fixed={"pull": 1.0, "lr": 1.0, "finetune_lr": 0.0})
+
+
+@pytest.mark.parametrize("name", ["mcepl-no-finetuning", "local-masks", "mask-averaging"])
+def test_an_ablation_bears_its_name_in_handshake_and_state(name: str) -> None:
+    agent, plain = agent_of(name), agent_of("mcepl")
+    assert type(agent) is type(plain)
+    assert agent.describe()["algorithm"] == agent.state().facts["algorithm"] == name
+    assert plain.describe()["algorithm"] == MceplAgent.algorithm == "mcepl"
+    with pytest.raises(StateError, match=f"of algorithm 'mcepl', but agent 0 has '{name}'"):
+        agent.restore(plain.state())
 
 
 def test_local_masks_are_mcepl_without_neighbors() -> None:

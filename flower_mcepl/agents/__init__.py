@@ -1,4 +1,10 @@
-"""The algorithms, one a file; each is an `Agent`."""
+"""The algorithms, one a file; each is an `Agent`, and an entry of `ALGORITHMS`.
+
+What an algorithm of one's own is made of is here, too: docs/extending.md.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from flower_mcepl.agents.agent import (
     CLASS_FACTS,
@@ -9,21 +15,40 @@ from flower_mcepl.agents.agent import (
     load_state,
     save_state,
 )
-from flower_mcepl.agents.mcepl import MceplAgent, MceplConfig
-from flower_mcepl.agents.neighbor_average import NeighborAverageAgent
-from flower_mcepl.agents.own_loop import OwnLoopAgent
+from flower_mcepl.agents.algorithm import Algorithm
+from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.agents.registry import ALGORITHMS, find_algorithm, make_agent, make_server
+from flower_mcepl.agents.server import Server
+
+if TYPE_CHECKING:
+    from flower_mcepl.agents.mcepl import MceplAgent, MceplConfig
+    from flower_mcepl.agents.neighbor_average import NeighborAverageAgent
+    from flower_mcepl.agents.own_loop import OwnLoopAgent
+    from flower_mcepl.agents.parts.averaging import MixingAgent
+    from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
+    from flower_mcepl.agents.parts.masked import MaskedAgent, MaskedConfig
+    from flower_mcepl.agents.parts.sparse import SparseAgent, SparseConfig
 
 __all__ = [
     "ALGORITHMS",
     "CLASS_FACTS",
     "Agent",
     "AgentState",
+    "Algorithm",
+    "DenseAgent",
+    "MaskedAgent",
+    "MaskedConfig",
     "MceplAgent",
     "MceplConfig",
+    "MixingAgent",
     "NeighborAverageAgent",
     "OwnLoopAgent",
     "Payload",
+    "Server",
+    "SgdConfig",
+    "SparseAgent",
+    "SparseConfig",
+    "TrainingConfig",
     "agent_file",
     "find_algorithm",
     "load_state",
@@ -31,3 +56,25 @@ __all__ = [
     "make_server",
     "save_state",
 ]
+
+# A process loads the algorithm that its run names, and no other: these names load what
+# they stand for when they are first used.
+_LATER = {
+    "DenseAgent": "parts.dense",
+    "MaskedAgent": "parts.masked",
+    "MaskedConfig": "parts.masked",
+    "MceplAgent": "mcepl",
+    "MceplConfig": "mcepl",
+    "MixingAgent": "parts.averaging",
+    "NeighborAverageAgent": "neighbor_average",
+    "OwnLoopAgent": "own_loop",
+    "SgdConfig": "parts.dense",
+    "SparseAgent": "parts.sparse",
+    "SparseConfig": "parts.sparse",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

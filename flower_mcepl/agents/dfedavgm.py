@@ -6,6 +6,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.averaging import MixingAgent
 from flower_mcepl.agents.parts.dense import SgdConfig
 from flower_mcepl.config.checks import check
@@ -82,3 +83,6 @@ class DfedavgmAgent(MixingAgent[DfedavgmConfig]):
 
     def _said(self) -> Mapping[str, Tensor]:
         return self.weights
+
+
+DFEDAVGM = Algorithm(DfedavgmAgent, DfedavgmConfig)

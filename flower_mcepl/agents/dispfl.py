@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flower_mcepl.agents.agent import Payload
-from flower_mcepl.agents.parts.sparse import SparseAgent, SparseConfig
+from flower_mcepl.agents.algorithm import Algorithm
+from flower_mcepl.agents.parts.sparse import SparseAgent, SparseConfig, held_masks
 from flower_mcepl.masks.sparsity import from_sparse, overlap_mean
 
 
@@ -66,3 +67,6 @@ class DispflAgent(SparseAgent[DispflConfig]):
     def outgoing(self) -> dict[str, Tensor]:
         """Return the trained weights: sparse ones of the mask's layers, whose places are the mask, else dense ones."""
         return self._sparse({name: w.detach() for name, w in self.weights.items()})
+
+
+DISPFL = Algorithm(DispflAgent, DispflConfig, final_masks=held_masks)

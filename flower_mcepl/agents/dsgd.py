@@ -7,6 +7,7 @@ from typing import final
 from torch import Tensor
 
 from flower_mcepl.agents.agent import Payload
+from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.averaging import MixingAgent
 from flower_mcepl.agents.parts.dense import SgdConfig
 from flower_mcepl.agents.parts.groups import Shapes
@@ -74,3 +75,6 @@ class DsgdAgent(MixingAgent[DsgdConfig]):
     def _take_back(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
         super()._take_back(groups)
         self._start = groups.get("start")
+
+
+DSGD = Algorithm(DsgdAgent, DsgdConfig)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Payload
+from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
 from flower_mcepl.agents.parts.groups import Shapes
 from flower_mcepl.agents.server import Server, shapes_of, trained_weights
@@ -135,3 +136,6 @@ class FedavgServer(Server):
 
     def _take_back(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
         self.weights = groups["weights"]
+
+
+FEDAVG = Algorithm(FedavgAgent, FedavgConfig, FedavgServer)

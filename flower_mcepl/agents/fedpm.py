@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
+from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.evaluation import evaluate_classifier
 from flower_mcepl.agents.parts.groups import Shapes, check_group, join_groups, split_groups
 from flower_mcepl.agents.parts.training import (
@@ -328,3 +329,6 @@ class FedpmServer(Server):
     def _take_back(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
         self._alpha, self._beta = groups["alpha"], groups["beta"]
         self._rounds = int(groups["rounds"]["counted"])
+
+
+FEDPM = Algorithm(FedpmAgent, FedpmConfig, FedpmServer)

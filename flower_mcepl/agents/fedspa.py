@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Payload
+from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.groups import Shapes
-from flower_mcepl.agents.parts.sparse import SparseAgent, SparseConfig, masked_names
+from flower_mcepl.agents.parts.sparse import SparseAgent, SparseConfig, held_masks, masked_names
 from flower_mcepl.agents.server import Server, shapes_of, trained_weights
 from flower_mcepl.masks.sparsity import from_sparse, to_sparse
 
@@ -192,3 +193,6 @@ class FedspaServer(Server):
 
 def _group(agent: int) -> str:
     return f"mask-{agent}"
+
+
+FEDSPA = Algorithm(FedspaAgent, FedspaConfig, FedspaServer, final_masks=held_masks)

@@ -7,6 +7,7 @@ from typing import final
 from torch import Tensor
 
 from flower_mcepl.agents.agent import Payload
+from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
 
 
@@ -42,3 +43,6 @@ class LocalAgent(DenseAgent[LocalConfig]):
 
     def first_payload(self) -> None:
         """Return None: neighbors hold nothing."""
+
+
+LOCAL = Algorithm(LocalAgent, LocalConfig)

@@ -1,4 +1,4 @@
-"""MCE-PL with a user's own train and evaluate functions: only their model becomes a `MaskedModel`."""
+"""MCE-PL in a training loop of the user's own, whose model becomes a `MaskedModel`."""
 
 from collections.abc import Callable, Mapping
 from typing import final
@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import nn
 
-from flower_mcepl.agents.mcepl import MceplAgent, MceplConfig
+from flower_mcepl.agents.parts.masked import MaskedAgent, MaskedConfig
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError, DivergedError
 from flower_mcepl.masks.model import MaskedModel
@@ -17,13 +17,13 @@ OwnEvaluateFn = Callable[[nn.Module], Mapping[str, float]]
 
 
 @final
-class OwnLoopAgent(MceplAgent):
+class OwnLoopAgent(MaskedAgent[MaskedConfig]):
     """An MCE-PL agent whose local steps and evaluation are functions of the user's.
 
-    Everything else, masks, fusion, fine-tuning and frames, is `MceplAgent`'s. Of the
-    configuration count ``retention``, ``first_retention``, ``finetune_lr`` and
-    ``score_init``; the step size on the scores is what ``train_fn`` chooses (the
-    reference value is 10, with plain SGD).
+    Everything else, masks, fusion, fine-tuning and frames, is as in `MceplAgent`. Of a
+    configuration count the fields of `MaskedConfig` but those of training; the step
+    size on the scores is what ``train_fn`` chooses (the reference value is 10, with
+    plain SGD).
 
     Parameters
     ----------
@@ -40,12 +40,14 @@ class OwnLoopAgent(MceplAgent):
         returns ``accuracy`` (0..1), ``loss`` and ``num-examples``.
     """
 
+    algorithm = "mcepl"
+
     def __init__(
         self,
         index: int,
         module: nn.Module,
         data: AgentData,
-        config: MceplConfig,
+        config: MaskedConfig,
         *,
         train_fn: OwnTrainFn,
         evaluate_fn: OwnEvaluateFn,
@@ -56,7 +58,7 @@ class OwnLoopAgent(MceplAgent):
         self._train_fn, self._evaluate_fn = train_fn, evaluate_fn
 
     def train(self, *, round: int) -> dict[str, float]:
-        """Let the user's function train; its random draws come from the stream of this agent and round.
+        """Let the user's function train, on the random stream of this agent and round.
 
         Raises
         ------
@@ -91,8 +93,7 @@ class OwnLoopAgent(MceplAgent):
 
     def evaluate(self) -> dict[str, float]:
         """Let the user's function evaluate the network under the agent's mask."""
-        masks = self._network_masks()
-        kept = sum(int(mask.count_nonzero()) for mask in masks.values())
+        masks = self._personal_masks()
         with isolated_rng(self.seed, "evaluation", agent=self.index):
             metrics = dict(self._evaluate_fn(self.model.bake(masks)))
         missing = [key for key in ("accuracy", "loss", "num-examples") if key not in metrics]
@@ -101,4 +102,4 @@ class OwnLoopAgent(MceplAgent):
                 "the evaluate function must return accuracy, loss and num-examples; "
                 f"{', '.join(missing)} is missing from {', '.join(metrics) or 'nothing'}. Add it."
             )
-        return {**metrics, "density": kept / self.model.num_weights}
+        return {**metrics, "density": self._density(masks)}

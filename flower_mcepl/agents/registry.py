@@ -1,56 +1,38 @@
 """All algorithms by name, and how an agent is made of a run config."""
 
-import difflib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
 from flower_mcepl.agents.agent import Agent
-from flower_mcepl.agents.dfedavgm import DfedavgmAgent, DfedavgmConfig
-from flower_mcepl.agents.dispfl import DispflAgent, DispflConfig
-from flower_mcepl.agents.dsgd import DsgdAgent, DsgdConfig
-from flower_mcepl.agents.fedavg import FedavgAgent, FedavgConfig, FedavgServer
-from flower_mcepl.agents.fedpm import FedpmAgent, FedpmConfig, FedpmServer
-from flower_mcepl.agents.fedspa import FedspaAgent, FedspaConfig, FedspaServer
-from flower_mcepl.agents.local import LocalAgent, LocalConfig
-from flower_mcepl.agents.mask_variants import (
-    LocalMasksAgent,
-    MaskAveragingAgent,
-    NoFinetuningAgent,
-    NoFinetuningConfig,
-)
-from flower_mcepl.agents.mcepl import MceplAgent, MceplConfig
+from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.agents.server import Server
-from flower_mcepl.config.fields import RunConfig, field_keys, with_section
+from flower_mcepl.config.fields import RunConfig, with_section
+from flower_mcepl.config.registry import Registry
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError
 
-
-class Algorithm(NamedTuple):
-    """One algorithm: the class of its agents, of their parameters, and of its server."""
-
-    agent: type[Agent]  # made with (index, module, data, config, *, seed, device)
-    config: type[TrainingConfig]  # its fields in kebab-case are run-config keys
-    # made with (module, num_agents, config, *, seed); None: agents hear each other
-    server: type[Server] | None = None
-
-
-_CLASSES = (
-    Algorithm(MceplAgent, MceplConfig),
-    Algorithm(NoFinetuningAgent, NoFinetuningConfig),
-    Algorithm(LocalMasksAgent, MceplConfig),
-    Algorithm(MaskAveragingAgent, MceplConfig),
-    Algorithm(LocalAgent, LocalConfig),
-    Algorithm(DsgdAgent, DsgdConfig),
-    Algorithm(DfedavgmAgent, DfedavgmConfig),
-    Algorithm(DispflAgent, DispflConfig),
-    Algorithm(FedavgAgent, FedavgConfig, FedavgServer),
-    Algorithm(FedspaAgent, FedspaConfig, FedspaServer),
-    Algorithm(FedpmAgent, FedpmConfig, FedpmServer),
+# On a device every message is a process of its own, which loads the one algorithm that
+# its run names: so an entry is a reference, and the module behind it loads when asked for.
+ALGORITHMS = Registry(
+    "flower_mcepl.algorithms",
+    Algorithm,
+    {
+        "mcepl": "flower_mcepl.agents.mcepl:MCEPL",
+        "mcepl-no-finetuning": "flower_mcepl.agents.mask_variants:NO_FINETUNING",
+        "local-masks": "flower_mcepl.agents.mask_variants:LOCAL_MASKS",
+        "mask-averaging": "flower_mcepl.agents.mask_variants:MASK_AVERAGING",
+        "local": "flower_mcepl.agents.local:LOCAL",
+        "dsgd": "flower_mcepl.agents.dsgd:DSGD",
+        "dfedavgm": "flower_mcepl.agents.dfedavgm:DFEDAVGM",
+        "dispfl": "flower_mcepl.agents.dispfl:DISPFL",
+        "fedavg": "flower_mcepl.agents.fedavg:FEDAVG",
+        "fedspa": "flower_mcepl.agents.fedspa:FEDSPA",
+        "fedpm": "flower_mcepl.agents.fedpm:FEDPM",
+    },
+    noun="algorithm",
 )
-ALGORITHMS = {entry.agent.algorithm: entry for entry in _CLASSES}
 
 
 def find_algorithm(name: str) -> Algorithm:
@@ -59,24 +41,28 @@ def find_algorithm(name: str) -> Algorithm:
     Raises
     ------
     ConfigError
-        If there is none of that name.
+        If there is none of that name, or it cannot be loaded.
     """
-    if name not in ALGORITHMS:
-        close = difflib.get_close_matches(str(name), ALGORITHMS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"algorithm must be one of {', '.join(ALGORITHMS)}; got {name!r}.{hint}")
-    return ALGORITHMS[name]
+    return ALGORITHMS.find(name)
 
 
 def algorithm_keys() -> set[str]:
-    """Return the run-config keys that set the algorithms: plain ones, and in sections such as ``dsgd.lr``."""
+    """Return the run-config keys that set the algorithms: plain, or in sections as ``dsgd.lr``."""
     keys = set()
-    for name, algorithm in ALGORITHMS.items():
-        own = field_keys(algorithm.config) - {"retention", "first-retention"}
-        if "retention" in field_keys(algorithm.config):
-            own |= {"retention-conv", "retention-linear", "retention-layers"}
+    for name, algorithm in _usable():
+        own = algorithm.keys()
         keys |= own | {f"{name}.{key}" for key in own}
     return keys
+
+
+def _usable() -> Iterator[tuple[str, Algorithm]]:
+    """All algorithms that load; one that does not is refused where a run names it."""
+    for name in ALGORITHMS:
+        try:
+            algorithm = ALGORITHMS.find(name)
+        except ConfigError:
+            continue
+        yield name, algorithm
 
 
 def read_config(
@@ -95,9 +81,7 @@ def read_config(
     own = with_section(run_config, algorithm)
     if own.get("lr-schedule") == "cosine" and not own.get("lr-rounds") and "num-rounds" in own:
         own["lr-rounds"] = own["num-rounds"]
-    return find_algorithm(algorithm).config.from_run_config(
-        own, agent=agent, node_config=node_config
-    )
+    return find_algorithm(algorithm).read_config(own, agent=agent, node_config=node_config)
 
 
 def make_agent(
@@ -111,7 +95,7 @@ def make_agent(
     seed: int,
     device: str = "cpu",
 ) -> Agent:
-    """Make one agent of the named algorithm.
+    """Make one agent of the named algorithm; it bears that name in records and states.
 
     Parameters
     ----------
@@ -140,7 +124,9 @@ def make_agent(
     chosen = find_algorithm(algorithm)
     config = read_config(algorithm, run_config, agent=index, node_config=node_config)
     make: Callable[..., Agent] = chosen.agent
-    return make(index, module, data, config, seed=seed, device=device)
+    agent = make(index, module, data, config, seed=seed, device=device)
+    agent.algorithm = algorithm
+    return agent
 
 
 def make_server(
@@ -177,11 +163,13 @@ def make_server(
     """
     chosen = find_algorithm(algorithm)
     if chosen.server is None:
-        served = ", ".join(name for name, entry in ALGORITHMS.items() if entry.server is not None)
+        served = ", ".join(name for name, entry in _usable() if entry.server is not None)
         raise ConfigError(
             f"the algorithms with a server are {served}; got {algorithm!r}, whose agents hear "
             "each other. Give it a graph instead."
         )
     config = read_config(algorithm, run_config, agent=0)
     make: Callable[..., Server] = kind or chosen.server
-    return make(module, num_agents, config, seed=seed)
+    server = make(module, num_agents, config, seed=seed)
+    server.algorithm = algorithm
+    return server

@@ -7,12 +7,15 @@ from flower_mcepl.masks.formulas import (
     neighbor_step,
     topk_mask,
 )
+from flower_mcepl.masks.fusion import FUSIONS, Fusion
 from flower_mcepl.masks.layers import CONV, LINEAR, LayerSpec, find_maskable, maskable
 from flower_mcepl.masks.model import MaskedModel, shared_module
 
 __all__ = [
     "CONV",
+    "FUSIONS",
     "LINEAR",
+    "Fusion",
     "LayerSpec",
     "MaskedModel",
     "aggregate_scores",

@@ -9,6 +9,7 @@ Symbols, as in the paper (Tian, Zhang, Li, Bennis 2025, arXiv:2504.17520)::
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,37 @@ def neighbor_mean(
     return count.to(torch.float32) / num_neighbors
 
 
+def mask_count(masks: Sequence[Bool[Tensor, "*layer"]]) -> Integer[Tensor, "*layer"]:
+    """Count the masks that keep each weight, ``Σ m_j``; at least one mask."""
+    count = torch.zeros(masks[0].shape, dtype=_count_dtype(len(masks)), device=masks[0].device)
+    for mask in masks:
+        count += mask
+    return count
+
+
+def count_of_mean(
+    n: Float[Tensor, "*layer"], *, num_neighbors: int
+) -> Integer[Tensor, "*layer"] | None:
+    """Undo `neighbor_mean`: ``Σ m_j``, or None where ``n`` is no mean of so many masks.
+
+    What comes back gives ``n`` again, bit for bit.
+    """
+    count = (n * num_neighbors).round().to(_count_dtype(num_neighbors))
+    return count if torch.equal(neighbor_mean(count, num_neighbors=num_neighbors), n) else None
+
+
+def _count_dtype(most: int) -> torch.dtype:
+    return torch.uint8 if most < 256 else torch.int16
+
+
+def mean_with_own(
+    m: Float[Tensor, "*layer"], n: Float[Tensor, "*layer"], *, num_neighbors: int
+) -> Float[Tensor, "*layer"]:
+    """Average an agent's own mask with its neighbors': ``(m + Σ m_j) / (1 + |N|)``."""
+    own_share = 1 / (1 + num_neighbors)
+    return own_share * m + (1 - own_share) * n
+
+
 def neighbor_step(
     z: Float[Tensor, "*layer"],
     g: Float[Tensor, "*layer"],
@@ -135,10 +167,21 @@ def group_lasso(rows: Float[Tensor, "filters weights"]) -> Float[Tensor, ""]:
 
 
 def masked_weight(
-    w: Float[Tensor, "*layer"], y: Float[Tensor, "*layer"], *, retention: float
+    w: Float[Tensor, "*layer"],
+    y: Float[Tensor, "*layer"],
+    *,
+    retention: float,
+    blend: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "*layer"]:
-    """Return ``w * m`` with the straight-through gradient ``dL/dy = dL/d(w * m) * w * sign(y)``."""
-    return w * TopKSTE.apply(y.abs(), retention)  # type: ignore[no-any-return]
+    """Multiply weights by their mask, ``w * m``, or by ``blend(m)`` in its place.
+
+    The gradient goes straight through, ``dL/dy = dL/d(w * m) * w * sign(y)``, and
+    through a blend as if it were the mask.
+    """
+    m = TopKSTE.apply(y.abs(), retention)
+    if blend is not None:
+        m = m + (blend(m.detach()) - m).detach()  # the bracket carries no gradient
+    return w * m  # type: ignore[no-any-return]
 
 
 class TopKSTE(torch.autograd.Function):

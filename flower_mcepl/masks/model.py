@@ -3,13 +3,16 @@
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks import formulas as maths
+from flower_mcepl.masks.fusion import MCEPL, Fusion, check_formula
 from flower_mcepl.masks.layers import LayerSpec, find_maskable
 from flower_mcepl.masks.retention import Retention, resolve_retention
 from flower_mcepl.streams import isolated_rng
@@ -35,13 +38,15 @@ class MaskedModel(nn.Module):
         The network with its shared random weights.
     retention : float or mapping (default: 0.3)
         Fraction of weights that stays, per layer; see `resolve_retention`.
+    fusion : Fusion (default: that of MCE-PL)
+        How the neighbors' masks count.
     generator : torch.Generator
         Source of the initial scores (uniform in ±1/sqrt(fan_in)).
 
     Notes
     -----
-    The running statistics of batch norm are no weights: they follow the agent's own data, stay on the agent and
-    are saved with it.
+    The running statistics of batch norm are no weights: they follow the agent's own
+    data, stay on the agent and are saved with it.
 
     Raises
     ------
@@ -52,9 +57,16 @@ class MaskedModel(nn.Module):
     """
 
     def __init__(
-        self, module: nn.Module, *, retention: Retention = 0.3, generator: torch.Generator
+        self,
+        module: nn.Module,
+        *,
+        retention: Retention = 0.3,
+        fusion: Fusion = MCEPL,
+        generator: torch.Generator,
     ) -> None:
         super().__init__()
+        self.fusion = fusion
+        self.num_neighbors = 0  # of whom `neighbor_means` was heard
         self.layers = find_maskable(module)
         self.retention = resolve_retention(retention, self.layers)
         self.module = copy.deepcopy(module).requires_grad_(False)
@@ -74,7 +86,7 @@ class MaskedModel(nn.Module):
 
     @property
     def neighbor_means(self) -> dict[str, Tensor | None]:
-        """The mean ``n`` of the neighbors' masks by layer; None stands for zero everywhere."""
+        """What was heard from the neighbors, ``n`` by layer; None stands for nobody heard."""
         return {name: getattr(self, _slot("mean", name)) for name in self.layers}
 
     @property
@@ -88,11 +100,30 @@ class MaskedModel(nn.Module):
             for name, z in self.scores.items():
                 z.copy_(scores[name])
 
-    def set_neighbor_means(self, means: Mapping[str, Tensor] | None) -> None:
-        """Set ``n`` for all layers, float in [0, 1]; None for an agent without neighbors."""
+    def set_neighbor_means(
+        self, means: Mapping[str, Tensor] | None, *, num_neighbors: int = 1
+    ) -> None:
+        """Set ``n`` for all layers, and of how many masks it is; None: nobody is heard."""
+        self.num_neighbors = 0 if means is None else num_neighbors
         for name, z in self.scores.items():
             value = None if means is None else means[name].to(z.device, z.dtype)
             setattr(self, _slot("mean", name), value)
+
+    @torch.no_grad()
+    def hear(self, payloads: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take in the neighbors' masks: ``n`` becomes what the rule of fusion makes of them.
+
+        Raises
+        ------
+        ConfigError
+            If the rule gives another shape, no floats, or numbers that are not finite.
+        """
+        own = self.masks() if payloads else {}
+        means = {
+            name: self._heard([payload[name].to(mask.device) for payload in payloads], mask)
+            for name, mask in own.items()
+        }
+        self.set_neighbor_means(means or None, num_neighbors=len(payloads))
 
     def aggregation(self) -> dict[str, Tensor]:
         """Return the aggregation tensor ``y`` of every layer; differentiable in the scores."""
@@ -100,7 +131,7 @@ class MaskedModel(nn.Module):
         result = {}
         for name, z in self.scores.items():
             n = means[name]
-            result[name] = z if n is None else maths.aggregate_scores(z, n)
+            result[name] = z if n is None else check_formula(self.fusion.rank(z, n), z, name="rank")
         return result
 
     @torch.no_grad()
@@ -111,10 +142,23 @@ class MaskedModel(nn.Module):
             for name, y in self.aggregation().items()
         }
 
+    @torch.no_grad()
+    def live_masks(self) -> dict[str, Tensor]:
+        """Return what the frozen weights are multiplied by: the masks, or their blend."""
+        masks = self.masks()
+        if self.fusion.blend is None:
+            return masks
+        return {name: self._blended(mask.float(), name=name) for name, mask in masks.items()}
+
     def masked_weights(self) -> dict[str, Tensor]:
         """Return ``w * m`` of every layer, with the straight-through gradient to the scores."""
         return {
-            name: maths.masked_weight(self._weight(name), y, retention=self.retention[name])
+            name: maths.masked_weight(
+                self._weight(name),
+                y,
+                retention=self.retention[name],
+                blend=partial(self._blended, name=name) if self.fusion.blend else None,
+            )
             for name, y in self.aggregation().items()
         }
 
@@ -131,12 +175,28 @@ class MaskedModel(nn.Module):
     def bake(self, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Return an ordinary module, independent of this one, whose weights are ``w * m``.
 
-        ``masks`` are those of `masks`, where the caller has them at hand.
+        ``masks`` are those of `live_masks`, where the caller has them at hand.
         """
         baked = copy.deepcopy(self.module)
-        for name, mask in (self.masks() if masks is None else masks).items():
+        for name, mask in (self.live_masks() if masks is None else masks).items():
             baked.get_parameter(name).mul_(mask)
         return baked
+
+    def _heard(self, masks: Sequence[Tensor], own: Tensor) -> Tensor:
+        n = self.fusion.hear(masks, own)
+        if not bool(check_formula(n, own, name="hear").isfinite().all()):
+            raise ConfigError(
+                "a fusion rule's hear must return finite numbers; got some that are infinite or "
+                f"not a number, from {len(masks)} masks. Mend the rule."
+            )
+        return n
+
+    def _blended(self, m: Tensor, *, name: str) -> Tensor:
+        n = self.neighbor_means[name]
+        if n is None or self.fusion.blend is None:
+            return m
+        x = self.fusion.blend(m, n, num_neighbors=self.num_neighbors)
+        return check_formula(x, m, name="blend")
 
     def _warn_of_zero_weights(self) -> None:
         dead = [name for name in self.layers if not self._weight(name).any()]

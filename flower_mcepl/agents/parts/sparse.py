@@ -8,8 +8,9 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from flower_mcepl.agents.agent import AgentState
 from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
-from flower_mcepl.agents.parts.groups import Shapes
+from flower_mcepl.agents.parts.groups import Shapes, split_groups
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig, read_fields
 from flower_mcepl.config.ratios import per_agent
@@ -237,3 +238,8 @@ class SparseAgent(DenseAgent[SparseT]):
 def masked_names(module: nn.Module, weights: Mapping[str, Any]) -> list[str]:
     """Return the names of those ``weights`` that get a mask: conv and linear ones, in the module's own order."""
     return [name for name in find_maskable(module) if name in weights]
+
+
+def held_masks(state: AgentState, parameters: Mapping[str, Any]) -> dict[str, Tensor] | str:
+    """Read from a state the masks under which the weights are."""
+    return split_groups(state.tensors, device="cpu")["held"]

@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from flower_mcepl.config.checks import check
-from flower_mcepl.config.fields import RunConfig, read_fields
+from flower_mcepl.config.fields import RunConfig, field_keys, read_fields
 from flower_mcepl.data.batches import BatchSource
 from flower_mcepl.errors import DataError, DivergedError
 from flower_mcepl.streams import isolated_rng, torch_stream
@@ -53,6 +53,11 @@ class TrainingConfig:
             "lr-schedule cosine needs lr-rounds >= 1, the rounds after which the step size is zero",
             self.lr_rounds,
         )
+
+    @classmethod
+    def keys(cls) -> set[str]:
+        """Return the run-config keys that `from_run_config` reads."""
+        return field_keys(cls)
 
     @classmethod
     def from_run_config(

@@ -1,0 +1,381 @@
+"""Masks over shared random weights: what algorithms that train scores and send masks share.
+
+Their agents differ in how they train and evaluate, and in the rule of fusion.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
+from flower_mcepl.agents.parts.groups import check_group, join_groups, split_groups
+from flower_mcepl.agents.parts.prior import shared_prior
+from flower_mcepl.agents.parts.training import TrainingConfig
+from flower_mcepl.config.checks import check
+from flower_mcepl.config.fields import RunConfig, read_fields
+from flower_mcepl.config.ratios import per_agent, per_layer
+from flower_mcepl.data.batches import AgentData
+from flower_mcepl.errors import StateError
+from flower_mcepl.masks import formulas as maths
+from flower_mcepl.masks.fusion import FUSIONS
+from flower_mcepl.masks.layers import CONV, LINEAR, LayerSpec
+from flower_mcepl.masks.model import MaskedModel
+from flower_mcepl.masks.retention import Retention, check_retentions, resolve_retention
+from flower_mcepl.streams import torch_stream
+
+SCORE_INITS = ("shared", "independent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedConfig(TrainingConfig):
+    """Parameters of scores, masks and their fusion; the defaults are the paper's reference setting.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of range.
+    """
+
+    # r in (0, 1]
+    retention: Retention = field(default_factory=lambda: {"conv": 0.3, "linear": 0.9})
+    # of the common first mask, equal on all agents; None: as retention
+    first_retention: Retention | None = None
+    finetune_lr: float = 10.0  # η_f >= 0: step size of the fine-tuning step; 0 leaves the step out
+    fusion: str = "mcepl"  # how neighbors' masks count: a name in flower_mcepl.masks.FUSIONS
+    # "shared": all agents start from equal scores; "independent": each from its own
+    score_init: str = "shared"
+    # β in [0, 1): evaluate at the scores' running mean z̄ = β z̄ + (1 - β) z; 0: at z
+    score_averaging: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_not_negative("finetune_lr")
+        FUSIONS.find(self.fusion)
+        check(
+            self.score_init in SCORE_INITS,
+            f"score-init must be one of {', '.join(SCORE_INITS)}",
+            self.score_init,
+        )
+        check(
+            0 <= self.score_averaging < 1, "score-averaging must be in [0, 1)", self.score_averaging
+        )
+        for retention in (self.retention, self.first_retention):
+            if retention is not None:
+                check_retentions(retention)
+
+    @classmethod
+    def keys(cls) -> set[str]:
+        """Return the run-config keys: the fields, but that ratios are set by kind and layer."""
+        ratios = {"retention-conv", "retention-linear", "retention-layers"}
+        return super().keys() - {"retention", "first-retention"} | ratios
+
+    @classmethod
+    def from_run_config(
+        cls, run_config: RunConfig, *, agent: int, node_config: RunConfig | None = None
+    ) -> Self:
+        """Read the settings of one agent from Flower's run config.
+
+        ``retention-conv`` and ``retention-linear`` are one ratio, or several separated
+        by commas that the agents take in turn: agent i gets number ``i mod k``. The
+        common first mask then has their mean. The same keys in the node config set the
+        agent's own ratios. ``retention-layers`` sets single layers, by name or pattern,
+        for all agents alike: ``"conv1.weight=0.6, fc*=0.95"``.
+        """
+        own, first = {}, {}
+        defaults = cls().retention
+        assert isinstance(defaults, Mapping)
+        for kind in ("conv", "linear"):
+            key = f"retention-{kind}"
+            ratios = per_agent(key, run_config.get(key, defaults[kind]))
+            first[kind] = sum(ratios) / len(ratios)
+            own[kind] = ratios[agent % len(ratios)]
+            if node_config and key in node_config:
+                on_node = per_agent(key, node_config[key])
+                check(
+                    len(on_node) == 1,
+                    f"the node config's {key} is one ratio, of this agent alone",
+                    node_config[key],
+                )
+                own[kind] = on_node[0]
+            for ratio in (*ratios, own[kind]):
+                maths.check_retention(ratio, of=f"key {key}")
+        layers = per_layer("retention-layers", run_config.get("retention-layers", ""))
+        for name, ratio in layers.items():
+            check(
+                name not in own,
+                "key retention-layers names layers, not kinds",
+                name,
+                f"Use retention-{name}.",
+            )
+            maths.check_retention(ratio, of=f"key retention-layers, {name}")
+        return read_fields(cls, run_config, retention=own | layers, first_retention=first | layers)
+
+
+MaskedT = TypeVar("MaskedT", bound=MaskedConfig)
+
+
+class MaskedAgent(Agent, Generic[MaskedT]):
+    """An agent with private scores over the shared frozen network; its mask is all that it sends.
+
+    `train` must leave the gradient of its last local step in ``_gradient``, for the
+    fine-tuning step in `fuse`.
+
+    Parameters
+    ----------
+    index : int
+        The agent's number in the graph, 0..N-1.
+    module : nn.Module
+        The network with the weights that all agents share, as from `shared_module`; it
+        is copied.
+    data : AgentData
+        Training and test split.
+    config : MaskedConfig
+        The method's parameters; the retention may differ from agent to agent.
+    seed : int
+        Seed of the run, the same on all agents.
+    device : str (default: "cpu")
+        Where to calculate.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        data: AgentData,
+        config: MaskedT,
+        *,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
+        self.index, self.seed, self.data, self.config = index, seed, data, config
+        self.device = device
+        owner = None if config.score_init == "shared" else index
+        fusion = FUSIONS.find(config.fusion)
+        self.model = MaskedModel(
+            module,
+            retention=config.retention,
+            fusion=fusion,
+            generator=torch_stream(seed, "scores", agent=owner),
+        ).to(device)
+        self.fingerprint = self.model.fingerprint
+        self.prior = shared_prior(self.model, seed=seed, shared_scores=owner is None)
+        self._shapes = {name: tuple(spec.shape) for name, spec in self.model.layers.items()}
+        self.layers = self._shapes if fusion.exchanges else {}
+        self._first_mask = self._draw_first_mask()
+        self._first_mask_digest = _digest(self._first_mask)
+        # of the last local step, until the fine-tuning step has used it
+        self._gradient: dict[str, Tensor] = {}
+        self._velocity: dict[str, Tensor] = {}  # of the momentum, if there is any
+        self._average: dict[str, Tensor] = {}  # z̄, running mean of the scores, if there is any
+        # all agents start from the common mask as their neighbors'
+        self._hear([self._first_mask])
+
+    # The fine-tuning step takes the gradient g of the last local step, which was taken
+    # at the old n, and lets through what the new n keeps: the paper sends its mask and
+    # fine-tunes when the answers come, without a new pass over the data. So a gradient
+    # counts for one exchange, also where nobody was heard in it; the step size is that
+    # of the round in which g was taken.
+    def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
+        """Take in the neighbors' masks as ``n`` and take the fine-tuning step with it."""
+        self._hear(list(inbox.values()))
+        means = self.model.neighbor_means
+        finetune_lr = self.config.finetune_lr * self.config.lr_factor(round)
+        with torch.no_grad():
+            for name, g in self._gradient.items():
+                n = means[name]
+                if n is not None:
+                    z = self.model.scores[name]
+                    z.copy_(maths.neighbor_step(z, g, n, finetune_lr=finetune_lr))
+        self._gradient = {}
+        self._average_scores()
+
+    def outgoing(self) -> dict[str, Tensor]:
+        """Return the masks at the new scores and the old ``n``: this round's have not arrived yet."""
+        if not self.layers:
+            return {}
+        return {name: mask.cpu() for name, mask in self.model.masks().items()}
+
+    def first_payload(self) -> dict[str, Tensor] | None:
+        """Return the common first mask, which everyone computes from the run's seed."""
+        return self._first_mask if self.layers else None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the handshake's facts: who this is, its weights, its retention and its data."""
+        return {
+            **super().describe(),
+            "num-weights": self.model.num_weights,
+            "kept-weights": self._num_kept(),
+            "first-mask": self._first_mask_digest,
+            "prior": self.prior.digest.hex() if self.prior else "",
+            "retention": self._retention_text(),
+            **data_facts(self.data),
+        }
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the fields of the agent's configuration."""
+        return dataclasses.asdict(self.config)
+
+    def state(self) -> AgentState:
+        """Return scores, their running mean, last gradient, momentum, ``n`` and running statistics."""
+        facts = self._facts(**{"num-neighbors": self.model.num_neighbors})
+        return AgentState.of_tensors(facts, join_groups(self._groups()))
+
+    def restore(self, state: AgentState) -> None:
+        """Continue exactly where `state` was taken."""
+        self._check_facts(state.facts)
+        num_neighbors = state.facts.get("num-neighbors")
+        if not isinstance(num_neighbors, int) or num_neighbors < 0:
+            raise StateError(
+                f"the saved state of agent {self.index} does not say its num-neighbors. Start "
+                "afresh."
+            )
+        groups = split_groups(state.tensors, device=self.device)
+        heard = "neighbor-mean" if "neighbor-mean" in groups else "neighbor-count"
+        for group in ("scores", "gradient", "velocity", "average", heard):
+            check_group(
+                groups,
+                group,
+                self._shapes,
+                whose=f"agent {self.index}",
+                may_be_absent=group != "scores" and (group != heard or not num_neighbors),
+            )
+        self.model.set_scores(groups["scores"])
+        self._gradient, self._velocity = groups.get("gradient", {}), groups.get("velocity", {})
+        self._average = groups.get("average", {})
+        self.model.set_neighbor_means(
+            _heard_means(groups, num_neighbors) or None, num_neighbors=num_neighbors
+        )
+        buffers = dict(self.model.module.named_buffers())
+        for name, tensor in groups.get("buffer", {}).items():
+            buffers[name].copy_(tensor)
+
+    def _groups(self) -> dict[str, Mapping[str, Tensor]]:
+        return {
+            "scores": self.model.scores,
+            "gradient": self._gradient,
+            "velocity": self._velocity,
+            "average": self._average,
+            **_heard_group(self.model),
+            "buffer": dict(self.model.module.named_buffers()),
+        }
+
+    def _hear(self, payloads: list[Payload]) -> None:
+        self.model.hear(payloads if self.layers else [])
+
+    @torch.no_grad()
+    def _average_scores(self) -> None:
+        if not self.config.score_averaging:
+            return
+        scores = {name: z.detach() for name, z in self.model.scores.items()}
+        if not self._average:
+            self._average = {name: z.clone() for name, z in scores.items()}
+        for name, mean in self._average.items():
+            mean.lerp_(scores[name], 1 - self.config.score_averaging)
+
+    def _personal_masks(self) -> dict[str, Tensor]:
+        """Return what the weights of the personal model are multiplied by.
+
+        Where there is a running mean of the scores, that is ranked in their place.
+        """
+        if not self._average:
+            return self.model.live_masks()
+        scores = {name: z.detach().clone() for name, z in self.model.scores.items()}
+        self.model.set_scores(self._average)
+        try:
+            return self.model.live_masks()
+        finally:
+            self.model.set_scores(scores)
+
+    def _density(self, masks: Mapping[str, Tensor]) -> float:
+        kept = sum(int(mask.count_nonzero()) for mask in masks.values())
+        return kept / self.model.num_weights
+
+    def _draw_first_mask(self) -> dict[str, Tensor]:
+        ratios = self.config.first_retention
+        resolved = resolve_retention(
+            self.config.retention if ratios is None else ratios, self.model.layers
+        )
+        generator = torch_stream(self.seed, "first-mask")
+        return {
+            name: maths.bernoulli_mask(
+                torch.Size(shape), retention=resolved[name], generator=generator
+            )
+            for name, shape in self._shapes.items()
+        }
+
+    def _num_kept(self) -> int:
+        return sum(
+            maths.kept_weights(math.prod(shape), retention=self.model.retention[name])
+            for name, shape in self._shapes.items()
+        )
+
+    def _retention_text(self) -> str:
+        ratios = {
+            f"{spec.kind} {self.model.retention[name]:g}"
+            for name, spec in self.model.layers.items()
+        }
+        return ", ".join(sorted(ratios))
+
+
+def _digest(masks: Mapping[str, Tensor]) -> str:
+    """Return 16 hex characters that stand for bool masks."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, mask in masks.items():
+        digest.update(name.encode())
+        digest.update(mask.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+# A state travels to and from the agent with every message of a simulation, so what was
+# heard is kept small: where n is the plain mean of masks, as in all rules of this
+# package, as whole numbers of neighbors, a byte a weight in place of four. Any other
+# rule's n is kept as it is. Both give n again, bit for bit.
+def _heard_group(model: MaskedModel) -> dict[str, Mapping[str, Tensor]]:
+    """Return ``n`` as a group of a state; no tensors where nobody was heard."""
+    means = {name: n for name, n in model.neighbor_means.items() if n is not None}
+    counts = {
+        name: count
+        for name, n in means.items()
+        if (count := maths.count_of_mean(n, num_neighbors=model.num_neighbors)) is not None
+    }
+    return {"neighbor-count": counts} if len(counts) == len(means) else {"neighbor-mean": means}
+
+
+def _heard_means(
+    groups: Mapping[str, Mapping[str, Tensor]], num_neighbors: int
+) -> dict[str, Tensor]:
+    """Undo `_heard_group`."""
+    if "neighbor-mean" in groups:
+        return dict(groups["neighbor-mean"])
+    return {
+        name: maths.neighbor_mean(count, num_neighbors=num_neighbors)
+        for name, count in groups.get("neighbor-count", {}).items()
+    }
+
+
+def final_masks(state: AgentState, parameters: Mapping[str, Any]) -> dict[str, Tensor] | str:
+    """Read an agent's own masks from its state, those that travel; or say why that cannot be done."""
+    retention = parameters.get("retention")
+    if retention is None:
+        return "the record lacks the agents' retention ratios, without which scores make no mask"
+    groups = split_groups(state.tensors, device="cpu")
+    rank = FUSIONS.find(parameters.get("fusion", MaskedConfig.fusion)).rank
+    means = _heard_means(groups, int(state.facts.get("num-neighbors", 0)))
+    kinds = {
+        name: LayerSpec(name, CONV if z.dim() > 2 else LINEAR, z.shape)
+        for name, z in groups["scores"].items()
+    }
+    ratios = resolve_retention(retention, kinds)
+    with torch.no_grad():
+        return {
+            name: maths.topk_mask(
+                rank(z, means[name]) if name in means else z, retention=ratios[name]
+            )
+            for name, z in groups["scores"].items()
+        }

@@ -1,0 +1,112 @@
+"""How an agent takes in its neighbors' masks: rules of fusion, each a few formulas.
+
+Symbols as in `formulas`: ``z`` scores, ``m`` mask, ``n`` what was heard from the
+neighbors, ``y`` aggregation tensor. Every formula handles one layer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, final
+
+from torch import Tensor
+
+from flower_mcepl.config.registry import Registry
+from flower_mcepl.errors import ConfigError
+from flower_mcepl.masks import formulas as maths
+
+
+class Blend(Protocol):
+    """What multiplies the weights in place of the mask."""
+
+    def __call__(self, m: Tensor, n: Tensor, *, num_neighbors: int) -> Tensor:
+        """Return a float tensor for the own mask ``m`` (float, 0 or 1) and ``n``."""
+
+
+def neighbor_average(masks: Sequence[Tensor], own: Tensor) -> Tensor:
+    """Average the neighbors' masks, ``n = 1/|N| Σ m_j``; the agent's own does not count."""
+    return maths.neighbor_mean(maths.mask_count(masks), num_neighbors=len(masks))
+
+
+def scores_alone(z: Tensor, n: Tensor) -> Tensor:
+    """Rank the agent's own scores, ``y = z``, whatever the neighbors keep."""
+    return z
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """A rule of fusion; the default is that of MCE-PL.
+
+    Parameters
+    ----------
+    hear : callable
+        ``hear(masks, own) -> n``: the bool masks of the neighbors, at least one, and
+        the agent's own, the one that it has sent; gives a float tensor of the same
+        shape. The default is the mean of the neighbors' masks. An agent that hears
+        nobody has no ``n``, and ranks its scores alone.
+    rank : callable
+        ``rank(z, n) -> y``: the aggregation tensor, whose largest magnitudes are the
+        mask; differentiable in ``z``. The default is
+        ``y = z + mean(|z|) * sign(z) * n``.
+    blend : callable, optional
+        ``blend(m, n, num_neighbors=k) -> x``: what the frozen weights are multiplied by
+        in place of the own mask ``m``, a float tensor. The gradient passes it as if it
+        were ``m``.
+    exchanges : bool (default: True)
+        False: agents neither send masks nor take any in.
+
+    Examples
+    --------
+    A weight counts as kept if most neighbors keep it:
+
+    >>> MAJORITY = Fusion(
+    ...     hear=lambda masks, own: (torch.stack(list(masks)).float().mean(0) > 0.5).float()
+    ... )
+    """
+
+    hear: Callable[[Sequence[Tensor], Tensor], Tensor] = neighbor_average
+    rank: Callable[[Tensor, Tensor], Tensor] = maths.aggregate_scores
+    blend: Blend | None = None
+    exchanges: bool = True
+
+
+MCEPL = Fusion()
+MASK_AVERAGING = Fusion(rank=scores_alone, blend=maths.mean_with_own)
+NONE = Fusion(rank=scores_alone, exchanges=False)
+
+FUSIONS = Registry(
+    "flower_mcepl.fusions",
+    Fusion,
+    {
+        "mcepl": "flower_mcepl.masks.fusion:MCEPL",
+        "mask-averaging": "flower_mcepl.masks.fusion:MASK_AVERAGING",
+        "none": "flower_mcepl.masks.fusion:NONE",
+    },
+    noun="fusion rule",
+)
+
+
+def check_formula(result: Tensor, like: Tensor, *, name: str) -> Tensor:
+    """Return what a formula of a rule gave.
+
+    Raises
+    ------
+    ConfigError
+        If it is no tensor of floats in the layer's shape.
+    """
+    if (
+        not isinstance(result, Tensor)
+        or result.shape != like.shape
+        or not result.dtype.is_floating_point
+    ):
+        raise ConfigError(
+            f"a fusion rule's {name} must return a tensor of floats in the layer's shape "
+            f"{tuple(like.shape)}; got {_described(result)}. Mend the rule."
+        )
+    return result
+
+
+def _described(result: object) -> str:
+    if not isinstance(result, Tensor):
+        return type(result).__name__
+    return f"{result.dtype} {tuple(result.shape)}"
