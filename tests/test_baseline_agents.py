@@ -323,9 +323,9 @@ def test_an_incomplete_state_is_refused_and_changes_nothing(
     assert {name.partition("/")[0] for name in state.tensors} == set(GROUPS[algorithm])
     victim = next(name for name in state.tensors if name.startswith(f"{group}/"))
     if damage == "missing":
-        del state.tensors[victim]
+        del state.arrays[victim]
     else:
-        state.tensors[victim] = torch.zeros(7, 7)
+        state.arrays[victim] = np.zeros((7, 7), np.float32)
     with pytest.raises(StateError, match=rf"agent 0 is incomplete: its {group} must hold"):
         fresh.restore(state)
     assert same_tensors(before, fresh.state().tensors)

@@ -19,6 +19,7 @@ from flower_mcepl import (
     StateError,
     shared_module,
 )
+from flower_mcepl.agents import AgentState
 from flower_mcepl.masks import FUSIONS, Fusion
 from flower_mcepl.masks.formulas import count_of_mean, mask_count, mean_with_own, neighbor_mean
 from flower_mcepl.masks.fusion import MASK_AVERAGING, MCEPL, NONE
@@ -138,7 +139,7 @@ def test_what_a_rule_makes_survives_in_the_state(rules: Any) -> None:
         each.train(round=2)
         each.fuse(inbox_of(each, 2, seed=1), round=2)
     assert same_tensors(agent.state().tensors, later.state().tensors)
-    del state.tensors["neighbor-mean/0.weight"]
+    del state.arrays["neighbor-mean/0.weight"]
     with pytest.raises(StateError, match="agent 0 is incomplete: its neighbor-mean must hold"):
         later.restore(state)
 
@@ -146,9 +147,9 @@ def test_what_a_rule_makes_survives_in_the_state(rules: Any) -> None:
 def test_a_state_that_lost_what_was_heard_is_refused() -> None:
     agent = make_agent(0)
     state = agent.state()
-    kept = {name: t for name, t in state.tensors.items() if not name.startswith("neighbor-")}
+    kept = {name: t for name, t in state.arrays.items() if not name.startswith("neighbor-")}
     with pytest.raises(StateError, match="agent 0 is incomplete: its neighbor-count must hold"):
-        agent.restore(type(state)(kept, state.facts))
+        agent.restore(AgentState(state.facts, kept))
 
 
 def test_a_rule_without_exchange_sends_and_hears_nothing() -> None:

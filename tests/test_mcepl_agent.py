@@ -491,9 +491,9 @@ def test_an_incomplete_state_is_refused_and_changes_nothing(group: str, damage: 
     agent.train(round=1)
     state, before = agent.state(), fresh.state().tensors
     if damage == "missing":
-        del state.tensors[f"{group}/0.weight"]
+        del state.arrays[f"{group}/0.weight"]
     else:
-        state.tensors[f"{group}/0.weight"] = state.tensors[f"{group}/0.weight"][:1]
+        state.arrays[f"{group}/0.weight"] = state.arrays[f"{group}/0.weight"][:1]
     with pytest.raises(StateError, match=rf"agent 0 is incomplete: its {group} must hold"):
         fresh.restore(state)
     assert same_tensors(before, fresh.state().tensors)

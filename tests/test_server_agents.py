@@ -630,9 +630,9 @@ def test_an_incomplete_state_is_refused_and_changes_nothing(
         state, before = one.state(), fresh.state().tensors
         victim = next(name for name in state.tensors if name.startswith(f"{group}/"))
         if damage == "misshapen":
-            state.tensors[victim] = torch.zeros(7, 7)
+            state.arrays[victim] = np.zeros((7, 7), np.float32)
         elif sum(name.startswith(f"{group}/") for name in state.tensors) > 1 or group == "round":
-            del state.tensors[victim]
+            del state.arrays[victim]
         else:
             continue
         with pytest.raises(

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from flower_mcepl.agents.agent import Agent, AgentState
 from flower_mcepl.agents.parts.training import TrainingConfig
@@ -13,6 +14,9 @@ from flower_mcepl.agents.server import Server
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig
 from flower_mcepl.errors import FlowerMceplError, StateError
+
+Masks = Mapping[str, NDArray[Any]]
+"""One agent's masks by layer, booleans."""
 
 
 def no_masks(state: AgentState, parameters: Mapping[str, Any]) -> str:
@@ -37,9 +41,9 @@ class Algorithm:
         The class of the server that they hear, made with ``(module, num_agents, config,
         *, seed)``; without one agents hear each other.
     final_masks : callable, optional
-        ``final_masks(state, parameters)`` reads an agent's masks from the state that a
-        run leaves, or returns a text that says why there are none. The parameters are
-        the agent's, as the run record has them.
+        ``final_masks(state, parameters)`` reads an agent's masks, arrays of booleans by
+        layer, from the state that a run leaves; or returns a text that says why there
+        are none. The parameters are the agent's, as the run record has them.
     fixed : mapping, optional
         Fields of the config that the algorithm sets itself, and a run config does not.
 
@@ -52,7 +56,7 @@ class Algorithm:
     agent: type[Agent]
     config: type[TrainingConfig]
     server: type[Server] | None = None
-    final_masks: Callable[[AgentState, Mapping[str, Any]], Mapping[str, Tensor] | str] = no_masks
+    final_masks: Callable[[AgentState, Mapping[str, Any]], Masks | str] = no_masks
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,7 +80,9 @@ class Algorithm:
         config = self.config.from_run_config(free, agent=agent, node_config=node_config)
         return dataclasses.replace(config, **self.fixed)
 
-    def masks_of(self, state: AgentState, parameters: Mapping[str, Any]) -> dict[str, Tensor] | str:
+    def masks_of(
+        self, state: AgentState, parameters: Mapping[str, Any]
+    ) -> dict[str, NDArray[np.bool_]] | str:
         """Return an agent's final masks, or why it has none.
 
         Raises
@@ -88,7 +94,7 @@ class Algorithm:
             masks = self.final_masks(state, {**parameters, **self.fixed})
             if isinstance(masks, str):
                 return masks
-            return {name: mask.bool() for name, mask in masks.items()}
+            return {name: np.asarray(mask, dtype=bool) for name, mask in masks.items()}
         except FlowerMceplError:
             raise
         except Exception as error:  # whatever a reader meets in a state that is not as it should be

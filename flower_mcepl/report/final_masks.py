@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from flower_mcepl.agents import ALGORITHMS, AgentState, find_algorithm, load_state
 from flower_mcepl.errors import FlowerMceplError
@@ -59,9 +58,9 @@ def _masks_of(state: AgentState, entry: Mapping[str, Any]) -> Masks | str:
     return masks if isinstance(masks, str) else _ordered(masks)
 
 
-def _ordered(masks: Mapping[str, Tensor]) -> Masks:
-    """Return NumPy masks, ``layers.4`` before ``layers.11``."""
-    return {name: masks[name].numpy() for name in sorted(masks, key=_natural)}
+def _ordered(masks: Masks) -> Masks:
+    """Masks with ``layers.4`` before ``layers.11``."""
+    return {name: masks[name] for name in sorted(masks, key=_natural)}
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
+from flower_mcepl.agents.algorithm import Masks
 from flower_mcepl.agents.parts.groups import check_group, join_groups, split_groups
 from flower_mcepl.agents.parts.prior import shared_prior
 from flower_mcepl.agents.parts.training import TrainingConfig
@@ -359,8 +360,8 @@ def _heard_means(
     }
 
 
-def final_masks(state: AgentState, parameters: Mapping[str, Any]) -> dict[str, Tensor] | str:
-    """Read an agent's own masks from its state, those that travel; or say why that cannot be done."""
+def final_masks(state: AgentState, parameters: Mapping[str, Any]) -> Masks | str:
+    """Read an agent's own masks from its state, those that travel, or say why that cannot be done."""
     retention = parameters.get("retention")
     if retention is None:
         return "the record lacks the agents' retention ratios, without which scores make no mask"
@@ -372,10 +373,9 @@ def final_masks(state: AgentState, parameters: Mapping[str, Any]) -> dict[str, T
         for name, z in groups["scores"].items()
     }
     ratios = resolve_retention(retention, kinds)
-    with torch.no_grad():
-        return {
-            name: maths.topk_mask(
-                rank(z, means[name]) if name in means else z, retention=ratios[name]
-            )
-            for name, z in groups["scores"].items()
-        }
+    return {
+        name: maths.topk_mask(
+            rank(z, means[name]) if name in means else z, retention=ratios[name]
+        ).numpy()
+        for name, z in groups["scores"].items()
+    }

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import AgentState
+from flower_mcepl.agents.algorithm import Masks
 from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
-from flower_mcepl.agents.parts.groups import Shapes, split_groups
+from flower_mcepl.agents.parts.groups import Shapes
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig, read_fields
 from flower_mcepl.config.ratios import per_agent
@@ -240,6 +241,6 @@ def masked_names(module: nn.Module, weights: Mapping[str, Any]) -> list[str]:
     return [name for name in find_maskable(module) if name in weights]
 
 
-def held_masks(state: AgentState, parameters: Mapping[str, Any]) -> dict[str, Tensor] | str:
+def held_masks(state: AgentState, parameters: Mapping[str, Any]) -> Masks:
     """Read from a state the masks under which the weights are."""
-    return split_groups(state.tensors, device="cpu")["held"]
+    return state.group("held")
