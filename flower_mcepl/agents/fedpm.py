@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
 from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.evaluation import evaluate_classifier
-from flower_mcepl.agents.parts.groups import Shapes, check_group, join_groups, split_groups
+from flower_mcepl.agents.parts.groups import Shapes, check_group, groups_of, state_of
 from flower_mcepl.agents.parts.training import (
     TrainingConfig,
     descent_direction,
@@ -195,13 +195,13 @@ class FedpmAgent(Agent):
         buffers = dict(self.network.named_buffers())
         last = {"last": torch.tensor([self._round])}
         groups = {"scores": self.scores, "buffer": buffers, "round": last}
-        return AgentState.of_tensors(self._facts(), join_groups(groups))
+        return state_of(self._facts(), groups)
 
     @torch.no_grad()
     def restore(self, state: AgentState) -> None:
         """Continue exactly where `state` was taken."""
         self._check_facts(state.facts)
-        groups = split_groups(state.tensors, device=self.device)
+        groups = groups_of(state, device=self.device)
         buffers = dict(self.network.named_buffers())
         shapes = {name: tuple(buffer.shape) for name, buffer in buffers.items()}
         for group, full in (("scores", self.layers), ("buffer", shapes), ("round", {"last": (1,)})):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.evaluation import evaluate_classifier
-from flower_mcepl.agents.parts.masked import MaskedAgent, MaskedConfig, final_masks
+from flower_mcepl.agents.parts.mask_states import final_masks
+from flower_mcepl.agents.parts.masked import MaskedAgent, MaskedConfig
 from flower_mcepl.agents.parts.training import descent_direction, finite_loss, train_locally
 from flower_mcepl.config.checks import check
 from flower_mcepl.streams import isolated_rng

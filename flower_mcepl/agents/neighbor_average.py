@@ -11,7 +11,7 @@ from torch import Tensor
 from flower_mcepl.agents.agent import Agent, AgentState, Payload
 from flower_mcepl.agents.array_layout import ArrayLayout, Arrays
 from flower_mcepl.agents.parts.averaging import DEGREE, metropolis_pull
-from flower_mcepl.agents.parts.groups import check_group, join_groups, split_groups
+from flower_mcepl.agents.parts.groups import check_group, groups_of, state_of
 from flower_mcepl.errors import ConfigError, DivergedError, StateError
 
 Metrics = Mapping[str, float]
@@ -159,12 +159,12 @@ class NeighborAverageAgent(Agent):
     def state(self) -> AgentState:
         """Return the arrays and what the agent knows of the graph."""
         facts = {"degree": self._degree, "num-examples": self._num_examples}
-        return AgentState.of_tensors(self._facts(**facts), join_groups({"arrays": self._present()}))
+        return state_of(self._facts(**facts), {"arrays": self._present()})
 
     def restore(self, state: AgentState) -> None:
         """Continue exactly where `state` was taken."""
         self._check_facts(state.facts)
-        groups = split_groups(state.tensors, device="cpu")
+        groups = groups_of(state)
         check_group(
             groups, "arrays", self._shapes, whose=f"agent {self.index}", may_be_absent=False
         )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import STATE_VERSION, AgentState, Payload
-from flower_mcepl.agents.parts.groups import Shapes, check_group, join_groups, split_groups
+from flower_mcepl.agents.parts.groups import Shapes, check_group, groups_of, state_of
 from flower_mcepl.config.checks import check
 from flower_mcepl.errors import StateError
 from flower_mcepl.masks.layers import find_maskable
@@ -95,7 +95,7 @@ class Server(abc.ABC):
 
     def state(self) -> AgentState:
         """Return everything that must survive until the next round."""
-        return AgentState.of_tensors(self._facts(), join_groups(self._groups()))
+        return state_of(self._facts(), self._groups())
 
     def restore(self, state: AgentState) -> None:
         """Continue exactly where `state` was taken.
@@ -112,7 +112,7 @@ class Server(abc.ABC):
                     f"the saved state is of {key} {state.facts.get(key)!r}, but the server has "
                     f"{mine!r}. Use the state of this server and run, or start afresh without it."
                 )
-        groups = split_groups(state.tensors, device="cpu")
+        groups = groups_of(state)
         for group, (shapes, may_be_absent) in self._group_shapes().items():
             check_group(groups, group, shapes, whose="the server", may_be_absent=may_be_absent)
         self._take_back(groups)

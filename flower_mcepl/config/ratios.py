@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from flower_mcepl.config.checks import check
+from flower_mcepl.config.fields import RunConfig
 from flower_mcepl.errors import ConfigError
 
 
@@ -17,6 +19,22 @@ def per_agent(key: str, value: Any) -> list[float]:
             f"got {value!r}."
         ) from None
     return ratios
+
+
+def ratios_of(
+    key: str, run_config: RunConfig, node_config: RunConfig | None, *, agent: int, default: float
+) -> tuple[list[float], float]:
+    """Ratios of all agents under a key, and that of one agent, which its node config may set."""
+    ratios = per_agent(key, run_config.get(key, default))
+    if not node_config or key not in node_config:
+        return ratios, ratios[agent % len(ratios)]
+    own = per_agent(key, node_config[key])
+    check(
+        len(own) == 1,
+        f"the node config's {key} is one ratio, of this agent alone",
+        node_config[key],
+    )
+    return ratios, own[0]
 
 
 def per_layer(key: str, value: Any) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, data_facts
 from flower_mcepl.agents.parts.evaluation import evaluate_classifier
-from flower_mcepl.agents.parts.groups import Shapes, check_group, join_groups, split_groups
+from flower_mcepl.agents.parts.groups import Shapes, check_group, groups_of, state_of
 from flower_mcepl.agents.parts.training import (
     TrainingConfig,
     descent_direction,
@@ -175,12 +175,12 @@ class DenseAgent(Agent, Generic[ConfigT]):
 
     def state(self) -> AgentState:
         """Return weights, momentum, buffers and what the algorithm adds to them."""
-        return AgentState.of_tensors(self._facts(), join_groups(self._groups()))
+        return state_of(self._facts(), self._groups())
 
     def restore(self, state: AgentState) -> None:
         """Continue exactly where `state` was taken."""
         self._check_facts(state.facts)
-        groups = split_groups(state.tensors, device=self.device)
+        groups = groups_of(state, device=self.device)
         for group, (shapes, may_be_absent) in self._group_shapes().items():
             check_group(
                 groups, group, shapes, whose=f"agent {self.index}", may_be_absent=may_be_absent

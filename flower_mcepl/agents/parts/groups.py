@@ -1,30 +1,32 @@
-"""An agent's state as groups of tensors: ``group/layer`` are the names in an `AgentState`."""
+"""A state as groups of tensors, ``group/layer``, on the agent's device."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from flower_mcepl.agents.agent import AgentState
 from flower_mcepl.errors import StateError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def join_groups(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return copies on the CPU of all tensors, under names such as ``scores/fc.weight``."""
-    return {
-        f"{group}/{name}": tensor.detach().cpu().clone()
+def state_of(facts: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]]) -> AgentState:
+    """State of facts and groups of tensors, all of them copied to the CPU."""
+    arrays = {
+        group: {name: tensor.detach().cpu().clone().numpy() for name, tensor in tensors.items()}
         for group, tensors in groups.items()
-        for name, tensor in tensors.items()
     }
+    return AgentState.joined(facts, arrays)
 
 
-def split_groups(tensors: Mapping[str, Tensor], *, device: str) -> dict[str, dict[str, Tensor]]:
-    """Undo `join_groups`, with all tensors on ``device``; a group without tensors is absent."""
-    groups: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        group, _, name = key.partition("/")
-        groups.setdefault(group, {})[name] = tensor.to(device)
-    return groups
+def groups_of(state: AgentState, *, device: str = "cpu") -> dict[str, dict[str, Tensor]]:
+    """Groups of a state, with all tensors on ``device``; one without tensors is absent."""
+    return {
+        group: {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        for group, arrays in state.groups().items()
+    }
 
 
 def check_group(

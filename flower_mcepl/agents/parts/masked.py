@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
-from flower_mcepl.agents.algorithm import Masks
-from flower_mcepl.agents.parts.groups import check_group, join_groups, split_groups
+from flower_mcepl.agents.parts.groups import check_group, groups_of, state_of
+from flower_mcepl.agents.parts.mask_states import heard_group, heard_means
 from flower_mcepl.agents.parts.prior import shared_prior
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig, read_fields
-from flower_mcepl.config.ratios import per_agent, per_layer
+from flower_mcepl.config.ratios import per_layer, ratios_of
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import StateError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.fusion import FUSIONS
-from flower_mcepl.masks.layers import CONV, LINEAR, LayerSpec
 from flower_mcepl.masks.model import MaskedModel
 from flower_mcepl.masks.retention import Retention, check_retentions, resolve_retention
 from flower_mcepl.streams import torch_stream
@@ -93,17 +92,10 @@ class MaskedConfig(TrainingConfig):
         assert isinstance(defaults, Mapping)
         for kind in ("conv", "linear"):
             key = f"retention-{kind}"
-            ratios = per_agent(key, run_config.get(key, defaults[kind]))
+            ratios, own[kind] = ratios_of(
+                key, run_config, node_config, agent=agent, default=defaults[kind]
+            )
             first[kind] = sum(ratios) / len(ratios)
-            own[kind] = ratios[agent % len(ratios)]
-            if node_config and key in node_config:
-                on_node = per_agent(key, node_config[key])
-                check(
-                    len(on_node) == 1,
-                    f"the node config's {key} is one ratio, of this agent alone",
-                    node_config[key],
-                )
-                own[kind] = on_node[0]
             for ratio in (*ratios, own[kind]):
                 maths.check_retention(ratio, of=f"key {key}")
         layers = per_layer("retention-layers", run_config.get("retention-layers", ""))
@@ -225,7 +217,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     def state(self) -> AgentState:
         """Return scores, their running mean, last gradient, momentum, ``n`` and running statistics."""
         facts = self._facts(**{"num-neighbors": self.model.num_neighbors})
-        return AgentState.of_tensors(facts, join_groups(self._groups()))
+        return state_of(facts, self._groups())
 
     def restore(self, state: AgentState) -> None:
         """Continue exactly where `state` was taken."""
@@ -236,7 +228,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
                 f"the saved state of agent {self.index} does not say its num-neighbors. Start "
                 "afresh."
             )
-        groups = split_groups(state.tensors, device=self.device)
+        groups = groups_of(state, device=self.device)
         heard = "neighbor-mean" if "neighbor-mean" in groups else "neighbor-count"
         for group in ("scores", "gradient", "velocity", "average", heard):
             check_group(
@@ -250,7 +242,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         self._gradient, self._velocity = groups.get("gradient", {}), groups.get("velocity", {})
         self._average = groups.get("average", {})
         self.model.set_neighbor_means(
-            _heard_means(groups, num_neighbors) or None, num_neighbors=num_neighbors
+            heard_means(groups, num_neighbors) or None, num_neighbors=num_neighbors
         )
         buffers = dict(self.model.module.named_buffers())
         for name, tensor in groups.get("buffer", {}).items():
@@ -262,7 +254,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             "gradient": self._gradient,
             "velocity": self._velocity,
             "average": self._average,
-            **_heard_group(self.model),
+            **heard_group(self.model),
             "buffer": dict(self.model.module.named_buffers()),
         }
 
@@ -331,51 +323,3 @@ def _digest(masks: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(mask.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-# A state travels to and from the agent with every message of a simulation, so what was
-# heard is kept small: where n is the plain mean of masks, as in all rules of this
-# package, as whole numbers of neighbors, a byte a weight in place of four. Any other
-# rule's n is kept as it is. Both give n again, bit for bit.
-def _heard_group(model: MaskedModel) -> dict[str, Mapping[str, Tensor]]:
-    """Return ``n`` as a group of a state; no tensors where nobody was heard."""
-    means = {name: n for name, n in model.neighbor_means.items() if n is not None}
-    counts = {
-        name: count
-        for name, n in means.items()
-        if (count := maths.count_of_mean(n, num_neighbors=model.num_neighbors)) is not None
-    }
-    return {"neighbor-count": counts} if len(counts) == len(means) else {"neighbor-mean": means}
-
-
-def _heard_means(
-    groups: Mapping[str, Mapping[str, Tensor]], num_neighbors: int
-) -> dict[str, Tensor]:
-    """Undo `_heard_group`."""
-    if "neighbor-mean" in groups:
-        return dict(groups["neighbor-mean"])
-    return {
-        name: maths.neighbor_mean(count, num_neighbors=num_neighbors)
-        for name, count in groups.get("neighbor-count", {}).items()
-    }
-
-
-def final_masks(state: AgentState, parameters: Mapping[str, Any]) -> Masks | str:
-    """Read an agent's own masks from its state, those that travel, or say why that cannot be done."""
-    retention = parameters.get("retention")
-    if retention is None:
-        return "the record lacks the agents' retention ratios, without which scores make no mask"
-    groups = split_groups(state.tensors, device="cpu")
-    rank = FUSIONS.find(parameters.get("fusion", MaskedConfig.fusion)).rank
-    means = _heard_means(groups, int(state.facts.get("num-neighbors", 0)))
-    kinds = {
-        name: LayerSpec(name, CONV if z.dim() > 2 else LINEAR, z.shape)
-        for name, z in groups["scores"].items()
-    }
-    ratios = resolve_retention(retention, kinds)
-    return {
-        name: maths.topk_mask(
-            rank(z, means[name]) if name in means else z, retention=ratios[name]
-        ).numpy()
-        for name, z in groups["scores"].items()
-    }

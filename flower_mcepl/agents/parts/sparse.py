@@ -14,7 +14,7 @@ from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
 from flower_mcepl.agents.parts.groups import Shapes
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig, read_fields
-from flower_mcepl.config.ratios import per_agent
+from flower_mcepl.config.ratios import ratios_of
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import UnsupportedLayerError
 from flower_mcepl.masks.layers import find_maskable
@@ -76,18 +76,11 @@ class SparseConfig(SgdConfig):
         turn: agent i gets number ``i mod k``; in the node config it is the agent's own.
         Without ``anneal-rounds``, ``num-rounds`` is taken.
         """
-        densities = per_agent("density", run_config.get("density", cls.density))
+        densities, own = ratios_of(
+            "density", run_config, node_config, agent=agent, default=cls.density
+        )
         for density in densities:
             _check_density(density)
-        own = densities[agent % len(densities)]
-        if node_config and "density" in node_config:
-            told = per_agent("density", node_config["density"])
-            check(
-                len(told) == 1,
-                "the node config's density is one ratio, of this agent alone",
-                node_config["density"],
-            )
-            own = told[0]
         rounds = {"anneal-rounds": run_config["num-rounds"]} if "num-rounds" in run_config else {}
         return read_fields(cls, {**rounds, **run_config}, density=own)
 
