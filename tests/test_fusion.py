@@ -112,7 +112,7 @@ def test_an_agent_hears_and_ranks_by_the_rule(rules: Any) -> None:
     agent, plain = make_agent(0, fusion="overlap"), make_agent(0)
     for each in (agent, plain):
         each.train(round=1)
-    sent, g = agent.outgoing(), {name: g.clone() for name, g in agent._gradient.items()}
+    sent, g = agent.outgoing(), {name: g.clone() for name, g in agent.gradient.items()}
     z = {name: scores.detach().clone() for name, scores in agent.model.scores.items()}
     inbox = inbox_of(agent, 3)
     for each in (agent, plain):

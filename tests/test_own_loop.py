@@ -58,9 +58,9 @@ def test_the_same_steps_make_the_same_agent() -> None:
     for round in range(1, 4):
         losses = [agent.train(round=round)["train-loss"] for agent in (own, expected)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-        assert own._gradient.keys() == expected._gradient.keys()
-        assert any(bool(g.any()) for g in own._gradient.values())
-        assert close(own._gradient, expected._gradient)
+        assert own.gradient.keys() == expected.gradient.keys()
+        assert any(bool(g.any()) for g in own.gradient.values())
+        assert close(own.gradient, expected.gradient)
         for agent in (own, expected):
             agent.fuse({1: neighbor.outgoing()}, round=round)
         assert close(own.model.scores, expected.model.scores)
@@ -78,7 +78,7 @@ def test_the_gradient_of_the_fine_tuning_step_is_that_of_the_last_backward() -> 
 
     agent = own_loop(two_steps)
     agent.train(round=1)
-    assert close(agent._gradient, gradients[0])
+    assert close(agent.gradient, gradients[0])
     assert all(z.grad is None for z in agent.model.scores.values())
 
 

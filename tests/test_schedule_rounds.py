@@ -43,7 +43,7 @@ def test_the_fine_tuning_step_has_the_size_of_the_round_that_is_fused(round: int
     agent.train(round=round)
     neighbor.train(round=round)
     before = {name: z.detach().clone() for name, z in agent.model.scores.items()}
-    gradient = copy.deepcopy(agent._gradient)
+    gradient = copy.deepcopy(agent.gradient)
     mask = neighbor.outgoing()
     agent.fuse({1: mask}, round=round)
     step = agent.config.finetune_lr * factor(round)

@@ -15,7 +15,7 @@ from flower_mcepl.agents.agent import (
     load_state,
     save_state,
 )
-from flower_mcepl.agents.algorithm import Algorithm
+from flower_mcepl.agents.algorithm import Algorithm, Masks
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.agents.registry import ALGORITHMS, find_algorithm, make_agent, make_server
 from flower_mcepl.agents.server import Server
@@ -38,6 +38,7 @@ __all__ = [
     "DenseAgent",
     "MaskedAgent",
     "MaskedConfig",
+    "Masks",
     "MceplAgent",
     "MceplConfig",
     "MixingAgent",

@@ -31,7 +31,7 @@ class Agent(abc.ABC):
     An agent never knows whether it lives in a test, in Ray or on a device.
     """
 
-    algorithm: str  # name in records and saved states
+    algorithm: str  # name in records and saved states; `make_agent` gives the registered one
     index: int  # 0..N-1 in the graph
     seed: int  # seed of the run
     fingerprint: str  # of the shared frozen weights, 32 hex characters

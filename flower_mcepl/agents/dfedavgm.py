@@ -76,12 +76,13 @@ class DfedavgmAgent(MixingAgent[DfedavgmConfig]):
 
     def train(self, *, round: int) -> dict[str, float]:
         """Take the K local steps, from a ball at rest."""
-        self._velocity = {}
+        self.velocity = {}
         metrics = super().train(round=round)
-        self._velocity = {}
+        self.velocity = {}
         return metrics
 
-    def _said(self) -> Mapping[str, Tensor]:
+    def mixed_weights(self) -> Mapping[str, Tensor]:
+        """Return the trained ``z_i``."""
         return self.weights
 
 

@@ -63,14 +63,15 @@ class DsgdAgent(MixingAgent[DsgdConfig]):
         super().fuse(inbox, round=round)
         self._start = None
 
-    def _said(self) -> Mapping[str, Tensor]:
+    def mixed_weights(self) -> Mapping[str, Tensor]:
+        """Return ``x_i^t``, from before the local steps."""
         return self.weights if self._start is None else self._start
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         return {**super()._groups(), "start": self._start or {}}
 
     def _group_shapes(self) -> dict[str, tuple[Shapes, bool]]:
-        return {**super()._group_shapes(), "start": (self._shapes, True)}
+        return {**super()._group_shapes(), "start": (self.shapes, True)}
 
     def _take_back(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
         super()._take_back(groups)

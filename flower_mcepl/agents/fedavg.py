@@ -50,10 +50,6 @@ class FedavgAgent(DenseAgent[FedavgConfig]):
     algorithm = "fedavg"
     server_based = True
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.layers = dict(self._shapes)
-
     @torch.no_grad()
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
         """Take over the server's model; without one the agent goes on from its own."""
@@ -63,17 +59,10 @@ class FedavgAgent(DenseAgent[FedavgConfig]):
 
     def train(self, *, round: int) -> dict[str, float]:
         """Take the local steps, from momentum zero."""
-        self._velocity = {}
+        self.velocity = {}
         metrics = super().train(round=round)
-        self._velocity = {}
+        self.velocity = {}
         return metrics
-
-    def outgoing(self) -> dict[str, Tensor]:
-        """Return all weights."""
-        return {name: w.detach().cpu().clone() for name, w in self.weights.items()}
-
-    def first_payload(self) -> None:
-        """Return None: the server has said nothing yet, and all start from the common weights."""
 
 
 class FedavgServer(Server):

@@ -62,9 +62,9 @@ class FedspaAgent(SparseAgent[FedspaConfig]):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.layers_down = dict(self._shapes)
+        self.layers_down = dict(self.shapes)
         self.layers = payload_layers(
-            self._shapes, list(self.masks), moving=self.config.drop_fraction > 0
+            self.shapes, list(self.masks), moving=self.config.drop_fraction > 0
         )
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class FedspaAgent(SparseAgent[FedspaConfig]):
         return {**super()._groups(), "start": self._start or {}}
 
     def _group_shapes(self) -> dict[str, tuple[Shapes, bool]]:
-        return {**super()._group_shapes(), "start": (self._shapes, True)}
+        return {**super()._group_shapes(), "start": (self.shapes, True)}
 
     def _take_back(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
         super()._take_back(groups)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -34,15 +34,16 @@ class LocalAgent(DenseAgent[LocalConfig]):
 
     algorithm = "local"
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.layers = {}
+
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
         """Leave everything as it is."""
 
     def outgoing(self) -> dict[str, Tensor]:
         """Return nothing."""
         return {}
-
-    def first_payload(self) -> None:
-        """Return None: neighbors hold nothing."""
 
 
 LOCAL = Algorithm(LocalAgent, LocalConfig)

@@ -105,11 +105,11 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         )
         scores = self.model.scores
         gradients = torch.autograd.grad(objective, list(scores.values()), materialize_grads=True)
-        self._gradient = dict(zip(scores, gradients, strict=True))
+        self.gradient = dict(zip(scores, gradients, strict=True))
         score_lr = self.config.score_lr * self.config.lr_factor(round)
         with torch.no_grad():
             for name, z in scores.items():
-                g, velocity = self._gradient[name], self._velocity
+                g, velocity = self.gradient[name], self.velocity
                 z.add_(
                     descent_direction(name, z, g, velocity=velocity, config=self.config),
                     alpha=-score_lr,

@@ -83,7 +83,7 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
                 "function left none on the scores. Let it call loss.backward() on the model that "
                 "it gets, and zero_grad() before that, not after; or set finetune_lr=0."
             )
-        self._gradient = {
+        self.gradient = {
             name: torch.zeros_like(z) if z.grad is None else z.grad.detach().clone()
             for name, z in scores.items()
         }

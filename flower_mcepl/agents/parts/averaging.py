@@ -88,25 +88,25 @@ class MixingAgent(DenseAgent[ConfigT]):
         device: str = "cpu",
     ) -> None:
         super().__init__(index, module, data, config, seed=seed, device=device)
-        self.layers = {**self._shapes, DEGREE: (1,)}
+        self.layers = {**self.shapes, DEGREE: (1,)}
         self._degree = 0  # number of neighbors in the last inbox; 0: unknown
 
     @abc.abstractmethod
-    def _said(self) -> Mapping[str, Tensor]:
+    def mixed_weights(self) -> Mapping[str, Tensor]:
         """Return the agent's own ``x_i`` of the exchange that is under way."""
 
     @torch.no_grad()
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
         """Average with the neighbors: ``x_i`` moves by ``Σ_j W_ij (x_j - x_i)``."""
-        pull = metropolis_pull(self._said(), inbox, degree=max(self._degree, len(inbox)))
+        pull = metropolis_pull(self.mixed_weights(), inbox, degree=max(self._degree, len(inbox)))
         for name, x in self.weights.items():
             x.add_(pull[name])
         self._degree = len(inbox)
 
     def outgoing(self) -> dict[str, Tensor]:
         """Return ``x_i`` and the agent's degree."""
-        said = {name: x.detach().cpu().clone() for name, x in self._said().items()}
-        return {**said, DEGREE: torch.tensor([float(self._degree)])}
+        weights = {name: x.detach().cpu().clone() for name, x in self.mixed_weights().items()}
+        return {**weights, DEGREE: torch.tensor([float(self._degree)])}
 
     def first_payload(self) -> dict[str, Tensor]:
         """Return the common initial weights, and a degree of 0: unknown."""

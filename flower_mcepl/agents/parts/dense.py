@@ -124,9 +124,9 @@ class DenseAgent(Agent, Generic[ConfigT]):
             for name, weight in module.named_parameters()
             if name in self.weights
         }
-        self._velocity: dict[str, Tensor] = {}
-        self._shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
-        self.layers = {}  # nothing goes out, unless the algorithm says so
+        self.velocity: dict[str, Tensor] = {}
+        self.shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        self.layers = self.shapes  # all weights go out, unless the algorithm says otherwise
 
     def train(self, *, round: int) -> dict[str, float]:
         """Take the local steps; the metrics hold the mean loss of the steps.
@@ -148,6 +148,14 @@ class DenseAgent(Agent, Generic[ConfigT]):
             )
         return metrics
 
+    def outgoing(self) -> dict[str, Tensor]:
+        """Return copies of all weights."""
+        return {name: x.detach().cpu().clone() for name, x in self.weights.items()}
+
+    def first_payload(self) -> dict[str, Tensor] | None:
+        """Return None: of whom nothing was heard, nothing is known."""
+        return None
+
     def evaluate(self) -> dict[str, float]:
         """Evaluate the agent's network on its own test split; the density is that of its weights."""
         # transforms of the test split may draw
@@ -158,14 +166,14 @@ class DenseAgent(Agent, Generic[ConfigT]):
                 batch_size=self.config.eval_batch_size,
                 device=self.device,
             )
-        return {**metrics, "density": self._density()}
+        return {**metrics, "density": self.density()}
 
     def describe(self) -> dict[str, Any]:
         """Return the handshake's facts: who this is, its weights and its data."""
         return {
             **super().describe(),
-            "num-weights": self._num_weights(),
-            "kept-weights": self._num_kept(),
+            "num-weights": self.num_weights(),
+            "kept-weights": self.num_kept(),
             **data_facts(self.data),
         }
 
@@ -191,8 +199,8 @@ class DenseAgent(Agent, Generic[ConfigT]):
         """Return what each group of a state holds, and whether it may be absent."""
         buffers = {name: tuple(buffer.shape) for name, buffer in self.model.named_buffers()}
         return {
-            "weights": (self._shapes, False),
-            "velocity": (self._shapes, True),
+            "weights": (self.shapes, False),
+            "velocity": (self.shapes, True),
             "buffer": (buffers, False),
         }
 
@@ -202,12 +210,12 @@ class DenseAgent(Agent, Generic[ConfigT]):
             weight.copy_(groups["weights"][name])
         for name, buffer in self.model.named_buffers():
             buffer.copy_(groups["buffer"][name])
-        self._velocity = groups.get("velocity", {})
+        self.velocity = groups.get("velocity", {})
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         return {
             "weights": self.weights,
-            "velocity": self._velocity,
+            "velocity": self.velocity,
             "buffer": dict(self.model.named_buffers()),
         }
 
@@ -219,7 +227,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         lr = self.config.lr * self.config.lr_factor(round)
         with torch.no_grad():
             for name, x in self.weights.items():
-                g, velocity = gradients[name], self._velocity
+                g, velocity = gradients[name], self.velocity
                 x.add_(
                     descent_direction(name, x, g, velocity=velocity, config=self.config), alpha=-lr
                 )
@@ -230,14 +238,17 @@ class DenseAgent(Agent, Generic[ConfigT]):
         gradients = torch.autograd.grad(loss, list(self.weights.values()), materialize_grads=True)
         return dict(zip(self.weights, gradients, strict=True))
 
-    def _density(self) -> float:
+    def density(self) -> float:
+        """Return the share of weights that the personal model holds."""
         return 1.0
 
-    def _num_weights(self) -> int:
-        return sum(math.prod(shape) for shape in self._shapes.values())
+    def num_weights(self) -> int:
+        """Return the number of weights that train."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def _num_kept(self) -> int:
-        return self._num_weights()
+    def num_kept(self) -> int:
+        """Return the number of weights that the agent holds."""
+        return self.num_weights()
 
 
 def clip(gradients: Mapping[str, Tensor], *, norm: float) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ MaskedT = TypeVar("MaskedT", bound=MaskedConfig)
 class MaskedAgent(Agent, Generic[MaskedT]):
     """An agent with private scores over the shared frozen network; its mask is all that it sends.
 
-    `train` must leave the gradient of its last local step in ``_gradient``, for the
+    `train` must leave the gradient of its last local step in ``gradient``, for the
     fine-tuning step in `fuse`.
 
     Parameters
@@ -163,8 +163,8 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         self._first_mask = self._draw_first_mask()
         self._first_mask_digest = _digest(self._first_mask)
         # of the last local step, until the fine-tuning step has used it
-        self._gradient: dict[str, Tensor] = {}
-        self._velocity: dict[str, Tensor] = {}  # of the momentum, if there is any
+        self.gradient: dict[str, Tensor] = {}
+        self.velocity: dict[str, Tensor] = {}  # of the momentum, if there is any
         self._average: dict[str, Tensor] = {}  # z̄, running mean of the scores, if there is any
         # all agents start from the common mask as their neighbors'
         self._hear([self._first_mask])
@@ -180,12 +180,12 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         means = self.model.neighbor_means
         finetune_lr = self.config.finetune_lr * self.config.lr_factor(round)
         with torch.no_grad():
-            for name, g in self._gradient.items():
+            for name, g in self.gradient.items():
                 n = means[name]
                 if n is not None:
                     z = self.model.scores[name]
                     z.copy_(maths.neighbor_step(z, g, n, finetune_lr=finetune_lr))
-        self._gradient = {}
+        self.gradient = {}
         self._average_scores()
 
     def outgoing(self) -> dict[str, Tensor]:
@@ -239,7 +239,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
                 may_be_absent=group != "scores" and (group != heard or not num_neighbors),
             )
         self.model.set_scores(groups["scores"])
-        self._gradient, self._velocity = groups.get("gradient", {}), groups.get("velocity", {})
+        self.gradient, self.velocity = groups.get("gradient", {}), groups.get("velocity", {})
         self._average = groups.get("average", {})
         self.model.set_neighbor_means(
             heard_means(groups, num_neighbors) or None, num_neighbors=num_neighbors
@@ -251,8 +251,8 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         return {
             "scores": self.model.scores,
-            "gradient": self._gradient,
-            "velocity": self._velocity,
+            "gradient": self.gradient,
+            "velocity": self.velocity,
             "average": self._average,
             **heard_group(self.model),
             "buffer": dict(self.model.module.named_buffers()),

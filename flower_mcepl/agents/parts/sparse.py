@@ -119,7 +119,6 @@ class SparseAgent(DenseAgent[SparseT]):
         device: str = "cpu",
     ) -> None:
         super().__init__(index, module, data, config, seed=seed, device=device)
-        self.layers = dict(self._shapes)
         self.masks = self._draw_masks(masked_names(module, self.weights))
         if not self.masks:
             raise UnsupportedLayerError(
@@ -134,14 +133,11 @@ class SparseAgent(DenseAgent[SparseT]):
     def train(self, *, round: int) -> dict[str, float]:
         """Take the local steps under the mask, then move the mask; the weights follow it in `fuse`."""
         self._apply_masks()  # nothing to do after fuse
-        self._velocity = {}
+        self.velocity = {}
         metrics = super().train(round=round)
-        self._velocity = {}
+        self.velocity = {}
         self._move_masks(round)
         return metrics
-
-    def first_payload(self) -> None:
-        """Return None: nobody knows another agent's first mask."""
 
     def _sparse(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return copies of the weights' tensors to send: sparse ones where there is a mask, else dense ones."""
@@ -154,11 +150,11 @@ class SparseAgent(DenseAgent[SparseT]):
 
     def _draw_masks(self, names: list[str]) -> dict[str, Tensor]:
         densities = erk_densities(
-            {name: self._shapes[name] for name in names}, density=self.config.density
+            {name: self.shapes[name] for name in names}, density=self.config.density
         )
         generator = torch_stream(self.seed, "first-mask", agent=self.index)
         return {
-            name: random_mask(self._shapes[name], density=density, generator=generator).to(
+            name: random_mask(self.shapes[name], density=density, generator=generator).to(
                 self.device
             )
             for name, density in densities.items()
@@ -207,10 +203,12 @@ class SparseAgent(DenseAgent[SparseT]):
             logits = self.model(inputs.to(self.device))
             return self._gradients(nn.functional.cross_entropy(logits, labels.to(self.device)))
 
-    def _density(self) -> float:
+    def density(self) -> float:
+        """Return the share of maskable weights under the mask."""
         return self._num_held() / sum(mask.numel() for mask in self._held.values())
 
-    def _num_kept(self) -> int:
+    def num_kept(self) -> int:
+        """Return the number of weights under the mask, and of those that have none."""
         dense = sum(w.numel() for name, w in self.weights.items() if name not in self._held)
         return dense + self._num_held()
 
@@ -221,7 +219,7 @@ class SparseAgent(DenseAgent[SparseT]):
         return {**super()._groups(), "mask": self.masks, "held": self._held}
 
     def _group_shapes(self) -> dict[str, tuple[Shapes, bool]]:
-        masks = {name: self._shapes[name] for name in self.masks}
+        masks = {name: self.shapes[name] for name in self.masks}
         return {**super()._group_shapes(), "mask": (masks, False), "held": (masks, False)}
 
     def _take_back(self, groups: Mapping[str, dict[str, Tensor]]) -> None:
