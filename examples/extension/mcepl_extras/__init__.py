@@ -1,0 +1,1 @@
+"""What this package adds to flower_mcepl: see the entry points in pyproject.toml."""
