@@ -1063,9 +1063,9 @@ GOOD = {"num-agents": 4, "topology": "ring"}
         ({"seed": "0"}, "run-config key seed must be int"),
         ({"num-agents": 0}, "num-agents must be >= 1; got 0"),
         ({"num-rounds": 0}, "num-rounds must be >= 1; got 0"),
-        ({"evaluate-every": 0}, "evaluate-every must be >= 1; got 0"),
-        ({"max-staleness": -1}, "max-staleness must be >= 0; got -1"),
-        ({"key-interval": -1}, "key-interval must be >= 0; got -1"),
+        ({"evaluate-every": 0}, "evaluate-every is a number of rounds and must be >= 1; got 0"),
+        ({"max-staleness": -1}, "max-staleness is a number of rounds and must be >= 0; got -1"),
+        ({"key-interval": -1}, "key-interval is .*must be >= 0; got -1"),
         ({"keep-frames": 1}, "run-config key keep-frames must be bool; got 1"),
         ({"min-agents": 5}, r"min-agents must be in 0\.\.4 \(num-agents\); got 5"),
         ({"round-timeout": 0.0}, "round-timeout must be > 0 seconds; got 0"),
@@ -1091,7 +1091,7 @@ def test_the_apps_own_keys_are_known() -> None:
     strategy = GossipStrategy.from_run_config(
         {**GOOD, "classes-per-agent": 3}, app_keys=["classes-per-agent"]
     )
-    assert strategy.min_agents == 4
+    assert strategy.attendance.min_agents == 4
 
 
 def test_a_graph_with_an_unknown_agent(tmp_path: Path) -> None:
@@ -1112,7 +1112,7 @@ def test_a_graph_with_an_unknown_agent(tmp_path: Path) -> None:
         ({"max_staleness": -1}, "max-staleness is a number of rounds and must be >= 0; got -1"),
         (
             {"key_interval": -1},
-            "key-interval is a number of rounds, or 0 for as few as pay; got -1",
+            "key-interval is a number of rounds, or 0 for as few as pay; it must be >= 0; got -1",
         ),
     ],
 )

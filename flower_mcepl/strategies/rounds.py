@@ -1,9 +1,13 @@
-"""Rounds of every strategy: one message per agent and round, by relay or center."""
+"""Rounds of every strategy: one message per agent and round, by relay or center.
+
+One class, and longer than others: Flower asks one object for all these methods. What it
+is made of has files of its own: who is there (`attendance`, `roster`), sending and
+waiting (`dispatch`, `waiting`), reading replies (`intake`, `answers`).
+"""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
-from logging import INFO, WARNING, getLogger
+from logging import INFO, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,9 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from flower_mcepl.errors import AnswerError, ConfigError, FingerprintError, RosterError
+from flower_mcepl.errors import ConfigError
 from flower_mcepl.exchange.exchange import Exchange
-from flower_mcepl.exchange.parcels import Answer, Parcel
+from flower_mcepl.exchange.parcels import Parcel
 from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.messages.order import Order
 from flower_mcepl.record.writing import RunRecord
@@ -29,12 +33,13 @@ from flower_mcepl.runs.book import RunBook, open_book
 from flower_mcepl.runs.monitor import RunMonitor
 from flower_mcepl.runs.options import RoundOptions
 from flower_mcepl.runs.settings import RunSettings
-from flower_mcepl.strategies.answers import array_record, plain_reason, read_answer
+from flower_mcepl.strategies.answers import array_record
 from flower_mcepl.strategies.attendance import Attendance
+from flower_mcepl.strategies.dispatch import Dispatch
 from flower_mcepl.strategies.initial import InitialArrays
+from flower_mcepl.strategies.intake import Intake
 from flower_mcepl.strategies.reporting import report
 from flower_mcepl.strategies.roster import Roster
-from flower_mcepl.strategies.waiting import Arrival, InFlight, Patience
 
 logger = getLogger("flwr")
 INITIAL = "initial"  # group of arrays in a checkpoint
@@ -76,15 +81,11 @@ class ExchangeStrategy(Strategy):
         )
         # Flower's defaults, unless the run config says otherwise
         self._num_rounds, self._timeout = 3, 3600.0
-        self._patience = Patience(self._timeout, options.timeout_factor)
-        self._in_flight = InFlight()
+        self._intake = Intake(self.attendance, self._check_agent)
+        self._dispatch = self._new_dispatch()
         # both until `start`
         self._book: RunBook[Array] | None = None
         self._initial: InitialArrays | None = None
-        # of the present exchange, by the id of the message answered
-        self._arrivals: dict[str, Arrival] = {}
-        # nodes that were turned away; they may try again when a node has left
-        self._refused: set[int] = set()
 
     @property
     def book(self) -> RunBook[Array]:
@@ -171,7 +172,7 @@ class ExchangeStrategy(Strategy):
             evaluate_config=evaluate_config or ConfigRecord(),
             ledger=self.exchange.ledger,
         )
-        self._patience = Patience(timeout, self.options.timeout_factor)
+        self._dispatch = self._new_dispatch()
         with self._opened(num_rounds, timeout) as self._book:
             result = self._run(
                 grid,
@@ -223,13 +224,13 @@ class ExchangeStrategy(Strategy):
             self.attendance.identify(grid, timeout=self._timeout)
         for round in range(first, num_rounds + 1):
             messages = self.configure_train(round, arrays, train_config, grid)
-            self.aggregate_train(round, self._send_and_wait(grid, messages, round))
+            self.aggregate_train(round, self._play(grid, messages, round))
             if self.book.due(round):
                 self.book.keep(round, self._own_state())
             if round < num_rounds:
                 look(round)
         messages = self.configure_evaluate(num_rounds, arrays, evaluate_config, grid)
-        self.aggregate_evaluate(num_rounds, self._send_and_wait(grid, messages, num_rounds + 1))
+        self.aggregate_evaluate(num_rounds, self._play(grid, messages, num_rounds + 1))
         look(num_rounds)
         return result
 
@@ -239,48 +240,25 @@ class ExchangeStrategy(Strategy):
         facts, arrays = self._initial.state()
         return Bundle.joined({"roster": self.roster.state(), **facts}, {INITIAL: arrays})
 
-    def _send_and_wait(self, grid: Grid, messages: Iterable[Message], round: int) -> list[Message]:
-        """Send the messages and return the answers that came, late ones included.
-
-        The last round waits for late answers, too: there is no later one that could
-        take them.
-        """
-        evaluating = self._evaluates(round)
-        wanted = self._in_flight.send(
-            grid, list(messages), round=round, evaluating=evaluating, ttl=self._time_to_live(round)
-        )
-        arrivals = self._in_flight.wait(
+    def _play(self, grid: Grid, messages: Iterable[Message], round: int) -> list[Message]:
+        """Answers to the messages of a round, and late ones to earlier messages."""
+        return self._dispatch.play(
             grid,
-            wanted | self._in_flight.owed() if round == self.monitor.num_rounds else wanted,
-            usual=self._patience.usual(evaluating=evaluating) or 0.0,
-            deadline=self._patience.deadline(evaluating=evaluating),
-            longest=self._timeout,
+            list(messages),
+            round=round,
+            evaluating=self._evaluates(round),
+            first=round == self.book.first,
+            last=round == self.monitor.num_rounds,
         )
-        if round > self.book.first:  # the first one includes the start of processes
-            for kind in (True, False):
-                times = [
-                    a.seconds
-                    for a in arrivals
-                    if a.sent.evaluating is kind and not a.reply.has_error()
-                ]
-                self._patience.learn(times, evaluating=kind)
-        self._arrivals = {
-            arrival.reply.metadata.reply_to_message_id: arrival for arrival in arrivals
-        }
-        return [arrival.reply for arrival in arrivals]
 
     def _evaluates(self, round: int) -> bool:
-        """Tell whether agents evaluate in ``round``, which takes longer."""
-        return round > self.monitor.num_rounds or (
-            round > 1 and (round - 1) % self.exchange.evaluate_every == 0
-        )
+        """Whether agents evaluate in ``round``, which takes longer."""
+        closing, previous = round > self.monitor.num_rounds, round - 1
+        return closing or (previous > 0 and previous % self.exchange.evaluate_every == 0)
 
-    def _time_to_live(self, round: int) -> float:
-        """Seconds for which a message of ``round`` may be answered.
-
-        The longest round, and two usual ones.
-        """
-        return self._timeout + 2 * self._patience.deadline(evaluating=self._evaluates(round))
+    def _new_dispatch(self) -> Dispatch:
+        factor = self.options.timeout_factor
+        return Dispatch(timeout=self._timeout, timeout_factor=factor)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -289,13 +267,13 @@ class ExchangeStrategy(Strategy):
         before = self.attendance.online
         online = self.attendance.wait_for_nodes(grid, first=server_round == self.book.first)
         if left := set(before) - set(online):
-            self._refused.clear()
+            self._intake.refused.clear()
             self.roster.doubt(left)
-        self._in_flight.lose(online)
-        busy = self._in_flight.busy()
+        self._dispatch.lose(online)
+        unwanted = self._intake.refused | self._dispatch.busy()
         messages = []
         for node in online:
-            if node in self._refused or node in busy:
+            if node in unwanted:
                 continue
             agent = self.roster.agent_of(node)
             parcel = (
@@ -320,8 +298,8 @@ class ExchangeStrategy(Strategy):
         if server_round != self.monitor.num_rounds:
             return []
         self.attendance.online = sorted(grid.get_node_ids())
-        self._in_flight.lose(self.attendance.online)
-        reachable = set(self.attendance.online) - self._in_flight.busy()
+        self._dispatch.lose(self.attendance.online)
+        reachable = set(self.attendance.online) - self._dispatch.busy()
         messages = []
         for agent, node in sorted(self.roster.node_of.items()):
             if node in reachable:
@@ -367,90 +345,31 @@ class ExchangeStrategy(Strategy):
             dst_node_id=node,
             message_type=message_type,
             group_id=str(parcel.round),
-            ttl=self._time_to_live(parcel.round),
+            ttl=self._dispatch.time_to_live(evaluating=self._evaluates(parcel.round)),
         )
 
     def _take_in(self, round: int, replies: Iterable[Message]) -> None:
-        answers: dict[int, Answer[Array]] = {}
-        failed: dict[str, str] = {}
-        for reply in sorted(replies, key=lambda reply: self._origin(reply, round)):
-            # Error replies of the SuperLink bear its own node id: the message answered
-            # tells who was asked.
-            of_round, node = self._origin(reply, round)
-            if self._initial is not None:
+        origins = [(*self._dispatch.origin(reply, round), reply) for reply in replies]
+        if self._initial is not None:
+            for _, node, reply in origins:
                 self._initial.note(node, sound=not reply.has_error())
-            if reply.has_error():
-                self.roster.doubt([node])
-                failed[self._name(node)] = (
-                    f"error {reply.error.code}: {plain_reason(reply.error.reason)}"
-                )
-                continue
-            try:
-                agent, answer = self._admit(node, reply.content, round=of_round)
-            except AnswerError as error:
-                failed[self._name(node)] = str(error)
-                continue
-            except (RosterError, FingerprintError) as error:
-                if round == self.book.first:
-                    raise
-                self._refused.add(node)
-                failed[f"node {node}"] = str(error)
-                continue
-            answers[agent] = replace(answer, late_of=None if of_round == round else of_round)
-        for sent in self._in_flight.expire():
-            self.roster.doubt([sent.node])
-            failed.setdefault(
-                self._name(sent.node),
-                f"no answer to the message of round {sent.round} within its time",
-            )
-        failed = {
-            name: reason
-            for name, reason in failed.items()
-            if name not in {f"agent {a}" for a in answers}
-        }
-        for name, reason in sorted(failed.items()):
-            logger.log(WARNING, "round %d: %s failed. %s", round, name, reason)
-        self.attendance.check(round, answers, failed, first=round == self.book.first)
-        busy = self._in_flight.busy()
+        first = round == self.book.first
+        expired = self._dispatch.expire()
+        taken = self._intake.take(origins, expired, round=round, first=first)
+        answers, failed = taken.answers, taken.failed
+        self.attendance.check(round, answers, failed, first=first)
+        busy = self._dispatch.busy()
         # no other answer is owed
         prompt = [agent for agent in answers if self.roster.node_of[agent] not in busy]
         missing = [agent for agent in self.roster.absent(prompt) if f"agent {agent}" not in failed]
         states = self.attendance.changes(round, answers, failed, busy)
         self.book.close_round(round, answers, failed=failed, missing=missing, states=states)
 
-    def _origin(self, reply: Message, round: int) -> tuple[int, int]:
-        """Return round and node of the message that was answered."""
-        arrival = self._arrivals.get(reply.metadata.reply_to_message_id)
-        return (
-            (round, reply.metadata.src_node_id)
-            if arrival is None
-            else (arrival.sent.round, arrival.sent.node)
-        )
-
-    def _admit(self, node: int, content: RecordDict, *, round: int) -> tuple[int, Answer[Array]]:
-        played = self.roster.agent_of(node)
-        known = {} if played is None else self.roster.facts(played)
-        agent, answer = read_answer(self._name(node), content, known)
-        self.roster.admit(node, answer.facts, online=self.attendance.online)
-        self._check_agent(agent, answer.facts)
-        if answer.fresh and round > 1:
-            logger.log(
-                WARNING,
-                "round %d: agent %d started afresh: its node holds no state of it",
-                round,
-                agent,
-            )
-        return agent, answer
-
     def _check_agent(self, agent: int, facts: Mapping[str, Any]) -> None:
         """Raise FingerprintError for an agent that does not fit this strategy."""
 
-    def _name(self, node: int) -> str:
-        agent = self.roster.agent_of(node)
-        return f"node {node}" if agent is None else f"agent {agent}"
-
     def _about(self) -> dict[str, Any]:
-        """Return what else belongs into the record's config."""
+        """What else belongs into the record's config."""
         return {}
 
     @contextlib.contextmanager

@@ -1,0 +1,113 @@
+"""Dispatch of a round's messages: sent, waited for as long as answers usually take, matched to answers."""
+
+from collections.abc import Iterable, Sequence
+from typing import final
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from flower_mcepl.strategies.waiting import Arrival, InFlight, Patience, Sent
+
+
+@final
+class Dispatch:
+    """Sends the messages of each round, and takes late answers into the next one.
+
+    Parameters
+    ----------
+    timeout : float
+        Seconds after which a round ends in any case.
+    timeout_factor : float
+        See `Patience`.
+    """
+
+    def __init__(self, *, timeout: float, timeout_factor: float) -> None:
+        self._timeout = timeout
+        self._patience = Patience(timeout, timeout_factor)
+        self._in_flight = InFlight()
+        # of the present round, by the id of the message answered
+        self._arrivals: dict[str, Arrival] = {}
+
+    def play(
+        self,
+        grid: Grid,
+        messages: Sequence[Message],
+        *,
+        round: int,
+        evaluating: bool,
+        first: bool,
+        last: bool,
+    ) -> list[Message]:
+        """Send a round's messages and return the answers that came, late ones included.
+
+        Parameters
+        ----------
+        grid : Grid
+            Flower's.
+        messages : sequence of Message
+            At most one a node.
+        round : int
+            The round that they are of.
+        evaluating : bool
+            Agents evaluate in it, which takes longer.
+        first : bool
+            Processes start in it: its answer times say nothing.
+        last : bool
+            Wait for late answers, too: no later round could take them.
+        """
+        wanted = self._in_flight.send(
+            grid,
+            messages,
+            round=round,
+            evaluating=evaluating,
+            ttl=self.time_to_live(evaluating=evaluating),
+        )
+        arrivals = self._in_flight.wait(
+            grid,
+            wanted | self._in_flight.owed() if last else wanted,
+            usual=self._patience.usual(evaluating=evaluating) or 0.0,
+            deadline=self._patience.deadline(evaluating=evaluating),
+            longest=self._timeout,
+        )
+        if not first:
+            self._learn(arrivals)
+        self._arrivals = {
+            arrival.reply.metadata.reply_to_message_id: arrival for arrival in arrivals
+        }
+        return [arrival.reply for arrival in arrivals]
+
+    def origin(self, reply: Message, round: int) -> tuple[int, int]:
+        """Round and node of the message that a reply of ``round`` answers.
+
+        Error replies of the SuperLink bear its own node id: only the message that was
+        answered tells who was asked.
+        """
+        arrival = self._arrivals.get(reply.metadata.reply_to_message_id)
+        if arrival is None:
+            return round, reply.metadata.src_node_id
+        return arrival.sent.round, arrival.sent.node
+
+    def time_to_live(self, *, evaluating: bool) -> float:
+        """Seconds for which a message may be answered: the longest round, two usual ones."""
+        return self._timeout + 2 * self._patience.deadline(evaluating=evaluating)
+
+    def busy(self) -> set[int]:
+        """Nodes that owe an answer."""
+        return self._in_flight.busy()
+
+    def lose(self, online: Iterable[int]) -> None:
+        """Give up answers of nodes that are not online, unless they come after all."""
+        self._in_flight.lose(online)
+
+    def expire(self) -> list[Sent]:
+        """Drop, and return, what nobody can answer any more."""
+        return self._in_flight.expire()
+
+    def _learn(self, arrivals: Sequence[Arrival]) -> None:
+        for kind in (True, False):
+            times = [
+                arrival.seconds
+                for arrival in arrivals
+                if arrival.sent.evaluating is kind and not arrival.reply.has_error()
+            ]
+            self._patience.learn(times, evaluating=kind)

@@ -1,0 +1,119 @@
+"""Intake of replies: which agent each is of, and whose failure it is where one is no answer."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from logging import WARNING, getLogger
+from typing import Any, final
+
+from flwr.app import Array, Message
+
+from flower_mcepl.errors import AnswerError, FingerprintError, RosterError
+from flower_mcepl.exchange.parcels import Answer
+from flower_mcepl.strategies.answers import plain_reason, read_answer
+from flower_mcepl.strategies.attendance import Attendance
+from flower_mcepl.strategies.waiting import Sent
+
+logger = getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What came of a round's messages: answers by agent, reasons by agent or node."""
+
+    answers: dict[int, Answer[Array]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@final
+class Intake:
+    """Admits nodes as agents, and reads what they answer.
+
+    Parameters
+    ----------
+    attendance : Attendance
+        Who is there, and which node is which agent.
+    check_agent : callable
+        Gets the agent and its handshake; raises FingerprintError where the agent does
+        not fit the strategy, beyond what the roster compares.
+    """
+
+    def __init__(
+        self, attendance: Attendance, check_agent: Callable[[int, Mapping[str, Any]], None]
+    ) -> None:
+        self._attendance, self._roster = attendance, attendance.roster
+        self._check_agent = check_agent
+        # nodes that were turned away; they may try again when a node has left
+        self.refused: set[int] = set()
+
+    def take(
+        self,
+        replies: Iterable[tuple[int, int, Message]],
+        expired: Iterable[Sent],
+        *,
+        round: int,
+        first: bool,
+    ) -> Replies:
+        """Read the replies that came in ``round``.
+
+        Parameters
+        ----------
+        replies : iterable of (round, node, Message)
+            Each with the round and the node of the message that it answers.
+        expired : iterable of Sent
+            Messages that nobody can answer any more.
+        round : int
+            The present round.
+        first : bool
+            It is the run's first one: a node that does not fit ends it.
+
+        Raises
+        ------
+        RosterError, FingerprintError
+            If in the first round a node does not fit the graph or the others.
+        """
+        taken = Replies()
+        for of_round, node, reply in sorted(replies, key=lambda entry: entry[:2]):
+            try:
+                agent, answer = self._read(node, reply, round=of_round)
+            except AnswerError as error:
+                taken.failed[self._name(node)] = str(error)
+            except (RosterError, FingerprintError) as error:
+                if first:
+                    raise
+                self.refused.add(node)
+                taken.failed[f"node {node}"] = str(error)
+            else:
+                late_of = None if of_round == round else of_round
+                taken.answers[agent] = replace(answer, late_of=late_of)
+        for sent in expired:
+            self._roster.doubt([sent.node])
+            reason = f"no answer to the message of round {sent.round} within its time"
+            taken.failed.setdefault(self._name(sent.node), reason)
+        for agent in taken.answers:  # who answered, late or not, has not failed
+            taken.failed.pop(f"agent {agent}", None)
+        for name, reason in sorted(taken.failed.items()):
+            logger.log(WARNING, "round %d: %s failed. %s", round, name, reason)
+        return taken
+
+    def _read(self, node: int, reply: Message, *, round: int) -> tuple[int, Answer[Array]]:
+        if reply.has_error():
+            self._roster.doubt([node])
+            reason = plain_reason(reply.error.reason)
+            raise AnswerError(f"error {reply.error.code}: {reason}")
+        played = self._roster.agent_of(node)
+        known = {} if played is None else self._roster.facts(played)
+        agent, answer = read_answer(self._name(node), reply.content, known)
+        self._roster.admit(node, answer.facts, online=self._attendance.online)
+        self._check_agent(agent, answer.facts)
+        if answer.fresh and round > 1:
+            logger.log(
+                WARNING,
+                "round %d: agent %d started afresh: its node holds no state of it",
+                round,
+                agent,
+            )
+        return agent, answer
+
+    def _name(self, node: int) -> str:
+        agent = self._roster.agent_of(node)
+        return f"node {node}" if agent is None else f"agent {agent}"
