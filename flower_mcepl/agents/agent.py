@@ -1,4 +1,4 @@
-"""What every algorithm is, seen from one participant: five verbs and no network."""
+"""The interface of an agent: one participant of an algorithm, without a network."""
 
 import abc
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ STATE_VERSION = 1  # raise it when the meaning of a state's entries changes
 
 
 AgentState = Bundle
-"""Everything an agent must remember between two rounds, its arrays named ``group/layer``."""
+"""Everything an agent must remember between rounds; arrays are ``group/layer``."""
 
 
 class Agent(abc.ABC):
@@ -31,7 +31,8 @@ class Agent(abc.ABC):
     An agent never knows whether it lives in a test, in Ray or on a device.
     """
 
-    algorithm: str  # name in records and saved states; `make_agent` gives the registered one
+    # name in records and saved states; `make_agent` gives the one that is registered
+    algorithm: str
     index: int  # 0..N-1 in the graph
     seed: int  # seed of the run
     fingerprint: str  # of the shared frozen weights, 32 hex characters
@@ -46,11 +47,11 @@ class Agent(abc.ABC):
 
     @abc.abstractmethod
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
-        """Take the neighbors' payloads of ``round`` (by agent index; empty if there are none)."""
+        """Take in the neighbors' payloads of ``round``, by agent; it may be empty."""
 
     @abc.abstractmethod
     def train(self, *, round: int) -> dict[str, float]:
-        """Take the local steps of ``round`` and return metrics, among them ``train-loss``."""
+        """Take the local steps of ``round``; return metrics with ``train-loss``."""
 
     @abc.abstractmethod
     def outgoing(self) -> dict[str, Tensor]:
@@ -58,7 +59,10 @@ class Agent(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self) -> dict[str, float]:
-        """Return ``accuracy``, ``loss``, ``num-examples`` and ``density`` of the personal model on its test split."""
+        """Evaluate the personal model on the agent's test split.
+
+        Return ``accuracy``, ``loss``, ``num-examples`` and ``density``.
+        """
 
     @abc.abstractmethod
     def state(self) -> AgentState:
@@ -66,15 +70,21 @@ class Agent(abc.ABC):
 
     @abc.abstractmethod
     def restore(self, state: AgentState) -> None:
-        """Continue from a state of the same agent, algorithm, seed and weights, else raise StateError."""
+        """Go on from a state of the same agent, algorithm, seed and weights.
+
+        Raises
+        ------
+        StateError
+            If it is of anything else, or incomplete.
+        """
 
     @abc.abstractmethod
     def first_payload(self) -> dict[str, Tensor] | None:
-        """Return what a neighbor that has never been heard of counts as holding, or None if that is nothing."""
+        """Return what all know of this agent before its first frame; None: nothing."""
 
     @abc.abstractmethod
     def parameters(self) -> dict[str, Any]:
-        """Return the algorithm's parameters of this agent, JSON-able, for the run record."""
+        """Return this agent's parameters, JSON-able, for the run record."""
 
     def describe(self) -> dict[str, Any]:
         """Return facts for the handshake: JSON-able scalars in kebab-case."""
@@ -104,12 +114,12 @@ class Agent(abc.ABC):
                 )
 
 
-# what `data_facts` tells of classes
+# those of `data_facts` that reveal classes
 CLASS_FACTS = ("classes", "train-counts", "validation-counts", "test-counts")
 
 
 def data_facts(data: AgentData) -> dict[str, Any]:
-    """Return the handshake's facts about an agent's data: the splits' sizes, and their classes where they are known.
+    """Facts about an agent's data for the handshake: sizes of splits, known classes.
 
     ``train-counts``, ``validation-counts`` and ``test-counts`` are texts such as
     ``"0:57 3:61"``: class and number of examples.

@@ -1,4 +1,4 @@
-"""What the arrays of somebody else's app look like: names, types and shapes, in their order."""
+"""Layout of an app's arrays: names, types and shapes, in their order."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """Names, types and shapes of the arrays that an app begins with, and what stands for their bits.
+    """Names, types and shapes of an app's first arrays, and a digest of their bits.
 
     Parameters
     ----------
@@ -51,14 +51,14 @@ class ArrayLayout:
     @classmethod
     def from_json(cls, text: str) -> "ArrayLayout":
         """Take back what `to_json` gave."""
-        told = json.loads(text)
+        layout = json.loads(text)
         return cls(
-            {name: (dtype, tuple(shape)) for name, dtype, shape in told["arrays"]},
-            told["fingerprint"],
+            {name: (dtype, tuple(shape)) for name, dtype, shape in layout["arrays"]},
+            layout["fingerprint"],
         )
 
     def averaged(self) -> list[str]:
-        """Return the names of the arrays that are averaged: those of real floating-point numbers.
+        """Names of the arrays that are averaged: those of floating-point numbers.
 
         Raises
         ------
@@ -76,14 +76,14 @@ class ArrayLayout:
                     f"in the byte order of this machine; {name!r} is {np.dtype(dtype)}. Keep it "
                     "out of the ArrayRecord."
                 )
-        found = [name for name, (dtype, _) in self.arrays.items() if np.dtype(dtype).kind == "f"]
-        if not found:
+        floats = [name for name, (dtype, _) in self.arrays.items() if np.dtype(dtype).kind == "f"]
+        if not floats:
             raise ConfigError(
                 "neighbors average arrays of floats, and the app has none; its initial arrays "
-                f"are {self._told()}. Pass the model's arrays to "
+                f"are {self._names()}. Pass the model's arrays to "
                 "GossipStrategy.start(initial_arrays=...), as to FedAvg."
             )
-        return found
+        return floats
 
     def take(self, arrays: Arrays) -> dict[str, NDArray[Any]]:
         """Return what an app gave, in this order and of these types.
@@ -99,7 +99,7 @@ class ArrayLayout:
         """
         if arrays.keys() != self.arrays.keys():
             raise AnswerError(
-                f"the app must return the arrays that it got; got {self._told()}, returned "
+                f"the app must return the arrays that it got; got {self._names()}, returned "
                 f"{_named(list(arrays))}. Return the whole model under the same names."
             )
         return {name: self._taken(name, arrays[name]) for name in self.arrays}
@@ -114,7 +114,7 @@ class ArrayLayout:
             )
         return array.astype(dtype, copy=False)
 
-    def _told(self) -> str:
+    def _names(self) -> str:
         return _named(list(self.arrays))
 
 

@@ -19,7 +19,7 @@ class DfedavgmConfig(SgdConfig):
 
     The step size is tuned on the quickstart's digits (10 agents of 3 classes on a ring,
     validation split, two seeds, 30 rounds): of 0.005, 0.01, 0.02, 0.05 and 0.1 the best
-    (0.1 on one seed only). K and θ are common choices of ours.
+    (0.1 on one seed only). K and θ are common choices.
 
     Raises
     ------
@@ -44,21 +44,24 @@ class DfedavgmConfig(SgdConfig):
 
 @final
 class DfedavgmAgent(MixingAgent[DfedavgmConfig]):
-    """One DFedAvgM agent: K local steps with heavy-ball momentum, then the average, ``x_i^{t+1} = Σ_j W_ij z_j^t``.
+    """One DFedAvgM agent: K local steps with heavy-ball momentum, then an average.
 
     ``y^{k+1} = y^k - η g(y^k) + θ (y^k - y^{k-1})`` from ``y^0 = y^{-1} = x_i^t``, and
-    ``z_i^t = y^K`` is what goes out: the momentum starts anew every round. W is that of
-    `MixingAgent`.
+    ``z_i^t = y^K`` is what goes out, and ``x_i^{t+1} = Σ_j W_ij z_j^t``. The momentum
+    starts anew every round. W is that of `MixingAgent`.
 
     Notes
     -----
-    ``precision`` is what the wire does to ``z_i`` on its way out; the agent's own ``z_i`` in the sum stays whole. With
-    ``"int8"`` (and ``"float16"``, ``"bfloat16"``) the weights themselves are rounded, and each frame stands alone.
-    ``"int8-differences"`` rounds the change: with ``x^_i`` for what the neighbors hold of agent i, the common initial
-    weights at first, ``Q(z_i - x^_i)`` goes out, both ends add it to ``x^_i``, and that stands for ``z_i`` in the
-    neighbors' sums. A step is 1/127 of a layer's largest change, not of its largest weight, and errors do not add up:
-    what one round rounds away is part of the next one's difference. For neighbors that missed frames ``x^_i`` itself
-    goes up to the relay as float32, whenever the differences since the last time have as many bytes.
+    ``precision`` is what the wire does to ``z_i`` on its way out; the agent's own
+    ``z_i`` in the sum stays whole. With ``"int8"`` (and ``"float16"``, ``"bfloat16"``)
+    the weights themselves are rounded, and each frame stands alone.
+    ``"int8-differences"`` rounds the change: with ``x^_i`` for what the neighbors hold
+    of agent i, the common initial weights at first, ``Q(z_i - x^_i)`` goes out, both
+    ends add it to ``x^_i``, and that stands for ``z_i`` in the neighbors' sums. A step
+    is 1/127 of a layer's largest change, not of its largest weight, and errors do not
+    add up: what one round rounds away is part of the next one's difference. For
+    neighbors that missed frames ``x^_i`` itself goes up to the relay as float32,
+    whenever the differences since the last time have as many bytes.
 
     Differs from the paper: its quantized variant sends ``Q(z_i - x_i)``, where ``x_i``
     is the sender's own model before its local steps, which its neighbors do not hold.

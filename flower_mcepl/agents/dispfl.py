@@ -15,7 +15,9 @@ from flower_mcepl.masks.sparsity import from_sparse, overlap_mean
 
 @dataclass(frozen=True, kw_only=True)
 class DispflConfig(SparseConfig):
-    """Parameters of Dis-PFL; the defaults are those of the paper's CIFAR-10 runs (arXiv:2206.00187, section 5.1).
+    """Parameters of Dis-PFL; the defaults are those of the paper's CIFAR-10 runs.
+
+    Source: Dai et al. 2022, arXiv:2206.00187, section 5.1.
 
     Raises
     ------
@@ -26,7 +28,7 @@ class DispflConfig(SparseConfig):
 
 @final
 class DispflAgent(SparseAgent[DispflConfig]):
-    """One Dis-PFL agent: a personal mask ``m_i`` that moves, and weights that live under it.
+    """One Dis-PFL agent: a personal mask ``m_i`` that moves, and weights under it.
 
     In round t:
 
@@ -53,7 +55,7 @@ class DispflAgent(SparseAgent[DispflConfig]):
 
     @torch.no_grad()
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
-        """Average every weight over those that hold it, the agent itself among them, and go on under the new mask."""
+        """Average each weight over its holders, and go on under the new mask."""
         payloads = [inbox[sender] for sender in sorted(inbox)]  # float sums depend on the order
         for name, w in self.weights.items():
             received = [payload[name].to(w) for payload in payloads]
@@ -65,7 +67,7 @@ class DispflAgent(SparseAgent[DispflConfig]):
         self._apply_masks()
 
     def outgoing(self) -> dict[str, Tensor]:
-        """Return the trained weights: sparse ones of the mask's layers, whose places are the mask, else dense ones."""
+        """Return the trained weights: sparse under a mask, whose places they tell."""
         return self._sparse({name: w.detach() for name, w in self.weights.items()})
 
 

@@ -1,4 +1,4 @@
-"""FedAvg, the agent's side: local SGD from the one global model."""
+"""FedAvg: local SGD from one global model, which the server averages."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,15 +34,16 @@ class FedavgConfig(SgdConfig):
 
 @final
 class FedavgAgent(DenseAgent[FedavgConfig]):
-    """One FedAvg agent: E local epochs of SGD from the global model ``w``, which `fuse` takes over whole.
+    """One FedAvg agent: E local epochs of SGD from the global model ``w``.
 
     ``w_k`` is what goes out, and the server's average of all ``w_k`` is what comes
-    back. `evaluate` after `fuse` sees the global model, on the agent's own test split.
-    Momentum, if there is any, starts anew every round.
+    back; `fuse` takes it over whole. `evaluate` after that sees the global model, on
+    the agent's own test split. Momentum, if there is any, starts anew every round.
 
     Notes
     -----
-    The running statistics of batch norm follow the agent's own data and are not averaged.
+    The running statistics of batch norm follow the agent's own data and are not
+    averaged.
 
     Source: McMahan et al. 2017, arXiv:1602.05629, algorithm 1.
     """
@@ -66,7 +67,9 @@ class FedavgAgent(DenseAgent[FedavgConfig]):
 
 
 class FedavgServer(Server):
-    """``w_{t+1} = Σ_k (n_k / n) w_k``, k over the agents that answered, ``n_k`` their numbers of training examples.
+    """The server of FedAvg: ``w_{t+1} = Σ_k (n_k / n) w_k``.
+
+    k is over the agents that answered, ``n_k`` their numbers of training examples.
 
     Under Flower its mean is taken by Flower's own FedAvg
     (`flower_mcepl.strategies.fedavg`), to the same bits.
@@ -87,7 +90,7 @@ class FedavgServer(Server):
     def receive(
         self, inbox: Mapping[int, Payload], *, round: int, num_examples: Mapping[int, int]
     ) -> None:
-        """Average the models; an agent that does not say how many examples it has counts as having one."""
+        """Average the models by numbers of examples; an unknown one counts as 1."""
         # float sums depend on the order
         sizes = {agent: max(1, num_examples.get(agent, 1)) for agent in sorted(inbox)}
         models = [{name: inbox[agent][name].to_dense() for name in self.weights} for agent in sizes]
@@ -96,7 +99,7 @@ class FedavgServer(Server):
     def _mean(
         self, models: Sequence[Payload], sizes: Sequence[int], *, round: int
     ) -> dict[str, Tensor]:
-        """Return the weighted mean of the models; products are rounded before they are added, as in NumPy."""
+        """Weighted mean of models; products are rounded, then added, as in NumPy."""
         shares = [size / sum(sizes) for size in sizes]
         means = {}
         for name in self.weights:

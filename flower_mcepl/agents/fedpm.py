@@ -1,4 +1,4 @@
-"""FedPM, the agent's side: Bernoulli masks over shared random weights, one probability per weight."""
+"""FedPM: Bernoulli masks over shared random weights, one probability per weight."""
 
 import copy
 import dataclasses
@@ -32,7 +32,9 @@ from flower_mcepl.streams import isolated_rng, torch_stream
 
 @dataclass(frozen=True, kw_only=True)
 class FedpmConfig(TrainingConfig):
-    """Parameters of FedPM; epochs and reset are those of the published code (arXiv:2209.15328).
+    """Parameters of FedPM; epochs and reset are those of the published code.
+
+    Source: Isik et al. 2023, arXiv:2209.15328.
 
     The step size is tuned on the quickstart's digits (10 agents of 3 classes,
     validation split, two seeds, 15 rounds): of 1, 50, 200, 500, 1000 and 2000 the best.
@@ -65,10 +67,11 @@ class FedpmConfig(TrainingConfig):
 
 @final
 class FedpmAgent(Agent):
-    """One FedPM agent: scores ``s`` over the shared frozen network, whose masks are drawn anew in every forward pass.
+    """One FedPM agent: scores ``s`` over a frozen network, and masks drawn from them.
 
-    ``θ = σ(s)``, ``m ~ Bernoulli(θ)``, loss ``CE(f(x; w ⊙ m))``; straight through the
-    draw, ``∂m/∂θ := 1``, so that ``g = ∂CE/∂(w ⊙ m) ⊙ w ⊙ σ'(s)``. One mask drawn from
+    ``θ = σ(s)``, ``m ~ Bernoulli(θ)`` in every forward pass, loss
+    ``CE(f(x; w ⊙ m))``; straight through the draw, ``∂m/∂θ := 1``, so that
+    ``g = ∂CE/∂(w ⊙ m) ⊙ w ⊙ σ'(s)``. One mask drawn from
     the trained θ is what goes out; `fuse` takes the server's θ over, ``s = σ⁻¹(θ)``.
     Momentum, if there is any, starts anew every round. All agents begin from common
     scores, standard normal; biases and norm layers stay frozen.
@@ -81,7 +84,8 @@ class FedpmAgent(Agent):
 
     Notes
     -----
-    The frozen weights are those of the model function; the paper's are signed constants.
+    The frozen weights are those of the model function; the paper's are signed
+    constants.
 
     Source: Isik et al. 2023, arXiv:2209.15328, algorithm 1; standard normal scores as
     in its published code.
@@ -124,13 +128,13 @@ class FedpmAgent(Agent):
 
     @torch.no_grad()
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
-        """Take over the server's probabilities; without any the agent goes on from its own."""
+        """Take over the server's probabilities; without any go on from the own ones."""
         for payload in inbox.values():
             for name, s in self.scores.items():
                 s.copy_(payload[name].to(s).logit())
 
     def train(self, *, round: int) -> dict[str, float]:
-        """Take the local steps on the scores, from momentum zero; the metrics hold the mean loss of the steps.
+        """Take the local steps on the scores, from momentum zero.
 
         Raises
         ------
@@ -151,15 +155,18 @@ class FedpmAgent(Agent):
             )
         return metrics
 
+    # What is sent may be asked for again, after a restart or by a repeated message, and
+    # must then be the same mask: so it is drawn from a stream of its own, which depends
+    # on the round of the last training alone, and that round is part of the state.
     def outgoing(self) -> dict[str, Tensor]:
-        """Return one mask, drawn from the probabilities: the same one until the agent trains again."""
+        """Return one mask drawn from θ, the same until the next training."""
         return {
             name: mask.cpu() for name, mask in self._draw_all(self._stream("sent-mask")).items()
         }
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the network under one mask drawn from the probabilities, on the agent's own test split."""
+        """Evaluate the network under one mask drawn from the probabilities."""
         masks = self._draw_all(torch_stream(self.seed, "evaluation-mask", agent=self.index))
         model = copy.deepcopy(self.network)
         for name, mask in masks.items():
@@ -175,10 +182,10 @@ class FedpmAgent(Agent):
         }
 
     def first_payload(self) -> None:
-        """Return None: the server has said nothing yet, and all start from the common scores."""
+        """Return None: all start from the common scores, without the server."""
 
     def describe(self) -> dict[str, Any]:
-        """Return the handshake's facts, which are said once: the kept weights are those expected in a first mask."""
+        """Facts for the handshake; kept weights are those expected in a first mask."""
         return {
             **super().describe(),
             "num-weights": self._num_weights(),
@@ -191,7 +198,7 @@ class FedpmAgent(Agent):
         return dataclasses.asdict(self.config)
 
     def state(self) -> AgentState:
-        """Return scores and buffers, and the round of the last training, on which the mask that is sent depends."""
+        """Return scores, buffers and the last round; the mask to send depends on it."""
         buffers = dict(self.network.named_buffers())
         last = {"last": torch.tensor([self._round])}
         groups = {"scores": self.scores, "buffer": buffers, "round": last}
@@ -232,7 +239,7 @@ class FedpmAgent(Agent):
         return value
 
     def _masked_weight(self, name: str, draws: torch.Generator) -> Tensor:
-        """Return ``w ⊙ m`` for a new draw, whose gradient passes to θ as if m were θ."""
+        """Return ``w ⊙ m`` for a new draw; the gradient passes to θ as if m were θ."""
         theta = self.scores[name].sigmoid()
         mask = self._draw(name, draws) + (theta - theta.detach())  # the bracket is zero
         return self.network.get_parameter(name) * mask
@@ -257,9 +264,10 @@ EPSILON = 0.01  # a bit counts as 0.99 or 0.01, so that θ stays between them an
 
 @final
 class FedpmServer(Server):
-    """``α += Σ_k m̂_k``, ``β += Σ_k (1 - m̂_k)``, ``θ = (α - 1) / (α + β - 2)``: the mode of Beta(α, β).
+    """The server of FedPM: ``θ`` is the mode of Beta(α, β), which counts the masks.
 
-    Both begin at 1, the even prior, and begin there anew every ``reset_rounds`` rounds;
+    ``α += Σ_k m̂_k``, ``β += Σ_k (1 - m̂_k)``, ``θ = (α - 1) / (α + β - 2)``. Both
+    begin at 1, the even prior, and begin there anew every ``reset_rounds`` rounds;
     right after that θ is the mean of the masks. ``m̂ = ε + (1 - 2ε) m`` with ε = 0.01,
     as in the published code. θ is what agents get.
 
@@ -283,7 +291,7 @@ class FedpmServer(Server):
     def receive(
         self, inbox: Mapping[int, Payload], *, round: int, num_examples: Mapping[int, int]
     ) -> None:
-        """Add one mask of each agent to the counts, after starting them anew if that is due."""
+        """Count one mask of each agent, from the even prior where it is due again."""
         if self.reset_rounds and self._rounds == self.reset_rounds:
             self._reset()
         for name in self.layers:

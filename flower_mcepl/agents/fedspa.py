@@ -1,4 +1,4 @@
-"""FedSpa, the agent's side: a personal sparse mask over the one global model."""
+"""FedSpa: personal sparse masks over one global model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,12 +21,13 @@ NEXT_MASK = "next-mask/"
 
 @dataclass(frozen=True, kw_only=True)
 class FedspaConfig(SparseConfig):
-    """Parameters of FedSpa; ``drop_fraction = 0`` is the paper's RSM, random static masks, anything else its DST.
+    """Parameters of FedSpa; ``drop_fraction = 0`` is the paper's RSM, all else its DST.
 
-    Local training is that of Dis-PFL (arXiv:2206.00187, section 5.1), with which it
-    shares its masks. On the quickstart's digits (10 agents of 3 classes, validation
-    split, two seeds, 20 rounds) the step size 0.1 was also the best of 0.05, 0.1, 0.2
-    and 0.4; RSM and DST came within a point of each other.
+    RSM has random static masks, DST moving ones. Local training is that of Dis-PFL
+    (arXiv:2206.00187, section 5.1), with which it shares its masks. On the quickstart's
+    digits (10 agents of 3 classes, validation split, two seeds, 20 rounds) the step
+    size 0.1 was also the best of 0.05, 0.1, 0.2 and 0.4; RSM and DST came within a
+    point of each other.
 
     Raises
     ------
@@ -37,9 +38,9 @@ class FedspaConfig(SparseConfig):
 
 @final
 class FedspaAgent(SparseAgent[FedspaConfig]):
-    """One FedSpa agent: a personal mask ``m_k`` over the global model ``w_t``, of which it never sees the rest.
+    """One FedSpa agent: a personal mask ``m_k`` over the global model ``w_t``.
 
-    In round t:
+    It never sees the rest of the model. In round t:
 
     1. `train`: from ``w̃_0 = m_k ⊙ w_t``, N steps ``w̃ = (w̃ - η (clip(g) + μ w̃)) ⊙
        m_k``; then `outgoing` is ``U_k = w̃_0 - w̃_N`` at the places of ``m_k``, and,
@@ -69,7 +70,7 @@ class FedspaAgent(SparseAgent[FedspaConfig]):
 
     @torch.no_grad()
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
-        """Take over the server's weights and their places; without any the agent goes on from its own."""
+        """Take over the server's weights and places; without any keep the own ones."""
         for payload in inbox.values():
             for name, w in self.weights.items():
                 values, mask = from_sparse(payload[name].to(w))
@@ -86,7 +87,7 @@ class FedspaAgent(SparseAgent[FedspaConfig]):
         return super().train(round=round)
 
     def outgoing(self) -> dict[str, Tensor]:
-        """Return ``U_k``, sparse where there is a mask, and the next mask where masks move."""
+        """Return ``U_k``, sparse under a mask, and the next mask where masks move."""
         start = self.weights if self._start is None else self._start
         moved = self._sparse(
             {name: start[name].detach() - w.detach() for name, w in self.weights.items()}
@@ -108,17 +109,17 @@ class FedspaAgent(SparseAgent[FedspaConfig]):
 def payload_layers(
     shapes: Shapes, masked: list[str], *, moving: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of what a FedSpa agent sends: all weights, and the next masks where masks move."""
+    """Shapes of what a FedSpa agent sends: weights, and next masks where masks move."""
     return {**shapes, **({NEXT_MASK + name: shapes[name] for name in masked} if moving else {})}
 
 
 @final
 class FedspaServer(Server):
-    """``w_{t+1} = w_t - (1/|S|) Σ_{k in S} U_k``, S the agents that answered; agent k gets ``m_k ⊙ w_{t+1}``.
+    """The server of FedSpa: ``w_{t+1} = w_t - (1/|S|) Σ_{k in S} U_k``.
 
-    The mean counts every agent of S, whether its mask holds a weight or not, as
-    published: a weight that few hold moves little. ``m_k`` is the mask that agent k
-    sent last.
+    S are the agents that answered; agent k gets ``m_k ⊙ w_{t+1}``. The mean counts
+    every agent of S, whether its mask holds a weight or not, as published: a weight
+    that few hold moves little. ``m_k`` is the mask that agent k sent last.
 
     Source: Huang et al. 2022, arXiv:2201.11380, algorithm 1.
     """
@@ -152,14 +153,14 @@ class FedspaServer(Server):
             self.weights[name] = w - total / len(agents)
 
     def note(self, agent: int, payload: Payload) -> None:
-        """Take note of the agent's next mask; where masks stand still, that is the one of its move."""
+        """Take note of the agent's next mask: that of its move if masks are static."""
         self._masks[agent] = {
             name: payload[NEXT_MASK + name] if self.mask_layers else from_sparse(payload[name])[1]
             for name in self._masked
         }
 
     def payload_for(self, agent: int, *, round: int) -> Payload | None:
-        """Return the global model under the agent's mask; None of an agent whose mask is not known yet."""
+        """Return the global model under the agent's mask; None while it is unknown."""
         if agent not in self._masks:
             return None
         masks = self._masks[agent]

@@ -1,4 +1,4 @@
-"""Local weights: every agent trains its own network on its own data; the baseline that collaboration must beat."""
+"""Local weights: all train alone; the baseline that collaboration must beat."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class LocalConfig(SgdConfig):
 
 @final
 class LocalAgent(DenseAgent[LocalConfig]):
-    """One agent that learns alone, in whatever graph: plain SGD on all weights; it sends nothing."""
+    """One agent that learns alone, in whatever graph, by SGD; it sends nothing."""
 
     algorithm = "local"
 

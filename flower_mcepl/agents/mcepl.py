@@ -1,4 +1,4 @@
-"""MCE-PL: personal masks over shared random weights, fused with the masks of graph neighbors."""
+"""MCE-PL: personal masks over shared random weights, fused with neighbors' masks."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,9 @@ from flower_mcepl.streams import isolated_rng
 
 @dataclass(frozen=True, kw_only=True)
 class MceplConfig(MaskedConfig):
-    """Parameters of MCE-PL; the defaults are the paper's reference setting (arXiv:2504.17520).
+    """Parameters of MCE-PL; the defaults are the reference setting of the paper.
+
+    Source: Tian et al. 2025, arXiv:2504.17520.
 
     Raises
     ------
@@ -39,7 +41,7 @@ class MceplConfig(MaskedConfig):
 
 @final
 class MceplAgent(MaskedAgent[MceplConfig]):
-    """One MCE-PL agent: private scores over the shared frozen network, trained by plain SGD.
+    """One MCE-PL agent: private scores over a shared frozen network, trained by SGD.
 
     Its mask is all that it sends. The ablations of the paper are other rules of fusion
     and fixed parameters (`mask_variants`), not other agents.
@@ -64,7 +66,7 @@ class MceplAgent(MaskedAgent[MceplConfig]):
     algorithm = "mcepl"
 
     def train(self, *, round: int) -> dict[str, float]:
-        """Take the local steps on the scores; the metrics hold the mean loss of the steps."""
+        """Take the local steps on the scores; ``train-loss`` is their mean loss."""
         self.model.train()
         step = partial(self._local_step, round=round)
         return train_locally(
@@ -72,7 +74,7 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         )
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the personal model, the network under the agent's own mask, on its own test split.
+        """Evaluate the network under the agent's own mask, on its own test split.
 
         With ``score_averaging`` the mask is that of the scores' running mean; training
         and what is sent do without it.

@@ -1,4 +1,4 @@
-"""Neighbor averaging around somebody else's model: their functions train and evaluate, the agent averages."""
+"""Averaging with neighbors around an app's own model, train and evaluate functions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, final
@@ -21,7 +21,7 @@ EvaluateFn = Callable[[dict[str, NDArray[Any]]], Metrics]
 
 @final
 class NeighborAverageAgent(Agent):
-    """One agent of decentralized federated averaging, for a model of which it knows nothing but its arrays.
+    """One agent of decentralized federated averaging, for a model given as arrays.
 
     In round t the app trains from ``x_i^t`` to ``z_i^t``, which goes to the neighbors;
     when theirs have come, ``x_i^{t+1} = Σ_j W_ij z_j^t`` over the neighbors and i
@@ -94,7 +94,7 @@ class NeighborAverageAgent(Agent):
 
     @torch.no_grad()
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
-        """Average the own arrays with the neighbors': ``x_i`` moves by ``Σ_j W_ij (x_j - x_i)``."""
+        """Average with the neighbors: ``x_i`` moves by ``Σ_j W_ij (x_j - x_i)``."""
         own = {name: _summed(self._present()[name]) for name in self._averaged}
         heard = {
             sender: {DEGREE: payload[DEGREE]}
@@ -131,7 +131,7 @@ class NeighborAverageAgent(Agent):
         return {name: value for name, value in metrics.items() if name != "num-examples"}
 
     def outgoing(self) -> dict[str, Tensor]:
-        """Return the trained arrays of floats, as they travel, and the agent's degree."""
+        """Return the trained arrays of floats, as they travel, and the own degree."""
         sent = {name: _words(self._arrays[name]) for name in self._averaged}
         return {**sent, DEGREE: torch.tensor([float(self._degree)])}
 
@@ -141,7 +141,7 @@ class NeighborAverageAgent(Agent):
         return {**metrics, "density": 1.0} if metrics else {}
 
     def first_payload(self) -> None:
-        """Return None: a neighbor that was never heard of is left out of the average."""
+        """Return None: who was never heard of is left out of the average."""
         return None
 
     def describe(self) -> dict[str, Any]:

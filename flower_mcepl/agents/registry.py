@@ -14,7 +14,8 @@ from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError
 
 # On a device every message is a process of its own, which loads the one algorithm that
-# its run names: so an entry is a reference, and the module behind it loads when asked for.
+# its run names: so an entry is a reference, and the module behind it loads when it is
+# asked for.
 ALGORITHMS = Registry(
     "flower_mcepl.algorithms",
     Algorithm,
@@ -47,7 +48,7 @@ def find_algorithm(name: str) -> Algorithm:
 
 
 def algorithm_keys() -> set[str]:
-    """Return the run-config keys that set the algorithms: plain, or in sections as ``dsgd.lr``."""
+    """Run-config keys of all algorithms: plain, and in sections as ``dsgd.lr``."""
     keys = set()
     for name, algorithm in _usable():
         own = algorithm.keys()

@@ -1,4 +1,4 @@
-"""What every server-based algorithm is, seen from its server: it aggregates, and has no network either."""
+"""The interface of a server: what aggregates, in a server-based algorithm."""
 
 import abc
 import math
@@ -16,7 +16,7 @@ from flower_mcepl.masks.model import fingerprint
 
 
 class Server(abc.ABC):
-    """The middle of a star: the participant whose payload every agent hears, and no agent hears another.
+    """The center of a star: every agent hears it, and no agent hears another.
 
     Verbs, in the order of a round: `receive` what the agents answered, `payload_for`
     each of them; and `state` / `restore` to survive. All agents begin round 1 from what
@@ -62,15 +62,15 @@ class Server(abc.ABC):
 
     @abc.abstractmethod
     def note(self, agent: int, payload: Payload) -> None:
-        """Take note of a payload that must not be aggregated: its agent did not begin from the newest model."""
+        """Take note of a payload that must not count: it began from an older model."""
 
     @abc.abstractmethod
     def payload_for(self, agent: int, *, round: int) -> Payload | None:
-        """Return what the agent gets after ``round``, or None if the server cannot make it yet."""
+        """Return what the agent gets after ``round``; None: nothing yet."""
 
     @abc.abstractmethod
     def parameters(self) -> dict[str, Any]:
-        """Return the algorithm's parameters of the server, JSON-able, for the run record."""
+        """Return the server's parameters, JSON-able, for the run record."""
 
     @abc.abstractmethod
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:

@@ -2,10 +2,14 @@
 
 Symbols, as in the paper (Tian, Zhang, Li, Bennis 2025, arXiv:2504.17520)::
 
-    w  frozen weights, the same on every agent      z  mask scores, one per weight, private to an agent
-    m  mask in {0, 1}                               n  mean of the neighbors' masks, in [0, 1]
-    y  aggregation tensor                           r  retention ratio: fraction of a layer's weights that stays
-    g  gradient of the loss on z                    η  step size
+    w  frozen weights, the same on every agent
+    z  mask scores, one per weight, private to an agent
+    m  mask in {0, 1}
+    n  mean of the neighbors' masks, in [0, 1]
+    y  aggregation tensor
+    r  retention ratio: fraction of a layer's weights that stays
+    g  gradient of the loss on z
+    η  step size
 """
 
 import math
@@ -21,7 +25,7 @@ from flower_mcepl.errors import ConfigError, DivergedError
 
 
 def kept_weights(numel: int, *, retention: float) -> int:
-    """Return how many of ``numel`` weights a mask keeps: ``numel - int((1 - r) * numel)``.
+    """Number of weights that a mask keeps: ``numel - int((1 - r) * numel)``.
 
     Raises
     ------
@@ -75,7 +79,7 @@ def topk_mask(y: Float[Tensor, "*layer"], *, retention: float) -> Bool[Tensor, "
 
 
 def _order_statistic(magnitude: Tensor, rank: int) -> Tensor:
-    """Return the value that stands at ``rank`` (from 0) when ``magnitude`` is sorted upwards."""
+    """Value at ``rank`` (from 0) of the magnitudes, sorted upwards."""
     flat = magnitude.flatten()
     if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
         # NumPy's vectorised quickselect took a small fraction of the time of
@@ -102,7 +106,7 @@ def aggregate_scores(
 def neighbor_mean(
     count: Integer[Tensor, "*layer"], *, num_neighbors: int
 ) -> Float[Tensor, "*layer"]:
-    """Average the masks of the neighbors, ``n = 1/|N| Σ m_j``, from their sum ``Σ m_j``.
+    """Average the neighbors' masks, ``n = 1/|N| Σ m_j``, from their sum ``Σ m_j``.
 
     The agent itself is not among its neighbors. One without neighbors has ``n = 0``.
     """
@@ -149,7 +153,7 @@ def neighbor_step(
     *,
     finetune_lr: float,
 ) -> Float[Tensor, "*layer"]:
-    """Fine-tune towards the agent's own data where its neighbors keep weights: ``z'' = z' - η_f * g * n``.
+    """Fine-tune to the own data where neighbors keep weights: ``z - η_f * g * n``.
 
     ``g`` is the gradient of the last local step, ``n`` the mean of the masks that have
     just arrived.
@@ -158,7 +162,7 @@ def neighbor_step(
 
 
 def group_lasso(rows: Float[Tensor, "filters weights"]) -> Float[Tensor, ""]:
-    """Sum of the filters' norms, ``Σ ‖z_filter‖₂``; one row per neuron or output filter.
+    """Sum of norms ``Σ ‖z_filter‖₂``; one row per neuron or output filter.
 
     The gradient of an all-zero filter is zero (a subgradient).
     """
@@ -185,7 +189,7 @@ def masked_weight(
 
 
 class TopKSTE(torch.autograd.Function):
-    """Straight-through estimator of the top-k mask: forward ``m``, backward ``dm/d|y| := 1``."""
+    """Straight-through top-k mask: forward ``m``, backward ``dm/d|y| := 1``."""
 
     @staticmethod
     def forward(ctx: Any, magnitude: Tensor, retention: float) -> Tensor:
@@ -199,10 +203,10 @@ class TopKSTE(torch.autograd.Function):
 
 
 def init_scores(shape: torch.Size, *, generator: torch.Generator) -> Float[Tensor, "..."]:
-    """Draw scores as PyTorch draws weights: uniform in ``±1/sqrt(fan_in)`` (kaiming_uniform, a = √5).
+    """Draw scores as PyTorch draws weights: uniform in ``±1/sqrt(fan_in)``.
 
-    Uniform [-1, 1] and signed-constant scores did not train at the reference step sizes
-    (DESIGN.md section 1).
+    That is kaiming_uniform with a = √5. Uniform [-1, 1] and signed-constant scores did
+    not train at the reference step sizes (DESIGN.md section 1).
     """
     fan_in = max(1, math.prod(shape[1:]))
     bound = fan_in**-0.5
@@ -210,6 +214,6 @@ def init_scores(shape: torch.Size, *, generator: torch.Generator) -> Float[Tenso
 
 
 def bernoulli_mask(shape: torch.Size, *, retention: float, generator: torch.Generator) -> Tensor:
-    """Draw a bool mask whose entries are 1 independently with probability ``retention``."""
+    """Draw a bool mask, each entry 1 with probability ``retention``."""
     check_retention(retention)
     return torch.rand(shape, generator=generator) < retention

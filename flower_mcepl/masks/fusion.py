@@ -23,7 +23,7 @@ class Blend(Protocol):
 
 
 def neighbor_average(masks: Sequence[Tensor], own: Tensor) -> Tensor:
-    """Average the neighbors' masks, ``n = 1/|N| Σ m_j``; the agent's own does not count."""
+    """Average the neighbors' masks, ``n = 1/|N| Σ m_j``, without the own one."""
     return maths.neighbor_mean(maths.mask_count(masks), num_neighbors=len(masks))
 
 
@@ -59,9 +59,9 @@ class Fusion:
     --------
     A weight counts as kept if most neighbors keep it:
 
-    >>> MAJORITY = Fusion(
-    ...     hear=lambda masks, own: (torch.stack(list(masks)).float().mean(0) > 0.5).float()
-    ... )
+    >>> def majority(masks, own):
+    ...     return (neighbor_average(masks, own) > 0.5).float()
+    >>> MAJORITY = Fusion(hear=majority)
     """
 
     hear: Callable[[Sequence[Tensor], Tensor], Tensor] = neighbor_average

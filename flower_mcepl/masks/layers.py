@@ -13,7 +13,7 @@ CONV, LINEAR = "conv", "linear"
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One maskable weight: its parameter name in the model, its kind, and how its filters lie in memory."""
+    """One maskable weight: its parameter's name, kind, shape and order of filters."""
 
     name: str  # "layer1.0.conv1.weight", as in named_parameters()
     kind: str  # CONV or LINEAR: the kinds that may have their own retention
@@ -35,7 +35,7 @@ _FINDERS: dict[type[nn.Module], _Finder] = {}
 
 
 def maskable(*types: type[nn.Module]) -> Callable[[_Finder], _Finder]:
-    """Register how to find the maskable weights of some layer types (and of their subclasses).
+    """Register how to find the maskable weights of layer types and their subclasses.
 
     The decorated function yields, for one layer, ``(parameter name, kind, groups if
     transposed else 0)``.
@@ -71,7 +71,7 @@ def _attention(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
 
 
 def find_maskable(module: nn.Module) -> dict[str, LayerSpec]:
-    """Return every maskable weight of ``module`` once, by parameter name, in the module's own order.
+    """Maskable weights of ``module``, each once, by name, in the module's own order.
 
     A weight that several layers share appears under its first name.
 

@@ -19,7 +19,7 @@ from flower_mcepl.streams import isolated_rng
 
 
 def shared_module(model_fn: Callable[[], nn.Module], *, seed: int) -> nn.Module:
-    """Build the network whose random weights every agent shares: the same seed gives the same bits everywhere."""
+    """Build the network whose random weights all agents share, by the run's seed."""
     with isolated_rng(seed, "weights"):
         return model_fn()
 
@@ -86,7 +86,7 @@ class MaskedModel(nn.Module):
 
     @property
     def neighbor_means(self) -> dict[str, Tensor | None]:
-        """What was heard from the neighbors, ``n`` by layer; None stands for nobody heard."""
+        """What was heard from the neighbors, ``n`` by layer; None: nobody was."""
         return {name: getattr(self, _slot("mean", name)) for name in self.layers}
 
     @property
@@ -103,7 +103,7 @@ class MaskedModel(nn.Module):
     def set_neighbor_means(
         self, means: Mapping[str, Tensor] | None, *, num_neighbors: int = 1
     ) -> None:
-        """Set ``n`` for all layers, and of how many masks it is; None: nobody is heard."""
+        """Set ``n`` for all layers, and of how many masks it is; None: of nobody."""
         self.num_neighbors = 0 if means is None else num_neighbors
         for name, z in self.scores.items():
             value = None if means is None else means[name].to(z.device, z.dtype)
@@ -111,7 +111,7 @@ class MaskedModel(nn.Module):
 
     @torch.no_grad()
     def hear(self, payloads: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take in the neighbors' masks: ``n`` becomes what the rule of fusion makes of them.
+        """Take in the neighbors' masks as ``n``, by the rule of fusion.
 
         Raises
         ------
@@ -126,7 +126,7 @@ class MaskedModel(nn.Module):
         self.set_neighbor_means(means or None, num_neighbors=len(payloads))
 
     def aggregation(self) -> dict[str, Tensor]:
-        """Return the aggregation tensor ``y`` of every layer; differentiable in the scores."""
+        """Return the aggregation tensor ``y`` by layer, differentiable in scores."""
         means = self.neighbor_means
         result = {}
         for name, z in self.scores.items():
@@ -136,7 +136,7 @@ class MaskedModel(nn.Module):
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
-        """Return the bool mask of every layer at the present scores and neighbor means."""
+        """Return the bool masks at the present scores and ``n``, by layer."""
         return {
             name: maths.topk_mask(y, retention=self.retention[name])
             for name, y in self.aggregation().items()
@@ -144,14 +144,14 @@ class MaskedModel(nn.Module):
 
     @torch.no_grad()
     def live_masks(self) -> dict[str, Tensor]:
-        """Return what the frozen weights are multiplied by: the masks, or their blend."""
+        """Return what multiplies the frozen weights: the masks, or their blend."""
         masks = self.masks()
         if self.fusion.blend is None:
             return masks
         return {name: self._blended(mask.float(), name=name) for name, mask in masks.items()}
 
     def masked_weights(self) -> dict[str, Tensor]:
-        """Return ``w * m`` of every layer, with the straight-through gradient to the scores."""
+        """Return ``w * m`` by layer, with the gradient straight to the scores."""
         return {
             name: maths.masked_weight(
                 self._weight(name),
@@ -173,7 +173,7 @@ class MaskedModel(nn.Module):
 
     @torch.no_grad()
     def bake(self, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """Return an ordinary module, independent of this one, whose weights are ``w * m``.
+        """Return an ordinary module with the weights ``w * m``, a copy.
 
         ``masks`` are those of `live_masks`, where the caller has them at hand.
         """
@@ -218,7 +218,7 @@ def _slot(role: str, name: str) -> str:
 
 
 def fingerprint(module: nn.Module, layers: Mapping[str, LayerSpec]) -> str:
-    """Digest the frozen network: 32 hex characters that differ when one bit, shape, layer or layer type differs.
+    """Digest of a frozen network: 32 hex characters, for its bits, shapes and layers.
 
     blake2b over the name, dtype, shape and bytes of every parameter and buffer, which
     of them are maskable, and the types of all submodules. Running statistics do not

@@ -8,7 +8,7 @@ from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.layers import LayerSpec
 
 Retention = float | Mapping[str, float]
-"""One ratio for all layers, or ratios by kind (``conv``, ``linear``), weight name or name pattern (``head.*``)."""
+"""One ratio for all layers, or ratios by kind, weight name or pattern (``head.*``)."""
 
 
 def check_retentions(retention: Retention) -> None:
@@ -21,7 +21,7 @@ def check_retentions(retention: Retention) -> None:
 
 
 def resolve_retention(retention: Retention, layers: Mapping[str, LayerSpec]) -> dict[str, float]:
-    """Give each layer its ratio: the exact name wins over a pattern, a pattern over the kind.
+    """Ratio of each layer: the exact name wins over a pattern, a pattern over the kind.
 
     Raises
     ------

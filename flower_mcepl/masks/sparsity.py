@@ -1,4 +1,4 @@
-"""Sparse weights and their masks: where the first ones lie, how they move, and how they are averaged."""
+"""Masks of sparse weights: the first ones, how they move, and averages under them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 def erk_densities(shapes: Mapping[str, tuple[int, ...]], *, density: float) -> dict[str, float]:
-    """Divide a density among layers by Erdős-Rényi-Kernel: a layer's share is proportional to ``Σ dims / Π dims``.
+    """Divide a density among layers by Erdős-Rényi-Kernel (ERK).
 
-    Layers that would be more than full are full, and the others divide what is left, so
-    that the layers together keep ``density`` of all weights.
+    A layer's density is proportional to ``Σ dims / Π dims``. Layers that would be more
+    than full are full, and the others divide what is left, so that the layers together
+    keep ``density`` of all weights.
 
     Source: Evci et al. 2020 (RigL, arXiv:1911.11134), section 3.
     """
@@ -32,7 +33,7 @@ def erk_densities(shapes: Mapping[str, tuple[int, ...]], *, density: float) -> d
 
 
 def random_mask(shape: tuple[int, ...], *, density: float, generator: torch.Generator) -> Tensor:
-    """Draw a bool mask that keeps ``density`` of the entries, to the nearest number and at least one."""
+    """Draw a bool mask with ``density`` of the entries, rounded; at least one."""
     numel = math.prod(shape)
     mask = torch.zeros(numel, dtype=torch.bool)
     mask[torch.randperm(numel, generator=generator)[: max(1, round(density * numel))]] = True
@@ -40,28 +41,29 @@ def random_mask(shape: tuple[int, ...], *, density: float, generator: torch.Gene
 
 
 def drop_share(round: int, *, drop_fraction: float, anneal_rounds: int) -> float:
-    """Return the share of weights that moves in ``round`` (from 1): ``α_t = α/2 (1 + cos(π t/T))``, t = round - 1.
+    """Share of weights that moves in ``round``: ``α_t = α/2 (1 + cos(π t/T))``.
 
-    Source: Dai et al. 2022 (Dis-PFL, arXiv:2206.00187), algorithm 2. Zero from ``t =
-    T`` on.
+    t is round - 1, rounds being 1, 2, ...; the share is zero from ``t = T`` on.
+
+    Source: Dai et al. 2022 (Dis-PFL, arXiv:2206.00187), algorithm 2.
     """
     return drop_fraction / 2 * (1 + math.cos(math.pi * min((round - 1) / anneal_rounds, 1.0)))
 
 
 def drop_smallest(weight: Tensor, mask: Tensor, *, count: int) -> Tensor:
-    """Return the mask without the ``count`` kept weights of smallest magnitude; among equals the earlier go first."""
+    """Mask without the ``count`` smallest of its weights; of equals the earlier go."""
     magnitude = torch.where(mask, weight.detach().abs(), math.inf).flatten()
     return _flipped(mask, magnitude.sort(stable=True).indices[:count])
 
 
 def grow_largest(gradient: Tensor, mask: Tensor, *, count: int) -> Tensor:
-    """Return the mask with ``count`` more weights: those of largest gradient; among equals the earlier come first."""
+    """Mask with ``count`` more weights, of largest gradient; of equals the earlier."""
     magnitude = torch.where(mask, -1.0, gradient.abs()).flatten()
     return _flipped(mask, magnitude.sort(stable=True, descending=True).indices[:count])
 
 
 def grow_random(mask: Tensor, *, count: int, generator: torch.Generator) -> Tensor:
-    """Return the mask with ``count`` more weights, drawn evenly from those that it lacks."""
+    """Mask with ``count`` more weights, drawn evenly from those that it lacks."""
     free = (~mask).flatten().nonzero().squeeze(1)
     chosen = torch.randperm(len(free), generator=generator)[:count]
     return _flipped(mask, free[chosen.to(free.device)])
@@ -74,9 +76,9 @@ def _flipped(mask: Tensor, places: Tensor) -> Tensor:
 
 
 def overlap_mean(values: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-    """Average each weight over those that hold it, ``Σ_j w_j ⊘ Σ_j m_j``; one that nobody holds is zero.
+    """Average each weight over those that hold it, ``Σ_j w_j ⊘ Σ_j m_j``.
 
-    ``values`` are zero outside their masks.
+    One that nobody holds is zero. ``values`` are zero outside their masks.
     """
     total, count = torch.zeros_like(values[0]), torch.zeros_like(values[0])
     for value, mask in zip(values, masks, strict=True):
@@ -86,14 +88,14 @@ def overlap_mean(values: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
 
 
 def to_sparse(weight: Tensor, mask: Tensor) -> Tensor:
-    """Return a coalesced ``torch.sparse_coo`` tensor: the mask's places, with their weights, zeros among them too."""
+    """Coalesced sparse tensor of the weights at the mask's places, with their zeros."""
     return torch.sparse_coo_tensor(
         mask.nonzero().T, weight[mask], weight.shape, is_coalesced=True, check_invariants=True
     )
 
 
 def from_sparse(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weights and the bool mask of a tensor from `to_sparse`; a dense tensor holds what is not zero."""
+    """Weights and mask of a tensor; a dense one holds what is not zero."""
     if tensor.layout is not torch.sparse_coo:
         return tensor, tensor != 0
     coalesced = tensor.coalesce()

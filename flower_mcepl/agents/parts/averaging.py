@@ -1,4 +1,4 @@
-"""Averaging of weights by Metropolis-Hastings mixing, where each agent knows only what its neighbors sent."""
+"""Averaging by Metropolis-Hastings weights, from what neighbors send alone."""
 
 import abc
 import math
@@ -17,7 +17,9 @@ DEGREE = "mixing/degree"
 
 
 def metropolis_weight(degree: int, other_degree: int) -> float:
-    """Return the weight of one link, ``W_ij = 1 / (1 + max(d_i, d_j))``; the rest of a row is the agent's own share.
+    """Weight of one link, ``W_ij = 1 / (1 + max(d_i, d_j))``.
+
+    The rest of a row of W is the agent's own share.
 
     Source: Xiao and Boyd 2004, "Fast linear iterations for distributed averaging"
     (Metropolis-Hastings weights).
@@ -25,6 +27,9 @@ def metropolis_weight(degree: int, other_degree: int) -> float:
     return 1 / (1 + max(degree, other_degree))
 
 
+# Differences from one's own weights, and not a weighted sum: whatever is missing from
+# the inbox then falls to the agent itself without a renormalization, and where all are
+# equal the result is equal, too, bit for bit.
 def metropolis_pull(
     own: Mapping[str, Tensor], inbox: Mapping[int, Payload], *, degree: int
 ) -> dict[str, Tensor]:
@@ -48,16 +53,16 @@ def metropolis_pull(
     pull = {name: torch.zeros_like(x) for name, x in own.items()}
     for sender in sorted(inbox):  # float sums depend on the order
         payload = inbox[sender]
-        weight = metropolis_weight(degree, said_degree(payload))
+        weight = metropolis_weight(degree, sent_degree(payload))
         for name, x in own.items():
             pull[name].add_(payload[name].to(x).to_dense() - x, alpha=weight)
     return pull
 
 
-def said_degree(payload: Payload) -> int:
-    """Return the degree that the sender of a payload says it has; 0, unknown, if it says nonsense."""
-    said = float(payload[DEGREE])
-    return round(said) if 0 <= said < math.inf else 0
+def sent_degree(payload: Payload) -> int:
+    """Degree of a payload's sender, by its own account; 0, unknown, for nonsense."""
+    degree = float(payload[DEGREE])
+    return round(degree) if 0 <= degree < math.inf else 0
 
 
 class MixingAgent(DenseAgent[ConfigT]):

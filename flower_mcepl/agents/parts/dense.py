@@ -1,4 +1,4 @@
-"""What algorithms that train weights have in common: the agent's own copy of the network, stepped by SGD."""
+"""Dense weights: the agent's own copy of the network, trained by SGD."""
 
 import copy
 import dataclasses
@@ -63,9 +63,11 @@ ConfigT = TypeVar("ConfigT", bound=SgdConfig)
 
 
 class DenseAgent(Agent, Generic[ConfigT]):
-    """An agent that trains all weights of its own copy of the common network, biases and norm layers included.
+    """An agent that trains all weights of its own copy of the common network.
 
-    One local step is ``v = momentum * v + (clip(g) + μ * x)``, ``x = x - η * v``.
+    Biases and norm layers are included, and all of it goes out, unless a subclass says
+    otherwise. One local step is ``v = momentum * v + (clip(g) + μ * x)``,
+    ``x = x - η * v``.
     Buffers, such as the running statistics of batch norm, follow the agent's own data
     and are never sent. Parameters that the module has frozen (``requires_grad=False``)
     keep their initial values.
@@ -157,7 +159,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         return None
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the agent's network on its own test split; the density is that of its weights."""
+        """Evaluate the agent's network on its own test split."""
         # transforms of the test split may draw
         with isolated_rng(self.seed, "evaluation", agent=self.index):
             metrics = evaluate_classifier(
@@ -169,7 +171,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         return {**metrics, "density": self.density()}
 
     def describe(self) -> dict[str, Any]:
-        """Return the handshake's facts: who this is, its weights and its data."""
+        """Facts for the handshake: who this is, its weights and its data."""
         return {
             **super().describe(),
             "num-weights": self.num_weights(),
@@ -234,7 +236,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         return value
 
     def _gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        """Return the gradient of every weight; one that took no part in this batch has a gradient of zero."""
+        """Gradient of every weight; zero where it took no part in this batch."""
         gradients = torch.autograd.grad(loss, list(self.weights.values()), materialize_grads=True)
         return dict(zip(self.weights, gradients, strict=True))
 
@@ -252,7 +254,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
 
 
 def clip(gradients: Mapping[str, Tensor], *, norm: float) -> dict[str, Tensor]:
-    """Scale gradients down together until their common Euclidean norm is at most ``norm``; 0 leaves them alone."""
+    """Scale gradients down to a common Euclidean norm of at most ``norm``; 0: never."""
     if not norm:
         return dict(gradients)
     total = torch.linalg.vector_norm(

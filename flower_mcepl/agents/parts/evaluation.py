@@ -11,7 +11,7 @@ from flower_mcepl.errors import DataError
 def evaluate_classifier(
     model: nn.Module, split: BatchSource, *, batch_size: int, device: str
 ) -> dict[str, float]:
-    """Return ``accuracy`` and mean cross-entropy ``loss`` over the split, and its ``num-examples``."""
+    """Accuracy and mean cross-entropy over a split, and its ``num-examples``."""
     model.eval()
     loss, correct, seen = 0.0, 0, 0
     for inputs, labels in split.evaluation_batches(batch_size=batch_size):

@@ -22,7 +22,7 @@ def state_of(facts: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]
 
 
 def groups_of(state: AgentState, *, device: str = "cpu") -> dict[str, dict[str, Tensor]]:
-    """Groups of a state, with all tensors on ``device``; one without tensors is absent."""
+    """Groups of a state on ``device``; a group without tensors is absent."""
     return {
         group: {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         for group, arrays in state.groups().items()

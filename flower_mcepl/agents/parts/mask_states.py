@@ -1,4 +1,4 @@
-"""What a state tells of masks: what was heard from the neighbors, and the agent's own."""
+"""Masks in a state: what was heard from the neighbors, and the agent's own."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +43,7 @@ def heard_means(
 
 
 def final_masks(state: AgentState, parameters: Mapping[str, Any]) -> Masks | str:
-    """Read an agent's own masks from its state, those that travel, or say why that cannot be done."""
+    """Read an agent's own masks, those that travel, from its state; or say why not."""
     retention = parameters.get("retention")
     if retention is None:
         return "the record lacks the agents' retention ratios, without which scores make no mask"

@@ -1,4 +1,4 @@
-"""Masks over shared random weights: what algorithms that train scores and send masks share.
+"""Masks over shared random weights: scores that train, and masks that travel.
 
 Their agents differ in how they train and evaluate, and in the rule of fusion.
 """
@@ -34,7 +34,7 @@ SCORE_INITS = ("shared", "independent")
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedConfig(TrainingConfig):
-    """Parameters of scores, masks and their fusion; the defaults are the paper's reference setting.
+    """Parameters of scores, masks and fusion; the defaults are those of the paper.
 
     Raises
     ------
@@ -71,7 +71,7 @@ class MaskedConfig(TrainingConfig):
 
     @classmethod
     def keys(cls) -> set[str]:
-        """Return the run-config keys: the fields, but that ratios are set by kind and layer."""
+        """Return the run-config keys: the fields, with ratios by kind and layer."""
         ratios = {"retention-conv", "retention-linear", "retention-layers"}
         return super().keys() - {"retention", "first-retention"} | ratios
 
@@ -114,7 +114,7 @@ MaskedT = TypeVar("MaskedT", bound=MaskedConfig)
 
 
 class MaskedAgent(Agent, Generic[MaskedT]):
-    """An agent with private scores over the shared frozen network; its mask is all that it sends.
+    """An agent with private scores over a shared frozen network, which sends its mask.
 
     `train` must leave the gradient of its last local step in ``gradient``, for the
     fine-tuning step in `fuse`.
@@ -175,7 +175,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     # counts for one exchange, also where nobody was heard in it; the step size is that
     # of the round in which g was taken.
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
-        """Take in the neighbors' masks as ``n`` and take the fine-tuning step with it."""
+        """Take in the neighbors' masks as ``n``, and take the fine-tuning step."""
         self._hear(list(inbox.values()))
         means = self.model.neighbor_means
         finetune_lr = self.config.finetune_lr * self.config.lr_factor(round)
@@ -189,7 +189,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         self._average_scores()
 
     def outgoing(self) -> dict[str, Tensor]:
-        """Return the masks at the new scores and the old ``n``: this round's have not arrived yet."""
+        """Return the masks at the new scores and old ``n``; the new one is to come."""
         if not self.layers:
             return {}
         return {name: mask.cpu() for name, mask in self.model.masks().items()}
@@ -199,7 +199,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         return self._first_mask if self.layers else None
 
     def describe(self) -> dict[str, Any]:
-        """Return the handshake's facts: who this is, its weights, its retention and its data."""
+        """Facts for the handshake: who this is, its weights, retention and data."""
         return {
             **super().describe(),
             "num-weights": self.model.num_weights,
@@ -215,7 +215,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         return dataclasses.asdict(self.config)
 
     def state(self) -> AgentState:
-        """Return scores, their running mean, last gradient, momentum, ``n`` and running statistics."""
+        """Return scores, their mean, gradient, momentum, ``n`` and batch statistics."""
         facts = self._facts(**{"num-neighbors": self.model.num_neighbors})
         return state_of(facts, self._groups())
 

@@ -1,4 +1,4 @@
-"""What every agent knows of every mask before a bit is sent, for the range coder."""
+"""Prior of the range coder: what all agents know of every mask beforehand."""
 
 import torch
 from torch import Tensor
@@ -10,8 +10,11 @@ SCORE_CLASSES, WEIGHT_CLASSES = 16, 2
 _cache: dict[tuple[object, ...], Prior] = {}  # agents are built anew for every message
 
 
+# The coder adapts to how often the weights of a class flip, so classes should differ in
+# that. A small score changes its place in the ranking easily, a large one hardly ever;
+# and a score moves in proportion to its weight.
 def shared_prior(model: MaskedModel, *, seed: int, shared_scores: bool) -> Prior:
-    """Return the classes of weights that flip about equally often, as a model's weights and first scores tell them.
+    """Classes of weights that flip about equally often, by weights and first scores.
 
     A weight's bit depends on the size of its score, and its score moves in proportion
     to the size of the weight. Both are common knowledge at the start: the weights
@@ -45,7 +48,7 @@ def shared_prior(model: MaskedModel, *, seed: int, shared_scores: bool) -> Prior
 
 
 def _levels(tensor: Tensor, count: int) -> Tensor:
-    """Divide the sizes of a tensor's elements into ``count`` equally wide levels, uint8."""
+    """Levels of the elements' sizes, ``count`` of equal width, uint8."""
     sizes = tensor.detach().cpu().abs()
     largest = sizes.max() if sizes.numel() else torch.zeros(())
     if not largest > 0:

@@ -1,4 +1,4 @@
-"""What algorithms with sparse weights have in common: a personal mask over trained weights, and how it moves."""
+"""Sparse weights: a personal mask over trained weights, and how it moves."""
 
 import math
 from collections.abc import Mapping
@@ -35,7 +35,9 @@ PAPER_ROUNDS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class SparseConfig(SgdConfig):
-    """Parameters of SGD on weights under a mask that moves; training as in Dis-PFL (arXiv:2206.00187, section 5.1).
+    """Parameters of SGD on weights under a mask that moves.
+
+    Training is that of Dis-PFL (arXiv:2206.00187, section 5.1).
 
     Raises
     ------
@@ -98,14 +100,14 @@ SparseT = TypeVar("SparseT", bound=SparseConfig)
 
 
 class SparseAgent(DenseAgent[SparseT]):
-    """An agent whose conv and linear weights live under a personal mask ``m_i``; biases and norm layers do not.
+    """An agent whose conv and linear weights live under a personal mask ``m_i``.
 
-    `train` takes the local steps under the mask, ``w = (w - η (clip(g) + μ w)) * m_i``,
-    each round from momentum zero. Then the mask moves: it loses the share ``α_t`` of
-    each layer's smallest weights and gets as many others, those of largest gradient in
-    one batch (or random ones). The weights follow it when the exchange is done. The
-    first masks are ERK, drawn by each agent for itself over weights that are common to
-    all.
+    Biases and norm layers do not. `train` takes the local steps under the mask, ``w =
+    (w - η (clip(g) + μ w)) * m_i``, each round from momentum zero. Then the mask moves:
+    it loses the share ``α_t`` of each layer's smallest weights and gets as many others,
+    those of largest gradient in one batch (or random ones). The weights follow it when
+    the exchange is done. The first masks are ERK, drawn by each agent for itself over
+    weights that are common to all.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class SparseAgent(DenseAgent[SparseT]):
         self._apply_masks()
 
     def train(self, *, round: int) -> dict[str, float]:
-        """Take the local steps under the mask, then move the mask; the weights follow it in `fuse`."""
+        """Take the local steps under the mask, then move the mask."""
         self._apply_masks()  # nothing to do after fuse
         self.velocity = {}
         metrics = super().train(round=round)
@@ -140,7 +142,7 @@ class SparseAgent(DenseAgent[SparseT]):
         return metrics
 
     def _sparse(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return copies of the weights' tensors to send: sparse ones where there is a mask, else dense ones."""
+        """Copies of weights to send: sparse where there is a mask, else dense."""
         return {
             name: to_sparse(tensor, self._held[name]).cpu()
             if name in self._held
@@ -171,6 +173,10 @@ class SparseAgent(DenseAgent[SparseT]):
         self._apply_masks()
         return value
 
+    # The mask moves as soon as its weights are trained, since the gradient that decides
+    # what grows is taken there; but what goes out are the weights under the old mask.
+    # So two masks live until `fuse`: `masks`, of the next round, and `_held`, under
+    # which the weights still are. A state holds both.
     def _move_masks(self, round: int) -> None:
         share = drop_share(
             round, drop_fraction=self.config.drop_fraction, anneal_rounds=self.config.anneal_rounds
@@ -228,7 +234,7 @@ class SparseAgent(DenseAgent[SparseT]):
 
 
 def masked_names(module: nn.Module, weights: Mapping[str, Any]) -> list[str]:
-    """Return the names of those ``weights`` that get a mask: conv and linear ones, in the module's own order."""
+    """Names of the weights that get a mask: conv and linear, in the module's order."""
     return [name for name in find_maskable(module) if name in weights]
 
 

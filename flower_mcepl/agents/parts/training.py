@@ -1,4 +1,4 @@
-"""Local training, whatever is trained: how long, at which step size, on which batches, and when it has diverged."""
+"""Local training: length, step sizes, batches and divergence, whatever is trained."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,7 +18,9 @@ LR_SCHEDULES = ("constant", "cosine")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Parameters of local training that every algorithm has; the defaults are the reference setting of MCE-PL.
+    """Parameters of local training that every algorithm has.
+
+    The defaults are the reference setting of MCE-PL.
 
     Raises
     ------
@@ -63,7 +65,7 @@ class TrainingConfig:
     def from_run_config(
         cls, run_config: RunConfig, *, agent: int, node_config: RunConfig | None = None
     ) -> Self:
-        """Read the settings of one agent from Flower's run config, whose keys are the fields in kebab-case."""
+        """Read one agent's settings from a run config, by the fields in kebab-case."""
         return read_fields(cls, run_config)
 
     def lr_factor(self, round: int) -> float:
@@ -74,7 +76,7 @@ class TrainingConfig:
         return 0.5 * (1 + math.cos(math.pi * min((round - 1) / self.lr_rounds, 1.0)))
 
     def num_steps(self, num_examples: int) -> int:
-        """Return the number of mini-batches in one round over a training split of that size."""
+        """Return the mini-batches of one round over a training split of that size."""
         if not self.local_epochs:
             return self.local_steps
         return self.local_epochs * math.ceil(num_examples / self.batch_size)
@@ -102,10 +104,11 @@ def train_locally(
     agent: int,
     round: int,
 ) -> dict[str, float]:
-    """Take one round's local steps, ``step(inputs, labels) -> loss``, and return their mean as ``train-loss``.
+    """Take one round's local steps; ``train-loss`` is the mean of their losses.
 
-    The batches come from the stream "batches"; what the model and the split's
-    transforms draw from global generators comes from the stream "training".
+    A step is ``step(inputs, labels) -> loss``. The batches come from the stream
+    "batches"; what the model and the split's transforms draw from global generators
+    comes from the stream "training".
 
     Raises
     ------
@@ -151,7 +154,7 @@ def descent_direction(
     velocity: dict[str, Tensor],
     config: TrainingConfig,
 ) -> Tensor:
-    """Return what one SGD step subtracts, up to the step size: ``v = momentum * v + (g + μ * x)``.
+    """Direction of one SGD step: ``v = momentum * v + (g + μ * x)``.
 
     ``velocity`` holds ``v`` by name, is updated in place, and stays empty without
     momentum.
