@@ -1,4 +1,4 @@
-"""The page of a study: whole, well-formed, by itself, and safe whatever the records say."""
+"""The page of a study: well-formed, by itself, and safe whatever records say."""
 
 import json
 import re
@@ -26,7 +26,10 @@ from tests.html_page import Page
 pytest.importorskip("matplotlib")
 
 LOADS = {"src", "href", "srcset", "data", "poster", "action", "background", "xlink:href"}
-EVIL = '</title></pre><script>alert("1")</script><img src=x onerror=alert(2)>&amp;"\'\x00\x1b[31m $\\frac{'
+EVIL = (
+    '</title></pre><script>alert("1")</script><img src=x onerror=alert(2)>'
+    "&amp;\"'\x00\x1b[31m $\\frac{"
+)
 
 
 def assert_by_itself(page: Page, text: str) -> None:

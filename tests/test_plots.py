@@ -1,4 +1,4 @@
-"""The pictures of run records: the numbers behind them against a slow recount, and what is drawn of what there is."""
+"""Pictures of run records: their numbers against a slow recount, and what is drawn."""
 
 import builtins
 import itertools
@@ -170,13 +170,13 @@ def test_agreement_is_that_of_a_slow_count(study: Path) -> None:
     )
     assert agreement.agents == (3, 2, 0, 1)  # by classes
     assert agreement.classes is not None
-    told = {3: {"0"}, 2: {"0", "1"}, 0: {"0", "2"}, 1: {"9"}}
+    held = {3: {"0"}, 2: {"0", "1"}, 0: {"0", "2"}, 1: {"9"}}
     slow: list[float] = []
     for (row, a), (column, b) in itertools.product(enumerate(agreement.agents), repeat=2):
         left, right = kept(masks[a]), kept(masks[b])
         assert agreement.masks[row, column] == pytest.approx(len(left & right) / len(left | right))
         assert agreement.classes[row, column] == pytest.approx(
-            len(told[a] & told[b]) / len(told[a] | told[b])
+            len(held[a] & held[b]) / len(held[a] | held[b])
         )
         if row < column:
             slow.append(agreement.masks[row, column])
@@ -270,10 +270,10 @@ def test_holdings_are_those_of_the_agents_labels(study: Path) -> None:
 
 
 def test_holdings_are_read_from_handshakes_and_from_records() -> None:
-    told = {"agent": 5, "train_counts": "-1:2 7:3", "validation-counts": "7:1", "test-counts": ""}
+    whole = {"agent": 5, "train_counts": "-1:2 7:3", "validation-counts": "7:1", "test-counts": ""}
     damaged = [{"agent": 6, "train-counts": text} for text in ("7", "7:x", "7:1,8:2", 3, None)]
     for entry in damaged:
-        holdings = holdings_of([told, entry, {"train-counts": "9:9"}])
+        holdings = holdings_of([whole, entry, {"train-counts": "9:9"}])
         assert holdings is not None
         assert holdings.silent == (6,)
         assert holdings.classes == (-1, 7)

@@ -10,7 +10,7 @@ import pytest
 from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.exchange.ledger import TRAFFIC_COLUMNS
 from flower_mcepl.record.accuracy import accuracy_summary
-from flower_mcepl.record.layout import AGENT_KEYS, RELAY_KEYS, TRAFFIC_KEYS
+from flower_mcepl.record.layout import AGENT_KEYS, RELAY_KEYS, STATUSES, TRAFFIC_KEYS
 from flower_mcepl.record.reading import read_run
 from flower_mcepl.record.writing import RunRecord
 
@@ -80,6 +80,85 @@ def test_final_and_curve(tmp_path: Path) -> None:
 def test_a_run_without_lines_reads(tmp_path: Path) -> None:
     run = read_run(RunRecord.create(name="x", config={}, path=tmp_path / "run").path)
     assert (run.rounds, run.relay, run.summary, run.agents, run.curve()) == ([], [], None, {}, [])
+
+
+def test_a_record_that_says_nothing_has_empty_parts(tmp_path: Path) -> None:
+    path = RunRecord.create(name="x", config={}, path=tmp_path / "run").path
+    (path / "config.json").write_text('{"study": null, "agents": null}')
+    run = read_run(path)
+    assert (run.name, run.started, run.status, run.finished) == ("run", "", None, False)
+    assert (run.settings, run.study, run.versions, run.topology, run.totals) == ({},) * 5
+    assert (run.seed, run.server, run.num_rounds, run.evaluated_on) == (None, None, 0, "test")
+    assert (run.handshakes, run.links, run.by_round()) == ({}, [], {})
+    assert set(run.accuracy().values()) == {None}
+
+
+def test_what_a_record_says_is_read_in_one_place(tmp_path: Path) -> None:
+    record = three_rounds(tmp_path / "run")
+    record.amend_config(
+        run_config={"seed": 9, "evaluate-on": "validation", "algorithm": "fedavg"},
+        study={"label": "ours"},
+        server={"number": 2},
+        topology={"num_agents": 2},
+        agents=[{"agent": 1, "num-examples": 5, "parameters": {"lr": 0.1}}, {"agent": 0}, {}],
+    )
+    run = read_run(record.path)
+    assert run.setting("algorithm") == "fedavg"
+    assert (run.setting("lr"), run.setting("lr", 0.5)) == (None, 0.5)
+    assert (run.seed, run.evaluated_on, run.server) == (9, "validation", 2)
+    assert (run.study["label"], run.topology["num_agents"]) == ("ours", 2)
+    assert run.handshakes == {
+        0: {"agent": 0, "parameters": {}},
+        1: {"agent": 1, "num_examples": 5, "parameters": {"lr": 0.1}},
+    }
+    assert list(run.by_round()) == [1, 2, 3]
+    assert [row["agent"] for row in run.by_round()[2]] == [0, 1]
+    assert run.accuracy() == accuracy_summary(run.rounds)
+
+
+def test_the_seed_of_a_run_without_a_run_config_is_that_of_the_config(tmp_path: Path) -> None:
+    assert read_run(three_rounds(tmp_path / "run").path).seed == 7
+
+
+def test_a_run_without_a_summary_speaks_for_its_last_lines(tmp_path: Path) -> None:
+    record = three_rounds(tmp_path / "run")
+    record.log_round(relay_row(4) | {"link_bytes": 70, "uplink_bytes": 30})
+    run = read_run(record.path)
+    assert (run.status, run.num_rounds) == (None, 4)
+    assert run.totals == {"links_total": 70, "uplink_total": 30}
+    (record.path / "relay.jsonl").write_text("")
+    record.log_agents([agent_row(agent, 5, sent_bytes=8, uplink_bytes=2) for agent in (0, 1)])
+    assert read_run(record.path).totals == {"links_total": 16, "uplink_total": 4}
+
+
+def test_a_run_with_a_summary_speaks_for_its_end(tmp_path: Path) -> None:
+    record = three_rounds(tmp_path / "run")
+    for status in STATUSES:
+        record.finish(status, num_rounds=2, bytes={"links_total": 5}, links=[{"sender": 0}])
+        run = read_run(record.path)
+        assert (run.status, run.finished, run.num_rounds) == (status, status == "finished", 2)
+        assert (run.totals, run.links) == ({"links_total": 5}, [{"sender": 0}])
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "part", "noun"),
+    [
+        ("config.json", "run_config", [1], "settings", "an object"),
+        ("config.json", "agents", {"agent": 0}, "handshakes", "a list"),
+        ("config.json", "server", 4, "server", "an object"),
+        ("summary.json", "bytes", "many", "totals", "an object"),
+        ("summary.json", "links", {}, "links", "a list"),
+    ],
+)
+def test_a_part_of_the_wrong_kind_is_named(
+    tmp_path: Path, file: str, key: str, value: Any, part: str, noun: str
+) -> None:
+    record = three_rounds(tmp_path / "run")
+    record.finish("finished")
+    (record.path / file).write_text(json.dumps({key: value}))
+    run = read_run(record.path)
+    with pytest.raises(RecordError, match=rf"{file} is damaged: {key} must be {noun}; got "):
+        getattr(run, part)
 
 
 def test_every_line_is_on_disk_when_the_call_returns(tmp_path: Path) -> None:
@@ -286,8 +365,8 @@ def test_frames_are_kept_under_round_and_agent(tmp_path: Path) -> None:
     record.keep_frames(1, 3, [b"whole"])
     record.keep_frames(17, 12, [b"delta", b"whole, too"])
     record.keep_frames(18, 12, [])
-    found = {path.name: path.read_bytes() for path in (record.path / "frames").iterdir()}
-    assert found == {
+    kept = {path.name: path.read_bytes() for path in (record.path / "frames").iterdir()}
+    assert kept == {
         "00001-agent-0003.frame": b"whole",
         "00017-agent-0012.frame": b"delta",
         "00017-agent-0012-key.frame": b"whole, too",

@@ -36,17 +36,17 @@ def test_every_number_is_that_of_the_record(record: Path, tmp_path: Path) -> Non
         app, ["tensorboard", str(record), "--out", str(tmp_path)], catch_exceptions=False
     )
     assert result.exit_code == 0, result.output
-    found, run = scalars(tmp_path / record.name), read_run(record)
-    assert set(found) == {
+    written, run = scalars(tmp_path / record.name), read_run(record)
+    assert set(written) == {
         *(f"accuracy/{name}" for name in ("mean", "std", "worst", "best")),
         *("loss/mean", "agents/0", "agents/1", "agents/2", "bytes/links", "bytes/uplinks"),
     }
     for round, mean, std, worst, best in run.curve():
         for name, value in (("mean", mean), ("std", std), ("worst", worst), ("best", best)):
-            assert found[f"accuracy/{name}"][round] == pytest.approx(value, abs=1e-6)
+            assert written[f"accuracy/{name}"][round] == pytest.approx(value, abs=1e-6)
     for row in run.rounds:
-        assert found[f"agents/{row['agent']}"][row["round"]] == pytest.approx(row["accuracy"])
-    assert found["bytes/links"] == {row["round"]: row["link_bytes"] for row in run.relay}
+        assert written[f"agents/{row['agent']}"][row["round"]] == pytest.approx(row["accuracy"])
+    assert written["bytes/links"] == {row["round"]: row["link_bytes"] for row in run.relay}
 
 
 def test_a_run_that_goes_on_is_followed_without_saying_anything_twice(

@@ -160,10 +160,9 @@ class _Teller:
 
 
 def _reached(run: Run) -> str:
-    summary = run.summary or {}
-    accuracy = (summary.get("accuracy") or {}).get("mean")
-    told = "no agent evaluated" if accuracy is None else f"accuracy {accuracy:.4f}"
-    return f"{told}, {human_bytes(link_bytes(run))} over the links, {summary.get('seconds', 0.0):.1f} s"
+    mean, seconds = run.accuracy()["mean"], (run.summary or {}).get("seconds", 0.0)
+    accuracy = "no agent evaluated" if mean is None else f"accuracy {mean:.4f}"
+    return f"{accuracy}, {human_bytes(link_bytes(run))} over the links, {seconds:.1f} s"
 
 
 def _duration(seconds: float) -> str:

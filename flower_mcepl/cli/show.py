@@ -20,9 +20,9 @@ def show(
     Works on a run that was killed or is still going on, too. Every number is explained
     in docs/run-record.md.
     """
-    found = read_run(run)
-    sys.stdout.write(agent_table(found))
-    holdings = holdings_of(found.config.get("agents") or [])
+    record = read_run(run)
+    sys.stdout.write(agent_table(record))
+    holdings = holdings_of(record.handshakes.values())
     if holdings is not None:
         sys.stdout.write("\n")
         print_holdings(holdings, wide_console())

@@ -5,13 +5,11 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flower_mcepl.record.layout import (
-    Row,
-)
+from flower_mcepl.record.layout import Row
 
 
 def accuracy_summary(rows: Iterable[Mapping[str, Any]]) -> Row:
-    """Mean, population standard deviation and extremes over the agents' last lines in `rows`.
+    """Mean, population standard deviation and extremes over the agents' last lines.
 
     Agents whose accuracy is ``None`` or not finite do not count; with none left every
     value is ``None``. Of equal agents the lowest number is named. ``round`` is the

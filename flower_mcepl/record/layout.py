@@ -1,4 +1,4 @@
-"""Files and keys of a run record: a folder that says how to repeat a run and what came of it.
+"""Files and keys of a run record: how to repeat a run, and what came of it.
 
 ::
 
@@ -9,7 +9,7 @@
     ├── traffic.jsonl  one line per round: frames and bytes over every link and uplink
     ├── summary.json   written once, at the end; a killed run has none
     ├── agents/        agent-0003.safetensors ...: final states, in simulation only
-    ├── checkpoint/    what a run that breaks off is resumed from; gone when it has finished
+    ├── checkpoint/    what a run is resumed from; gone when it has finished
     └── frames/        00017-agent-0003.frame ...: every frame, where that was asked for
 
 Every file is standard JSON: a number that is not finite is written as ``null``. Lines
@@ -21,33 +21,15 @@ the start of the run. ``docs/run-record.md`` lists every field.
 from typing import Any
 
 CONFIG, SUMMARY, AGENTS, FRAMES = "config.json", "summary.json", "agents", "frames"
-
-
 ROUNDS, RELAY, TRAFFIC = "rounds.jsonl", "relay.jsonl", "traffic.jsonl"
-
-
 STATUSES = ("finished", "interrupted", "failed")
 
-
 _COUNTERS = ("sent_bytes", "received_bytes", "uplink_bytes", "seconds")
-
-
 AGENT_KEYS = ("round", "agent", "accuracy", "loss", "num_examples", "density", *_COUNTERS)
-
-
 TRAFFIC_KEYS = ("round", "links", "uplinks")
-
-
 RELAY_KEYS = (
-    "round",
-    "answered",
-    "agents",
-    "failed",
-    "missing",
-    "link_bytes",
-    "uplink_bytes",
-    "seconds",
+    *("round", "answered", "agents", "failed", "missing"),
+    *("link_bytes", "uplink_bytes", "seconds"),
 )
-
 
 Row = dict[str, Any]

@@ -9,14 +9,10 @@ from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.record.layout import CONFIG
 from flower_mcepl.record.reading import Run, read_run
 
-SEED = "seed"
-
-
 # columns for runs that a study has named, and for runs without a run config
 LABEL, RUN = "label", "run"
-
-
-_NO_SETTING = {SEED, "record-dir", "keep-frames"}  # these change nothing in what a row stands for
+# these change nothing in what a row stands for
+_NO_SETTING = {"seed", "record-dir", "keep-frames"}
 
 
 @dataclass(frozen=True)
@@ -72,18 +68,13 @@ def pool(runs: Sequence[Run]) -> Pooled:
         If no run is finished.
     """
     finished, notes = _finished(runs)
-    keys = _varied([settings_of(run) for run in finished])
+    keys = varied(settings_of(run) for run in finished)
     groups: dict[Any, dict[Any, Run]] = {}
     for run in finished:
-        settings = settings_of(run)
-        group = groups.setdefault(
-            _exact(settings[key] if key in settings else None for key in keys), {}
-        )
-        twin = group.get(seed_of(run))
-        if twin is None or _started(twin) < _started(run):
-            group[seed_of(run)] = run
-        if twin is not None:
-            older = min(twin, run, key=_started)
+        group = groups.setdefault(_exact(settings_of(run).get(key) for key in keys), {})
+        older, newer = sorted((group.get(run.seed, run), run), key=lambda twin: twin.started)
+        group[run.seed] = newer
+        if older is not newer:
             notes.append(
                 f"left out: {older.path.name}, as a newer record has the same settings and seed"
             )
@@ -95,13 +86,12 @@ def pool(runs: Sequence[Run]) -> Pooled:
 
 
 def _finished(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    finished, notes = [], []
-    for run in runs:
-        status = "without a summary" if run.summary is None else str(run.summary.get("status"))
-        if status == "finished":
-            finished.append(run)
-        else:
-            notes.append(f"left out: {run.path.name}, which is {status}")
+    finished = [run for run in runs if run.finished]
+    notes = [
+        f"left out: {run.path.name}, which is {run.status or 'without a summary'}"
+        for run in runs
+        if not run.finished
+    ]
     if not finished:
         raise ConfigError(
             "a comparison needs at least one finished run; "
@@ -112,24 +102,16 @@ def _finished(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
 
 def settings_of(run: Run) -> dict[str, Any]:
     """Settings that tell a run from others; of one without a run config its name."""
-    config = run.config.get("run_config")
-    if not config:
+    if not run.settings:
         return {RUN: run.name}
-    label = (run.config.get("study") or {}).get(LABEL)
+    label = run.study.get(LABEL)
     named = {} if label is None else {LABEL: label}
-    return {**named, **{key: value for key, value in config.items() if key not in _NO_SETTING}}
+    return {**named, **{k: value for k, value in run.settings.items() if k not in _NO_SETTING}}
 
 
-def seed_of(run: Run) -> Any:
-    """Seed of a run; None where its record does not say."""
-    return (run.config.get("run_config") or {}).get(SEED, run.config.get(SEED))
-
-
-def _started(run: Run) -> str:
-    return str(run.config.get("started", ""))
-
-
-def _varied(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def varied(settings: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Keys whose values are not the same, and of the same type, in all settings."""
+    settings = list(settings)
     keys = dict.fromkeys(key for one in settings for key in one)
     return tuple(key for key in keys if len({_exact([one.get(key)]) for one in settings}) > 1)
 

@@ -5,22 +5,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from flower_mcepl.errors import RecordError
 from flower_mcepl.record.accuracy import accuracy_summary, last_rows
-from flower_mcepl.record.layout import (
-    AGENTS,
-    CONFIG,
-    RELAY,
-    ROUNDS,
-    SUMMARY,
-    Row,
-)
+from flower_mcepl.record.layout import AGENTS, CONFIG, RELAY, ROUNDS, SUMMARY, Row
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run record as it was read."""
+    """A run record as it was read; what it does not hold is empty or None."""
 
     path: Path
     config: Row
@@ -35,21 +31,132 @@ class Run:
         """What the run is called; the folder's name where the config does not say."""
         return str(self.config.get("name", self.path.name))
 
+    @property
+    def started(self) -> str:
+        """Start of the run, UTC in ISO 8601; empty where the config does not say."""
+        return str(self.config.get("started", ""))
+
+    @property
+    def settings(self) -> Row:
+        """Run config of the run, by key."""
+        return self._part(CONFIG, "run_config", dict)
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """Value of a key of the run config."""
+        return self.settings.get(key, default)
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the run."""
+        seed: int | None = self.setting("seed", self.config.get("seed"))
+        return seed
+
+    @property
+    def evaluated_on(self) -> str:
+        """Split of the agents' data that accuracy and loss are of."""
+        return str(self.setting("evaluate-on", "test"))
+
+    @property
+    def study(self) -> Row:
+        """Study of the run: ``name`` and ``engine``, the run's ``label``."""
+        return self._part(CONFIG, "study", dict)
+
+    @property
+    def versions(self) -> Row:
+        """Versions of Python, the platform and packages, by name."""
+        return self._part(CONFIG, "versions", dict)
+
+    @property
+    def topology(self) -> Row:
+        """Communication graph: ``num_agents``, ``directed``; if fixed, ``edges``."""
+        return self._part(CONFIG, "topology", dict)
+
+    @property
+    def server(self) -> int | None:
+        """Number under which the server of a server-based algorithm is counted."""
+        number = self._part(CONFIG, "server", dict).get("number")
+        return None if number is None else int(number)
+
+    @property
+    def handshakes(self) -> dict[int, Row]:
+        """Handshake of each agent in snake_case, its ``parameters`` among them."""
+        return {
+            int(entry["agent"]): {
+                "parameters": {},
+                **{key.replace("-", "_"): value for key, value in entry.items()},
+            }
+            for entry in self._part(CONFIG, "agents", list)
+            if "agent" in entry
+        }
+
+    @property
+    def status(self) -> str | None:
+        """Status of the run; None as long as it has no summary."""
+        return None if self.summary is None else str(self.summary.get("status", "-"))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its planned end."""
+        return self.status == "finished"
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of the run; without a summary, the last one that has a line."""
+        last = max((row["round"] for row in (*self.rounds, *self.relay)), default=0)
+        return int((self.summary or {}).get("num_rounds", last))
+
+    @property
+    def totals(self) -> Row:
+        """Byte counts of the summary; without one, those of the last lines."""
+        if self.summary is not None:
+            return self._part(SUMMARY, "bytes", dict)
+        if self.relay:  # written after every round, the agents' lines only after evaluated ones
+            last = self.relay[-1]
+            return {"links_total": last.get("link_bytes"), "uplink_total": last.get("uplink_bytes")}
+        rows = list(self.final().values())
+        columns = {"links_total": "sent_bytes", "uplink_total": "uplink_bytes"} if rows else {}
+        return {
+            total: sum(row.get(column) or 0 for row in rows) for total, column in columns.items()
+        }
+
+    @property
+    def links(self) -> list[Row]:
+        """Traffic over each directed link during the whole run."""
+        return self._part(SUMMARY, "links", list)
+
+    def accuracy(self) -> Row:
+        """Mean, spread and extremes over the agents (`accuracy_summary`)."""
+        return accuracy_summary(self.rounds)
+
     def final(self) -> dict[int, Row]:
         """Last line of each agent, by agent."""
         return last_rows(self.rounds)
 
-    def curve(self) -> list[tuple[int, float, float, float, float]]:
-        """Accuracy over the agents: ``(round, mean, std, worst, best)`` per evaluated round, in order."""
-        by_round: dict[int, list[Row]] = {}
+    def by_round(self) -> dict[int, list[Row]]:
+        """Lines of the agents by evaluated round, in the order of the rounds."""
+        rows: dict[int, list[Row]] = {}
         for row in self.rounds:
-            by_round.setdefault(row["round"], []).append(row)
-        points = ((number, accuracy_summary(by_round[number])) for number in sorted(by_round))
+            rows.setdefault(int(row["round"]), []).append(row)
+        return dict(sorted(rows.items()))
+
+    def curve(self) -> list[tuple[int, float, float, float, float]]:
+        """Accuracy by evaluated round: ``(round, mean, std, worst, best)``."""
+        points = ((number, accuracy_summary(rows)) for number, rows in self.by_round().items())
         return [
             (t, s["mean"], s["std"], s["worst"], s["best"])
             for t, s in points
             if s["mean"] is not None
         ]
+
+    def _part(self, file: str, key: str, kind: type[T]) -> T:
+        """Object or list under a key of `file`; empty if it is absent or null."""
+        value = (self.config if file == CONFIG else self.summary or {}).get(key)
+        if value is not None and not isinstance(value, kind):
+            noun = "an object" if kind is dict else "a list"
+            raise RecordError(
+                f"{self.path / file} is damaged: {key} must be {noun}; got {value!r:.60}."
+            )
+        return kind() if value is None else value
 
 
 def read_run(path: str | Path) -> Run:
@@ -115,8 +222,6 @@ def _parse(text: bytes, where: str, keys: Sequence[str]) -> Row:
 
 
 def _agent_states(folder: Path) -> dict[int, Path]:
-    names = {
-        file: re.fullmatch(r"agent-(\d+)\.safetensors", file.name)
-        for file in folder.glob("agent-*")
-    }
-    return dict(sorted((int(match[1]), file) for file, match in names.items() if match))
+    name = re.compile(r"agent-(\d+)\.safetensors")
+    files = ((name.fullmatch(file.name), file) for file in folder.glob("agent-*"))
+    return dict(sorted((int(match[1]), file) for match, file in files if match))

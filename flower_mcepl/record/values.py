@@ -14,7 +14,7 @@ from flower_mcepl.errors import RecordError
 
 
 def human_bytes(count: float | None) -> str:
-    """Write a number of bytes in decimal units: ``1_234_567`` is ``"1.23 MB"``; ``None`` is ``"-"``."""
+    """Bytes in decimal units: ``1_234_567`` is ``"1.23 MB"``, None is ``"-"``."""
     if count is None:
         return "-"
     if abs(count) < 1000:
@@ -34,40 +34,40 @@ _PACKAGES = (
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Write a value of a run record as standard JSON; a number that is not finite becomes ``null``."""
-    return json.dumps(_plain(value), allow_nan=False, indent=indent)
+    """Standard JSON of a record's value; a number that is not finite is ``null``."""
+    return json.dumps(_jsonable(value), allow_nan=False, indent=indent)
 
 
-def _plain(value: Any) -> Any:
-    """Turn `value` into what standard JSON can hold."""
+def _jsonable(value: Any) -> Any:
+    """The value in the types of standard JSON."""
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple | range):
-        return [_plain(item) for item in value]
+        return [_jsonable(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
+        return _jsonable(asdict(value))
     if hasattr(value, "tolist"):  # NumPy's scalars and arrays, tensors
-        return _plain(value.tolist())
+        return _jsonable(value.tolist())
     raise RecordError(f"a run record holds JSON values; got {type(value).__name__}: {value!r:.60}.")
 
 
 def utc_now() -> str:
-    """Return the time as records tell it."""
+    """Time of now as records have it: UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python, the platform and the packages that matter to a run."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    """Versions of Python, the platform and the packages that matter to a run."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
-            found[package.replace("-", "_")] = metadata.version(package)
+            versions[package.replace("-", "_")] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -1,4 +1,4 @@
-"""Writing of a run record while the run goes on: lines are flushed, files replaced in one step."""
+"""Writing of run records: lines are flushed, whole files replaced in one step."""
 
 import re
 import time
@@ -29,7 +29,7 @@ from flower_mcepl.record.values import package_versions, to_json, utc_now
 
 @final
 class RunRecord:
-    """Write a run record while the run goes on; make one with :meth:`create`."""
+    """Writer of a run record while the run goes on; :meth:`create` makes one."""
 
     def __init__(self, path: Path, *, with_frames: bool = False) -> None:
         self.path, self.with_frames = path, with_frames
@@ -85,30 +85,30 @@ class RunRecord:
         return cls(folder, with_frames=with_frames)
 
     def amend_config(self, **more: Any) -> None:
-        """Add to ``config.json`` what is known only after the start, such as ``agents``; in one step."""
+        """Add to ``config.json`` what is known later, such as ``agents``."""
         with _writing(self.path / CONFIG):
             config = read_object(self.path / CONFIG)
             _replace(self.path / CONFIG, to_json({**config, **more}, indent=2))
 
     @property
     def agents_dir(self) -> Path:
-        """Folder of the agents' final states; who writes the first one makes it, as a run on devices has none."""
+        """Folder of the final states, made with the first: devices write none."""
         return self.path / AGENTS
 
     def log_agents(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append one line per agent to ``rounds.jsonl``; `rows` need every key of ``AGENT_KEYS``."""
+        """Append a line an agent to ``rounds.jsonl``, with all of ``AGENT_KEYS``."""
         self._append(ROUNDS, rows, AGENT_KEYS)
 
     def log_round(self, row: Mapping[str, Any]) -> None:
-        """Append what the relay saw in one round to ``relay.jsonl``; needs every key of ``RELAY_KEYS``."""
+        """Append a round's line to ``relay.jsonl``, with all of ``RELAY_KEYS``."""
         self._append(RELAY, [row], RELAY_KEYS)
 
     def log_traffic(self, row: Mapping[str, Any]) -> None:
-        """Append one round's frames and bytes to ``traffic.jsonl``; needs every key of ``TRAFFIC_KEYS``."""
+        """Append a round's line to ``traffic.jsonl``, with all ``TRAFFIC_KEYS``."""
         self._append(TRAFFIC, [row], TRAFFIC_KEYS)
 
     def keep_frames(self, round: int, agent: int, frames: Sequence[bytes]) -> None:
-        """Write an agent's frames of one round under ``frames/``, if this record keeps frames."""
+        """Write an agent's frames of a round under ``frames/``, if they are kept."""
         if not self.with_frames or not frames:
             return
         with _writing(self.path / FRAMES):
@@ -194,6 +194,3 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RecordError(f"cannot write the run record at {path}: {error}") from error
-
-
-# --- values ---

@@ -17,11 +17,12 @@ from flower_mcepl.terminal import spell_unknown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table of a run record and draw its picture; the exit code is 1 where that fails."""
+    """Print a run record's table and draw its picture; return the exit code."""
     spell_unknown()
     parser = argparse.ArgumentParser(
         prog="python -m flower_mcepl.report",
-        description="Print what a run's agents reached and what it cost, and draw the run as one PNG.",
+        description="Print what a run's agents reached and what it cost, and draw the run as one "
+        "PNG.",
         epilog="Example: python -m flower_mcepl.report runs/20260131-141500-ring --out "
         "ring.png. Works on a run that was killed or is still going on, too. "
         "docs/run-record.md explains every number.",

@@ -1,4 +1,4 @@
-"""What run records say side by side: one row for each combination of settings, its seeds pooled."""
+"""Run records side by side: a row a combination of settings, its seeds pooled."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.record.accuracy import accuracy_summary
 from flower_mcepl.record.figures import bytes_to, link_bytes, training_images, worst_tenth
-from flower_mcepl.record.pools import pool, seed_of
+from flower_mcepl.record.pools import pool
 from flower_mcepl.record.reading import Run
-from flower_mcepl.report.final_masks import final_masks
 
 LASSO = "group-lasso"  # where it varies, the share of filters that are off is measured, too
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What one finished run reached, and at what cost; None is what its record does not say."""
+    """Figures of one finished run; None is what its record does not hold."""
 
     seed: Any
     accuracy: float | None  # mean over the agents of their last personalized accuracies
@@ -44,22 +42,22 @@ class Row:
     runs: tuple[Measures, ...]  # one a seed
 
     def values(self, name: str) -> list[float]:
-        """Return a measure of all seeds; nothing where one of them does not say it."""
-        found = [getattr(run, name) for run in self.runs]
-        return [] if None in found else found
+        """Values of a measure, one a seed; none where a seed lacks it."""
+        values = [getattr(run, name) for run in self.runs]
+        return [] if None in values else values
 
     def mean(self, name: str) -> float | None:
-        """Return the mean of a measure over the seeds."""
+        """Mean of a measure over the seeds."""
         values = self.values(name)
         return statistics.fmean(values) if values else None
 
     def sd(self, name: str) -> float | None:
-        """Return the sample standard deviation over the seeds; one seed has none."""
+        """Sample standard deviation of a measure over the seeds; one seed has none."""
         values = self.values(name)
         return statistics.stdev(values) if len(values) > 1 else None
 
     def best(self) -> tuple[int, float] | None:
-        """Return the evaluated round, common to all seeds, with the highest mean accuracy, and that accuracy."""
+        """Round of all seeds with the highest mean accuracy, and that accuracy."""
         common = set.intersection(*(set(run.curve) for run in self.runs))
         means = {
             round: statistics.fmean(run.curve[round] for run in self.runs)
@@ -106,10 +104,9 @@ def compare(runs: Sequence[Run], *, target: float | None = None) -> Comparison:
 
 def _measure(run: Run, target: float | None, lasso: bool) -> Measures:
     assert run.summary is not None
-    counts = run.summary.get("bytes") or {}
-    last = accuracy_summary(run.rounds)
+    last, totals = run.accuracy(), run.totals
     return Measures(
-        seed=seed_of(run),
+        seed=run.seed,
         accuracy=last["mean"],
         agent_sd=last["std"],
         worst_tenth=worst_tenth(row["accuracy"] for row in run.final().values()),
@@ -117,15 +114,17 @@ def _measure(run: Run, target: float | None, lasso: bool) -> Measures:
         link_bytes=link_bytes(run),
         target_bytes=None if target is None else bytes_to(run, target),
         filters_off=_filters_off(run) if lasso else None,
-        bits_per_weight=counts.get("bits_per_weight"),
-        busiest_bytes=counts.get("busiest_agent_total"),
+        bits_per_weight=totals.get("bits_per_weight"),
+        busiest_bytes=totals.get("busiest_agent_total"),
         images=training_images(run),
         seconds=run.summary.get("seconds"),
     )
 
 
 def _filters_off(run: Run) -> float | None:
-    """Return the share of all agents' output filters that keep no weight, from the states at the end."""
+    """Share of all agents' filters that keep no weight, from the final states."""
+    from flower_mcepl.report.final_masks import final_masks  # this alone needs torch
+
     masks, _ = final_masks(run)
     layers = [mask.reshape(len(mask), -1) for layers in masks.values() for mask in layers.values()]
     filters = sum(map(len, layers))

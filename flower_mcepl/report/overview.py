@@ -1,4 +1,4 @@
-"""Draw a run record: accuracy over the rounds, the graph and the bytes, side by side in one PNG.
+"""Picture of a run record: accuracy over the rounds, graph and bytes in one PNG.
 
 Needs the extra ``report`` (matplotlib), which is imported only when something is drawn.
 """
@@ -8,8 +8,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flower_mcepl.record.accuracy import accuracy_summary
-from flower_mcepl.record.figures import byte_counts, evaluated_on
 from flower_mcepl.record.layout import Row
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.values import human_bytes
@@ -53,11 +51,8 @@ def plot_run(run: Run, out: Path | None = None) -> Path:
     figure.suptitle(plain(headline(run)), fontsize=14, fontweight="bold")
     _draw_accuracy(left, run)
     draw_graph(middle, run)
-    _draw_bytes(
-        right,
-        byte_counts(run),
-        title="Payload so far" if run.summary is None else "Payload of the run",
-    )
+    title = "Payload so far" if run.summary is None else "Payload of the run"
+    _draw_bytes(right, run.totals, title=title)
     target.write_bytes(png(figure))
     return target
 
@@ -66,12 +61,12 @@ def _draw_accuracy(axes: "Axes", run: Run) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set(title="Personalized accuracy", xlabel="round")
-    axes.set_ylabel(f"accuracy on the agent's own {evaluated_on(run)} split")
+    axes.set_ylabel(f"accuracy on the agent's own {run.evaluated_on} split")
     axes.set_ylim(0, 1)
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    curve, result = run.curve(), accuracy_summary(run.rounds)
+    curve, result = run.curve(), run.accuracy()
     if not curve:
         say(axes, "no agent was evaluated")
         return
@@ -87,10 +82,7 @@ def _draw_accuracy(axes: "Axes", run: Run) -> None:
         axes.set_xlim(number - 1, number + 1)
         axes.set_xticks([number])
     rounds, mean, std = ([point[k] for point in curve] for k in range(3))
-    low, high = (
-        [m - s for m, s in zip(mean, std, strict=True)],
-        [m + s for m, s in zip(mean, std, strict=True)],
-    )
+    low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
     axes.fill_between(rounds, low, high, color=SKY, alpha=0.4, lw=0, label="± 1 sd over agents")
     axes.plot(rounds, mean, color=BLUE, lw=2.5, label=f"mean, at the end {result['mean']:.3f}")
     worst = result["worst_agent"]
@@ -123,11 +115,8 @@ def _draw_bytes(axes: "Axes", counts: Row, *, title: str) -> None:
     colors = {"links_total": BLUE, "fp32_total": GREY, "uplink_total": SKY}
     for place, (key, value) in enumerate(shown):
         paper = key == "paper_convention_bytes"
-        style: Row = (
-            {"color": "white", "edgecolor": ORANGE, "hatch": "///"}
-            if paper
-            else {"color": colors[key]}
-        )
+        hatched: Row = {"color": "white", "edgecolor": ORANGE, "hatch": "///"}
+        style = hatched if paper else {"color": colors[key]}
         axes.barh(-place, value, height=0.45, lw=1.2, **style)
         axes.text(
             value, -place, f"  {human_bytes(value)}", va="center", fontsize=11, fontweight="bold"

@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flower_mcepl.config.extras import report_extra
-from flower_mcepl.record.accuracy import accuracy_summary
-from flower_mcepl.record.figures import byte_counts, evaluated_on
 from flower_mcepl.record.layout import Row
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.values import human_bytes
@@ -21,7 +19,7 @@ BYTE_NAMES = {
 
 
 def agent_table(run: Run) -> str:
-    """Tabulate the agents' last evaluation, then what the run cost in bytes, as plain text."""
+    """Agents' last evaluations, then what the run cost in bytes, as plain text."""
     with report_extra():
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
@@ -29,7 +27,7 @@ def agent_table(run: Run) -> str:
         from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    tested = f"{evaluated_on(run)}\nimages"
+    tested = f"{run.evaluated_on}\nimages"
     for title in ("agent", "retention", "classes", "train\nimages", tested, "accuracy", "density"):
         table.add_column(title, justify="left" if title == "classes" else "right")
     for title in ("sent", "received"):
@@ -37,31 +35,23 @@ def agent_table(run: Run) -> str:
     for cells in _agent_cells(run):
         table.add_row(*map(Text, cells))  # Text: brackets in a class name are no markup
 
-    console = Console(
-        file=io.StringIO(), width=100, color_system=None, force_terminal=False, force_jupyter=False
-    )
-    console.print(headline(run), markup=False, highlight=False, soft_wrap=True)
-    console.print()
-    console.print(table)
-    console.print()
-    for line in [*_accuracy_lines(run), "", *_byte_lines(byte_counts(run))]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+    sink = io.StringIO()
+    Console(
+        file=sink, width=100, color_system=None, force_terminal=False, force_jupyter=False
+    ).print(table)
+    lines = [headline(run), "", *sink.getvalue().splitlines(), "", *_accuracy_lines(run), ""]
+    return "\n".join(line.rstrip() for line in [*lines, *_byte_lines(run.totals)]) + "\n"
 
 
 def _agent_cells(run: Run) -> Iterator[list[str]]:
-    known = {int(entry["agent"]): entry for entry in run.config.get("agents") or []}
-    last = run.final()
-    for agent in sorted({*known, *last}):
-        # An agent's entry may be its handshake, whose keys are kebab-case.
-        setup = {key.replace("-", "_"): value for key, value in known.get(agent, {}).items()}
-        row = last.get(agent, {})
+    handshakes, last = run.handshakes, run.final()
+    for agent in sorted({*handshakes, *last}):
+        handshake, row = handshakes.get(agent, {}), last.get(agent, {})
         yield [
             str(agent),
-            _cell(setup.get("retention")),
-            _cell(setup.get("classes")),
-            _cell(setup.get("num_examples")),
+            _cell(handshake.get("retention")),
+            _cell(handshake.get("classes")),
+            _cell(handshake.get("num_examples")),
             _cell(row.get("num_examples")),
             _cell(row.get("accuracy"), ".4f"),
             _cell(row.get("density"), ".4f"),
@@ -85,25 +75,17 @@ def _cell(value: Any, form: str = "") -> str:
 
 
 def headline(run: Run) -> str:
-    """Say how the run ended, and how large it was."""
-    status = (
-        "no summary (killed or still running)"
-        if run.summary is None
-        else run.summary.get("status", "-")
-    )
-    agents = len(run.final())
-    rounds = max((row["round"] for row in [*run.rounds, *run.relay]), default=0)
-    if run.summary is not None:
-        rounds = run.summary.get("num_rounds", rounds)
-    return f"{run.name}: {status}, {agents} agents, {rounds} rounds"
+    """Name of the run, how it ended, and how large it was."""
+    status = run.status or "no summary (killed or still running)"
+    return f"{run.name}: {status}, {len(run.final())} agents, {run.num_rounds} rounds"
 
 
 def _accuracy_lines(run: Run) -> Iterator[str]:
-    result = accuracy_summary(run.rounds)
+    result = run.accuracy()
     if result["mean"] is None:
         yield "personalized accuracy: no agent was evaluated"
         return
-    on = "" if evaluated_on(run) == "test" else f", on the {evaluated_on(run)} split"
+    on = "" if run.evaluated_on == "test" else f", on the {run.evaluated_on} split"
     yield (
         f"personalized accuracy {result['mean']:.4f} ± {result['std']:.4f} (mean ± sd over "
         f"agents, round {result['round']}{on}); worst: agent {result['worst_agent']} with "
@@ -141,7 +123,7 @@ def _byte_lines(counts: Row) -> Iterator[str]:
 
 
 def against_fp32(counts: Row) -> str:
-    """Compare the payload with fp32 weights; of a run that says too little, nothing."""
+    """Payload compared with fp32 weights; empty where the counts do not suffice."""
     full, sent = counts.get("fp32_total"), counts.get("links_total")
     if not full or not sent:
         return ""

@@ -8,6 +8,7 @@ from typing import Any
 from flower_mcepl.record.values import human_bytes
 from flower_mcepl.report.compare import LASSO, Comparison, Row
 
+Column = tuple[str, Callable[[Row], str]]  # title and cell
 _EXPLAINED = (
     "accuracy: mean over the agents of their personalized accuracy after the last round; then "
     "mean ± sample standard deviation over the seeds, of which one seed has none. All other "
@@ -24,19 +25,19 @@ _EXPLAINED = (
 
 
 def titles(comparison: Comparison) -> list[str]:
-    """Return the titles of the columns that `cells` fills: the varied keys, then the measures."""
+    """Titles of the columns that `cells` fills: the varied keys, then the measures."""
     return [*comparison.keys, *(title for title, _ in _columns(comparison))]
 
 
 def cells(comparison: Comparison) -> Iterator[list[str]]:
-    """Yield the cells of each row, for people."""
+    """Cells of each row, for people."""
     for row in comparison.rows:
         settings = [_text(row.settings[key]) for key in comparison.keys]
         yield [*settings, *(cell(row) for _, cell in _columns(comparison))]
 
 
 def footnotes(comparison: Comparison) -> list[str]:
-    """Return what a reader of the table must know."""
+    """Footnotes that a reader of the table needs."""
     notes = list(_EXPLAINED)
     if comparison.target is not None:
         notes.append(
@@ -52,7 +53,7 @@ def footnotes(comparison: Comparison) -> list[str]:
 
 
 def markdown(comparison: Comparison) -> str:
-    """Return the table as Markdown."""
+    """The table as Markdown."""
     heads = [_escaped(title) for title in titles(comparison)]
     rules = ["---"] * len(comparison.keys) + ["---:"] * (len(heads) - len(comparison.keys))
     lines = [heads, rules, *([_escaped(cell) for cell in row] for row in cells(comparison))]
@@ -67,7 +68,7 @@ def write_markdown(comparison: Comparison, path: Path) -> None:
 
 
 def write_csv(comparison: Comparison, path: Path) -> None:
-    """Write the table as CSV: numbers as they are, an empty field for what is not known or not reached."""
+    """Write the table as CSV of plain numbers; what is not known is empty."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         numbers = [_numbers(row) for row in comparison.rows]
@@ -76,14 +77,10 @@ def write_csv(comparison: Comparison, path: Path) -> None:
             writer.writerow([*(row.settings[key] for key in comparison.keys), *values.values()])
 
 
-def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
-    target = comparison.target
-    to_target: list[tuple[str, Callable[[Row], str]]] = []
-    if target is not None:
-        to_target.append((f"to {target:g}", _reached))
-    filters_off: list[tuple[str, Callable[[Row], str]]] = []
-    if LASSO in comparison.keys:
-        filters_off.append(("filters off", lambda row: _number(row.mean("filters_off"), ".1%")))
+def _columns(comparison: Comparison) -> list[Column]:
+    target, lasso = comparison.target, LASSO in comparison.keys
+    to_target: list[Column] = [] if target is None else [(f"to {target:g}", _reached)]
+    off: Column = ("filters off", lambda row: _number(row.mean("filters_off"), ".1%"))
     return [
         ("seeds", lambda row: str(len(row.runs))),
         ("accuracy", _accuracy),
@@ -92,7 +89,7 @@ def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
         ("best (round)", _best),
         ("links", lambda row: human_bytes(row.mean("link_bytes"))),
         *to_target,
-        *filters_off,
+        *([off] if lasso else []),
         ("bits per weight", lambda row: _number(row.mean("bits_per_weight"), ".3g")),
         ("busiest agent", lambda row: human_bytes(row.mean("busiest_bytes"))),
         ("images", lambda row: _number(row.mean("images"), ",.0f")),

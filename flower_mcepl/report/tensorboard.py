@@ -1,4 +1,4 @@
-"""Run records as TensorBoard scalars: written from the record, of a finished run or while it goes on."""
+"""Run records as TensorBoard scalars, of finished runs and of those that go on."""
 
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ BYTES = {"link_bytes": "links", "uplink_bytes": "uplinks"}
 
 @final
 class ScalarWriter:
-    """Writes a record's scalars into an event folder; each `update` adds the rounds that are new.
+    """Writer of a record's scalars into an event folder; `update` adds the new rounds.
 
     The step is the round. Written are ``accuracy/mean``, ``std``, ``worst``, ``best``
     over the agents, ``loss/mean``, ``agents/3`` (accuracy of agent 3), and
@@ -38,7 +38,7 @@ class ScalarWriter:
 
     def __init__(self, record: Path, folder: Path) -> None:
         self.record = record
-        self._began = datetime.fromisoformat(str(read_run(record).config["started"])).timestamp()
+        self._began = datetime.fromisoformat(read_run(record).started).timestamp()
         self._rounds: set[int] = set()
         self._relay = 0
         writer = _event_writer()
@@ -47,11 +47,9 @@ class ScalarWriter:
         self._events = writer(folder)
 
     def update(self) -> Run:
-        """Write what the record holds by now, and return it; a round whose evaluation is still going on waits."""
+        """Write what is new, and return the record; a started evaluation waits."""
         run = read_run(self.record)
-        rounds: dict[int, list[Row]] = {}
-        for row in run.rounds:
-            rounds.setdefault(int(row["round"]), []).append(row)
+        rounds = run.by_round()
         newest = max(rounds, default=0)
         for round in sorted(rounds.keys() - self._rounds):
             if round < newest or run.summary is not None:

@@ -164,10 +164,10 @@ def reopen(
     """
     held.enter_context(only_writer(path))
     run = read_run(path)
-    if run.summary is not None and run.summary.get("status") == "finished":
+    if run.finished:
         raise RecordError(
             f"a run can be resumed until it has finished, and the one in {path} has, after round "
-            f"{run.summary.get('num_rounds')}. Start a new run (without resume)."
+            f"{run.num_rounds}. Start a new run (without resume)."
         )
     _check_same_run(run.config, config)
     checkpoint = newest_checkpoint(path / CHECKPOINT, log)

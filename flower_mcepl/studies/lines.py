@@ -1,4 +1,4 @@
-"""On which line of a TOML file a key stands: ``tomllib`` reads values only."""
+"""Lines of a TOML file on which its keys stand: ``tomllib`` reads values only."""
 
 import re
 import tomllib
@@ -10,7 +10,7 @@ Place = tuple[str | int, ...]
 
 
 def key_lines(text: str) -> dict[Place, int]:
-    """Return the line, from 1, of every table and key of a TOML text that is in order.
+    """Line, from 1, of every table and key of a TOML text that is in order.
 
     A dotted key and the keys of an inline table have the line on which their statement
     begins.
@@ -29,16 +29,15 @@ def key_lines(text: str) -> dict[Place, int]:
 
 
 def line_of_error(text: str, error: tomllib.TOMLDecodeError) -> int:
-    """Return the line on which a TOML text is broken."""
-    told = re.search(r"at line (\d+)", str(error))
-    if told:
-        return int(told[1])
+    """Line on which a TOML text is broken."""
+    if at := re.search(r"at line (\d+)", str(error)):
+        return int(at[1])
     *_, (line, _statement) = _statements(text)  # what is not closed runs to the end of the text
     return line
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
-    """Yield each table header and key with its line.
+    """Table headers and keys, each with its line.
 
     Whatever spans several lines is no TOML until its last one has been read, so the
     parser itself says where a statement ends; the rest of a broken text is the last
@@ -69,7 +68,7 @@ def _is_toml(text: str) -> bool:
 
 
 def _innermost(header: dict[str, Any]) -> Place:
-    """Return the keys of a table header that was read on its own."""
+    """Keys of a table header that was read on its own."""
     keys: list[str | int] = []
     value: Any = header
     while value:

@@ -1,12 +1,12 @@
-"""Where run records come from: records, folders of them, and study files."""
+"""Sources of run records: records, folders of them, and study files."""
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.record.layout import CONFIG
-from flower_mcepl.record.pools import LABEL, find_records
+from flower_mcepl.record.pools import LABEL, find_records, varied
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.sources import Source
 from flower_mcepl.studies.runner import STUDY_COPY, finished_runs, strangers
@@ -33,21 +33,20 @@ def read_source(path: Path) -> Source:
     if (path / CONFIG).is_file():
         return Source(runs[0].name, path, runs)
     text = _text(path / STUDY_COPY)
-    names = {str((run.config.get("study") or {}).get("name")) for run in runs}
-    name = names.pop() if len(names) == 1 and names != {"None"} else path.resolve().name
+    names = {run.study.get("name") for run in runs}
+    name = str(names.pop() if len(names) == 1 and None not in names else path.resolve().name)
     return Source(name, path, _in_order(runs, path / STUDY_COPY), text, _target(text))
 
 
 def read_sources(paths: Sequence[Path]) -> Source:
     """Read several sources as one; of one alone all is kept."""
-    found = [read_source(path) for path in paths]
-    if len(found) == 1:
-        return found[0]
-    runs = {run.path: run for source in found for run in source.runs}  # each record once
-    notes = tuple(note for source in found for note in source.notes)
-    return Source(
-        " + ".join(source.name for source in found), Path(), tuple(runs.values()), notes=notes
-    )
+    sources = [read_source(path) for path in paths]
+    if len(sources) == 1:
+        return sources[0]
+    runs = {run.path: run for source in sources for run in source.runs}  # each record once
+    notes = tuple(note for source in sources for note in source.notes)
+    name = " + ".join(source.name for source in sources)
+    return Source(name, Path(), tuple(runs.values()), notes=notes)
 
 
 def _of_study_file(path: Path) -> Source:
@@ -72,7 +71,7 @@ def _of_study_file(path: Path) -> Source:
 
 
 def _in_order(runs: tuple[Run, ...], file: Path) -> tuple[Run, ...]:
-    """Sort runs as a study file lists them; what it does not name comes last, and without a file all stay in place.
+    """Sort runs as a study file, if there is one, lists them; others come last.
 
     The file's app may be elsewhere by now, so nothing but the file itself is read: its
     defaults are not known.
@@ -81,24 +80,19 @@ def _in_order(runs: tuple[Run, ...], file: Path) -> tuple[Run, ...]:
         combinations = StudyFile.read(file).combinations()
     except ConfigError:
         return runs
-    keys = {key for one in combinations for key in one.settings}
-    varied = {
-        key
-        for key in keys
-        if any(one.settings.get(key) != combinations[0].settings.get(key) for one in combinations)
-    }
-    return tuple(sorted(runs, key=lambda run: _place(run, combinations, varied)))
+    keys = varied(one.settings for one in combinations)
+    return tuple(sorted(runs, key=lambda run: _place(run, combinations, keys)))
 
 
-def _place(run: Run, combinations: Sequence[Combination], varied: set[str]) -> int:
-    """Return the number of the combination that a run is of: of those that fit, the one that says most about it."""
-    config, label = run.config.get("run_config") or {}, (run.config.get("study") or {}).get(LABEL)
-    found, most = len(combinations), -1
+def _place(run: Run, combinations: Sequence[Combination], keys: Collection[str]) -> int:
+    """Number of the combination of a run: of those that fit, the most specific."""
+    best, most = len(combinations), -1
     for place, one in enumerate(combinations):
-        said = {key: value for key, value in one.settings.items() if key in varied}
-        if one.label == label and said.items() <= config.items() and len(said) > most:
-            found, most = place, len(said)
-    return found
+        own = {key: value for key, value in one.settings.items() if key in keys}
+        fits = one.label == run.study.get(LABEL) and own.items() <= run.settings.items()
+        if fits and len(own) > most:
+            best, most = place, len(own)
+    return best
 
 
 def _text(path: Path) -> str | None:

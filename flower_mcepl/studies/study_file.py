@@ -22,7 +22,8 @@ TYPES = {
     "runs": list,
 }
 SCALARS = (bool, int, float, str)  # what a run config holds in Flower
-COMMAND_LINE = "--run-config"  # first part of the places of settings that do not stand in the file
+# first part of the places of settings that do not stand in the file
+COMMAND_LINE = "--run-config"
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,8 @@ class StudyFile:
     path: Path
     data: dict[str, Any]
     lines: dict[Place, int] = field(repr=False)
-    overrides: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # run-config keys for every run, before those of [config]
+    # run-config keys for every run, before those of [config]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> "StudyFile":
@@ -70,27 +70,27 @@ class StudyFile:
         return file
 
     def line(self, place: Place) -> int:
-        """Return the line of a key, or of the innermost table around it that has one."""
+        """Line of a key, or of the innermost table around it that has one."""
         while place and place not in self.lines:
             place = place[:-1]
         return self.lines.get(place, 1)
 
     def error(self, place: Place, message: str) -> ConfigError:
-        """Return the error that says what is wrong where."""
+        """Error that names file and line."""
         if place[:1] == (COMMAND_LINE,):
             return ConfigError(f"{COMMAND_LINE}: {message}")
         return ConfigError(f"{self.path}, line {self.line(place)}: {message}")
 
     def combinations(self) -> list[Combination]:
-        """Return what the study sets for each of its runs, in the order of the file."""
+        """Settings of the study for each of its runs, in the order of the file."""
         config = self._config()
         grid, runs = self.data.get("grid"), self.data.get("runs", [])
-        found: list[Combination] = []
+        combinations: list[Combination] = []
         if grid or not runs:
-            found += self._grid(config, grid or {})
+            combinations += self._grid(config, grid or {})
         for number, table in enumerate(runs):
-            found += self._explicit(config, ("runs", number), table)
-        return found
+            combinations += self._explicit(config, ("runs", number), table)
+        return combinations
 
     def _check_top(self) -> None:
         for key, value in self.data.items():
@@ -175,7 +175,7 @@ class StudyFile:
         )
 
     def _flat(self, table: Mapping[str, Any], place: Place) -> Iterator[tuple[str, Any, Place]]:
-        """Yield the keys of a table and of those inside it, as ``dsgd.lr``."""
+        """Keys of a table and of those inside it (``dsgd.lr``), values, places."""
         seen: dict[str, Place] = {}
         for key, value, where in _entries(table, "", place):
             if key in seen:

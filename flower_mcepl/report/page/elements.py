@@ -19,41 +19,40 @@ class Html(str):
 
 
 def element(name: str, /, *children: str, **attributes: str | bool) -> Html:
-    """Return an element; children that are not `Html`, and all attributes, are escaped.
+    """HTML element; children that are not `Html`, and all attributes, are escaped.
 
     An attribute that is True stands without a value, one that is False is left out;
     ``class_`` is ``class``.
     """
-    said = []
-    for key, value in attributes.items():
-        if value is not False:
-            said.append(
-                f" {key.rstrip('_')}" + ("" if value is True else f'="{_escaped(str(value))}"')
-            )
-    start = f"<{name}{''.join(said)}>"
+    shown = (
+        f" {key.rstrip('_')}" + ("" if value is True else f'="{_escaped(str(value))}"')
+        for key, value in attributes.items()
+        if value is not False
+    )
+    start = f"<{name}{''.join(shown)}>"
     if name in _VOID:
         return Html(start)
     return Html(f"{start}{''.join(map(_escaped, children))}</{name}>")
 
 
 def joined(*parts: str) -> Html:
-    """Return parts one after the other, a line each."""
+    """Parts one after the other, a line each."""
     return Html("\n".join(map(_escaped, parts)))
 
 
 def image(png: bytes, *, alt: str) -> Html:
-    """Return a PNG that travels inside the page."""
+    """PNG that travels inside the page."""
     return element("img", src=f"data:image/png;base64,{base64.b64encode(png).decode()}", alt=alt)
 
 
 def style(css: str) -> Html:
-    """Return a style sheet; it is our own text, and holds nothing of any record."""
+    """Style sheet; it is our own text, and holds nothing of any record."""
     assert "<" not in css
     return Html(f"<style>\n{css}</style>")
 
 
 def document(*, title: str, head: Html, body: Html) -> str:
-    """Return a whole HTML5 document."""
+    """Whole HTML5 document."""
     meta = joined(
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),

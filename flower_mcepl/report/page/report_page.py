@@ -1,4 +1,4 @@
-"""The page of a study or a run: what was run, what came of it, in a table, in pictures, and run by run."""
+"""Page of a study or a run: settings, results as table and pictures, and run by run."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ _DEFINED = (
 
 
 def report_page(source: Source) -> str:
-    """Return the page, with all pictures that the records allow.
+    """Page with all pictures that the records allow.
 
     Raises
     ------
@@ -68,19 +68,10 @@ def report_page(source: Source) -> str:
 
 def _lead(source: Source, gallery: Gallery) -> str:
     runs = sum(len(subject.runs) for subject in gallery.subjects)
-    began = sorted(
-        str(run.config["started"])[:10] for run in source.runs if run.config.get("started")
-    )
-    when = (
-        ""
-        if not began
-        else f" of {began[0]}"
-        if began[0] == began[-1]
-        else f" of {began[0]} to {began[-1]}"
-    )
-    return f"{_count(runs, 'run')} of {_count(len(gallery.subjects), 'combination')} of settings,{when}.".replace(
-        ",.", "."
-    )
+    days = sorted({run.started[:10] for run in source.runs} - {""})
+    when = f", of {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else ""
+    subjects = _count(len(gallery.subjects), "combination")
+    return f"{_count(runs, 'run')} of {subjects} of settings{when}."
 
 
 def _count(number: int, noun: str) -> str:
@@ -92,7 +83,7 @@ def _count(number: int, noun: str) -> str:
 
 def _results(source: Source, gallery: Gallery) -> Iterator[Html]:
     yield element("h2", "Results")
-    if len(source.runs) == 1 and (source.runs[0].summary or {}).get("status") != "finished":
+    if len(source.runs) == 1 and not source.runs[0].finished:
         yield element("p", "The run is not finished; what follows is as far as it got.")
         return
     comparison = compare(source.runs, target=source.target)
@@ -103,7 +94,7 @@ def _results(source: Source, gallery: Gallery) -> Iterator[Html]:
 def _table(
     heads: Sequence[str], rows: Iterable[Sequence[str]], *, names: int = 0, texts: int = 0
 ) -> Html:
-    """Return a table whose first columns hold names, the next ones texts, and all others numbers."""
+    """Table whose first columns hold names, the next ones texts, all others numbers."""
 
     def line(name: str, cells: Sequence[str]) -> Html:
         kinds = ["short" if len(cell) <= _SHORT else "long" for cell in cells]
@@ -158,23 +149,20 @@ def _what_was_run(source: Source) -> Iterator[Html]:
     if source.study is not None:
         yield element("h3", "Study file")
         yield element("pre", source.study, tabindex="0")
-    configs = [run.config.get("run_config") or {} for run in source.runs]
-    yield _pairs("Settings", ("key", "value", "values in the runs"), configs)
-    versions = [run.config.get("versions") or {} for run in source.runs]
+    settings = [run.settings for run in source.runs]
+    yield _pairs("Settings", ("key", "value", "values in the runs"), settings)
+    versions = [run.versions for run in source.runs]
     yield _pairs("Versions", ("package", "version", "versions in the runs"), versions)
 
 
 def _pairs(title: str, words: tuple[str, str, str], tables: Sequence[Mapping[str, Any]]) -> Html:
-    """Return what each key says in the runs, all its values where they differ."""
-    rows = []
-    varied = False
-    for key in dict.fromkeys(key for table in tables for key in table):
-        values = list(dict.fromkeys(_text(table.get(key)) for table in tables))
-        varied = varied or len(values) > 1
-        rows.append((str(key), " | ".join(values)))
-    if not rows:
+    """Value of each key in the runs; all its values where they differ."""
+    keys = dict.fromkeys(str(key) for table in tables for key in table)
+    values = [list(dict.fromkeys(_text(table.get(key)) for table in tables)) for key in keys]
+    if not keys:
         return element("p", f"{title}: the records do not tell.")
-    heads = (words[0], words[2] if varied else words[1])
+    heads = (words[0], words[2] if any(len(texts) > 1 for texts in values) else words[1])
+    rows = zip(keys, map(" | ".join, values), strict=True)
     table = _table(heads, rows, names=1, texts=1)
     return element("details", element("summary", title), table)
 

@@ -1,4 +1,4 @@
-"""How the page looks: in light, in the dark, on a telephone, on paper."""
+"""Style sheet of the page: in light, in the dark, on a telephone, on paper."""
 
 CSS = """\
 :root { color-scheme: light dark; --ink: #1b1f24; --faint: #57606a; --paper: #fff; --line: #d0d7de; --shade: #f6f8fa;

@@ -1,4 +1,4 @@
-"""The numbers behind the heat maps: how far the agents' masks agree, and how far their classes overlap.
+"""Numbers behind the heat maps: agreement of the agents' masks, overlap of classes.
 
 Both are Jaccard indices, ``|a ∩ b| / |a ∪ b|``: the share of what both have in what one
 of them has. Among equal bits, common zeros would count, of which sparse masks are full;
@@ -37,11 +37,10 @@ class Agreement:
 
 
 def agreement_of(masks: Mapping[int, Masks], classes: Mapping[int, frozenset[str]]) -> Agreement:
-    """Measure how far masks agree and classes overlap; `classes` may leave agents out, then they do not count."""
+    """Agreement of masks and, where all agents tell theirs, overlap of classes."""
     known = set(masks) <= set(classes)
-    agents = tuple(
-        sorted(masks, key=lambda agent: (_class_order(classes[agent]) if known else [], agent))
-    )
+    order = {agent: (_class_order(classes[agent]) if known else [], agent) for agent in masks}
+    agents = tuple(sorted(masks, key=order.__getitem__))
     in_order = [masks[agent] for agent in agents]
     agree = _mask_jaccard(in_order)
     overlap = _class_jaccard([classes[agent] for agent in agents]) if known else None
@@ -53,14 +52,13 @@ def agreement_of(masks: Mapping[int, Masks], classes: Mapping[int, frozenset[str
 
 
 def classes_of(run: Run) -> dict[int, frozenset[str]]:
-    """Return the classes of the agents that tell them, from a handshake's text or a list."""
-    found = {}
-    for entry in run.config.get("agents") or []:
-        told = entry.get("classes")
-        names = told.split() if isinstance(told, str) else [str(name) for name in told or []]
-        if names and "agent" in entry:
-            found[int(entry["agent"])] = frozenset(names)
-    return found
+    """Classes of the agents that tell them, in a handshake's text or a list."""
+    held = {agent: handshake.get("classes") for agent, handshake in run.handshakes.items()}
+    return {
+        agent: frozenset(names.split() if isinstance(names, str) else map(str, names))
+        for agent, names in held.items()
+        if names
+    }
 
 
 def _class_order(classes: frozenset[str]) -> list[tuple[int, str]]:
@@ -89,7 +87,7 @@ def _jaccard(both: Matrix) -> Matrix:
 
 
 def _by_chance(masks: Sequence[Masks]) -> float:
-    """Return the mean over all pairs of expected intersection by expected union, layer sizes and densities given."""
+    """Mean over pairs of expected intersection by expected union, masks random."""
     sizes = np.array([mask.size for mask in masks[0].values()], dtype=np.float64)
     dense = np.array([[mask.mean() for mask in layers.values()] for layers in masks])
     both = (dense * sizes) @ dense.T

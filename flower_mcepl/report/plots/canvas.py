@@ -1,4 +1,4 @@
-"""What all pictures share: colors, figures without anything global, and their way into a file.
+"""What all pictures share: colors, figures without global state, PNG.
 
 Needs the extra ``report`` (matplotlib), which is imported only when something is drawn.
 """
@@ -25,7 +25,7 @@ _MARKERS = "osD^vPX"
 
 
 def line_style(place: int) -> dict[str, str]:
-    """Return color, dashes and marker of a picture's line number `place`; 28 of them differ."""
+    """Color, dashes and marker of a picture's line `place`; 28 of them differ."""
     color, again = place % len(COLORS), place // len(COLORS)
     return {
         "color": COLORS[color],
@@ -35,7 +35,7 @@ def line_style(place: int) -> dict[str, str]:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty white figure of this size in inches, without pyplot: nothing global, no window."""
+    """Empty white figure, sizes in inches, without pyplot and its global state."""
     with report_extra():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def png(figure: "Figure") -> bytes:
-    """Return a figure as a PNG."""
+    """PNG of a figure."""
     sink = io.BytesIO()
     with warnings.catch_warnings():
         # a name in another script shows boxes
@@ -57,27 +57,27 @@ def png(figure: "Figure") -> bytes:
 
 
 def columns(panels: int) -> int:
-    """Return how many of several panels stand side by side."""
+    """Number of panels side by side."""
     return panels if panels < 4 else 2 if panels == 4 else 3
 
 
 def accuracy_scale(scores: Iterable[float]) -> tuple[float, float]:
-    """Return where the scale of colors begins and ends."""
-    found = list(scores)
-    low, high = min(found, default=0.0), max(found, default=1.0)
+    """Ends of the scale of colors."""
+    known = list(scores)
+    low, high = min(known, default=0.0), max(known, default=1.0)
     # so that a difference of one point does not look like the whole scale
     low = max(0.0, min(low, high - 0.2))
     return low, max(high, low + 0.2)
 
 
 def plain(text: str) -> str:
-    """Return a text of a record such that matplotlib shows it as it is: no formula, and in legends, too."""
+    """A record's text as matplotlib shows it unchanged: no formula, no hidden label."""
     shown = text.encode("utf-8", "replace").decode().replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
 def wrapped(text: str, width: int = 46) -> str:
-    """Return a text of a record in lines of at most `width` characters."""
+    """A record's text in lines of at most `width` characters."""
     return (
         "\n".join(plain(line) for line in textwrap.wrap(text, width, max_lines=3, placeholder=" …"))
         or "-"

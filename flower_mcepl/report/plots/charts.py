@@ -1,4 +1,4 @@
-"""Draw curves of accuracy, and its spread over the agents."""
+"""Charts of accuracy: curves, and its spread over the agents."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -37,7 +37,7 @@ def draw_by_round(curves: Sequence[Curve]) -> bytes:
 
 
 def draw_by_bytes(curves: Sequence[Curve]) -> bytes:
-    """Draw accuracy against bytes over the links, logarithmic; who sends nothing is a level line."""
+    """Draw accuracy against bytes over links, log scale; silent runs are level."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = new_figure(9, 4.6 + _legend_height(curves))
@@ -63,7 +63,7 @@ def draw_by_bytes(curves: Sequence[Curve]) -> bytes:
 
 
 def draw_spread(spread: Sequence[tuple[str, Sequence[float]]]) -> bytes:
-    """Draw every agent's accuracy at the end as a dot, a row for each label, over a box with median and quartiles."""
+    """Draw each agent's last accuracy as a dot over a box plot, a row a label."""
     labels = [wrapped(label) for label, _ in spread]
     figure = new_figure(
         9, 1.1 + (0.45 + 0.15 * max(label.count("\n") + 1 for label in labels)) * len(spread)
@@ -102,7 +102,7 @@ def draw_spread(spread: Sequence[tuple[str, Sequence[float]]]) -> bytes:
 
 
 def _stacked(dots: Sequence[float], *, closer: float) -> list[float]:
-    """Return how far above the middle of its row each of some sorted dots stands, so that none hides another.
+    """Height of each sorted dot over the middle of its row, so that none hides another.
 
     Dots that are `closer` to each other stand above each other, within ± 0.27; who has
     no such neighbor, in the middle.
@@ -159,7 +159,7 @@ def _legend_height(curves: Sequence[Curve]) -> float:
 
 
 def _ticks(width: float) -> tuple[float, ...]:
-    """Return what is marked between two powers of ten, on an axis whose end is `width` times its start."""
+    """Ticks between powers of ten on an axis whose end is `width` times its start."""
     if width > 100:
         return (1,)
     return (1, 2, 5) if width > 6 else (1, 2, 3, 4, 5, 6, 8)

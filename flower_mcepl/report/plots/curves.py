@@ -1,4 +1,4 @@
-"""The numbers behind the curves: accuracy by round and by bytes, and each agent's accuracy at the end."""
+"""Numbers behind the curves: accuracy by round and bytes, and each agent's last one."""
 
 import statistics
 from dataclasses import dataclass
@@ -25,22 +25,24 @@ class Curve:
 
 
 def curve_of(subject: Subject, *, alone: bool) -> Curve:
-    """Return a subject's curve; of one run `alone` the band is over its agents, of several seeds over these."""
-    found = [{number: (mean, std) for number, mean, std, *_ in run.curve()} for run in subject.runs]
-    rounds = tuple(sorted(set.intersection(*map(set, found))))
+    """Curve of a subject; the band is over seeds, of one run `alone` over agents."""
+    points = [
+        {number: (mean, std) for number, mean, std, *_ in run.curve()} for run in subject.runs
+    ]
+    rounds = tuple(sorted(set.intersection(*map(set, points))))
     traffic = [bytes_by_round(run) for run in subject.runs]
-    means = [[one[number][0] for one in found] for number in rounds]
+    means = [[one[number][0] for one in points] for number in rounds]
     sd, over = None, None
-    if len(found) > 1:
+    if len(points) > 1:
         sd, over = tuple(map(statistics.stdev, means)), SEEDS
     elif alone:
-        sd, over = tuple(found[0][number][1] for number in rounds), AGENTS
+        sd, over = tuple(points[0][number][1] for number in rounds), AGENTS
     counts = tuple(statistics.fmean(one[number] for one in traffic) for number in rounds)
     return Curve(subject.label, rounds, counts, tuple(map(statistics.fmean, means)), sd, over)
 
 
 def final_accuracies(run: Run) -> dict[int, float]:
-    """Return each agent's last accuracy; agents that were never evaluated are absent."""
+    """Last accuracy of each agent; agents that were never evaluated are absent."""
     return {
         agent: float(row["accuracy"])
         for agent, row in run.final().items()

@@ -1,4 +1,4 @@
-"""Draw the share of kept weights in every filter, layer by layer."""
+"""Charts of the share of kept weights in every filter, layer by layer."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ _GROUPS = 5  # more different densities than this get one color
 
 
 def draw_filters(layers: Sequence[LayerDensity]) -> bytes:
-    """Draw a panel for each of the first layers: its filters' densities, sorted, a line for each agent."""
+    """Draw a panel for each of the first layers: sorted densities, a line an agent."""
     shown = layers[:MOST_LAYERS]
     across = columns(len(shown))
     down = -(-len(shown) // across)
@@ -32,7 +32,7 @@ def draw_filters(layers: Sequence[LayerDensity]) -> bytes:
 
 
 def off_text(layer: LayerDensity) -> str:
-    """Say how many of a layer's filters are entirely off."""
+    """Number of a layer's filters that are entirely off, in words."""
     fewest, most = int(layer.off.min()), int(layer.off.max())
     if fewest == most:
         return f"{most} of {layer.num_filters} filters off" + (" in every agent" if most else "")
@@ -55,13 +55,8 @@ def _draw_layer(axes: "Axes", layer: LayerDensity) -> None:
         )
     for place, level in enumerate(levels if grouped else ()):
         number = int((densities == level).sum())
-        axes.plot(
-            [],
-            [],
-            color=COLORS[place],
-            lw=2,
-            label=f"{level:g} of the layer: {number} agent{'s' * (number > 1)}",
-        )
+        label = f"{level:g} of the layer: {number} agent{'s' * (number > 1)}"
+        axes.plot([], [], color=COLORS[place], lw=2, label=label)
     if grouped:
         axes.legend(loc="best", frameon=False, fontsize=8)
     axes.set_title(f"{plain(layer.name)}\n{off_text(layer)}", fontsize=10)

@@ -1,4 +1,4 @@
-"""The numbers behind the densities: what share of its weights each output filter keeps.
+"""Numbers behind the densities: the share of its weights that each filter keeps.
 
 A filter is a row of a weight: of a convolution what makes one output channel, of a
 linear layer one neuron. States do not tell transposed convolutions, which store input
@@ -24,12 +24,12 @@ class LayerDensity:
 
     @property
     def num_filters(self) -> int:
-        """How many filters the layer has."""
+        """Number of the layer's filters."""
         return int(self.shares.shape[1])
 
     @property
     def density(self) -> NDArray[np.float64]:
-        """Share of kept weights in the whole layer, by agent; all filters have the same size."""
+        """Share of kept weights in the layer, by agent; filters are equally large."""
         return np.asarray(self.shares.mean(axis=1), dtype=np.float64)
 
     @property
@@ -39,18 +39,11 @@ class LayerDensity:
 
 
 def filter_densities(masks: Mapping[int, Masks]) -> list[LayerDensity]:
-    """Return the share of kept weights of every filter, layer by layer."""
+    """Share of kept weights of every filter, layer by layer."""
     agents = tuple(sorted(masks))
-    names = list(masks[agents[0]]) if agents else []
     layers = []
-    for name in names:
-        kept = np.stack(
-            [
-                masks[agent][name].reshape(len(masks[agent][name]), -1).mean(axis=1)
-                for agent in agents
-            ]
-        )
-        layers.append(
-            LayerDensity(name, agents, np.asarray(-np.sort(-kept, axis=1), dtype=np.float64))
-        )
+    for name in masks[agents[0]] if agents else ():
+        rows = [masks[agent][name].reshape(len(masks[agent][name]), -1) for agent in agents]
+        kept = -np.sort([-row.mean(axis=1) for row in rows], axis=1)
+        layers.append(LayerDensity(name, agents, np.asarray(kept, dtype=np.float64)))
     return layers

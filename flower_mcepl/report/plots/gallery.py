@@ -63,10 +63,10 @@ def draw_gallery(runs: Sequence[Run]) -> Gallery:
     _spread(gallery)
     _graphs(gallery)
     _holdings(gallery)
-    for subject in subjects[_MASKS:]:
-        gallery.missing.append(
-            f"masks of {subject.label}: they are drawn for the first {_MASKS} combinations"
-        )
+    gallery.missing += [
+        f"masks of {subject.label}: they are drawn for the first {_MASKS} combinations"
+        for subject in subjects[_MASKS:]
+    ]
     # more of them gain nothing here, and fight with what else the machine does
     with torch_threads(1):
         for place in range(min(len(subjects), _MASKS)):
@@ -87,11 +87,11 @@ def _curves(gallery: Gallery) -> None:
     alone = len(gallery.subjects) == 1
     every = [curve_of(subject, alone=alone) for subject in gallery.subjects]
     curves = [curve for curve in every if curve.rounds]
-    for curve in every:
-        if not curve.rounds:
-            gallery.missing.append(
-                f"curves of {curve.label}: no evaluated round that all its seeds have"
-            )
+    gallery.missing += [
+        f"curves of {curve.label}: no evaluated round that all its seeds have"
+        for curve in every
+        if not curve.rounds
+    ]
     if not curves:
         return
     band = _band(curves)
@@ -142,8 +142,10 @@ def _spread(gallery: Gallery) -> None:
 
 def _graphs(gallery: Gallery) -> None:
     shown = gallery.subjects[:_GRAPHS]
-    for subject in gallery.subjects[_GRAPHS:]:
-        gallery.missing.append(f"graph of {subject.label}: {_GRAPHS} graphs fit into one picture")
+    gallery.missing += [
+        f"graph of {subject.label}: {_GRAPHS} graphs fit into one picture"
+        for subject in gallery.subjects[_GRAPHS:]
+    ]
     several = len(gallery.subjects) > 1
     caption = "Agents and links, colored by last accuracy" + (
         " on one scale; the first seed of each." if several else "."
@@ -153,16 +155,16 @@ def _graphs(gallery: Gallery) -> None:
 
 
 def holdings_by_subject(subjects: Sequence[Subject]) -> list[tuple[Holdings | None, list[int]]]:
-    """Return who holds what in the subjects' first runs, once each, with the places of the subjects that have it."""
-    found: list[tuple[Holdings | None, list[int]]] = []
+    """Holdings in the subjects' first runs, each once, with its subjects' places."""
+    groups: list[tuple[Holdings | None, list[int]]] = []
     for place, subject in enumerate(subjects):
-        holdings = holdings_of(subject.run.config.get("agents") or [])
-        alike = [places for other, places in found if other == holdings]
+        holdings = holdings_of(subject.run.handshakes.values())
+        alike = [places for other, places in groups if other == holdings]
         if alike:
             alike[0].append(place)
         else:
-            found.append((holdings, [place]))
-    return found
+            groups.append((holdings, [place]))
+    return groups
 
 
 def _holdings(gallery: Gallery) -> None:
@@ -198,11 +200,11 @@ def _about(subject: Subject) -> str:
 
 
 def _suffix(gallery: Gallery, place: int) -> str:
-    """Return what the name of a picture about one subject ends with."""
+    """End of the name of a picture about one subject."""
     return (
         ""
         if len(gallery.subjects) == 1
-        else f"-{place + 1:02d}-{_plain(gallery.subjects[place].label)}"
+        else f"-{place + 1:02d}-{_file_name(gallery.subjects[place].label)}"
     )
 
 
@@ -243,19 +245,18 @@ def _masks(gallery: Gallery, place: int) -> None:
         "color for agents that keep the same share of the layer. Entirely off: "
         f"{'; '.join(f'{one.name} {off_text(one)}' for one in layers)}.{left_out}"
     )
-    picture = Picture(
-        f"filters{suffix}.png", "Density of filters", caption, draw_filters(layers), place
+    png = draw_filters(layers)
+    gallery.pictures.append(
+        Picture(f"filters{suffix}.png", "Density of filters", caption, png, place)
     )
-    gallery.pictures.append(picture)
 
 
 def _uneven(masks: Mapping[int, Masks]) -> str:
     shares = [sum(int(one.sum()) for one in layers.values()) for layers in masks.values()]
-    if max(shares) <= 1.01 * min(shares):
-        return ""
-    return " The agents keep unequal shares of the weights, which alone lowers the agreement of some pairs."
+    text = "The agents keep unequal shares of the weights, which alone lowers the agreement of some"
+    return "" if max(shares) <= 1.01 * min(shares) else f" {text} pairs."
 
 
-def _plain(label: str) -> str:
-    """Return a label as it may stand in the name of a file."""
+def _file_name(label: str) -> str:
+    """A label as it may stand in the name of a file."""
     return re.sub(r"[^\w.+-]+", "-", label).strip("-.")[:60] or "run"

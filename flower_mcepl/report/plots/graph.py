@@ -1,4 +1,4 @@
-"""The communication graph of a run, every agent in the color of its accuracy."""
+"""Picture of a run's communication graph, every agent in the color of its accuracy."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # up to here nodes stand on a circle; above, a spring layout leaves more room for each
 _RING_LIMIT = 24
 _ARROW_LIMIT = 400  # more arrowheads than this hide the graph
+_NO_ACCURACY = (0.85, 0.85, 0.85, 1.0)
 _UNIT_POINTS = 135  # what one unit of the graph panel measures in the picture
 
 
@@ -38,19 +39,14 @@ def draw_graphs(named: Sequence[tuple[str, Run]]) -> bytes:
 
 
 def draw_graph(axes: "Axes", run: Run, *, scale: tuple[float, float] | None = None) -> None:
-    """Draw a run's graph into axes; without a scale the colors are for this run alone."""
+    """Draw a run's graph into axes; without a scale, colors are for it alone."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.ticker import MaxNLocator
 
-    last, server = run.final(), _server(run)
     links, directed, title = _links(run)
-    known = {
-        *range((run.config.get("topology") or {}).get("num_agents") or 0),
-        *last,
-        *sum(links, ()),
-    }
-    agents = sorted(known - {server})
+    numbers = {*range(run.topology.get("num_agents", 0)), *run.final(), *sum(links, ())}
+    agents = sorted(numbers - {run.server})
     axes.set_title(title)
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.06)
@@ -61,17 +57,13 @@ def draw_graph(axes: "Axes", run: Run, *, scale: tuple[float, float] | None = No
     points = 22.0 if len(agents) <= 12 else min(18.0, 110 / math.sqrt(len(agents)))
     spots, points = _layout(agents, links, points=points)
     _draw_links(axes, spots, links, directed=directed, reach=points)
-    if server is not None:
+    if run.server is not None:
         _draw_server(axes, spots)
 
     scores = final_accuracies(run)
     colors = ScalarMappable(Normalize(*(scale or accuracy_scale(scores.values()))), "viridis")
     for agent in agents:
-        fill = (
-            colors.to_rgba(np.asarray(scores[agent]))
-            if agent in scores
-            else (0.85, 0.85, 0.85, 1.0)
-        )
+        fill = colors.to_rgba(np.asarray(scores[agent])) if agent in scores else _NO_ACCURACY
         _draw_node(axes, spots[agent], str(agent), fill, points=points)
     if scores:
         # where the other panels have their axis and legend
@@ -84,26 +76,18 @@ def draw_graph(axes: "Axes", run: Run, *, scale: tuple[float, float] | None = No
         )
 
 
-def _server(run: Run) -> int | None:
-    """Return the number under which a record counts the server's bytes; None where agents talk to each other."""
-    number = (run.config.get("server") or {}).get("number")
-    return None if number is None else int(number)
-
-
 def _links(run: Run) -> tuple[list[tuple[int, int]], bool, str]:
-    """Return the links between agents, whether they have a direction, and what the picture is called."""
-    if _server(run) is not None:
+    """Links between agents, whether they have a direction, and the picture's title."""
+    if run.server is not None:
         return [], False, "Agents and their server"
     if sends_nothing(run):
         return [], False, "Agents without links: nothing is sent"
-    topology = run.config.get("topology") or {}
-    if topology.get("edges"):
-        edges = [(int(a), int(b)) for a, b in topology["edges"]]
-        directed = bool(topology.get("directed"))
+    if run.topology.get("edges"):
+        edges = [(int(a), int(b)) for a, b in run.topology["edges"]]
+        directed = bool(run.topology.get("directed"))
         title = "Communication graph"
     else:
-        used = (run.summary or {}).get("links") or []
-        edges = [(int(link["sender"]), int(link["receiver"])) for link in used]
+        edges = [(int(link["sender"]), int(link["receiver"])) for link in run.links]
         directed = any((b, a) not in set(edges) for a, b in edges)
         title = (
             "Communication graph, all links used in the run"
@@ -118,7 +102,7 @@ def _links(run: Run) -> tuple[list[tuple[int, int]], bool, str]:
 def _layout(
     agents: list[int], links: list[tuple[int, int]], *, points: float
 ) -> tuple[dict[int, tuple[float, float]], float]:
-    """Place the agents within [-1, 1]²; also the node diameter at which no two of them overlap."""
+    """Places of the agents within [-1, 1]², and the node diameter that fits them."""
     import networkx as nx
 
     angles = 2 * np.pi * np.arange(len(agents)) / len(agents)
@@ -144,7 +128,7 @@ def _layout(
 
 
 def _apart(spots: "NDArray[np.float64]", *, gap: float) -> "NDArray[np.float64]":
-    """Fill [-1, 1]² and push apart what is closer than `gap`."""
+    """Places that fill [-1, 1]², pushed apart where they are closer than `gap`."""
     for _ in range(80):
         middle, half = (spots.max(0) + spots.min(0)) / 2, (spots.max(0) - spots.min(0)) / 2
         spots = (spots - middle) / np.maximum(half, 1e-9)
@@ -195,12 +179,7 @@ def _draw_server(axes: "Axes", spots: Mapping[int, tuple[float, float]]) -> None
 
 
 def _draw_node(
-    axes: "Axes",
-    spot: tuple[float, float],
-    label: str,
-    fill: Any,
-    *,
-    points: float,
+    axes: "Axes", spot: tuple[float, float], label: str, fill: Any, *, points: float
 ) -> None:
     dark = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] < 0.55
     axes.plot(*spot, "o", ms=points, mfc=fill, mec="0.2", mew=0.6, zorder=2)

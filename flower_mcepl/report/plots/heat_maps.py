@@ -1,4 +1,4 @@
-"""Draw the agreement of masks beside the overlap of classes."""
+"""Heat maps: the agreement of masks beside the overlap of classes."""
 
 from typing import TYPE_CHECKING
 

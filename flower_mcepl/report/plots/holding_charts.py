@@ -1,4 +1,4 @@
-"""Draw who holds what: a disc for each agent and class, its area the number of examples."""
+"""Chart of holdings: a disc for each agent and class, its area the examples."""
 
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ _LABELS = 25  # agents or classes that are named; of more, every second, third, 
 
 
 def draw_holdings(holdings: Holdings) -> bytes:
-    """Draw a panel for each split, agents along and classes up; areas are on one scale."""
+    """Draw a panel for each split, agents along and classes up, areas on one scale."""
     agents, classes, panels = len(holdings.agents), len(holdings.classes), len(holdings.counts)
     below = agents > _ABREAST  # panels stand below each other, so that they can be wide
     across, down = (1, panels) if below else (panels, 1)

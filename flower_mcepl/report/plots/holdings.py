@@ -1,4 +1,4 @@
-"""The numbers behind the picture of who holds what: each agent's examples by class, from the agents' handshakes."""
+"""Numbers of examples by agent, class and split, from the agents' handshakes."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 # as in handshakes; as we say
 SPLITS = {"train": "training", "validation": "validation", "test": "test"}
-_TOLD = re.compile(r"(-?\d{1,18}:\d{1,18}( -?\d{1,18}:\d{1,18})*)?")
+_COUNTS = re.compile(r"(-?\d{1,18}:\d{1,18}( -?\d{1,18}:\d{1,18})*)?")
 
 
 @dataclass(frozen=True)
@@ -21,54 +21,49 @@ class Holdings:
     silent: tuple[int, ...]  # agents that tell nothing
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Return titles and rows of a table: a row for each agent, a column for each class, then the sums."""
+        """Titles and rows of a table: rows are agents, columns classes and sums."""
         titles = ["agent", *(str(name) for name in self.classes), "all"]
-        rows = []
-        for place, agent in enumerate(self.agents):
-            own = [counts[place] for counts in self.counts.values()]
-            rows.append(
-                [
-                    str(agent),
-                    *map(_cell, zip(*own, strict=True)),
-                    _cell([sum(counts) for counts in own]),
-                ]
-            )
-        return titles, rows
+        by_agent = zip(self.agents, zip(*self.counts.values(), strict=True), strict=True)
+        return titles, [
+            [str(agent), *map(_cell, zip(*own, strict=True)), _cell(list(map(sum, own)))]
+            for agent, own in by_agent
+        ]
 
     def legend(self) -> str:
-        """Say what the numbers of the table are."""
-        told = " / ".join(SPLITS[split] for split in self.counts)
+        """Legend of the table's numbers."""
+        splits = " / ".join(SPLITS[split] for split in self.counts)
         silent = f"; agents {', '.join(map(str, self.silent))} do not tell" if self.silent else ""
-        return f"{told} examples of each class{silent}"
+        return f"{splits} examples of each class{silent}"
 
 
 def holdings_of(entries: Iterable[Mapping[str, Any]]) -> Holdings | None:
-    """Read who holds what from handshakes, such as a record's ``agents``; None where no agent tells."""
-    told: dict[int, dict[str, dict[int, int]]] = {}
+    """Holdings from handshakes, such as a run's; None where no agent tells."""
+    by_agent: dict[int, dict[str, dict[int, int]]] = {}
     for entry in entries:
         # kebab-case, but in records
         facts = {key.replace("_", "-"): str(value) for key, value in entry.items()}
         texts = {split: facts.get(f"{split}-counts") for split in SPLITS}
         if "agent" in entry:
-            told[int(entry["agent"])] = {
+            by_agent[int(entry["agent"])] = {
                 split: _read(text)
                 for split, text in texts.items()
-                if text is not None and _TOLD.fullmatch(text)
+                if text is not None and _COUNTS.fullmatch(text)
             }
-    agents = tuple(sorted(agent for agent, splits in told.items() if splits))
+    agents = tuple(sorted(agent for agent, splits in by_agent.items() if splits))
     classes = sorted(
-        {name for agent in agents for counts in told[agent].values() for name in counts}
+        {name for agent in agents for counts in by_agent[agent].values() for name in counts}
     )
     if not classes:
         return None
     counts = {
         split: tuple(
-            tuple(told[agent].get(split, {}).get(name, 0) for name in classes) for agent in agents
+            tuple(by_agent[agent].get(split, {}).get(name, 0) for name in classes)
+            for agent in agents
         )
         for split in SPLITS
-        if any(split in told[agent] for agent in agents)
+        if any(split in by_agent[agent] for agent in agents)
     }
-    return Holdings(agents, tuple(classes), counts, tuple(sorted(set(told) - set(agents))))
+    return Holdings(agents, tuple(classes), counts, tuple(sorted(set(by_agent) - set(agents))))
 
 
 def _read(text: str) -> dict[int, int]:

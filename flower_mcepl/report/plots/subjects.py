@@ -1,4 +1,4 @@
-"""What the pictures compare: the records of each combination of settings, under a label."""
+"""Subjects of the pictures: the records of each combination of settings, labeled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,10 +54,10 @@ def subjects_of(runs: Sequence[Run]) -> tuple[list[Subject], tuple[str, ...]]:
 
 
 def _label(one: Pool) -> str:
-    said = [_part(key, value) for key, value in one.settings.items() if value is not None]
-    return ", ".join(said) or one.runs[0].name
+    parts = [_part(key, value) for key, value in one.settings.items() if value is not None]
+    return ", ".join(parts) or one.runs[0].name
 
 
 def _part(key: str, value: Any) -> str:
-    said = f'"{value}"' if "," in str(value) else str(value)
-    return said if key in _SAY_ALONE else f"{key} {said}"
+    text = f'"{value}"' if "," in str(value) else str(value)
+    return text if key in _SAY_ALONE else f"{key} {text}"
