@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import flower_mcepl
+from flower_mcepl import _LAZY
 
 # Each room, and the rooms that it may import from.
 ROOMS = {
@@ -246,12 +247,14 @@ def test_the_core_loads_nothing_heavy() -> None:
     assert loaded_after(everything, (*HEAVY, "typer")) == set()
 
 
-def test_the_command_line_loads_neither_flower_nor_plots() -> None:
-    assert loaded_after("import flower_mcepl.cli.app", HEAVY) <= {"rich"}
+def test_the_command_line_loads_what_it_prints_with_and_nothing_heavy() -> None:
+    numbers = (*HEAVY, "torch", "numpy", "networkx", "tensorboard")
+    assert loaded_after("import flower_mcepl.cli.app", numbers) <= {"rich"}
 
 
-def test_studies_load_nothing_heavy_before_a_run_needs_it() -> None:
-    assert loaded_after("import flower_mcepl.studies", HEAVY) == set()
+@pytest.mark.parametrize("room", ["record", "report", "studies", "launch", "doctor"])
+def test_rooms_around_runs_load_nothing_heavy_before_a_run_needs_it(room: str) -> None:
+    assert loaded_after(f"import flower_mcepl.{room}", (*HEAVY, "torch", "numpy")) == set()
 
 
 def test_a_relay_loads_nothing_that_starts_runs() -> None:
@@ -329,12 +332,41 @@ def test_public_names_are_those_that_are_visible() -> None:
         for name, value in vars(flower_mcepl).items()
         if not name.startswith("_") and not isinstance(value, ModuleType)
     }
-    assert visible == set(flower_mcepl.__all__)
+    assert visible <= {*flower_mcepl.__all__, "TYPE_CHECKING"}
+    assert dir(flower_mcepl) == sorted([*flower_mcepl.__all__, "__version__"])
     assert list(flower_mcepl.__all__) == sorted(flower_mcepl.__all__)
-    assert visible >= {
+    assert set(flower_mcepl.__all__) >= {
         "MaskedModel", "topk_mask", "aggregate_scores", "neighbor_step", "group_lasso", "MceplAgent", "Topology",
         "simulate", "encode_frame", "decode_frame", "FlowerMceplError",
     }  # fmt: skip
+
+
+def test_public_names_are_loaded_when_they_are_asked_for() -> None:
+    """The names that a type checker sees are those that come, each from the same module."""
+    face = PACKAGE / "__init__.py"
+    seen = set(imports(face)) - set(imports(face, when=AT_THE_TOP))
+    lazy = {f"flower_mcepl.{room}.{name}" for room, names in _LAZY.items() for name in names}
+    assert {name for name in seen if name.rpartition(".")[2] in flower_mcepl.__all__} == lazy
+    for name in flower_mcepl.__all__:
+        assert getattr(flower_mcepl, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'Topologie'"):
+        _ = flower_mcepl.Topologie
+
+
+def test_the_package_itself_loads_nothing_but_its_errors() -> None:
+    one_by_one = "; ".join(f"assert flower_mcepl.{room}" for room in ("topology", "wire", "runs"))
+    for statement, heavy in (
+        ("import flower_mcepl; flower_mcepl.__version__", set()),
+        ("from flower_mcepl import ConfigError, RunRecord, read_run", set()),
+        (f"import flower_mcepl; {one_by_one}", {"numpy", "torch"}),
+        ("from flower_mcepl import *; simulate, MceplAgent", {"numpy", "torch"}),
+    ):
+        assert loaded_after(statement, (*HEAVY, "numpy", "torch")) == heavy, statement
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        assert flower_mcepl.__version__ == tomllib.load(file)["project"]["version"]
 
 
 def test_every_error_is_public_and_drawn_in_the_tree() -> None:

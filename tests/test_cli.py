@@ -1,5 +1,9 @@
 """The command line, as a person uses it."""
 
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -7,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import flower_mcepl
 from flower_mcepl import Topology, encode_frame, simulate
 from flower_mcepl.cli import app, main
 from flower_mcepl.record.writing import RunRecord
@@ -125,6 +130,50 @@ def test_show_prints_the_table_of_a_record(record: Path) -> None:
     assert "training / test examples of each class" in text
 
 
+HEAVY = {"torch", "numpy", "flwr", "ray", "matplotlib", "networkx"}
+
+
+def loaded_by(*arguments: str | Path) -> set[str]:
+    """Heavy packages that a fresh interpreter holds when it has run a command."""
+    code = f"""
+import sys
+from flower_mcepl.cli import main
+sys.argv = {["flower-mcepl", *map(str, arguments)]}
+try:
+    main()
+finally:
+    print("loaded", *({HEAVY} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize("command", ["--version", "--help", "show", "compare"])
+def test_what_reads_records_loads_no_torch(command: str, record: Path) -> None:
+    arguments = {"show": [record], "compare": [record.parent, "--target", "0.01"]}
+    assert loaded_by(command, *arguments.get(command, [])) == set()
+
+
+def test_the_check_of_what_a_command_loads_can_fail(record: Path) -> None:
+    frame = record / "frames" / "00001-agent-0002.frame"
+    assert loaded_by("frame", frame) >= {"torch", "numpy"}
+
+
+def test_a_comparison_over_lasso_loads_torch_for_the_masks(record: Path, tmp_path: Path) -> None:
+    for number in (0, 1):
+        folder = Path(shutil.copytree(record, tmp_path / str(number)))
+        config = json.loads((folder / "config.json").read_text())
+        config["run_config"] = {"group-lasso": number / 100}
+        (folder / "config.json").write_text(json.dumps(config))
+    assert "filters off" in " ".join(run("compare", tmp_path).split())
+    assert loaded_by("compare", tmp_path) == {"torch", "numpy"}
+
+
+def test_the_version_is_printed() -> None:
+    assert run("--version") == f"flower-mcepl {flower_mcepl.__version__}\n"
+
+
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 
 
@@ -208,9 +257,10 @@ def test_help_shows_brackets_and_the_text_of_every_argument_once(command: str | 
     assert "\\[" not in text
     if command is None:
         return
-    told = [one for one in COMMANDS.commands[command].params if one.param_type_name == "argument"]
-    assert text.count("rguments:") == min(1, len(told))
-    for argument in told:
+    parameters = COMMANDS.commands[command].params
+    arguments = [one for one in parameters if one.param_type_name == "argument"]
+    assert text.count("rguments:") == min(1, len(arguments))
+    for argument in arguments:
         assert " ".join(str(argument.help).split()) in " ".join(text.split())
         assert ("[required]" in text) == argument.required
 

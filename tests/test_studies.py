@@ -29,8 +29,8 @@ from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.final_masks import final_masks
 from flower_mcepl.report.tables import cells, footnotes, markdown, titles, write_csv
 from flower_mcepl.strategies import GossipStrategy
-from flower_mcepl.studies import Study, compare, find_records, read_study, run_study, runner
-from flower_mcepl.studies.engines import run_in_process
+from flower_mcepl.studies import Study, compare, find_records, read_study, run_study
+from flower_mcepl.studies.engines import ENGINES, run_in_process
 from flower_mcepl.studies.flower_app import FlowerApp, imported_client
 from flower_mcepl.studies.lines import key_lines, line_of_error
 from flower_mcepl.studies.processes import side_by_side
@@ -410,7 +410,7 @@ def test_ctrl_c_stops_the_study_even_where_a_library_makes_another_error_of_it(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     plan = study("[grid]\nseed = [1, 2, 3]\n")
-    in_process = runner.ENGINES["in-process"]
+    in_process = ENGINES["in-process"]
 
     def interrupted(
         app: FlowerApp, config: Mapping[str, Any], folder: Path, log: Callable[[str], None]
@@ -423,7 +423,7 @@ def test_ctrl_c_stops_the_study_even_where_a_library_makes_another_error_of_it(
                 raise ValueError("could not determine the shape") from None
         return in_process(app, config, folder, log)
 
-    monkeypatch.setitem(runner.ENGINES, "in-process", interrupted)
+    monkeypatch.setitem(ENGINES, "in-process", interrupted)
     ended: list[Outcome] = []
     with pytest.raises(KeyboardInterrupt):
         run_study(plan, tell=ended.append)

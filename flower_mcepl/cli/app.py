@@ -1,6 +1,11 @@
-"""All commands of ``flower-mcepl`` together."""
+"""All commands of ``flower-mcepl`` together.
+
+Each imports what loads torch when it is called, so that the others are at once there.
+"""
 
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -30,13 +35,26 @@ for _command in (run, compare, data, doctor, plot, report, show, frame, tensorbo
     app.command(cls=PlainCommand)(_command)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flower-mcepl {metadata.version('flower-mcepl')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _several_commands() -> None:
-    """Let typer keep the names of the commands, however few there are."""
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that are of no command."""
 
 
 def main() -> None:
-    """Run the command line; what goes wrong on purpose is told in one line, with exit code 1."""
+    """Run the command line; a wrong input ends it with one line and exit code 1."""
     spell_unknown()
     try:
         app()

@@ -9,9 +9,7 @@ from flower_mcepl.cli.wide import print_holdings, wide_console
 from flower_mcepl.config.checks import closest
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.launch.plan import parse_run_config
-from flower_mcepl.report.plots.holding_charts import draw_holdings
 from flower_mcepl.report.plots.holdings import holdings_of
-from flower_mcepl.studies.engines import introductions
 from flower_mcepl.studies.flower_app import flat, read_app
 
 
@@ -27,7 +25,7 @@ def data(
         Path | None, typer.Option(help='Draw it into this PNG, too (needs the extra "report").')
     ] = None,
 ) -> None:
-    """Show who holds what, before any run: each agent's examples of each class, split by split.
+    """Show who holds what, before any run: each agent's examples by class and split.
 
     Nothing is trained or sent. The app's agents are built as for a run, so an
     impossible division is told here, too. Classes are counted where an app's labels lie
@@ -55,21 +53,26 @@ def data(
       flower-mcepl data examples/quickstart --run-config
       'partition="dirichlet:alpha=0.3" num-agents=20' --out who.png
     """  # noqa: D301 (click's sign for lines that stay as they are)
-    found = read_app(app.resolve())
+    from flower_mcepl.studies.engines import introductions  # loads torch
+
+    flower_app = read_app(app.resolve())
     settings = flat(parse_run_config(run_config or []))
     for key in settings:
-        if key not in found.config:
-            raise ConfigError(f"{key!r} is not in the app's config. {closest(key, found.config)}")
-    holdings = holdings_of(introductions(found, {**found.config, **settings}))
+        if key not in flower_app.config:
+            known = closest(key, flower_app.config)
+            raise ConfigError(f"{key!r} is not in the app's config. {known}")
+    holdings = holdings_of(introductions(flower_app, {**flower_app.config, **settings}))
     if holdings is None:
         raise ConfigError(
-            f"the data of {found.name} do not tell their classes at little cost. Let its data "
+            f"the data of {flower_app.name} do not tell their classes at little cost. Let its data "
             "function return tensors (images, labels), or data sets with `targets` or a column "
             "`label` of whole numbers."
         )
     console = wide_console()
     print_holdings(holdings, console)
     if out is not None:
+        from flower_mcepl.report.plots.holding_charts import draw_holdings
+
         picture = draw_holdings(holdings)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(picture)

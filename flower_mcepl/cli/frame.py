@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -13,7 +13,9 @@ from rich.text import Text
 
 from flower_mcepl.errors import FrameError
 from flower_mcepl.record.values import human_bytes
-from flower_mcepl.wire import FrameHeader, LayerEntry, read_header
+
+if TYPE_CHECKING:
+    from flower_mcepl.wire import FrameHeader, LayerEntry
 
 _KINDS = {
     0: "every weight",
@@ -36,19 +38,21 @@ def frame(
         ),
     ] = None,
 ) -> None:
-    """Explain a frame: who sent it, what it builds on, how each layer is told, and how many bits that takes.
+    """Explain a frame: its sender, what it builds on, how its layers are coded.
 
     A delta frame does not repeat the names and shapes of its layers; they are taken
     from a whole frame of the same model. Nothing is decoded. The format stands in
     docs/wire-format.md.
     """
+    from flower_mcepl.wire import read_header  # loads torch
+
     data = file.read_bytes()
     header = read_header(data)
     source = None
     if header.fingerprint is None:
-        found = _described(header, [like] if like else sorted(file.parent.glob("*.frame")))
-        if found is not None:
-            source, layers = found
+        described = _described(header, [like] if like else sorted(file.parent.glob("*.frame")))
+        if described is not None:
+            source, layers = described
             header = read_header(data, layers)
     console = Console(width=120, highlight=False, markup=False, soft_wrap=True)
     for line in _lines(header, source):
@@ -57,9 +61,11 @@ def frame(
 
 
 def _described(
-    header: FrameHeader, files: list[Path]
+    header: "FrameHeader", files: list[Path]
 ) -> tuple[Path, dict[str, tuple[int, ...]]] | None:
-    """Return the first file that describes this model, and its layers."""
+    """First file that describes this model, and its layers."""
+    from flower_mcepl.wire import read_header
+
     for file in files:
         try:
             other = read_header(file.read_bytes())
@@ -70,7 +76,7 @@ def _described(
     return None
 
 
-def _lines(header: FrameHeader, source: Path | None) -> Iterator[str]:
+def _lines(header: "FrameHeader", source: Path | None) -> Iterator[str]:
     if header.reference is None:
         kind = "whole: it stands alone"
     elif header.reference == 0:
@@ -87,7 +93,8 @@ def _lines(header: FrameHeader, source: Path | None) -> Iterator[str]:
     weights = sum(_numel(entry) for entry in header.layers)
     if weights:
         bits = 8 * header.total / weights
-        yield f"{bits:.4g} bit per weight, {32 / bits:,.0f} times less than fp32 ({weights:,} weights)"
+        less = f"{32 / bits:,.0f} times less than fp32"
+        yield f"{bits:.4g} bit per weight, {less} ({weights:,} weights)"
     if header.fingerprint is not None:
         yield f"frozen weights {header.fingerprint}, model {header.model}, content {header.content}"
     else:
@@ -95,10 +102,13 @@ def _lines(header: FrameHeader, source: Path | None) -> Iterator[str]:
     if source is not None:
         yield f"names and shapes from {source.name}"
     elif not weights and header.layers:
-        yield "names and shapes are not in this frame: pass a whole frame of the same model with --like"
+        yield (
+            "names and shapes are not in this frame: pass a whole frame of the same model with "
+            "--like"
+        )
 
 
-def _table(header: FrameHeader) -> Table:
+def _table(header: "FrameHeader") -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for title, justify in (
         ("layer", "left"),
@@ -118,13 +128,13 @@ def _table(header: FrameHeader) -> Table:
         shape = "?" if entry.shape is None else "x".join(map(str, entry.shape)) or "scalar"
         weights = "?" if entry.shape is None else f"{_numel(entry):,}"
         coded = entry.kind >= 2
-        told = f"{entry.num_listed:,}" if coded else ""
+        listed = f"{entry.num_listed:,}" if coded else ""
         entropy = human_bytes(_entropy(entry) / 8) if coded and entry.shape is not None else ""
-        table.add_row(*map(Text, (name, shape, weights, _how(entry), told, entropy)))
+        table.add_row(*map(Text, (name, shape, weights, _how(entry), listed, entropy)))
     return table
 
 
-def _how(entry: LayerEntry) -> str:
+def _how(entry: "LayerEntry") -> str:
     parts = [_KINDS[entry.kind]] if entry.kind or entry.precision is None else []
     if entry.with_classes:
         parts.append("by classes")
@@ -139,11 +149,11 @@ def _how(entry: LayerEntry) -> str:
     return ", ".join(parts)
 
 
-def _numel(entry: LayerEntry) -> int:
+def _numel(entry: "LayerEntry") -> int:
     return 0 if entry.shape is None else math.prod(entry.shape)
 
 
-def _entropy(entry: LayerEntry) -> float:
+def _entropy(entry: "LayerEntry") -> float:
     share = entry.num_listed / max(_numel(entry), 1)
     if not 0 < share < 1:
         return 0.0

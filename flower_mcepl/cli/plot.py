@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from flower_mcepl.cli.wide import wide_console
-from flower_mcepl.report.plots.gallery import draw_gallery, write_gallery
 from flower_mcepl.studies.sources import read_sources
 
 
@@ -23,7 +22,7 @@ def plot(
         ),
     ] = None,
 ) -> None:
-    """Draw run records: what they reached, at what cost, and how the agents' masks relate.
+    """Draw run records: what they reached, at what cost, how the masks relate.
 
     \b
       accuracy-rounds.png    accuracy by round: a line for each combination of settings
@@ -50,6 +49,8 @@ def plot(
       flower-mcepl plot runs/ablation --out pictures
       flower-mcepl plot examples/paper/2-ablation.toml
     """  # noqa: D301 (click's sign for lines that stay as they are)
+    from flower_mcepl.report.plots.gallery import draw_gallery, write_gallery  # loads torch
+
     source = read_sources(records)
     gallery = draw_gallery(source.runs)
     console = wide_console()

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from flower_mcepl.report.page.report_page import report_page
 from flower_mcepl.studies.sources import read_source
 
 
@@ -37,9 +36,11 @@ def report(
       flower-mcepl report examples/paper/2-ablation.toml --out ablation.html
       flower-mcepl report runs/20260131-141500-ring
     """  # noqa: D301 (click's sign for lines that stay as they are)
-    found = read_source(source)
-    target = found.folder / "report.html" if out is None else out
-    page = report_page(found)
+    from flower_mcepl.report.page.report_page import report_page  # loads torch
+
+    records = read_source(source)
+    target = records.folder / "report.html" if out is None else out
+    page = report_page(records)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8", newline="\n")
     sys.stdout.write(f"{target}\n")

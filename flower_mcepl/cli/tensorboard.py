@@ -58,7 +58,7 @@ def tensorboard(
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """Return each folder's name, with its parent's in front where two are called the same."""
+    """Name of each folder, its parent's in front where two are called the same."""
     names = [folder.name for folder in folders]
     return [
         f"{folder.parent.name}-{folder.name}" if names.count(folder.name) > 1 else folder.name

@@ -12,14 +12,14 @@ _WIDEST = 1000  # columns of a table
 
 
 def wide_console() -> Console:
-    """Return a console that breaks no line itself, and shows text as it is."""
+    """Console that breaks no line itself, and shows text as it is."""
     # The file is named, as runs in this process have their standard output sent to a
     # log.
     return Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_table(table: Table) -> None:
-    """Print a table as wide as its cells are; rich would cut them to fit the terminal."""
+    """Print a table as wide as its cells; rich would fit it to the terminal."""
     Console(file=sys.stdout, width=_WIDEST).print(table, crop=False)
 
 

@@ -1,4 +1,4 @@
-"""One agent of a run before the run: its settings, graph, data and weights, and what a round would cost it."""
+"""Checks of one agent before a run: settings, graph, data, weights, cost of a round."""
 
 import contextlib
 import shutil
@@ -126,12 +126,15 @@ def _judge_graph(check: Examination, run: AppRun, graph: Topology) -> None:
     if connected:
         check.ok(found, **values)
     else:
-        remedy = "Agents of separate parts never learn from each other: add links, or change topology or seed."
+        remedy = (
+            "Agents of separate parts never learn from each other: add links, or change topology "
+            "or seed."
+        )
         check.warn(found, remedy, **values)
 
 
 def _is_connected(graph: Topology, num_rounds: int) -> bool:
-    """Say whether everyone reaches everyone; where neighbors change, over the links of all rounds so far."""
+    """Whether everyone reaches everyone, over the links of all rounds so far."""
     if not graph.time_varying:
         return graph.is_connected()
     links: set[tuple[int, int]] = set()
@@ -184,7 +187,7 @@ def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
 
 
 def _is_own_client(app: FlowerApp) -> bool:
-    """Tell whether the app's clientapp is one that neither `make_client_app` nor `make_agent_app` made."""
+    """Whether neither `make_client_app` nor `make_agent_app` made the clientapp."""
     with imported_component(app) as client:
         if not callable(client):
             raise ConfigError(
@@ -239,7 +242,8 @@ def _weights(facts: Mapping[str, Any]) -> Finding:
 
 def _tell_time(check: Examination, trial: Trial, agent: Agent, device: DeviceSettings) -> None:
     where = f"{getattr(agent, 'device', 'cpu')}, threads = {device.threads}"
-    measured = f"measured now on this machine: {where}, median of {len(trial.seconds)} rounds after a warm-up"
+    median = f"median of {len(trial.seconds)} rounds after a warm-up"
+    measured = f"measured now on this machine: {where}, {median}"
     values = {"train_seconds": trial.train_seconds, "rounds": len(trial.seconds), "device": where}
     if trial.steps is None:
         check.ok(

@@ -1,4 +1,7 @@
-"""All checks in their order: the machine, then the run, then the SuperLink."""
+"""All checks in their order: the machine, then the run, then the SuperLink.
+
+Those that load torch are imported as they begin.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,18 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.config.fields import read_fields
-from flower_mcepl.doctor.app_run import examine_run
 from flower_mcepl.doctor.findings import Examination, Finding
-from flower_mcepl.doctor.machine import (
-    check_disk,
-    check_shared_memory,
-    check_state_folder,
-    check_torch,
-)
 from flower_mcepl.doctor.packages import check_extras, check_packages, check_python
 from flower_mcepl.doctor.superlink import SuperLink, check_superlink
 from flower_mcepl.launch.plan import parse_run_config
-from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.studies.flower_app import read_app
 
 
@@ -33,7 +28,7 @@ class Order:
 
 
 def examine(order: Order) -> Iterator[Finding]:
-    """Give each finding as it comes; nothing is raised but what ends the process."""
+    """Findings as they come; nothing is raised but what ends the process."""
     with Examination("settings", remedy="Write settings as 'key=value key=\"text\"'.") as check:
         run_config = parse_run_config(order.run_config)
         node_config = parse_run_config(order.node_config)
@@ -49,6 +44,8 @@ def examine(order: Order) -> Iterator[Finding]:
     if not order.node_config:  # devices keep no records
         yield _record_disk(config, needed=order.app is not None)
     if order.app is not None and not check.failed:
+        from flower_mcepl.doctor.app_run import examine_run
+
         yield from examine_run(order.app, run_config, node_config, alone=bool(order.node_config))
     if order.superlink is not None:
         yield from check_superlink(order.superlink)
@@ -57,6 +54,9 @@ def examine(order: Order) -> Iterator[Finding]:
 def _examine_machine(
     config: Mapping[str, Any], node_config: Mapping[str, Any]
 ) -> Iterator[Finding]:
+    from flower_mcepl.doctor import machine
+    from flower_mcepl.runs.settings import DeviceSettings
+
     yield check_python()
     yield check_packages()
     yield check_extras()
@@ -67,7 +67,7 @@ def _examine_machine(
         device = read_fields(DeviceSettings, {**config, **node_config})
     if check.failed:
         yield check.finding
-    yield check_torch(device)
+    yield machine.check_torch(device)
     with Examination(
         "state-disk", remedy="Set state-dir to an absolute path in --node-config."
     ) as check:
@@ -75,14 +75,18 @@ def _examine_machine(
     if check.failed:
         yield check.finding
     elif folder is not None:
-        yield check_disk("state-disk", folder, "agents' states", "state-dir, an absolute path")
-    yield check_state_folder(device)
-    shared = check_shared_memory()
+        key = "state-dir, an absolute path"
+        yield machine.check_disk("state-disk", folder, "agents' states", key)
+    yield machine.check_state_folder(device)
+    shared = machine.check_shared_memory()
     if shared is not None:
         yield shared
 
 
 def _record_disk(config: Mapping[str, Any], *, needed: bool) -> Finding:
+    from flower_mcepl.doctor.machine import check_disk
+    from flower_mcepl.runs.settings import RunSettings
+
     folder = Path(str(config.get("record-dir", RunSettings().record_dir)))
     return check_disk(
         "record-disk",
@@ -94,7 +98,7 @@ def _record_disk(config: Mapping[str, Any], *, needed: bool) -> Finding:
 
 
 def _app_config(app: Path | None) -> dict[str, Any]:
-    """Return the app's own settings; that it has none is for the check of the run to tell."""
+    """App's own settings; that it has none is for the check of the run to tell."""
     with Examination("app", remedy="") as check:
         config = {} if app is None else read_app(app.resolve()).config
     return {} if check.failed else config

@@ -1,4 +1,4 @@
-"""What a check found, and what to do about it; whatever goes wrong in a check is a finding, too."""
+"""Findings of checks, each with a remedy; an error in a check is a finding, too."""
 
 import contextlib
 import sys
@@ -36,7 +36,7 @@ class Finding:
 
 @final
 class Examination:
-    """One check: a block that says what it found, and whose errors become the finding; silence is ok.
+    """One check: a block that reports a finding; its errors become one, silence is ok.
 
     What the block prints, as an app's functions may, goes to standard error.
 

@@ -1,4 +1,4 @@
-"""The machine on which an agent would run: where it calculates, and where it keeps its state."""
+"""Checks of the machine: where an agent calculates, and where it keeps its state."""
 
 import contextlib
 import os
@@ -59,7 +59,7 @@ def check_torch(settings: DeviceSettings) -> Finding:
 def check_disk(
     check_name: str, folder: Path, what: str, key: str, *, needed: bool = True
 ) -> Finding:
-    """Look how much is free where a folder is, or would be made; only where it is `needed` does the check fail."""
+    """Check the free space where a folder is or would be; fail where it is `needed`."""
     remedy = f"{_FREE_SOMETHING}: {key}."
     with Examination(check_name, remedy=remedy) as check:
         place = existing(folder)
@@ -81,7 +81,7 @@ def check_disk(
 
 
 def check_state_folder(settings: DeviceSettings) -> Finding:
-    """Write a tiny state into the state folder as an agent does, read it back, and remove it."""
+    """Write a tiny state into the state folder, read it back, and remove it."""
     remedy = (
         "Give this process the right to write there and room on that disk, or set state-dir to "
         "another absolute path in the SuperNode's --node-config."
@@ -104,7 +104,7 @@ def check_state_folder(settings: DeviceSettings) -> Finding:
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding | None:
-    """Look whether Ray, where it is installed, has shared memory to pass messages through."""
+    """Check the shared memory through which Ray, if installed, passes messages."""
     if find_spec("ray") is None or not folder.is_dir():
         return None
     with Examination("shared-memory", remedy="Mount it, or run where it is mounted.") as check:
@@ -150,7 +150,7 @@ def _write_and_read_back(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Let the folder exist while the block runs; what was not there before is gone after it."""
+    """Let the folder exist while the block runs; remove what it made for that."""
     new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ def check_packages() -> Finding:
 
 
 def check_extras() -> Finding:
-    """Say which extras are installed; a missing one is no fault, one of a wrong version is."""
+    """Check the extras; one of a wrong version is a fault, a missing one is none."""
     with Examination("extras", remedy=_INSTALL) as check:
         extras = metadata.metadata(PROJECT).get_all("Provides-Extra") or []
         states = {extra: _state(extra) for extra in sorted(extras) if extra not in _NOT_FOR_USERS}
@@ -96,7 +96,7 @@ def _told(extra: str, state: str, problems: list[str]) -> str:
 
 
 def _demands(distribution: str, extra: str = "") -> "list[Requirement]":
-    """Return what a distribution needs on this machine; with an extra, what that adds."""
+    """Needs of a distribution on this machine; with an extra, what that adds."""
     from packaging.requirements import Requirement
 
     found = [Requirement(line) for line in metadata.requires(distribution) or ()]

@@ -1,4 +1,7 @@
-"""Whether a SuperLink can be reached as a SuperNode would: connection, then TLS. Nothing is sent over either."""
+"""Check that a SuperLink can be reached as by a SuperNode: connection, then TLS.
+
+Nothing is sent over either.
+"""
 
 import contextlib
 import re
@@ -127,7 +130,7 @@ def _check_tls(link: SuperLink, check: Examination) -> None:
 
 
 def _check_plain(link: SuperLink, check: Examination) -> None:
-    """Begin TLS without trusting anyone: where that works, a SuperNode with --insecure would not."""
+    """Begin TLS without trust: where it works, a SuperNode with --insecure fails."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:

@@ -1,4 +1,4 @@
-"""A few rounds of one agent alone, thrown away afterwards: how long a local step takes, how large what it sends is."""
+"""Trial of a few rounds of one agent alone: time of a local step, size of frames."""
 
 import statistics
 import time
@@ -20,7 +20,7 @@ _SEAL = 26  # bytes of a stored state before its body, see `flower_mcepl.files.s
 
 @dataclass(frozen=True)
 class Trial:
-    """What a few rounds of one agent took; its neighbors' masks are those that all agents begin with."""
+    """Cost of a few rounds of one agent; neighbors' masks are the common first ones."""
 
     seconds: list[float]  # of training in each timed round
     steps: int | None  # local steps in a round, None where the app's own function takes them
@@ -41,7 +41,7 @@ class Trial:
         return round(statistics.median(self.delta_bytes))
 
     def state_bytes(self, neighbors: int) -> int:
-        """Size of the largest stored state of an agent with so many neighbors to hear."""
+        """Size of the largest stored state of an agent with so many neighbors."""
         return self.own_state_bytes + neighbors * self.neighbor_state_bytes
 
 

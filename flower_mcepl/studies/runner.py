@@ -1,4 +1,4 @@
-"""Carrying out a study: what is finished stays, what is not is done, whatever happens in between.
+"""Runner of studies: what is finished stays, what is not is done, come what may.
 
 ::
 
@@ -7,7 +7,7 @@
     ├── logs/                    one log a run, of its last attempt
     ├── compare.md, compare.csv  the table over all finished runs
     ├── study.toml               the study file of the last start
-    ├── .unfinished/             records of runs that go on or have failed; the next start clears it
+    ├── .unfinished/             runs that go on or failed; the next start clears it
     └── .lock                    held while a process is at work here
 """
 
@@ -29,7 +29,6 @@ from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.compare import compare
 from flower_mcepl.report.tables import write_csv, write_markdown
-from flower_mcepl.studies.engines import ENGINES
 from flower_mcepl.studies.flower_app import FlowerApp
 from flower_mcepl.studies.processes import side_by_side
 from flower_mcepl.studies.study import PlannedRun, Study
@@ -51,12 +50,12 @@ class Task:
 
     @property
     def record(self) -> Path:
-        """Where the record of the finished run stands."""
+        """Folder of the finished run's record."""
         return self.out / self.run.slug
 
     @property
     def log(self) -> Path:
-        """What the run said."""
+        """Log of the run's last attempt."""
         return self.out / LOGS / f"{self.run.slug}.log"
 
 
@@ -69,20 +68,15 @@ class Outcome:
 
 
 def tasks_of(study: Study) -> list[Task]:
-    """Return the study's runs as tasks."""
+    """Runs of the study as tasks."""
     return [Task(study.name, study.app, study.engine, study.out, run) for run in study.runs]
 
 
 def is_finished(task: Task) -> bool:
-    """Tell whether the record of exactly this run is there, and complete."""
+    """Whether the record of exactly this run is there, and complete."""
     with contextlib.suppress(RecordError, OSError):
         run = read_run(task.record)
-        digest = (run.config.get("study") or {}).get("digest")
-        return (
-            run.summary is not None
-            and run.summary.get("status") == "finished"
-            and digest == task.run.digest
-        )
+        return run.finished and run.study.get("digest") == task.run.digest
     return False
 
 
@@ -137,12 +131,12 @@ def run_study(
 
 
 def finished_runs(study: Study) -> list[Run]:
-    """Return the records of the study's finished runs, in the study's order."""
+    """Records of the study's finished runs, in the study's order."""
     return [read_run(task.record) for task in tasks_of(study) if is_finished(task)]
 
 
 def strangers(study: Study) -> list[Path]:
-    """Return the records in the study's folder that belong to none of its runs, as an earlier version left them."""
+    """Records in the study's folder that are of none of its runs as it is now."""
     own = {task.record for task in tasks_of(study)}
     return sorted(path.parent for path in study.out.glob("*/config.json") if path.parent not in own)
 
@@ -161,7 +155,7 @@ def _attempts(tasks: Sequence[Task], jobs: int) -> Attempts:
 
 
 def attempt(task: Task) -> str | None:
-    """Carry out one run; return what went wrong, which stands in its log with the traceback."""
+    """Carry out one run; return what went wrong (its log has the traceback)."""
     # what an app prints may hold names of files that are no text
     with open(task.log, "w", encoding="utf-8", errors="backslashreplace", buffering=1) as log:
         interrupts: list[int] = []
@@ -187,7 +181,7 @@ def attempt(task: Task) -> str | None:
 
 @contextlib.contextmanager
 def _noting(interrupts: list[int]) -> Iterator[None]:
-    """Note each Ctrl-C of a block: a library may make another error of the KeyboardInterrupt on its way up."""
+    """Note each Ctrl-C of a block: a library may make another error of it."""
 
     def note(signum: int, frame: object) -> NoReturn:
         interrupts.append(signum)
@@ -210,6 +204,8 @@ def _write(log: Any, line: str) -> None:
 
 def _carry_out(task: Task, log: Callable[[str], None]) -> None:
     """Leave the finished record in its place, in one step at the very end."""
+    from flower_mcepl.studies.engines import ENGINES  # loads torch
+
     if task.record.exists():
         shutil.rmtree(task.record)
     unfinished = task.out / UNFINISHED

@@ -1,4 +1,7 @@
-"""A study: one Flower app, many run configs, all of them checked before the first run."""
+"""Studies: one Flower app, many run configs, all of them checked before the first run.
+
+What the checks need of agents and runs loads torch, so it is imported as they begin.
+"""
 
 import hashlib
 import json
@@ -8,13 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flower_mcepl.agents.registry import algorithm_keys
 from flower_mcepl.config.checks import closest
-from flower_mcepl.config.fields import field_keys
 from flower_mcepl.errors import ConfigError, FlowerMceplError
 from flower_mcepl.launch.plan import format_run_config
-from flower_mcepl.runs.settings import DeviceSettings, RunSettings
-from flower_mcepl.studies.engines import ENGINES
+from flower_mcepl.record.pools import varied
 from flower_mcepl.studies.flower_app import FlowerApp, read_app
 from flower_mcepl.studies.study_file import Combination, StudyFile
 
@@ -61,6 +61,8 @@ def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
         If anything in it is unknown, impossible or of the wrong type; the message names
         file and line.
     """
+    from flower_mcepl.studies.engines import ENGINES
+
     file = StudyFile.read(path, overrides)
     name, engine = file.data.get("name", path.stem), file.data.get("engine", "flower")
     if engine not in ENGINES:
@@ -81,10 +83,10 @@ def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
         _check(file, app, combination, engine)
     configs = [_whole(app, combination.settings) for combination in combinations]
     _refuse_duplicates(file, combinations, configs)
-    varied = _varied(configs)
-    runs = [_plan(app, *pair, varied) for pair in zip(combinations, configs, strict=True)]
-    out = Path(file.data.get("out", Path("studies") / _plain(name)))
-    return Study(path, name, app, engine, out.absolute(), target, varied, tuple(runs))
+    keys = varied(configs)
+    runs = [_plan(app, *pair, keys) for pair in zip(combinations, configs, strict=True)]
+    out = Path(file.data.get("out", Path("studies") / _folder_name(name)))
+    return Study(path, name, app, engine, out.absolute(), target, keys, tuple(runs))
 
 
 def _whole(app: FlowerApp, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,35 +94,26 @@ def _whole(app: FlowerApp, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plan(
-    app: FlowerApp, combination: Combination, config: dict[str, Any], varied: Sequence[str]
+    app: FlowerApp, combination: Combination, config: dict[str, Any], keys: Sequence[str]
 ) -> PlannedRun:
     text = json.dumps({"app": app.name, "config": config}, sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    said = [] if combination.label is None else [_plain(combination.label)]
-    said += [_part(key, config[key]) for key in varied if key not in combination.fixed]
-    slug = "_".join([*said, digest[:8]]) if said else f"run_{digest[:8]}"
+    parts = [] if combination.label is None else [_folder_name(combination.label)]
+    parts += [_part(key, config[key]) for key in keys if key not in combination.fixed]
+    slug = "_".join([*(parts or ["run"]), digest[:8]])
     if len(slug) > _SLUG:
         slug = f"{slug[: _SLUG - 9]}_{digest[:8]}"
     return PlannedRun(slug, combination.label, combination.settings, config, digest)
 
 
 def _part(key: str, value: Any) -> str:
-    words = _plain(str(value))[:_PART]
+    words = _folder_name(str(value))[:_PART]
     return words if isinstance(value, str) and words[:1].isalpha() else f"{key}-{words}"
 
 
-def _plain(text: str) -> str:
-    """Return a text as it may stand in the name of a folder."""
+def _folder_name(text: str) -> str:
+    """A text as it may stand in the name of a folder."""
     return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "-"
-
-
-def _varied(configs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    keys = dict.fromkeys(key for config in configs for key in config)
-    return tuple(key for key in keys if len({_exact(config[key]) for config in configs}) > 1)
-
-
-def _exact(value: Any) -> tuple[type, Any]:
-    return type(value), value  # True == 1 == 1.0
 
 
 # --- what can be wrong ---
@@ -153,16 +146,23 @@ def _check(file: StudyFile, app: FlowerApp, combination: Combination, engine: st
 
 
 def _wrong_type(key: str, value: Any, default: Any) -> str | None:
-    """Say what is wrong with a value of a key that only the app itself reads; its default says the type."""
+    """Fault in the type of a key that only the app reads: its default has the type."""
+    from flower_mcepl.agents.registry import algorithm_keys
+    from flower_mcepl.config.fields import field_keys
+    from flower_mcepl.runs.settings import DeviceSettings, RunSettings
+
     if key in field_keys(RunSettings, DeviceSettings) | algorithm_keys():
         return None  # their readers know better: a ratio may be a number or a text
     if type(value) is type(default) or (type(value) is int and isinstance(default, float)):
         return None
-    return f"{key} must be {type(default).__name__}, as in the app's config ({default!r}); got {value!r}."
+    kind = type(default).__name__
+    return f"{key} must be {kind}, as in the app's config ({default!r}); got {value!r}."
 
 
 def _problem(app: FlowerApp, settings: Mapping[str, Any]) -> str | None:
-    """Say why a run with these settings is impossible."""
+    """Reason why a run with these settings is impossible."""
+    from flower_mcepl.runs.settings import RunSettings
+
     try:
         RunSettings.from_run_config(_whole(app, settings), app_keys=app.config)
     except (FlowerMceplError, OSError) as error:
@@ -173,7 +173,7 @@ def _problem(app: FlowerApp, settings: Mapping[str, Any]) -> str | None:
 def _explain(
     file: StudyFile, app: FlowerApp, combination: Combination, problem: str
 ) -> ConfigError:
-    """Name the line of the key that is at fault: without it, the run would be possible."""
+    """Error at the line of the key at fault: without it, the run would be possible."""
     settings = combination.settings
     guilty = [
         key
@@ -206,13 +206,12 @@ def _refuse_duplicates(
 ) -> None:
     seen: dict[frozenset[Any], Combination] = {}
     for combination, config in zip(combinations, configs, strict=True):
-        key = frozenset((name, _exact(value)) for name, value in config.items())
+        key = frozenset((name, type(value), value) for name, value in config.items())
         if key in seen:
+            settings = ", ".join(f"{k} = {value!r}" for k, value in combination.settings.items())
             raise file.error(
                 combination.origin,
                 f"this asks for a run that the table on line {file.line(seen[key].origin)} asks "
-                "for, too: "
-                f"{', '.join(f'{name} = {value!r}' for name, value in combination.settings.items())}. "
-                "Leave one out.",
+                f"for, too: {settings}. Leave one out.",
             )
         seen[key] = combination
