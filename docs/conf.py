@@ -45,6 +45,7 @@ CONTENTS = {
         "examples/cifar10/README",
         "examples/deployment/README",
         "examples/paper/README",
+        "examples/extension/README",
     ],
     "Reference": [
         "docs/run-record",
@@ -83,6 +84,7 @@ _log = logging.getLogger(__name__)
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the steps below; Sphinx calls this."""
+    load_lazy_names()
     app.connect("source-read", add_contents)
     app.connect("autodoc-skip-member", skip_constants)
     app.connect("autodoc-process-docstring", explain_fields, priority=100)  # before napoleon
@@ -90,6 +92,12 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("build-finished", check_public_names)
     app.connect("build-finished", make_index)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def load_lazy_names() -> None:
+    """Load what the faces load only when asked; autodoc sees it then in ``dir()``."""
+    for face in map(importlib.import_module, FACES):
+        vars(face).update({name: getattr(face, name) for name in face.__all__})
 
 
 def add_contents(app: Sphinx, page: str, source: list[str]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flower_mcepl.agents import ALGORITHMS, MceplConfig
+from flower_mcepl.agents import ALGORITHMS, Algorithm, MceplConfig
 from flower_mcepl.data import DataSettings
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 
@@ -50,6 +50,8 @@ NOTES = {
     "eval-batch-size": "examples a batch in evaluation; large ones are slower on a CPU",
     "lr": "η > 0: step size on the weights",
     "lr-rounds": "length of the cosine in rounds; 0: `num-rounds`",
+    "fusion": 'how the neighbors\' masks count: `"mcepl"`, `"mask-averaging"`, `"none"`, or a rule '
+    "[of your own](extending.md)",
     "group-lasso": "λ >= 0: weight of the group lasso on the scores",
     "anneal-rounds": "T: rounds in which the share of weights that move falls to zero",
     "record-dir": "folder in which the run record is made, relative to the SuperLink's working "
@@ -113,8 +115,10 @@ def meaning(cls: type, name: str) -> str:
 
 def as_markdown(comment: str) -> str:
     """A comment with its values and its fields as code; fields bear their keys."""
-    text = re.sub(r'"[^"]*"', r"`\g<0>`", comment)
-    return re.sub(r"\b[a-z]+(?:_[a-z]+)+\b", lambda match: f"`{key_of(match[0])}`", text)
+    code = r'"[^"]*"|\bflower_mcepl(?:\.\w+)+'
+    text = re.sub(code, r"`\g<0>`", comment)
+    field = r"(?<![`.])\b[a-z]+(?:_[a-z]+)+\b(?!\.)"
+    return re.sub(field, lambda match: f"`{key_of(match[0])}`", text)
 
 
 def key_of(name: str) -> str:
@@ -153,8 +157,8 @@ def algorithms_table() -> str:
     """Every key of the algorithms: who reads it, and its defaults."""
     defaults: dict[str, dict[str, Any]] = {}
     texts: dict[str, str] = {}
-    for name, algorithm in ALGORITHMS.items():
-        for key, value, text in algorithm_keys(algorithm.config):
+    for name, algorithm in built_in().items():
+        for key, value, text in algorithm_keys(algorithm):
             defaults.setdefault(key, {})[name] = value
             texts.setdefault(key, text)
     return rows(
@@ -166,22 +170,32 @@ def algorithms_table() -> str:
     )
 
 
-def algorithm_keys(config: type) -> Iterable[tuple[str, Any, str]]:
-    """Key, default and meaning of one algorithm's settings."""
+def built_in() -> dict[str, Algorithm]:
+    """The algorithms of this package, without those of others that are installed."""
+    own = (
+        name for name in ALGORITHMS if ALGORITHMS[name].agent.__module__.startswith("flower_mcepl.")
+    )
+    return {name: ALGORITHMS[name] for name in own}
+
+
+def algorithm_keys(algorithm: Algorithm) -> Iterable[tuple[str, Any, str]]:
+    """Key, default and meaning of the settings that an algorithm reads."""
+    config, read = algorithm.config, algorithm.keys()
     for field in dataclasses.fields(config):
         if field.name == "retention":
             ratios = {f"retention-{kind}": ratio for kind, ratio in MceplConfig().retention.items()}
             for key, value in {**ratios, "retention-layers": ""}.items():
                 yield key, value, NOTES[key]
-        elif field.name != "first_retention":
+        elif key_of(field.name) in read:
             yield key_of(field.name), field.default, meaning(config, field.name)
 
 
 def readers(values: dict[str, Any]) -> str:
     """Who reads a key."""
-    masks = [name for name in ALGORITHMS if issubclass(ALGORITHMS[name].config, MceplConfig)]
+    known = built_in()
+    masks = [name for name in known if issubclass(known[name].config, MceplConfig)]
     others = [name for name in values if name not in masks]
-    if len(values) == len(ALGORITHMS):
+    if len(values) == len(known):
         return "all"
     if set(masks) <= set(values):
         return ", ".join(["mcepl and its ablations", *others])
