@@ -31,7 +31,7 @@ ROOMS = {
     "exchange": "errors config files wire topology agents",
     "messages": "errors agents exchange",
     "record": "errors files",
-    "runs": "errors streams config files data topology agents exchange messages record terminal",
+    "runs": "errors streams config files data topology agents exchange record terminal",
     "clients": "errors streams config data masks agents exchange messages runs",
     "strategies": "errors config files masks topology agents exchange messages record runs report",
     "report": "errors streams config record masks agents terminal",

@@ -27,7 +27,7 @@ from flower_mcepl.clients import app as client_app
 from flower_mcepl.clients import make_agent_app, make_client_app
 from flower_mcepl.clients.memory import STATE
 from flower_mcepl.exchange.parcels import Answer
-from flower_mcepl.messages.handshake import read_identity
+from flower_mcepl.messages.identity import read_identity
 from flower_mcepl.messages.limits import LIMITS
 from flower_mcepl.wire import FrameHeader, read_header
 

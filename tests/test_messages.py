@@ -18,7 +18,7 @@ from flower_mcepl import AnswerError, ConfigError
 from flower_mcepl.agents.array_layout import ArrayLayout
 from flower_mcepl.exchange.parcels import Answer, Parcel, Posted
 from flower_mcepl.messages import answer as answers
-from flower_mcepl.messages.handshake import identity, is_question, question, read_identity
+from flower_mcepl.messages.identity import identity, is_question, question, read_identity
 from flower_mcepl.messages.limits import LIMITS, is_setting
 from flower_mcepl.messages.order import AppInput, Order, is_order
 

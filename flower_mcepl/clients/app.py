@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_mcepl.agents import Agent, agent_file, make_agent, save_state
+from flower_mcepl.agents.handshake import introduction
 from flower_mcepl.clients.device import (
     DataFn,
     agent_index,
@@ -30,7 +31,7 @@ from flower_mcepl.exchange.turn import Reply, open_mail, play_round, refusal
 from flower_mcepl.masks.model import shared_module
 from flower_mcepl.messages.answer import to_records
 from flower_mcepl.messages.envelope import open_envelope
-from flower_mcepl.messages.handshake import identity, introduction
+from flower_mcepl.messages.identity import identity
 from flower_mcepl.messages.limits import LIMITS
 from flower_mcepl.messages.order import Order
 from flower_mcepl.runs.generation import Generation

@@ -20,7 +20,7 @@ from flower_mcepl.clients.app import AgentApp, introduce, make_agent_app, naming
 from flower_mcepl.clients.device import agent_index
 from flower_mcepl.clients.metric_names import read_evaluation, read_training
 from flower_mcepl.errors import AnswerError, ConfigError
-from flower_mcepl.messages.handshake import is_question
+from flower_mcepl.messages.identity import is_question
 from flower_mcepl.messages.order import AppInput, Order, is_order
 
 CallNext = Callable[[Message, Context], Message]

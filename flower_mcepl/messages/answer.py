@@ -9,6 +9,7 @@ import json
 import math
 from typing import Any
 
+from flower_mcepl.agents.handshake import PARAMETERS
 from flower_mcepl.errors import AnswerError, CorruptFrameError
 from flower_mcepl.exchange.parcels import Answer, FrameT, Posted
 from flower_mcepl.messages import keys
@@ -40,7 +41,7 @@ def to_records(
     """Records of an answer, made by ``arrays``, ``configs`` and ``metrics``."""
     facts = dict(answer.facts)
     if answer.introduces:
-        facts[keys.PARAMETERS] = json.dumps(facts[keys.PARAMETERS])
+        facts[PARAMETERS] = json.dumps(facts[PARAMETERS])
     lists = {
         keys.REFUSED: answer.refused,
         keys.LACKING: answer.lacking,
@@ -87,10 +88,10 @@ def from_records(records: Records, limits: Limits = LIMITS) -> Answer[Any]:
         fields.rest.get(keys.CONTENT),
     )
     content = fields.digest(keys.CONTENT) if posts else None
-    introduces = keys.PARAMETERS in fields
+    introduces = PARAMETERS in fields
     facts = _read_handshake(fields) if introduces else {}
     if not introduces:
-        rule = f"facts must come as a whole handshake, {keys.PARAMETERS} included"
+        rule = f"facts must come as a whole handshake, {PARAMETERS} included"
         fields.check(not fields.rest, rule, [*fields.rest])
     return Answer(
         facts={keys.NUMBER: number, **facts},
@@ -153,8 +154,8 @@ def _read_handshake(fields: Fields) -> dict[str, Any]:
     """What is left: facts of `Agent.describe`, which algorithms choose; parameters."""
     fields.check_names(entries=fields.limits.names)
     facts = dict(fields.rest)
-    facts[keys.PARAMETERS] = fields.json(
-        keys.PARAMETERS, most=fields.limits.parameters, depth=fields.limits.depth
+    facts[PARAMETERS] = fields.json(
+        PARAMETERS, most=fields.limits.parameters, depth=fields.limits.depth
     )
     for key in _COUNTS:
         if key in fields:

@@ -39,7 +39,6 @@ KEY_FRAME = "key-frame"
 # --- keys of AGENT beside those of `Agent.describe`; lists are left out if empty ---
 NUMBER = "agent"
 FRESH = "fresh"  # the agent began without a saved state
-PARAMETERS = "parameters"  # JSON of `Agent.parameters`; makes the facts a handshake
 REFUSED = "refused"  # list of texts
 LACKING = "lacking"  # neighbors whose frames build on some that the agent does not hold
 # which round of which neighbor is held

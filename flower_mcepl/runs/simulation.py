@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.agents import Agent, agent_file, save_state
+from flower_mcepl.agents.handshake import check_common_ground, introduction
 from flower_mcepl.agents.server import Server
 from flower_mcepl.errors import ConfigError, RecordError, TopologyError
 from flower_mcepl.exchange.center import Center
@@ -13,7 +14,6 @@ from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, Parcel, Posted
 from flower_mcepl.exchange.relay import Relay
 from flower_mcepl.exchange.turn import Reply, open_mail, play_round
-from flower_mcepl.messages.handshake import check_common_ground, introduction
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.book import RunBook, open_book
 from flower_mcepl.runs.generation import Generation

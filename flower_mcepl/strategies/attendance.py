@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flower_mcepl.errors import RosterError
-from flower_mcepl.messages.handshake import question, read_identity
+from flower_mcepl.messages.identity import question, read_identity
 from flower_mcepl.strategies.roster import Roster
 
 logger = getLogger("flwr")

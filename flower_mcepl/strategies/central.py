@@ -9,10 +9,10 @@ from flwr.app import Array, Context
 from torch import nn
 
 from flower_mcepl.agents import find_algorithm, make_server, save_state
+from flower_mcepl.agents.handshake import check_common_ground
 from flower_mcepl.agents.server import Server
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.masks.model import shared_module
-from flower_mcepl.messages.handshake import check_common_ground
 from flower_mcepl.runs.options import RoundKeywords, RoundOptions
 from flower_mcepl.runs.settings import RunSettings, recorded
 from flower_mcepl.runs.simulation import SERVER_FILE

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from flower_mcepl.agents.handshake import check_common_ground
 from flower_mcepl.errors import RosterError
-from flower_mcepl.messages.handshake import check_common_ground
 
 
 class Roster:

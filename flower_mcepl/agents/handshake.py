@@ -1,12 +1,12 @@
-"""Handshake: which agent a node is, what it says of itself, and what all share."""
+"""Handshake: what an agent says of itself at first, and what all agents of a run share."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from flower_mcepl.agents import CLASS_FACTS, Agent
+from flower_mcepl.agents.agent import CLASS_FACTS, Agent
 from flower_mcepl.errors import FingerprintError
-from flower_mcepl.messages import keys
-from flower_mcepl.messages.limits import LIMITS, MakeRecord, Records
+
+PARAMETERS = "parameters"  # key of `Agent.parameters`, which makes facts a handshake
 
 
 def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:
@@ -17,28 +17,7 @@ def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:
     """
     secret = () if tell_classes else CLASS_FACTS
     facts = {key: fact for key, fact in agent.describe().items() if key not in secret}
-    return {**facts, keys.PARAMETERS: agent.parameters()}
-
-
-def question(configs: MakeRecord = dict) -> dict[str, Any]:
-    """Records of a message that asks a node which agent it is, and nothing else."""
-    return {keys.IDENTIFY: configs({})}
-
-
-def is_question(records: Records) -> bool:
-    """Whether a message is that question."""
-    return keys.IDENTIFY in records
-
-
-def identity(agent: int, configs: MakeRecord = dict) -> dict[str, Any]:
-    """Records that answer it."""
-    return {keys.AGENT: configs({keys.NUMBER: agent})}
-
-
-def read_identity(records: Records) -> int | None:
-    """Number of the agent that a node says it is; None where it says no number."""
-    number = records.get(keys.AGENT, {}).get(keys.NUMBER)
-    return number if type(number) is int and 0 <= number <= LIMITS.agent else None
+    return {**facts, PARAMETERS: agent.parameters()}
 
 
 def check_common_ground(

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from flower_mcepl import FingerprintError
-from flower_mcepl.messages.handshake import check_common_ground
+from flower_mcepl.agents.handshake import check_common_ground
 
 from .fleet import make_agent
 
