@@ -584,3 +584,11 @@ def test_an_infinite_loss_is_none_and_costs_nothing_else(loss: float) -> None:
     metrics = answers.from_records(records).metrics
     assert math.isnan(metrics["loss"])
     assert metrics["accuracy"] == 0.5
+
+
+def test_a_fact_has_a_name_of_its_own() -> None:
+    """Else it would be read as what the answer says of itself, whoever wrote the algorithm."""
+    facts = {"agent": 0, "fingerprint": "", "fresh": False, "content": "x", "parameters": {}}
+    answer = Answer(facts=facts, metrics={}, fresh=True, introduces=True)
+    with pytest.raises(AnswerError, match=r"got content, fresh\. Rename them in Agent\.describe"):
+        answers.to_records(answer)

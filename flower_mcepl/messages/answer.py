@@ -30,6 +30,10 @@ _EVALUATION = ("accuracy", "loss", "num-examples", "density")
 _COUNTS = ("num-weights", "kept-weights", "num-examples")  # of a handshake
 _FRACTIONS = ("accuracy", "density")
 _MOST = 2**63 - 1
+_OWN = frozenset(
+    {keys.FRESH, keys.REFUSED, keys.LACKING, keys.HELD_AGENTS, keys.HELD_ROUNDS}
+    | {keys.BUILDS_ON, keys.HEADER_BYTES, keys.CONTENT}
+)
 
 
 def to_records(
@@ -38,8 +42,19 @@ def to_records(
     configs: MakeRecord = dict,
     metrics: MakeRecord = dict,
 ) -> dict[str, Any]:
-    """Records of an answer, made by ``arrays``, ``configs`` and ``metrics``."""
+    """Records of an answer, made by ``arrays``, ``configs`` and ``metrics``.
+
+    Raises
+    ------
+    AnswerError
+        If a fact of the handshake has the name of a field of every answer.
+    """
     facts = dict(answer.facts)
+    if taken := sorted(_OWN & facts.keys()):
+        raise AnswerError(
+            f"facts of a handshake must not be called {', '.join(sorted(_OWN))}; got "
+            f"{', '.join(taken)}. Rename them in Agent.describe."
+        )
     if answer.introduces:
         facts[PARAMETERS] = json.dumps(facts[PARAMETERS])
     lists = {

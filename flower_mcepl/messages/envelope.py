@@ -27,13 +27,14 @@ def open_envelope(data: bytes) -> bytes:
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
     except Exception as error:  # whatever numpy's parser raises on foreign bytes
         raise CorruptFrameError(
-            f"a frame must come as an npy array of uint8, but its header is damaged: {error!s:.100}."
+            "a frame must come as an npy array of uint8, but its header is damaged: "
+            f"{error!s:.100}."
         ) from None
     rest = len(data) - stream.tell()
     if dtype != np.uint8 or len(shape) != 1 or math.prod(shape) != rest:
         raise CorruptFrameError(
             "a frame must come as a one-dimensional uint8 array of its own length; its header "
-            f"says {dtype!s:.40} {tuple(shape)!s:.40}, and {rest} bytes follow. The sender must run "
-            "flower_mcepl's client."
+            f"says {dtype!s:.40} {tuple(shape)!s:.40}, and {rest} bytes follow. The sender must "
+            "run flower_mcepl's client."
         )
     return data[stream.tell() :]
