@@ -26,8 +26,8 @@ from flower_mcepl.clients.device import (
 from flower_mcepl.clients.guard import answer_to, check_mods
 from flower_mcepl.clients.memory import Memory, in_simulation, open_memory
 from flower_mcepl.errors import FlowerMceplError, FrameError, names_agent
-from flower_mcepl.exchange.parcels import Answer, Parcel, Posted
-from flower_mcepl.exchange.turn import Reply, open_mail, play_round, refusal
+from flower_mcepl.exchange.parcels import Answer, Parcel
+from flower_mcepl.exchange.turn import open_mail, play_round, refusal
 from flower_mcepl.masks.model import shared_module
 from flower_mcepl.messages.answer import to_records
 from flower_mcepl.messages.envelope import open_envelope
@@ -240,12 +240,13 @@ def _play(
     else:
         past.restore(agent, mail)
     reply = play_round(agent, mail, parcel)
-    reply = replace(reply, refused=[*damaged, *reply.refused])
+    refused = [*damaged, *reply.refused][: LIMITS.reasons]
+    reply = replace(reply, refused=[reason[: LIMITS.reason] for reason in refused])
     introduces = past is None or order.introduce
     facts: dict[str, Any] = {"agent": agent.index}
     if introduces:
         facts = introduction(agent, tell_classes=device_settings(context).tell_classes)
-    answer = _answer(reply, facts, fresh=past is None, introduces=introduces)
+    answer = reply.answer(facts, _frame_array, fresh=past is None, introduces=introduces)
     future = Generation.of(agent, mail, run=order.run, round=parcel.round)
     _keep(place, agent)
     return answer, partial(_finish_round, memory, future, order)
@@ -264,27 +265,8 @@ def _opened(parcel: Parcel[Any]) -> tuple[Parcel[bytes], list[str]]:
     return replace(parcel, frames=frames), damaged
 
 
-def _answer(reply: Reply, facts: dict[str, Any], *, fresh: bool, introduces: bool) -> Answer[Array]:
-    """Answer of a reply, its frames in Flower's arrays."""
-    return Answer(
-        facts=facts,
-        metrics=reply.metrics,
-        posts=[
-            Posted(
-                Array(np.frombuffer(frame.data, np.uint8)),
-                len(frame.data),
-                frame.header_bytes,
-                frame.reference,
-            )
-            for frame in reply.frames
-        ],
-        content=reply.frames[0].content if reply.frames else None,
-        held=reply.held,
-        refused=[reason[: LIMITS.reason] for reason in reply.refused[: LIMITS.reasons]],
-        lacking=reply.lacking,
-        fresh=fresh,
-        introduces=introduces,
-    )
+def _frame_array(frame: bytes) -> Array:
+    return Array(np.frombuffer(frame, np.uint8))
 
 
 def _finish_round(memory: Memory, future: Generation, order: Order[Array]) -> None:

@@ -1,8 +1,9 @@
 """One agent's part in one round; the same under `simulate` and under Flower."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from flower_mcepl.agents.agent import Payload
 from flower_mcepl.errors import DivergedError, FrameError, MissingReferenceError, names_agent
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.outbox import Outbox
-from flower_mcepl.exchange.parcels import Parcel
+from flower_mcepl.exchange.parcels import Answer, FrameT, Parcel, Posted
 from flower_mcepl.wire import WrittenFrame
 from flower_mcepl.wire.values import find_precision
 
@@ -36,6 +37,31 @@ class Reply:
     lacking: list[int] = field(default_factory=list)
     # what the frames hold, for those who watch a simulation
     payload: Payload = field(default_factory=dict)
+
+    def answer(
+        self,
+        facts: Mapping[str, Any],
+        wrap_frame: Callable[[bytes], FrameT],
+        *,
+        fresh: bool = False,
+        introduces: bool = False,
+    ) -> Answer[FrameT]:
+        """Answer with these facts of the handshake, its frames as the exchange takes them."""
+        return Answer(
+            facts=facts,
+            metrics=self.metrics,
+            posts=[
+                Posted(wrap_frame(frame.data), len(frame.data), frame.header_bytes, frame.reference)
+                for frame in self.frames
+            ],
+            content=self.frames[0].content if self.frames else None,
+            held=self.held,
+            refused=self.refused,
+            lacking=self.lacking,
+            fresh=fresh,
+            raw=[frame.data for frame in self.frames],
+            introduces=introduces,
+        )
 
 
 def open_mail(agent: Agent, *, max_staleness: int) -> Mail:

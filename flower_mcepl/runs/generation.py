@@ -15,7 +15,7 @@ class Generation:
     Parameters
     ----------
     run : str
-        Which run it is of, see `flower_mcepl.messages.keys.RUN`.
+        Which run it is of, see `Order.run`.
     round : int
         The round after which it was taken.
     agent : int

@@ -1,6 +1,6 @@
 """Simulation in one process, without Flower: the oracle for what runs under it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from flower_mcepl.agents.server import Server
 from flower_mcepl.errors import ConfigError, RecordError, TopologyError
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.exchange.exchange import Exchange
-from flower_mcepl.exchange.parcels import Answer, Parcel, Posted
+from flower_mcepl.exchange.parcels import Parcel
 from flower_mcepl.exchange.relay import Relay
 from flower_mcepl.exchange.turn import Reply, open_mail, play_round
 from flower_mcepl.record.writing import RunRecord
@@ -135,7 +135,7 @@ def simulate(
                 for agent, reply in fleet.play(parcels):
                     on_reply(round, agent.index, reply)
                     facts = introduction(agent, tell_classes=tell_classes)
-                    answers[agent.index] = _answer(reply, facts)
+                    answers[agent.index] = reply.answer(facts, bytes)
                 book.close_round(round, answers)
                 if not closing and book.due(round):
                     fleet.store(book, round)  # first, so that no exchange's side lacks the other
@@ -187,23 +187,6 @@ class _Fleet:
 def _states(book: RunBook[bytes]) -> StateStore:
     assert book.record is not None
     return StateStore(book.record.agents_dir)
-
-
-def _answer(reply: Reply, facts: Mapping[str, Any]) -> Answer[bytes]:
-    posts = [
-        Posted(frame.data, len(frame.data), frame.header_bytes, frame.reference)
-        for frame in reply.frames
-    ]
-    return Answer(
-        facts,
-        reply.metrics,
-        posts,
-        reply.frames[0].content if reply.frames else None,
-        reply.held,
-        reply.refused,
-        reply.lacking,
-        raw=[frame.data for frame in reply.frames],
-    )
 
 
 def _exchange(
