@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reference
 
 PACKAGE = "flower_mcepl"
-ROOMS = "agents clients strategies topology data masks wire record studies launch".split()
+ROOMS = "agents clients strategies topology data masks wire config record studies launch".split()
 FACES = [PACKAGE, *(f"{PACKAGE}.{room}" for room in ROOMS)]  # what is public
 
 CONTENTS = {
