@@ -1,6 +1,7 @@
 """The command line, as a person uses it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import flower_mcepl
 from flower_mcepl import Topology, encode_frame, simulate
 from flower_mcepl.cli import app, main
 from flower_mcepl.record.writing import RunRecord
+from flower_mcepl.studies import read_study
 from flower_mcepl.wire import Reference
 from tests.fleet import make_fleet
 from tests.study_app import write_app, write_study
@@ -366,3 +368,31 @@ def test_what_goes_wrong_is_told_in_one_line(
     assert error.startswith("error: ")
     assert words in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "{empty}/none"], "none does not exist. Check the path."),
+        (["show", "{study}"], "holds 3 of them. Name one, such as .* flower-mcepl compare"),
+        (["show", "{empty}"], "has no config.json. Check the path."),
+        (["compare", "{empty}/none"], "there is no run record at .*none: it does not exist"),
+        (["frame", "{empty}"], "a frame is a file, .* is a folder. Name one of the files in it"),
+        (["run", "examples/quickstart"], "examples/quickstart is an app. Run it once with `python"),
+    ],
+)
+def test_a_path_of_another_kind_is_refused_with_the_way_out(
+    arguments: list[str],
+    message: str,
+    small_study: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"empty": tmp_path, "study": read_study(small_study).out}
+    filled = [argument.format(**places) for argument in arguments]
+    monkeypatch.setattr("sys.argv", ["flower-mcepl", *filled])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert re.search(message, capsys.readouterr().err)

@@ -32,7 +32,7 @@ def compare(
         Path | None, typer.Option(help="Write its plain numbers to this CSV file, too.")
     ] = None,
 ) -> None:
-    """Put run records side by side: what each setting reached, and what it cost.
+    """Put run records side by side: accuracy and cost.
 
     A row is one combination of the settings in which the records differ; runs that
     differ by their seed alone are pooled. Runs that are not finished are left out, and

@@ -25,7 +25,7 @@ def data(
         Path | None, typer.Option(help='Draw it into this PNG, too (needs the extra "report").')
     ] = None,
 ) -> None:
-    """Show who holds what, before any run: each agent's examples by class and split.
+    """Show who holds which classes, before any run.
 
     Nothing is trained or sent. The app's agents are built as for a run, so an
     impossible division is told here, too. Classes are counted where an app's labels lie
@@ -36,22 +36,22 @@ def data(
     \b
       iid                        equal parts, drawn at random
       pathological:classes=3     three classes an agent; assignment=random,
-      deterministic or first-deterministic
+                                 deterministic or first-deterministic
       dirichlet:alpha=0.3        each class in shares drawn from Dirichlet(0.3);
-      min-size=10 examples an agent at least
-      shards:per-agent=2         sorted by class, cut into equal shards, two for each
-      agent
-      linear, square, exponential   unequal sizes: agent i gets i + 1, its square, or
-      its exponential
+                                 min-size=10: examples an agent has at least
+      shards:per-agent=2         sorted by class and cut into equal shards,
+                                 two for each agent
+      linear                     unequal sizes: agent i gets i + 1 parts;
+      square, exponential        the square of that, or its exponential
     \b
-    and train-fraction, validation-fraction, test-fraction and stratify how each agent
-    divides its part.
+    and train-fraction, validation-fraction, test-fraction and stratify how each
+    agent divides its part.
 
     \b
     Examples:
       flower-mcepl data examples/quickstart
-      flower-mcepl data examples/quickstart --run-config
-      'partition="dirichlet:alpha=0.3" num-agents=20' --out who.png
+      flower-mcepl data examples/quickstart --out who.png \\
+        --run-config 'partition="dirichlet:alpha=0.3" num-agents=20'
     """  # noqa: D301 (click's sign for lines that stay as they are)
     from flower_mcepl.studies.engines import introductions  # loads torch
 

@@ -48,7 +48,7 @@ def doctor(
         bool, typer.Option("--json", help="Print one JSON object in place of lines.")
     ] = False,
 ) -> None:
-    """Check a device or a run before it starts, and say what to do.
+    """Check a device or a run before it starts.
 
     Alone it examines the machine: versions, extras, torch and its device, disk space,
     and whether an agent's state can be written and read back. With an app it builds one
@@ -64,14 +64,14 @@ def doctor(
     \b
     Examples:
       flower-mcepl doctor
-      flower-mcepl doctor examples/quickstart --run-config 'algorithm="dsgd"'
-      --partition-id 3
+      flower-mcepl doctor examples/quickstart \\
+        --run-config 'algorithm="dsgd"' --partition-id 3
       flower-mcepl doctor my-app --node-config 'partition-id=3 data="/srv/agent-data"'
       flower-mcepl doctor --superlink relay.example.org:9443 --root-certificates ca.crt
     \b
     Do two devices hold the same weights? The output of these must be equal:
-      flower-mcepl doctor my-app --json | jq -r '.checks[] | select(.check == "weights")
-      | .values.fingerprint'
+      flower-mcepl doctor my-app --json \\
+        | jq -r '.checks[] | select(.check == "weights") | .values.fingerprint'
     """  # noqa: D301 (click's sign for lines that stay as they are)
     order = Order(
         app,

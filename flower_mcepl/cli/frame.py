@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flower_mcepl.errors import FrameError
+from flower_mcepl.errors import ConfigError, FrameError
 from flower_mcepl.record.values import human_bytes
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def frame(
         ),
     ] = None,
 ) -> None:
-    """Explain a frame: its sender, what it builds on, how its layers are coded.
+    """Explain a frame: its sender, layers and bits.
 
     A delta frame does not repeat the names and shapes of its layers; they are taken
     from a whole frame of the same model. Nothing is decoded. The format stands in
@@ -46,6 +46,11 @@ def frame(
     """
     from flower_mcepl.wire import read_header  # loads torch
 
+    if file.is_dir():
+        raise ConfigError(
+            f"a frame is a file, RECORD/frames/*.frame of a run with keep-frames = true; {file} "
+            "is a folder. Name one of the files in it."
+        )
     data = file.read_bytes()
     header = read_header(data)
     source = None

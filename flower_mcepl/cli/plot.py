@@ -22,17 +22,15 @@ def plot(
         ),
     ] = None,
 ) -> None:
-    """Draw run records: what they reached, at what cost, how the masks relate.
+    """Draw run records: accuracy, cost, masks.
 
     \b
       accuracy-rounds.png    accuracy by round: a line for each combination of settings
       accuracy-bytes.png     accuracy by bytes over the links, on a logarithmic axis
       spread.png             every agent's accuracy at the end
       graph.png              who talks to whom, colored by accuracy
-      holdings*.png          who holds what: examples of each class in each agent's
-      splits
-      agreement*.png         how far the agents' masks agree, beside the overlap of
-      their classes
+      holdings*.png          who holds what: each agent's examples by class and split
+      agreement*.png         how far masks agree, beside the overlap of classes
       filters*.png           share of kept weights in every filter, layer by layer
 
     Runs that differ by their seed alone are one line: their mean, and a band of one

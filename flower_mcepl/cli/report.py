@@ -20,7 +20,7 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write everything about a study, or about one run, as one HTML page.
+    """Write a study, or one run, as one HTML page.
 
     The page opens from disk in any browser, and can be mailed as it is: pictures are
     inside, and it loads nothing. It holds the table of `compare`, the pictures of

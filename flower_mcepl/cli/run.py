@@ -44,24 +44,21 @@ def run(
         bool, typer.Option("--dry-run", help="Check the study, list its runs, and stop.")
     ] = False,
 ) -> None:
-    """Do all runs of a study, and put them side by side.
+    """Do all runs of a study, and compare them.
 
     \b
     A study names an app and what to vary:
     \b
       app = "../quickstart"        # a Flower app, relative to this file
-      engine = "in-process"        # or "flower" (default): the same bits, slower to
-      start
-      out = "runs/ablation"        # default: studies/NAME; relative to where you start
-      it
-      target = 0.9                 # optional: accuracy for the tables' column of bytes
+      engine = "in-process"        # or "flower" (default): same bits, slower start
+      out = "runs/ablation"        # default: studies/NAME, where you start it
+      target = 0.9                 # optional: accuracy, for the column of bytes
       [config]                     # run-config keys for every run
       num-rounds = 40
       [grid]                       # all combinations of these
       algorithm = ["mcepl", "local-masks"]
       seed = [1, 2, 3]
-      [[runs]]                     # and, one by one, further combinations; a list
-      stands for all its values
+      [[runs]]                     # and further ones; a list is all its values
       label = "torus"
       topology = "torus"
       seed = [1, 2, 3]
@@ -78,8 +75,8 @@ def run(
     Examples:
       flower-mcepl run examples/paper/2-ablation.toml --dry-run
       flower-mcepl run examples/paper/2-ablation.toml --jobs 2
-      flower-mcepl run examples/paper/cifar10-methods.toml --run-config
-      'data="/path/to/cifar10"'
+      flower-mcepl run examples/paper/cifar10-methods.toml \\
+        --run-config 'data="/path/to/cifar10"'
       flower-mcepl compare runs/ablation --target 0.9
     """  # noqa: D301 (click's sign for lines that stay as they are)
     plan = read_study(study, parse_run_config(run_config or []))

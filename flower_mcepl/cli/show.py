@@ -15,7 +15,7 @@ from flower_mcepl.report.table import agent_table
 def show(
     run: Annotated[Path, typer.Argument(help="A run record: the folder with config.json.")],
 ) -> None:
-    """Print what a run's agents reached, what it cost, and who held what.
+    """Print a run record: accuracy, cost, who held what.
 
     Works on a run that was killed or is still going on, too. Every number is explained
     in docs/run-record.md.

@@ -28,7 +28,7 @@ def tensorboard(
         float, typer.Option(min=0.1, help="Seconds between two looks with --follow.")
     ] = 5.0,
 ) -> None:
-    """Write accuracy, loss and bytes by round as TensorBoard scalars.
+    """Write TensorBoard scalars of a run, by round.
 
     Needs the extra "tensorboard". Look at them with `tensorboard --logdir tensorboard`.
 

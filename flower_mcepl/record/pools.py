@@ -47,6 +47,10 @@ def find_records(paths: Iterable[Path]) -> list[Run]:
             if (path / CONFIG).is_file()
             else sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
         )
+        if not path.exists():
+            raise RecordError(
+                f"there is no run record at {path}: it does not exist. Check the path."
+            )
         if not folders:
             raise RecordError(
                 f"a run record is a folder with {CONFIG}; neither {path} nor a folder in it has "

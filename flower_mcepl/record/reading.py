@@ -174,7 +174,7 @@ def read_run(path: str | Path) -> Run:
     folder = Path(path).absolute()
     if not (folder / CONFIG).is_file():
         raise RecordError(
-            f"a run record is a folder with {CONFIG} and {ROUNDS}; {folder} has no {CONFIG}."
+            f"a run record is a folder with {CONFIG} and {ROUNDS}; {_what_it_is(folder)}"
         )
     rounds, cut_rounds = _read_lines(folder / ROUNDS, ("round", "agent", "accuracy"))
     relay, cut_relay = _read_lines(folder / RELAY, ("round",))
@@ -225,3 +225,16 @@ def _agent_states(folder: Path) -> dict[int, Path]:
     name = re.compile(r"agent-(\d+)\.safetensors")
     files = ((name.fullmatch(file.name), file) for file in folder.glob("agent-*"))
     return dict(sorted((int(match[1]), file) for match, file in files if match))
+
+
+def _what_it_is(folder: Path) -> str:
+    """What stands where a run record was expected, and the way out."""
+    if not folder.exists():
+        return f"{folder} does not exist. Check the path."
+    inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+    if inside:
+        return (
+            f"{folder} holds {len(inside)} of them. Name one, such as {folder / inside[0]}, or put "
+            "them side by side with flower-mcepl compare."
+        )
+    return f"{folder} has no {CONFIG}. Check the path."

@@ -56,6 +56,11 @@ class StudyFile:
         ConfigError
             If it is no TOML, or no study.
         """
+        if (path / "pyproject.toml").is_file():
+            raise ConfigError(
+                f"a study is a TOML file that names an app; {path} is an app. Run it once with "
+                f"`python -m flower_mcepl.launch {path}`, or write a study (--help has one)."
+            )
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
