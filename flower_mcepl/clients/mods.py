@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from flower_mcepl.agents import Agent
 from flower_mcepl.agents.array_layout import Arrays
-from flower_mcepl.agents.neighbor_average import NeighborAverageAgent
 from flower_mcepl.clients.app import AgentApp, introduce, make_agent_app, naming_the_agent
 from flower_mcepl.clients.device import agent_index
 from flower_mcepl.clients.metric_names import read_evaluation, read_training
@@ -137,6 +136,9 @@ class _Call:
 
     def agent(self, context: Context) -> Agent:
         """Agent whose functions are those of the app that is called at the time."""
+        # here, as a device loads its own algorithm alone
+        from flower_mcepl.agents import NeighborAverageAgent
+
         initial = self.input.arrays
         return NeighborAverageAgent(
             agent_index(context),
