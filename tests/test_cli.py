@@ -376,7 +376,10 @@ def test_what_goes_wrong_is_told_in_one_line(
         (["show", "{empty}/none"], "none does not exist. Check the path."),
         (["show", "{study}"], "holds 3 of them. Name one, such as .* flower-mcepl compare"),
         (["show", "{empty}"], "has no config.json. Check the path."),
-        (["compare", "{empty}/none"], "there is no run record at .*none: it does not exist"),
+        (
+            ["compare", "{empty}/none"],
+            "a folder with config.json; .*none does not exist. Check the path",
+        ),
         (["frame", "{empty}"], "a frame is a file, .* is a folder. Name one of the files in it"),
         (["run", "examples/quickstart"], "examples/quickstart is an app. Run it once with `python"),
     ],

@@ -49,7 +49,7 @@ def find_records(paths: Iterable[Path]) -> list[Run]:
         )
         if not path.exists():
             raise RecordError(
-                f"there is no run record at {path}: it does not exist. Check the path."
+                f"a run record is a folder with {CONFIG}; {path} does not exist. Check the path."
             )
         if not folders:
             raise RecordError(
