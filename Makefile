@@ -20,12 +20,12 @@ FIND_PYTHON = \
 	  exit 1; \
 	fi
 
-.PHONY: help setup demo test test-slow lint types version check docs build clean explore
+.PHONY: help setup demo test test-slow lint types version check docs build clean explore lowest types-elsewhere
 .DEFAULT_GOAL := help
 export PYTHON
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 # The stamp holds what the installation depends on: the package metadata and the place of this checkout.
 setup: ## create the environment and install everything into it, unless that is done
@@ -55,12 +55,19 @@ test-slow: setup ## run the tests that train for long or start Flower itself
 explore: setup ## search for new examples that break a property, for EXPLORE_SECONDS
 	"$(PY)" -m tests.explore --seconds $(EXPLORE_SECONDS) -n auto $(PYTEST_ARGS)
 
+lowest: setup ## run the tests that need no training with the oldest versions allowed
+	VENV="$(abspath $(VENV))" .ci/lowest
+
 lint: setup ## check style and formatting
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
 
 types: setup ## check types
 	"$(PY)" -m mypy
+
+types-elsewhere: setup ## check types as Windows and macOS see them
+	"$(PY)" -m mypy --platform win32
+	"$(PY)" -m mypy --platform darwin
 
 version: setup ## check that the newest entry of CHANGELOG.md is the version of the package
 	@"$(PY)" -c "import re, sys, tomllib; \
