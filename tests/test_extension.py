@@ -14,6 +14,7 @@ import pytest
 from flower_mcepl.agents import ALGORITHMS
 from flower_mcepl.record.reading import read_run
 
+from .deployment import NODES, Fleet
 from .study_app import write_app, write_study
 
 ROOT = Path(__file__).parents[1]
@@ -308,3 +309,21 @@ def test_its_names_work_under_flower_with_ray_workers(
     assert len(run.final()) == 6
     for key, value in re.findall(r'(algorithm|topology|fusion)="([^"]+)"', settings):
         assert run.config["run_config"][key] == value
+
+
+@pytest.mark.slow
+def test_its_names_work_on_supernodes(
+    installed: Path, tmp_path: Path, app: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (installed, ROOT))))
+    with Fleet(tmp_path / "fleet") as fleet:
+        fleet.up()
+        settings = (
+            'num-agents=3 num-rounds=2 algorithm="hard-threshold" topology="chordal-ring:chord=2"'
+        )
+        fleet.finish(fleet.start_run(app, settings))
+        run = read_run(fleet.record())
+        states = [fleet.stored_state(agent).state for agent in range(len(NODES))]
+    assert {state.facts["algorithm"] for state in states} == {"hard-threshold"}
+    assert run.config["topology"]["name"] == "chordal-ring"
+    assert all(row["density"] < 0.6 for row in run.final().values())
