@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.internal.conjecture import providers
 
-from .explore import UNTIL
+from tests.explore import UNTIL
 
 # No deadlines: the first call into torch takes seconds, which is no property of the
 # code under test.
@@ -86,7 +86,7 @@ def no_state_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
 def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a study of three runs, done."""
     from flower_mcepl.studies import read_study, run_study
-    from tests.study_app import write_app, write_study
+    from tests.fleet.study_app import write_app, write_study
 
     folder = tmp_path_factory.mktemp("study")
     head = (

@@ -109,7 +109,7 @@ def belongs_to(name: str, package: str) -> bool:
 SAMPLE = """
 import a.b as c
 from d import e
-from . import near
+from tests import near
 from ..far import away
 if True:
     import f
@@ -308,7 +308,7 @@ def test_a_device_loads_only_what_a_message_needs() -> None:
 
 def test_a_device_loads_nothing_heavy_when_it_plays_a_round() -> None:
     one_round = """
-from tests.flower_messages import a_context, a_message, be_a_node, the_app
+from tests.fleet.flower_messages import a_context, a_message, be_a_node, the_app
 be_a_node()
 app, context = the_app(), a_context()
 app(a_message(1), context)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from . import explore
+from tests import explore
 
 ROOT = Path(__file__).parent.parent
 # a property that fails at times, and one that always holds

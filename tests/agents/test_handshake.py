@@ -1,0 +1,42 @@
+"""Handshakes: everything that agents must have in common is compared, each with its own way out."""
+
+from typing import Any
+
+import pytest
+
+from flower_mcepl import FingerprintError
+from flower_mcepl.agents.handshake import check_common_ground
+from tests.fleet.agents import make_agent
+
+# what differs, and the words that say what to do
+DIFFERENCES = {
+    "algorithm": ("different algorithms", "Run the same algorithm"),
+    "num-weights": ("numbers of maskable weights", "same model function"),
+    "fingerprint": ("frozen weights", "same seed, model function and torch release"),
+    "first-mask": ("common first masks", "same first_retention"),
+    "prior": ("classes of weights", "same score_init and torch release"),
+}
+
+
+def facts(**changes: Any) -> dict[str, Any]:
+    return {**make_agent(0).describe(), **changes}
+
+
+def test_agents_of_one_run_have_common_ground() -> None:
+    check_common_ground("agent 0", facts(), "agent 1", make_agent(1).describe())
+
+
+@pytest.mark.parametrize("key", DIFFERENCES)
+def test_a_difference_is_refused_by_its_name(key: str) -> None:
+    what, way_out = DIFFERENCES[key]
+    message = rf"agent 0 and agent 1 have .*{what}.*: .* and other\. .*{way_out}"
+    with pytest.raises(FingerprintError, match=message):
+        check_common_ground("agent 0", facts(), "agent 1", facts(**{key: "other"}))
+
+
+def test_agents_with_other_classes_of_weights_are_refused() -> None:
+    """Independent first scores make other classes: frames would decode to other masks."""
+    independent = make_agent(1, score_init="independent").describe()
+    assert facts()["prior"] != independent["prior"]
+    with pytest.raises(FingerprintError, match="classes of weights for the wire"):
+        check_common_ground("agent 0", facts(), "agent 1", independent)

@@ -1,0 +1,101 @@
+"""Agents with a user's own loop: the same steps give the same agent, and what is evaluated is the masked network."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flower_mcepl import AgentData, MceplAgent, MceplConfig, shared_module
+from flower_mcepl.agents import OwnLoopAgent
+from tests.fleet.agents import SEED, make_agent, small_net, split
+
+CONFIG = MceplConfig(batch_size=24, weight_decay=0.0, score_lr=1.0, finetune_lr=1.0)
+INPUTS, LABELS = split(0)
+
+
+def one_step(model: nn.Module, lr: float = 1.0) -> float:
+    """A plain SGD step over the whole split, which clears no gradient."""
+    loss = nn.functional.cross_entropy(model(INPUTS), LABELS)
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=lr)
+    return loss.item()
+
+
+def own_loop(train_fn: Any = None, evaluate_fn: Any = None) -> OwnLoopAgent:
+    return OwnLoopAgent(
+        0,
+        shared_module(small_net, seed=SEED),
+        AgentData.of((INPUTS, LABELS), split(1000), agent=0),
+        CONFIG,
+        train_fn=train_fn or (lambda model, round: one_step(model)),
+        evaluate_fn=evaluate_fn or (lambda model: {}),
+        seed=SEED,
+    )
+
+
+def built_in() -> MceplAgent:
+    data = AgentData.of((INPUTS, LABELS), split(1000), agent=0)
+    return MceplAgent(0, shared_module(small_net, seed=SEED), data, CONFIG, seed=SEED)
+
+
+def close(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.allclose(left[name], right[name], atol=1e-6) for name in left
+    )
+
+
+def test_the_same_steps_make_the_same_agent() -> None:
+    """Also in later rounds, as a function that clears no gradient finds none of the round before."""
+    own, expected = own_loop(), built_in()
+    neighbor = make_agent(1)
+    neighbor.train(round=1)
+    for round in range(1, 4):
+        losses = [agent.train(round=round)["train-loss"] for agent in (own, expected)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+        assert own.gradient.keys() == expected.gradient.keys()
+        assert any(bool(g.any()) for g in own.gradient.values())
+        assert close(own.gradient, expected.gradient)
+        for agent in (own, expected):
+            agent.fuse({1: neighbor.outgoing()}, round=round)
+        assert close(own.model.scores, expected.model.scores)
+
+
+def test_the_gradient_of_the_fine_tuning_step_is_that_of_the_last_backward() -> None:
+    gradients: list[dict[str, Tensor]] = []
+
+    def two_steps(model: Any, round: int) -> float:
+        one_step(model, lr=0.1)
+        model.zero_grad()
+        loss = one_step(model, lr=0.1)
+        gradients.append({name: z.grad.clone() for name, z in model.scores.items()})
+        return loss
+
+    agent = own_loop(two_steps)
+    agent.train(round=1)
+    assert close(agent.gradient, gradients[0])
+    assert all(z.grad is None for z in agent.model.scores.values())
+
+
+def test_the_network_under_the_mask_is_what_is_evaluated() -> None:
+    networks: list[nn.Module] = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        networks.append(model)
+        return {"accuracy": 0.5, "loss": 1.0, "num-examples": 24}
+
+    agent = own_loop(evaluate_fn=evaluate)
+    agent.train(round=1)
+    metrics = agent.evaluate()
+    weights = shared_module(small_net, seed=SEED).state_dict()
+    masks = agent.outgoing()
+    for name, weight in networks[0].state_dict().items():
+        expected = weights[name] * masks[name] if name in masks else weights[name]
+        assert torch.equal(weight, expected)
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    assert 0 < kept < sum(mask.numel() for mask in masks.values())
+    assert metrics["density"] == kept / sum(mask.numel() for mask in masks.values())

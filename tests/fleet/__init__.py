@@ -1,0 +1,1 @@
+"""Make-believe fleets: agents, nodes, grids, apps and packages for tests."""

@@ -1,0 +1,1 @@
+"""Slow and obvious versions that compute the same, and what the reference computed."""

@@ -1,0 +1,104 @@
+"""Run records as TensorBoard scalars, read back with TensorBoard's own reader."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flower_mcepl import ConfigError, Topology, simulate
+from flower_mcepl.cli import app
+from flower_mcepl.record.reading import read_run
+from flower_mcepl.record.writing import RunRecord
+from flower_mcepl.report.tensorboard import ScalarWriter
+from tests.fleet.agents import make_fleet
+
+accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    record = RunRecord.create(tmp_path_factory.mktemp("runs"), name="ring", config={})
+    simulate(make_fleet(3), Topology.ring(3), num_rounds=4, evaluate_every=2, record=record)
+    return record.path
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_every_number_is_that_of_the_record(record: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["tensorboard", str(record), "--out", str(tmp_path)], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    written, run = scalars(tmp_path / record.name), read_run(record)
+    assert set(written) == {
+        *(f"accuracy/{name}" for name in ("mean", "std", "worst", "best")),
+        *("loss/mean", "agents/0", "agents/1", "agents/2", "bytes/links", "bytes/uplinks"),
+    }
+    for round, mean, std, worst, best in run.curve():
+        for name, value in (("mean", mean), ("std", std), ("worst", worst), ("best", best)):
+            assert written[f"accuracy/{name}"][round] == pytest.approx(value, abs=1e-6)
+    for row in run.rounds:
+        assert written[f"agents/{row['agent']}"][row["round"]] == pytest.approx(row["accuracy"])
+    assert written["bytes/links"] == {row["round"]: row["link_bytes"] for row in run.relay}
+
+
+def test_a_run_that_goes_on_is_followed_without_saying_anything_twice(
+    record: Path, tmp_path: Path
+) -> None:
+    growing = tmp_path / "growing"
+    growing.mkdir()
+    (growing / "config.json").write_text((record / "config.json").read_text())
+    lines = {
+        name: (record / name).read_text().splitlines(keepends=True)
+        for name in ("rounds.jsonl", "relay.jsonl")
+    }
+    # round 2, and one agent of round 4
+    (growing / "rounds.jsonl").write_text("".join(lines["rounds.jsonl"][:4]))
+    (growing / "relay.jsonl").write_text("".join(lines["relay.jsonl"][:3]))
+    writer = ScalarWriter(growing, tmp_path / "events")
+    assert writer.update().summary is None
+    writer.update()
+    assert list(scalars(tmp_path / "events")["accuracy/mean"]) == [2]  # round 4 is not complete
+    for name, all_lines in lines.items():
+        (growing / name).write_text("".join(all_lines))
+    (growing / "summary.json").write_text(json.dumps({"status": "finished"}))
+    assert writer.update().summary is not None
+    writer.close()
+    CliRunner().invoke(
+        app, ["tensorboard", str(record), "--out", str(tmp_path)], catch_exceptions=False
+    )
+    assert scalars(tmp_path / "events") == scalars(tmp_path / record.name)
+
+
+def test_writing_again_replaces_what_was_written(record: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        writer = ScalarWriter(record, tmp_path)
+        writer.update()
+        writer.close()
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+
+
+def test_records_of_one_name_get_folders_of_their_own(record: Path, tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        (tmp_path / parent / record.name).parent.mkdir()
+        (tmp_path / parent / record.name).symlink_to(record)
+    command = ["tensorboard", *(str(tmp_path / parent / record.name) for parent in ("a", "b"))]
+    CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")], catch_exceptions=False)
+    assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == [
+        f"{p}-{record.name}" for p in ("a", "b")
+    ]
+
+
+def test_without_tensorboard_it_says_what_to_install(
+    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r'pip install "flower-mcepl\[tensorboard\]"'):
+        ScalarWriter(record, tmp_path)

@@ -1,0 +1,1 @@
+"""What crosses rooms: whole runs, apps, deployments, and everyday trouble."""

@@ -1,0 +1,99 @@
+"""Real `flwr run` on Ray: a run whose ServerApp is killed in the middle, and resumed, ends as one that never was."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from flower_mcepl import read_run
+from flower_mcepl.agents import load_state
+from flower_mcepl.launch import RunOutcome, run_app
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+NUM_AGENTS, NUM_ROUNDS, KILLED_AFTER, EVERY = 10, 10, 5, 2
+
+pytestmark = pytest.mark.slow
+
+
+def flower_run(folder: Path, **run_config: object) -> RunOutcome:
+    config = {
+        "num-agents": NUM_AGENTS,
+        "num-rounds": NUM_ROUNDS,
+        "topology": "ring",
+        "seed": 5,
+        "evaluate-every": 3,
+    }
+    return run_app(
+        QUICKSTART,
+        run_config={**config, "checkpoint-every": EVERY, "record-dir": str(folder), **run_config},
+        num_supernodes=NUM_AGENTS,
+        federation_config="init-args-num-cpus=2 client-resources-num-cpus=1",
+        timeout=600,
+    )
+
+
+def kill_server(folder: Path, killed: list[int]) -> None:
+    """Kill the process that writes the record below ``folder`` once it has closed some rounds."""
+    deadline = time.monotonic() + 500
+    while time.monotonic() < deadline:
+        for relay in folder.glob("*/relay.jsonl"):
+            if len(relay.read_bytes().splitlines()) >= KILLED_AFTER:
+                killed.append(int((relay.parent / ".lock").read_text()))
+                os.kill(killed[0], signal.SIGKILL)
+                return
+        time.sleep(0.01)
+
+
+def test_a_run_whose_server_was_killed_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    assert flower_run(whole).ok
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_server, args=(broken, killed))
+    killer.start()
+    outcome = flower_run(broken)
+    killer.join()
+    assert killed
+    assert not outcome.ok
+    (path,) = broken.iterdir()
+    stopped = read_run(path)
+    assert stopped.summary is None
+    assert KILLED_AFTER <= len(stopped.relay) < NUM_ROUNDS
+
+    resumed = flower_run(broken, resume=str(path))
+    assert resumed.ok, resumed.log[-3000:]
+    assert list(broken.iterdir()) == [path]
+    (expected,) = whole.iterdir()
+    ours, theirs = read_run(path), read_run(expected)
+    (noted,) = ours.config["resumptions"]
+    assert noted["after_round"] % EVERY == 0
+    assert noted["after_round"] <= len(stopped.relay)
+    assert [line["round"] for line in ours.relay] == list(range(1, NUM_ROUNDS + 2))
+    assert [line["frames"] for line in ours.relay] == [line["frames"] for line in theirs.relay]
+    assert [line["fresh"] for line in ours.relay[1:]] == [[]] * NUM_ROUNDS
+    columns = (
+        "round",
+        "agent",
+        "accuracy",
+        "loss",
+        "density",
+        "sent_bytes",
+        "received_bytes",
+        "uplink_bytes",
+    )
+    rows = [sorted([row[c] for c in columns] for row in run.rounds) for run in (ours, theirs)]
+    assert rows[0] == rows[1]
+    assert (path / "traffic.jsonl").read_text() == (expected / "traffic.jsonl").read_text()
+    assert sorted(ours.agents) == sorted(theirs.agents) == list(range(NUM_AGENTS))
+    for index, file in ours.agents.items():
+        mine, other = load_state(file), load_state(theirs.agents[index])
+        assert mine.facts == other.facts
+        assert mine.tensors.keys() == other.tensors.keys()
+        assert all((mine.tensors[name] == other.tensors[name]).all() for name in mine.tensors)
+    assert sorted(file.name for file in (path / "agents").iterdir()) == sorted(
+        file.name for file in (expected / "agents").iterdir()
+    )

@@ -1,0 +1,110 @@
+"""Real `flwr run` on Ray: the same masks as `simulate`, for every agent and round, whatever the number of workers."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flower_mcepl import (
+    AgentData,
+    MceplAgent,
+    MceplConfig,
+    RunRecord,
+    Topology,
+    read_run,
+    shared_module,
+    simulate,
+)
+from flower_mcepl.agents import load_state
+from flower_mcepl.data.splits import DataSettings
+from flower_mcepl.launch import run_app
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+NUM_AGENTS, NUM_ROUNDS, SEED = 10, 3, 5
+RUN_CONFIG = {
+    "num-agents": NUM_AGENTS,
+    "num-rounds": NUM_ROUNDS,
+    "topology": "ring",
+    "seed": SEED,
+    "evaluate-every": 1,
+}
+
+pytestmark = pytest.mark.slow
+
+
+def flower_record(folder: Path, *, workers: int) -> Path:
+    outcome = run_app(
+        QUICKSTART,
+        run_config={**RUN_CONFIG, "record-dir": str(folder)},
+        num_supernodes=NUM_AGENTS,
+        federation_config=f"init-args-num-cpus={workers} client-resources-num-cpus=1",
+        timeout=600,
+    )
+    assert outcome.status == "finished:completed", outcome.log[-3000:]
+    (record,) = folder.iterdir()
+    return record
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's task under `simulate`."""
+    sys.path.insert(0, str(QUICKSTART))
+    try:
+        from mcepl_quickstart.task import Net, load_data
+    finally:
+        sys.path.remove(str(QUICKSTART))
+    import tomllib
+
+    defaults = tomllib.loads((QUICKSTART / "pyproject.toml").read_text())["tool"]["flwr"]["app"][
+        "config"
+    ]
+    config: dict[str, Any] = {**defaults, **RUN_CONFIG}
+    net = shared_module(Net, seed=SEED)
+    settings = DataSettings.from_run_config(config)
+    splits = [
+        load_data(index, num_agents=NUM_AGENTS, settings=settings, seed=SEED)
+        for index in range(NUM_AGENTS)
+    ]
+    agents = [
+        MceplAgent(
+            index,
+            net,
+            AgentData.of(train, test, agent=index, validation=validation),
+            MceplConfig.from_run_config(config, agent=index),
+            seed=SEED,
+        )
+        for index, (train, validation, test) in enumerate(splits)
+    ]
+    record = RunRecord.create(tmp_path_factory.mktemp("oracle"), name="oracle", config={})
+    simulate(
+        agents, Topology.ring(NUM_AGENTS), num_rounds=NUM_ROUNDS, evaluate_every=1, record=record
+    )
+    return record.path
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_flwr_run_gives_the_masks_of_simulate(workers: int, oracle: Path, tmp_path: Path) -> None:
+    ours, theirs = read_run(oracle), read_run(flower_record(tmp_path, workers=workers))
+    assert [line["frames"] for line in ours.relay] == [line["frames"] for line in theirs.relay]
+    assert all(len(line["frames"]) == NUM_AGENTS for line in ours.relay[:NUM_ROUNDS])
+    columns = (
+        "round",
+        "agent",
+        "accuracy",
+        "loss",
+        "density",
+        "sent_bytes",
+        "received_bytes",
+        "uplink_bytes",
+    )
+    assert [[row[c] for c in columns] for row in ours.rounds] == [
+        [row[c] for c in columns] for row in theirs.rounds
+    ]
+    traffic = [(run.path / "traffic.jsonl").read_text() for run in (ours, theirs)]
+    assert traffic[0] == traffic[1]
+    assert sorted(theirs.agents) == list(range(NUM_AGENTS))
+    for index, path in theirs.agents.items():
+        mine, other = load_state(ours.agents[index]), load_state(path)
+        assert mine.facts == other.facts
+        assert all((mine.tensors[name] == other.tensors[name]).all() for name in mine.tensors)
