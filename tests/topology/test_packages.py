@@ -129,7 +129,7 @@ def test_another_process_needs_no_import_of_it(folder: Path) -> None:
         "assert Topology.parse('carousel:step=2', num_agents=9) == graph\n"
         "print(json.dumps(graph.to_config()))"
     )
-    path = os.pathsep.join([str(folder), str(HERE.parent)])
+    path = os.pathsep.join([str(folder), str(CAROUSELS.parents[2])])
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path},
