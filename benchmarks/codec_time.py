@@ -1,4 +1,4 @@
-"""Time to encode and decode a mask of 1.2 million weights against one training step of that network, in one process.
+"""Time of encoding and decoding a mask against a training step of its network.
 
 Takes a few training steps to get two neighbouring rounds' real masks, then times in
 turn: a training step, writing the delta frame, reading it, and the same for a whole

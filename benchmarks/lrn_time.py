@@ -1,4 +1,4 @@
-"""Time of our local response normalisation against torch's, forward and backward, one thread.
+"""Time of our local response norm against torch's, forward and backward, one thread.
 
 python benchmarks/lrn_time.py
 """

@@ -2,13 +2,14 @@
 
 ::
 
-    python benchmarks/mutants.py flower_mcepl/exchange flower_mcepl/masks --sample 100 --seed 1
+    python benchmarks/mutants.py flower_mcepl/exchange flower_mcepl/masks --sample 100
 
 First the fast tests run once under coverage, which tells for every line which tests go
-over it (kept in ``--map``; ``--fresh`` makes it anew). Then every mutant is tried against
-those tests alone, in a process of its own. A mutant is killed when one of them fails or
-takes too long. The table names those that survive: each is a test to write, or a line
-without which nothing changes. Needs the packages of the extra ``dev`` and ``coverage``.
+over it (kept in ``--map``; ``--fresh`` makes it anew). Then every mutant is tried
+against those tests alone, in a process of its own. A mutant is killed when one of them
+fails or takes too long. The table names those that survive: each is a test to write, or
+a line without which nothing changes. Needs the packages of the extra ``dev`` and
+``coverage``.
 """
 
 import argparse
@@ -128,7 +129,7 @@ def replaced(text: str, node: ast.expr | ast.stmt, after: str) -> str:
 
 
 def line_map(file: Path, tests: list[str], *, fresh: bool) -> dict[str, dict[int, list[str]]]:
-    """Test functions by file and line, the quickest first; made by one run under coverage."""
+    """Test functions by file and line, the quickest first."""
     if fresh or not file.exists():
         data, times = file.with_suffix(".coverage"), file.with_suffix(".xml")
         code = (
@@ -171,7 +172,7 @@ def read_map(data: Path, times: Path) -> dict[str, dict[int, list[str]]]:
 
 
 def node_id(context: str) -> str:
-    """Pytest's id of a test function that coverage calls ``tests.masks.test_model.test_x``."""
+    """Pytest's id of a function that coverage calls ``tests.wire.test_x.test_y``."""
     module, _, function = context.rpartition(".")
     return f"{module.replace('.', '/')}.py::{function}"
 
@@ -249,7 +250,8 @@ def main() -> None:
         survivors += [] if killed else [mutant]
         state = "killed" if killed else "SURVIVED" if own else "SURVIVED (no test goes here)"
         print(
-            f"{number}/{len(chosen)} {state}: {mutant.path}:{mutant.line}  {mutant.before}  ->  {mutant.after}",
+            f"{number}/{len(chosen)} {state}: {mutant.path}:{mutant.line}  {mutant.before}  ->  "
+            f"{mutant.after}",
             flush=True,
         )
     share = 1 - len(survivors) / len(chosen)

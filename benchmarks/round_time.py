@@ -1,4 +1,4 @@
-"""Time of a round of agents under `flwr run` against the bare sum of their steps divided by the cores.
+"""Time of a round under `flwr run` against the bare steps divided by the cores.
 
 The agents train the CIFAR-10 network on made-up images of its shape: no data set is
 needed. The bare step is timed in this command too: in one process alone, and in as many
@@ -88,7 +88,7 @@ def step_seconds(steps: int) -> float:
 
 
 def round_seconds(agents: int, rounds: int) -> tuple[list[float], float]:
-    """Run the cifar10 example; return the seconds of each round but the first, and of the agents' own code a round."""
+    """Seconds of the cifar10 example's rounds, and of the agents' own code in each."""
     with tempfile.TemporaryDirectory() as folder:
         write_made_up_images(Path(folder))
         outcome = run_app(
@@ -116,7 +116,7 @@ def round_seconds(agents: int, rounds: int) -> tuple[list[float], float]:
 
 
 def write_made_up_images(folder: Path) -> None:
-    """Write noise in the columns and sizes of CIFAR-10, 5000 training and 100 test images."""
+    """Write noise as CIFAR-10 comes, 5000 training and 100 test images."""
     from datasets import Dataset, Features, Image, Value
     from PIL import Image as Picture
 

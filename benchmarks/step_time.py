@@ -1,4 +1,4 @@
-"""Time of a masked training step against a dense step of the same network, in one process.
+"""Time of a masked training step against a dense step of the same network.
 
 The steps are taken in turn, so that both see the same noise; medians are compared.
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def one_agent(batch_size: int) -> tuple[MceplAgent, torch.Tensor, torch.Tensor]:
-    """Return an agent of the paper's network, its images [batch_size, 3, 32, 32], one batch of noise, and labels."""
+    """Agent of the paper's network, images [batch_size, 3, 32, 32] of noise, labels."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, 32, 32, generator=generator)
     labels = torch.randint(0, 10, (batch_size,), generator=generator)
@@ -78,7 +78,7 @@ def dense_step(images: torch.Tensor, labels: torch.Tensor) -> Callable[[], objec
 
 
 def measure(kinds: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
-    """Return the median seconds of each kind; the kinds take turns, after two warm-up runs each."""
+    """Median seconds of each kind; the kinds take turns, after two warm-up runs."""
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for turn in range(repeats + 2):
         for name, run in kinds.items():

@@ -1,4 +1,4 @@
-"""Bytes of the frames of a real run, layer by layer, against what else could be done with the same masks.
+"""Bytes of a real run's frames, layer by layer, against other codings of its masks.
 
 Decodes the frames that a run of examples/cifar10 with keep-frames = true left in its
 record, and compares each delta with: the entropy of its flips with one flip rate per
@@ -109,7 +109,7 @@ def frames_of(record: Path) -> dict[int, dict[int, Path]]:
 
 
 def coded_bytes(bits: Bits, known: Known) -> float:
-    """Return what the layer takes in a frame, without the few bytes that end a range coder."""
+    """Bytes of a layer in a frame, without the few that end a range coder."""
     plan, writer = choose_code(bits, known), BitWriter()
     plan.write(writer)
     return max(len(writer.to_bytes()) - 4, 0) if plan.kind > 1 else plan.num_bits / 8
@@ -133,7 +133,10 @@ def count(row: dict[str, float], bits: Bits, before: Bits, ours: float) -> None:
 
 def report(totals: dict[str, dict[str, float]], frames: int, frame_bytes: int, what: str) -> None:
     print(f"{frames} delta frames: {what}; mean bytes per frame\n")
-    titles = "layer, weights, flips, ours, i.i.d. entropy, ours / entropy, 1 bit per weight, zstd -19 of the XOR"
+    titles = (
+        "layer, weights, flips, ours, i.i.d. entropy, ours / entropy, 1 bit per weight, "
+        "zstd -19 of the XOR"
+    )
     print(f"| {titles.replace(', ', ' | ')} | paper's convention |")
     print("|---|---|---|---|---|---|---|---|---|")
     weights = sum(row["weights"] for row in totals.values())

@@ -3,8 +3,8 @@
     python docs/reference.py
 
 A table says each field's key, its default, and what the comment beside the field or the
-class's docstring says. It stands between two marks in its page; `tests/docs/test_docs.py`
-fails while one is out of date.
+class's docstring says. It stands between two marks in its page;
+`tests/docs/test_docs.py` fails while one is out of date.
 """
 
 import dataclasses

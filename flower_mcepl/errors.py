@@ -7,20 +7,20 @@
     ├── UnsupportedLayerError   the module cannot be masked as it is: change the module
     ├── DataError               an agent's data are empty or malformed: change its data
     ├── TopologyError           the graph is impossible: change the graph
-    ├── RosterError             the connected nodes do not fit the graph: change what is started
+    ├── RosterError             the nodes do not fit the graph: change what is started
     ├── AnswerError             a node's answer is no agent's: it failed in this round
     ├── FingerprintError        two hold other frozen weights: align seeds or models
     ├── DivergedError           training left the finite numbers: lower the step size
-    ├── StateError              a saved state is damaged or of something else: use another
+    ├── StateError              a saved state is damaged or foreign: use another
     ├── RecordError             a run record cannot be written or read
     ├── LaunchError             Flower's programs do not work: mend the installation
     └── FrameError              one frame is refused; the run goes on
         ├── TruncatedFrameError     shorter than it says
         ├── CorruptFrameError       damaged: checksum or structure
         ├── ForeignFrameError       not a frame, or a frame of another model or agent
-        ├── FutureFrameError        written by a newer version, or from a round still to come
+        ├── FutureFrameError        of a newer version, or of a round still to come
         ├── ReplayedFrameError      not newer than what is already held of this sender
-        └── MissingReferenceError   builds on a frame not held: the relay sends what is missing
+        └── MissingReferenceError   builds on a frame not held: it comes next
 """
 
 import re

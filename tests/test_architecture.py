@@ -1,4 +1,6 @@
-"""The rooms of the house, held by reading the imports, and the freedom from heavy packages, held by a fresh process."""
+"""The rooms of the house, held by reading the imports, and the freedom from heavy
+packages, held by a fresh process.
+"""
 
 import ast
 import graphlib
@@ -76,7 +78,9 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path, *, when: bool = EVERYWHERE, source: str | None = None) -> Iterator[str]:
-    """Names of the modules that a file imports: everywhere in it, or only as it is itself imported."""
+    """Names of the modules that a file imports: everywhere in it, or only as it is
+    itself imported.
+    """
     pending: list[ast.AST] = [ast.parse(path.read_text() if source is None else source)]
     while pending:
         node = pending.pop()
@@ -136,12 +140,16 @@ def test_reading_imports_sees_all_their_forms() -> None:
 
 
 def room_of(path: Path) -> str:
-    """Room of a file of the package: its first folder, or itself where it stands at the root."""
+    """Room of a file of the package: its first folder, or itself where it stands at the
+    root.
+    """
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def rooms_imported(path: Path, *, source: str | None = None) -> set[str]:
-    """Rooms that a file imports from, its own left out; the package's face counts as one."""
+    """Rooms that a file imports from, its own left out; the package's face counts as
+    one.
+    """
     inside = [name.split(".") for name in imports(path, source=source)]
     inside = [[*parts, ""] for parts in inside if parts[0] == "flower_mcepl"]
     return {parts[1] if parts[1] in ROOMS else "__init__" for parts in inside} - {room_of(path)}
@@ -233,7 +241,8 @@ def test_the_top_level_doors_are_relative_links(side: str) -> None:
 
 def loaded_after(statement: str, packages: tuple[str, ...]) -> set[str]:
     """Those of the packages that a fresh interpreter holds after the statement."""
-    code = f"{statement}\nimport sys\nprint('loaded', *[name for name in {packages!r} if name in sys.modules])"
+    names = f"[name for name in {packages!r} if name in sys.modules]"
+    code = f"{statement}\nimport sys\nprint('loaded', *{names})"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
@@ -271,7 +280,9 @@ def test_the_check_for_heavy_packages_can_fail() -> None:
 
 
 def test_third_party_imports_are_declared() -> None:
-    """What the core and both sides import as they load must come with the plain package, and nothing in vain."""
+    """What the core and both sides import as they load must come with the plain
+    package, and nothing in vain.
+    """
     with (ROOT / "pyproject.toml").open("rb") as file:
         declared = {
             re.split(r"[\[<>=~!; ]", line)[0]
@@ -286,9 +297,17 @@ def test_third_party_imports_are_declared() -> None:
 
 
 def test_a_device_loads_only_what_a_message_needs() -> None:
-    """On a device every message is a process of its own: what loads there is paid for in every round."""
-    ours = "import torch, flwr.app, flwr.clientapp, sys; before = set(sys.modules); import flower_mcepl.clients"
-    added = "{name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)"
+    """On a device every message is a process of its own: what loads there is paid for
+    in every round.
+    """
+    ours = (
+        "import torch, flwr.app, flwr.clientapp, sys; before = set(sys.modules); "
+        "import flower_mcepl.clients"
+    )
+    added = (
+        "{name.partition('.')[0] for name in set(sys.modules) - before} "
+        "- set(sys.stdlib_module_names)"
+    )
     code = f"{ours}; print('loaded', *({added}))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
@@ -336,13 +355,24 @@ def test_public_names_are_those_that_are_visible() -> None:
     assert dir(flower_mcepl) == sorted([*flower_mcepl.__all__, "__version__"])
     assert list(flower_mcepl.__all__) == sorted(flower_mcepl.__all__)
     assert set(flower_mcepl.__all__) >= {
-        "MaskedModel", "topk_mask", "aggregate_scores", "neighbor_step", "group_lasso", "MceplAgent", "Topology",
-        "simulate", "encode_frame", "decode_frame", "FlowerMceplError",
-    }  # fmt: skip
+        "MaskedModel",
+        "topk_mask",
+        "aggregate_scores",
+        "neighbor_step",
+        "group_lasso",
+        "MceplAgent",
+        "Topology",
+        "simulate",
+        "encode_frame",
+        "decode_frame",
+        "FlowerMceplError",
+    }
 
 
 def test_public_names_are_loaded_when_they_are_asked_for() -> None:
-    """The names that a type checker sees are those that come, each from the same module."""
+    """The names that a type checker sees are those that come, each from the same
+    module.
+    """
     face = PACKAGE / "__init__.py"
     seen = set(imports(face)) - set(imports(face, when=AT_THE_TOP))
     lazy = {f"flower_mcepl.{room}.{name}" for room, names in _LAZY.items() for name in names}

@@ -94,7 +94,8 @@ def test_another_process_draws_the_same() -> None:
         "import torch; from flower_mcepl.streams import *\nprint(torch.rand(3, "
         "generator=torch_stream(4, 'x')).tolist(), numpy_stream(4, 'x').random(3).tolist())"
     )
-    here = f"{torch.rand(3, generator=torch_stream(4, 'x')).tolist()} {numpy_stream(4, 'x').random(3).tolist()}"
+    of_torch = torch.rand(3, generator=torch_stream(4, "x")).tolist()
+    here = f"{of_torch} {numpy_stream(4, 'x').random(3).tolist()}"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

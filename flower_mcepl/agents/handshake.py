@@ -1,4 +1,4 @@
-"""Handshake: what an agent says of itself at first, and what all agents of a run share."""
+"""Handshake: what an agent says of itself at first, and what all agents share."""
 
 from collections.abc import Mapping
 from typing import Any

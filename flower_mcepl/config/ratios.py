@@ -24,7 +24,7 @@ def per_agent(key: str, value: Any) -> list[float]:
 def ratios_of(
     key: str, run_config: RunConfig, node_config: RunConfig | None, *, agent: int, default: float
 ) -> tuple[list[float], float]:
-    """Ratios of all agents under a key, and that of one agent, which its node config may set."""
+    """Ratio of one agent under a key, which its node config may set."""
     ratios = per_agent(key, run_config.get(key, default))
     if not node_config or key not in node_config:
         return ratios, ratios[agent % len(ratios)]

@@ -118,11 +118,11 @@ class Mailbox:
                 f"an agent takes frames of others only; agent {sender} was given one filed under "
                 "itself. Look at the routing."
             )
-        # A sender that lost its state begins its rounds anew, and its frames then build on
-        # payloads that nobody holds. Such a sender is doubtful: what is held of it stays
-        # in use while it is fresh enough, but the relay is no longer told of it (see
-        # `rounds`), so that a whole frame comes next, and that one is taken even where
-        # its round is not newer than the one held.
+        # A sender that lost its state begins its rounds anew, and its frames then build
+        # on payloads that nobody holds. Such a sender is doubtful: what is held of it
+        # stays in use while it is fresh enough, but the relay is no longer told of it
+        # (see `rounds`), so that a whole frame comes next, and that one is taken even
+        # where its round is not newer than the one held.
         held = self._held.get(sender)
         known = [] if held is None else [held.reference(self._layers)]
         newest = -1

@@ -164,12 +164,12 @@ class Relay(Generic[FrameT]):
 
     def _missing(self, agent: int, sender: int, previous: int) -> list[Posted[FrameT]]:
         """Chain with the fewest bytes that brings the agent to the newest frame."""
-        # A shortest path over frames: rounds are nodes, a frame is an edge from the round
-        # it builds on to its own, a whole frame one from nowhere, and bytes are lengths.
-        # Frames stand in the order of their rounds, so one pass finds every shortest
-        # chain. What the agent holds is a start of length zero. Where it says that it
-        # holds a round that no kept frame leads on from, only a whole frame helps, and
-        # `_whole_is_due` asks the sender for one if there is none.
+        # A shortest path over frames: rounds are nodes, a frame is an edge from the
+        # round it builds on to its own, a whole frame one from nowhere, and bytes are
+        # lengths. Frames stand in the order of their rounds, so one pass finds every
+        # shortest chain. What the agent holds is a start of length zero. Where it says
+        # that it holds a round that no kept frame leads on from, only a whole frame
+        # helps, and `_whole_is_due` asks the sender for one if there is none.
         newest = self._newest(sender)
         held = self._held.get(agent, {}).get(sender)
         if newest is None or previous - newest > self.max_staleness or held == newest:

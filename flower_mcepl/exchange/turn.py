@@ -46,7 +46,7 @@ class Reply:
         fresh: bool = False,
         introduces: bool = False,
     ) -> Answer[FrameT]:
-        """Answer with these facts of the handshake, its frames as the exchange takes them."""
+        """Answer with these facts; its frames are as the exchange takes them."""
         return Answer(
             facts=facts,
             metrics=self.metrics,

@@ -128,7 +128,7 @@ def file_lock(
 
 
 def remove_lock(path: Path) -> None:
-    """Remove the file of a lock; held, it stays on Windows, which removes no open file."""
+    """Remove the file of a lock; Windows removes no file that is open."""
     try:
         path.unlink(missing_ok=True)
     except PermissionError:
@@ -139,7 +139,8 @@ def remove_lock(path: Path) -> None:
 if sys.platform == "win32":
     import msvcrt
 
-    # Nobody else reads a byte that is locked here, so it is one far behind the process id.
+    # Nobody else reads a byte that is locked here, so it is one far behind the process
+    # id.
     _LOCKED_BYTE = 1 << 30
 
     def _lock(file: IO[bytes]) -> bool:
@@ -152,7 +153,7 @@ if sys.platform == "win32":
         return True
 
     def _unlock(file: IO[bytes]) -> None:
-        """Unlock a file at once; the system alone takes its time after the file is closed."""
+        """Unlock a file at once; the system takes its time after it is closed."""
         file.seek(_LOCKED_BYTE)
         msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 

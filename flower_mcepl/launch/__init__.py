@@ -1,4 +1,4 @@
-"""Run a Flower app to its end in a private SuperLink, and tell truly whether it ended well.
+"""Launcher: a Flower app in a private SuperLink, and whether it really ended well.
 
 ``flwr run`` exits 0 even when the run failed, reuses whatever SuperLink answers on its
 port, and leaves one behind. This launcher owns its SuperLink instead: own settings

@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flower_mcepl.launch",
-        description="Run a Flower app to its end in a private SuperLink; exit 0 only if it finished well.",
+        description="Run a Flower app to its end in a private SuperLink; exit 0 only if it "
+        "finished well.",
         allow_abbrev=False,
     )
     pairs: dict[str, Any] = {"action": "append", "default": [], "metavar": "'KEY=VALUE ...'"}
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @final
 class _Terminal:
-    """The run's log goes to the standard output; what we say ourselves goes to the standard error."""
+    """Run's log to the standard output, own words to the standard error."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()

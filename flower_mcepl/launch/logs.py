@@ -13,13 +13,13 @@ def without_colors(text: str) -> str:
 
 
 def record_named_in(line: str) -> str | None:
-    """Return the path of the run record when this line tells it, as the relay's log does."""
+    """Path of the run record, if this line of the relay's log names it."""
     found = _RECORD.search(without_colors(line))
     return found[1] if found else None
 
 
 def excerpt(log: str) -> str:
-    """Return the part of a log that says why: from the last traceback or error on, else its last lines."""
+    """Part of a log that says why: from the last traceback or error on."""
     lines = log.rstrip().splitlines()
     tracebacks = [
         at for at, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")

@@ -1,4 +1,4 @@
-"""What is to be run: the app, its nodes, and the two settings lines that ``flwr run`` takes."""
+"""Plan of a run: the app, its nodes, and the settings that ``flwr run`` takes."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def plan_run(
     num_supernodes: int | None = None,
     federation_config: str = "",
 ) -> Plan:
-    """Check what can be checked before anything starts; see ``run_app`` for the parameters."""
+    """Check what can be checked before anything starts; see ``run_app``."""
     refuse_windows()
     refuse_shadowed(app, Path.cwd())
     overrides = format_run_config(run_config)
@@ -40,7 +40,7 @@ def plan_run(
 
 
 def format_run_config(run_config: Mapping[str, object] | Sequence[str]) -> list[str]:
-    """Return the values of ``--run-config``, one for each key of a mapping; strings pass as they are."""
+    """Values of ``--run-config``, one for each key; strings pass as they are."""
     if isinstance(run_config, str):
         return [run_config]
     if not isinstance(run_config, Mapping):
@@ -49,7 +49,9 @@ def format_run_config(run_config: Mapping[str, object] | Sequence[str]) -> list[
 
 
 def parse_run_config(entries: Sequence[str]) -> dict[str, Any]:
-    """Return what values of ``--run-config`` set, each ``key=value ...`` or the path of a TOML file, as Flower does.
+    """Settings in values of ``--run-config``, read as Flower reads them.
+
+    Each is ``key=value ...`` or the path of a TOML file.
 
     Raises
     ------
@@ -93,7 +95,7 @@ def _toml_value(key: str, value: object) -> str:
 
 
 def num_agents(app: Path, run_config: Sequence[str]) -> int:
-    """Return how many agents the app will have: ``num-agents`` of the overrides, else of its own settings."""
+    """Number of agents: ``num-agents`` of the overrides, else of the app's settings."""
     own = app_settings(app).get("config", {}).get("num-agents")
     found: object = parse_run_config(run_config).get("num-agents", own)
     try:
@@ -107,7 +109,7 @@ def num_agents(app: Path, run_config: Sequence[str]) -> int:
 
 
 def federation_line(num_supernodes: int, more: str = "") -> str:
-    """Return the value of ``--federation-config``, with one CPU per client unless ``more`` says otherwise."""
+    """Value of ``--federation-config``, with one CPU per client by default."""
     if num_supernodes < 1:
         raise ConfigError(f"a run needs at least one SuperNode; got {num_supernodes}.")
     said = dict(_PAIR.findall(more))
@@ -118,7 +120,7 @@ def federation_line(num_supernodes: int, more: str = "") -> str:
 
 
 def refuse_windows() -> None:
-    """Raise on Windows, where Ray's processes cannot be told from others and ended for sure.
+    """Raise LaunchError on Windows, where Ray's processes cannot be ended for sure.
 
     Flower itself calls its simulation experimental there.
     """

@@ -58,7 +58,7 @@ class ProcessFamily:
         self._groups.add(pid)
 
     def end(self, *, grace: float, busy: Callable[[], bool] = lambda: False) -> list[int]:
-        """Wait, then SIGTERM, then SIGKILL, at most ``grace`` seconds each; return who is left."""
+        """Wait, SIGTERM, SIGKILL, ``grace`` seconds each; return who is left."""
         if self._gone_within(grace, busy):
             return []
         for name in ("SIGTERM", "SIGKILL"):

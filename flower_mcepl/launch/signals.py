@@ -16,7 +16,7 @@ class Interrupted(KeyboardInterrupt):
 
 @final
 class StopSignals:
-    """Turn the first stop signal into ``Interrupted``, and ignore more of them while we clean up.
+    """Turn the first stop signal into ``Interrupted``, and ignore more while cleaning.
 
     Handlers that the caller installed, and signals that it ignores, stay as they are.
     """

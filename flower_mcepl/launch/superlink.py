@@ -41,7 +41,7 @@ _SOCKET_ROOM = 34
 
 @contextlib.contextmanager
 def private_superlink(signals: StopSignals) -> "Iterator[SuperLink]":
-    """Start a SuperLink, lend it, and end everything below it while signals are held."""
+    """Private SuperLink; everything below it is ended while signals are held."""
     with tempfile.TemporaryDirectory(
         prefix="mcepl-", dir=_short_temporary_folder(), ignore_cleanup_errors=True
     ) as home:
@@ -107,7 +107,7 @@ class SuperLink:
         return self._open_run
 
     def follow(self, take: Callable[[str], None], *, deadline: float | None) -> tuple[str, str]:
-        """Pass on the run's log line by line until the run ends; return its status and details."""
+        """Pass on the run's log until the run ends; return its status and details."""
         seen = 0
         while True:
             for number, line in enumerate(self._stream(deadline)):
@@ -123,7 +123,7 @@ class SuperLink:
             time.sleep(1)
 
     def end(self) -> None:
-        """Stop the run if it still goes, and end every process that descends from ours."""
+        """Stop the run if it still goes, and end every process below this one."""
         if self._open_run is not None and self._alive():
             with contextlib.suppress(LaunchError):
                 self._flwr("stop", str(self._open_run), _CONNECTION, timeout=20)
@@ -154,7 +154,7 @@ class SuperLink:
         return False
 
     def _status(self) -> tuple[str, str]:
-        """Return the run's status and details, as Flower says unless the SuperLink is gone."""
+        """Status and details of the run, from Flower unless the SuperLink is gone."""
         if self._alive():
             try:
                 run = self._flwr("ls", _CONNECTION, "--run-id", str(self._open_run)).get("runs", [])
@@ -171,7 +171,7 @@ class SuperLink:
         return LOST, f"the SuperLink went away with exit code {self._process.poll()}"
 
     def _stream(self, deadline: float | None) -> Iterator[str]:
-        """Yield the lines of ``flwr log`` until it ends, the time is over or the SuperLink is gone."""
+        """Lines of ``flwr log`` until it, the time or the SuperLink ends."""
         lines: SimpleQueue[str | None] = SimpleQueue()
         command = ["log", str(self._open_run), _CONNECTION, "--stream"]
         with self._spawn("flwr", *command, stdout=subprocess.PIPE, PYTHONUNBUFFERED="1") as process:
@@ -228,7 +228,7 @@ class SuperLink:
 
 
 def private_environment(home: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the SuperLink: Flower's and Ray's files in ``home``, no calls home, no proxy.
+    """Environment of the SuperLink: its files in ``home``, no calls home, no proxy.
 
     The SuperLink finds its helper programs through ``PATH`` only, so this interpreter's
     programs come first.

@@ -30,13 +30,10 @@ def final_masks(run: Run) -> tuple[dict[int, Masks], str | None]:
             "the record has no agents/ with final states, which runs on devices and older runs do "
             "not leave",
         )
-    entries = {
-        int(entry["agent"]): entry for entry in run.config.get("agents") or [] if "agent" in entry
-    }
     masks: dict[int, Masks] = {}
     try:
         for agent, file in run.agents.items():
-            own = _masks_of(load_state(file), entries.get(agent, {}))
+            own = _masks_of(load_state(file), run.handshakes.get(agent, {}))
             if isinstance(own, str):
                 return {}, own
             masks[agent] = own
@@ -48,13 +45,13 @@ def final_masks(run: Run) -> tuple[dict[int, Masks], str | None]:
     return masks, None
 
 
-def _masks_of(state: AgentState, entry: Mapping[str, Any]) -> Masks | str:
+def _masks_of(state: AgentState, handshake: Mapping[str, Any]) -> Masks | str:
     name = str(state.facts.get("algorithm"))
     if name not in ALGORITHMS:
         return (
             f"no package that is installed here gives the algorithm {name}, which reads its masks"
         )
-    masks = find_algorithm(name).masks_of(state, entry.get("parameters") or {})
+    masks = find_algorithm(name).masks_of(state, handshake.get("parameters", {}))
     return masks if isinstance(masks, str) else _ordered(masks)
 
 

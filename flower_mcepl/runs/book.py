@@ -82,8 +82,8 @@ class RunBook(Generic[FrameT]):
             What changed about agents or nodes since the round before.
         """
         answers = dict(sorted(answers.items()))
-        # Before the new frames count: a row's bytes are those that led to the model that
-        # it speaks of.
+        # Before the new frames count: a row's bytes are those that led to the model
+        # that it speaks of.
         rows = self.monitor.rows_of(round, answers)
         refused = {agent: list(answer.refused) for agent, answer in answers.items()}
         server = self._exchange.topology.num_agents  # its number; a relay refuses nothing

@@ -6,8 +6,8 @@ not fit together.
 
 Agents first, the checkpoint last. A kill between the two leaves states that no
 checkpoint needs, which the next round writes over; never a checkpoint whose states are
-missing. Two of each are kept, so that a file that a kill or a bad disk has damaged costs
-the rounds since the one before it, not the run.
+missing. Two of each are kept, so that a file that a kill or a bad disk has damaged
+costs the rounds since the one before it, not the run.
 """
 
 import contextlib

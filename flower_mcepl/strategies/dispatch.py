@@ -1,4 +1,4 @@
-"""Dispatch of a round's messages: sent, waited for as long as answers usually take, matched to answers."""
+"""Dispatch of a round's messages: sending, waiting, matching the answers."""
 
 from collections.abc import Iterable, Sequence
 from typing import final
@@ -88,7 +88,7 @@ class Dispatch:
         return arrival.sent.round, arrival.sent.node
 
     def time_to_live(self, *, evaluating: bool) -> float:
-        """Seconds for which a message may be answered: the longest round, two usual ones."""
+        """Seconds to answer a message: a longest round and two usual ones."""
         return self._timeout + 2 * self._patience.deadline(evaluating=evaluating)
 
     def busy(self) -> set[int]:

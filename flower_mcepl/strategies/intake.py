@@ -1,4 +1,4 @@
-"""Intake of replies: which agent each is of, and whose failure it is where one is no answer."""
+"""Intake of replies: which agent each is of, and whose failure a bad one is."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""What carries out one run: Flower's simulation, or this process. The same settings give the same bits."""
+"""Engines of a run: Flower's simulation, or this process, to the same bits."""
 
 import contextlib
 import itertools
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]
 Engine = Callable[[FlowerApp, Mapping[str, Any], Path, Log], Path]
-"""``engine(app, config, folder, log)`` leaves one run record below the empty `folder`, and returns its path."""
+"""``engine(app, config, folder, log)`` returns the run record that it leaves."""
 
 # a client keeps modules and data for as long as the run's number stays
 _run_ids = itertools.count(1)
@@ -99,7 +99,7 @@ def run_in_process(app: FlowerApp, config: Mapping[str, Any], folder: Path, log:
 
 
 def introductions(app: FlowerApp, config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Build the agents of a run and return what each would say of itself first (`Agent.describe`), without a run.
+    """Handshakes of a run's agents (`Agent.describe`), without a run.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def introductions(app: FlowerApp, config: Mapping[str, Any]) -> list[dict[str, A
 def agent_of_node(
     app: FlowerApp, config: Mapping[str, Any], node_config: Mapping[str, Any]
 ) -> Iterator[Agent]:
-    """Build the agent that a SuperNode with this node config would play; the app's modules are found meanwhile.
+    """Agent that a SuperNode with this node config would play.
 
     Raises
     ------
@@ -156,7 +156,7 @@ def _context(number: int, config: Mapping[str, Any], node_config: Mapping[str, A
 
 
 def _make_server(app: FlowerApp, client: "AgentApp", context: "Context") -> Server | None:
-    """Make the server of a server-based algorithm from the network that its agents are made with."""
+    """Server of a server-based algorithm, from its agents' network."""
     settings = RunSettings.from_run_config(context.run_config, app_keys=app.config)
     if find_algorithm(settings.algorithm).server is None:
         return None

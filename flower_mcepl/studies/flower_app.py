@@ -48,7 +48,7 @@ def read_app(folder: Path) -> FlowerApp:
 
 
 def flat(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table without inner tables: ``{"dsgd": {"lr": 1}}`` becomes ``{"dsgd.lr": 1}``, as in Flower."""
+    """Table without inner ones: ``{"dsgd": {"lr": 1}}`` becomes ``{"dsgd.lr": 1}``."""
     entries: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
@@ -60,7 +60,7 @@ def flat(table: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def imported_client(app: FlowerApp) -> Iterator["AgentApp"]:
-    """Import the app's ClientApp; its folder comes first in ``sys.path`` for as long as the block runs.
+    """Import the app's ClientApp; its folder is first in ``sys.path`` meanwhile.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def imported_client(app: FlowerApp) -> Iterator["AgentApp"]:
 
 @contextlib.contextmanager
 def imported_component(app: FlowerApp) -> Iterator[object]:
-    """Import what the app names as its clientapp, whatever it is; see `imported_client`.
+    """Import what the app names as its clientapp; see `imported_client`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Tasks side by side, each in a process of its own, so that none can take another one down."""
+"""Tasks side by side, each in a process of its own: none takes another one down."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ _KILLED = -9  # exit code of a process that SIGKILL ended; Windows knows neither
 def side_by_side(
     work: Work[T], tasks: Sequence[T], *, jobs: int
 ) -> Generator[tuple[T, str | None], None, None]:
-    """Yield every task with what went wrong in it, as it ends; at most `jobs` run at a time."""
+    """Tasks with what went wrong in each, as they end; at most `jobs` at a time."""
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads half
     waiting = list(reversed(tasks))
     # by the handle that tells of the process's end
@@ -45,7 +45,7 @@ def side_by_side(
 
 
 def _start_deaf(process: SpawnProcess) -> None:
-    """Start a process that never hears Ctrl-C, which goes to all of a terminal's processes: its parent ends it."""
+    """Start a process that Ctrl-C does not reach: its parent ends it."""
     if sys.platform == "win32":  # which blocks no signals: the process itself ignores it, later
         process.start()
         return

@@ -1,4 +1,4 @@
-"""What reaches a person's terminal, or whatever else stands behind the standard streams."""
+"""Output for a person's terminal, or whatever stands behind the standard streams."""
 
 from flower_mcepl.terminal.encoding import any_encoding, spell_unknown, spelled
 

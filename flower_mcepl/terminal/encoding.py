@@ -1,4 +1,4 @@
-"""Text for streams whose encoding lacks some of its characters: spelled otherwise, never an error.
+"""Text in any encoding: characters that it lacks are spelled otherwise.
 
 A Windows console that is redirected writes cp1252 or cp437, a C locale ASCII. Python's
 own answer to a character that these lack is a UnicodeEncodeError in the middle of a
@@ -27,7 +27,7 @@ _HANDLER = "flower_mcepl.spelled"
 
 
 def spell_unknown() -> None:
-    r"""Spell what the standard streams cannot encode: ``±`` as ``+/-``, ``ä`` as ``\xe4``.
+    r"""Spell what the standard streams lack: ``±`` as ``+/-``, ``ä`` as ``\xe4``.
 
     For programs, whose streams are their own; a library leaves its caller's streams
     alone (`any_encoding`).
@@ -38,7 +38,7 @@ def spell_unknown() -> None:
 
 
 def any_encoding(log: Callable[[str], object]) -> Callable[[str], None]:
-    """Return `log` for any encoding: a line that its stream cannot write, it gets in ASCII."""
+    """Return `log` for any encoding: a line that it cannot write comes in ASCII."""
 
     def write(line: str) -> None:
         try:

@@ -27,10 +27,17 @@ SOURCE = {
     "batch_size": 8,
 }
 FULL: dict[str, dict[str, Any]] = {
-    name: {**SOURCE, "momentum": 0.6, "lr_schedule": "cosine", "lr_rounds": 9, "score_lr": 1.0, "finetune_lr": 1.0,
-           "lr": 0.05}
+    name: {
+        **SOURCE,
+        "momentum": 0.6,
+        "lr_schedule": "cosine",
+        "lr_rounds": 9,
+        "score_lr": 1.0,
+        "finetune_lr": 1.0,
+        "lr": 0.05,
+    }
     for name in EVERY
-}  # fmt: skip
+}
 
 
 def in_memory(state: AgentState, tmp_path: Path) -> AgentState:
@@ -153,12 +160,20 @@ def test_the_handshake_of_dense_agents(algorithm: str) -> None:
     agent = agent_of(algorithm, 3)
     counts = " ".join(f"{name}:{(agent.data.train.labels == name).sum()}" for name in range(3))
     assert agent.describe() == {
-        "agent": 3, "algorithm": algorithm, "fingerprint": agent_of("mcepl").fingerprint, "seed": SEED,
-        "num-weights": 51, "kept-weights": 51, "num-examples": 18, "num-test-examples": 18, "classes": "0 1 2",
-        "train-counts": counts, "test-counts": " ".join(
+        "agent": 3,
+        "algorithm": algorithm,
+        "fingerprint": agent_of("mcepl").fingerprint,
+        "seed": SEED,
+        "num-weights": 51,
+        "kept-weights": 51,
+        "num-examples": 18,
+        "num-test-examples": 18,
+        "classes": "0 1 2",
+        "train-counts": counts,
+        "test-counts": " ".join(
             f"{name}:{(agent.data.test.labels == name).sum()}" for name in range(3)
         ),
-    }  # fmt: skip
+    }
     assert agent.evaluate()["density"] == 1.0
 
 
@@ -220,14 +235,22 @@ BAD = [
     ("dsgd", {"weight_decay": -0.1}, r"weight-decay must be a finite number >= 0; got -0\.1"),
     ("dsgd", {"batch_size": 0}, r"batch-size must be >= 1; got 0"),
     ("dsgd", {"local_epochs": -1}, r"local-epochs must be >= 0; got -1"),
-    ("dsgd", {"lr_schedule": "linear"}, r"lr-schedule must be one of constant, cosine; got 'linear'"),
+    (
+        "dsgd",
+        {"lr_schedule": "linear"},
+        r"lr-schedule must be one of constant, cosine; got 'linear'",
+    ),
     ("dsgd", {"lr_schedule": "cosine"}, r"lr-schedule cosine needs lr-rounds >= 1"),
     ("dfedavgm", {"precision": "int4"}, r"precision must be one of .*int8.*; got 'int4'"),
     ("dfedavgm", {"local_steps": 0}, r"local-steps must be >= 1; got 0"),
     ("dfedavgm", {"lr": "fast"}, r"run-config key lr must be float; got 'fast'"),
     ("mask-averaging", {"score_lr": 0.0}, r"score-lr must be > 0; got 0\.0"),
-    ("local-masks", {"retention_conv": 0.0}, r"retention ratio of key retention-conv .* must be in \(0, 1\]"),
-]  # fmt: skip
+    (
+        "local-masks",
+        {"retention_conv": 0.0},
+        r"retention ratio of key retention-conv .* must be in \(0, 1\]",
+    ),
+]
 
 
 @pytest.mark.parametrize(("algorithm", "settings", "message"), BAD)
@@ -250,9 +273,18 @@ def test_an_unknown_algorithm_is_refused() -> None:
 
 def test_the_algorithms_are_these() -> None:
     assert list(ALGORITHMS) == [
-        "mcepl", "mcepl-no-finetuning", "local-masks", "mask-averaging", "local", "dsgd", "dfedavgm", "dispfl",
-        "fedavg", "fedspa", "fedpm",
-    ]  # fmt: skip
+        "mcepl",
+        "mcepl-no-finetuning",
+        "local-masks",
+        "mask-averaging",
+        "local",
+        "dsgd",
+        "dfedavgm",
+        "dispfl",
+        "fedavg",
+        "fedspa",
+        "fedpm",
+    ]
     for name, algorithm in ALGORITHMS.items():
         assert algorithm.fixed or algorithm.agent.algorithm == name
         assert algorithm.server is None or algorithm.server.algorithm == name

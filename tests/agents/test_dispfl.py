@@ -1,4 +1,6 @@
-"""Dis-PFL: its sparsity functions and whole rounds against slow ones, and what only sparse agents do."""
+"""Dis-PFL: its sparsity functions and whole rounds against slow ones, and what only
+sparse agents do.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -170,9 +172,19 @@ def test_rounds_by_the_published_equations(neighbors: Any, density: object) -> N
     for round in range(1, 7):  # in the last one nothing moves any more
         before = masks
         x, masks = slow_weights.dispfl(
-            x, masks, data, neighbors, round=round, steps=2, lr=0.4, lr_decay=0.9, decay=0.02, clip=0.3, alpha=0.6,
+            x,
+            masks,
+            data,
+            neighbors,
+            round=round,
+            steps=2,
+            lr=0.4,
+            lr_decay=0.9,
+            decay=0.02,
+            clip=0.3,
+            alpha=0.6,
             rounds=5,
-        )  # fmt: skip
+        )
         play(agents, neighbors, round)
         for i, agent in enumerate(agents):
             for short, mask in masks_of(agent).items():
@@ -401,6 +413,10 @@ def test_convolutions_are_sparse_and_norms_are_dense() -> None:
     layouts = {name: tensor.layout for name, tensor in agent.outgoing().items()}
     sparse = {name for name, layout in layouts.items() if layout == torch.sparse_coo}
     assert sparse == {"0.weight", "5.weight"}
-    assert {type(agent.model.get_submodule(name.split(".")[0])) for name in layouts.keys() - sparse} == {
-        nn.Conv2d, nn.BatchNorm2d, nn.Linear,
-    }  # fmt: skip
+    assert {
+        type(agent.model.get_submodule(name.split(".")[0])) for name in layouts.keys() - sparse
+    } == {
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.Linear,
+    }

@@ -1,4 +1,6 @@
-"""Handshakes: everything that agents must have in common is compared, each with its own way out."""
+"""Handshakes: everything that agents must have in common is compared, each with its own
+way out.
+"""
 
 from typing import Any
 
@@ -35,7 +37,7 @@ def test_a_difference_is_refused_by_its_name(key: str) -> None:
 
 
 def test_agents_with_other_classes_of_weights_are_refused() -> None:
-    """Independent first scores make other classes: frames would decode to other masks."""
+    """Independent first scores make other classes, and frames other masks."""
     independent = make_agent(1, score_init="independent").describe()
     assert facts()["prior"] != independent["prior"]
     with pytest.raises(FingerprintError, match="classes of weights for the wire"):

@@ -57,7 +57,9 @@ def play(agent: MceplAgent, *rounds: int) -> list[dict[str, float]]:
 
 
 def closed_gradient(agent: MceplAgent, inputs: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
-    """The straight-through gradient at the agent's present scores, from an ordinary network with weights w * m."""
+    """The straight-through gradient at the agent's present scores, from an ordinary
+    network with weights w * m.
+    """
     baked = agent.model.bake().train().requires_grad_(True)
     nn.functional.cross_entropy(baked(inputs), labels).backward()
     gradients = {}
@@ -296,12 +298,21 @@ def test_the_handshake_tells_who_this_is() -> None:
     agent = make_agent(3, retention={"conv": 0.5, "linear": 0.25})
     kept = sum(int(mask.sum()) for mask in agent.outgoing().values())
     assert agent.describe() == {
-        "agent": 3, "algorithm": "mcepl", "fingerprint": agent.model.fingerprint, "seed": SEED,
+        "agent": 3,
+        "algorithm": "mcepl",
+        "fingerprint": agent.model.fingerprint,
+        "seed": SEED,
         "prior": agent.prior.digest.hex(),
-        "first-mask": agent._first_mask_digest, "num-weights": 36 + 192,
-        "kept-weights": kept, "retention": "conv 0.5, linear 0.25", "num-examples": 24, "num-test-examples": 24,
-        "classes": "0 1 2", "train-counts": counts(3), "test-counts": counts(1003),
-    }  # fmt: skip
+        "first-mask": agent._first_mask_digest,
+        "num-weights": 36 + 192,
+        "kept-weights": kept,
+        "retention": "conv 0.5, linear 0.25",
+        "num-examples": 24,
+        "num-test-examples": 24,
+        "classes": "0 1 2",
+        "train-counts": counts(3),
+        "test-counts": counts(1003),
+    }
 
 
 def test_what_agents_share_and_what_they_do_not() -> None:
@@ -379,9 +390,15 @@ def test_transforms_draw_from_the_agents_streams() -> None:
 # --- save and restore ---
 
 FULL: dict[str, Any] = {
-    "model_fn": noisy_net, "momentum": 0.7, "local_steps": 2, "lr_schedule": "cosine", "lr_rounds": 9,
-    "group_lasso": 0.01, "score_init": "independent", "score_averaging": 0.8,
-}  # fmt: skip
+    "model_fn": noisy_net,
+    "momentum": 0.7,
+    "local_steps": 2,
+    "lr_schedule": "cosine",
+    "lr_rounds": 9,
+    "group_lasso": 0.01,
+    "score_init": "independent",
+    "score_averaging": 0.8,
+}
 
 
 def in_memory(state: AgentState, tmp_path: Path) -> AgentState:
@@ -439,9 +456,15 @@ def test_a_state_names_everything_by_group() -> None:
     agent.train(round=1)
     names = set(agent.state().tensors)
     assert names == {
-        *(f"{group}/{name}" for group in ("scores", "gradient", "velocity", "neighbor-count") for name in agent.layers),
-        "buffer/1.running_mean", "buffer/1.running_var", "buffer/1.num_batches_tracked",
-    }  # fmt: skip
+        *(
+            f"{group}/{name}"
+            for group in ("scores", "gradient", "velocity", "neighbor-count")
+            for name in agent.layers
+        ),
+        "buffer/1.running_mean",
+        "buffer/1.running_var",
+        "buffer/1.num_batches_tracked",
+    }
     agent.fuse({}, round=1)
     assert {name.partition("/")[0] for name in agent.state().tensors} == {
         "scores",

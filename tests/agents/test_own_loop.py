@@ -1,4 +1,6 @@
-"""Agents with a user's own loop: the same steps give the same agent, and what is evaluated is the masked network."""
+"""Agents with a user's own loop: the same steps give the same agent, and what is
+evaluated is the masked network.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -50,7 +52,9 @@ def close(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
 
 
 def test_the_same_steps_make_the_same_agent() -> None:
-    """Also in later rounds, as a function that clears no gradient finds none of the round before."""
+    """Also in later rounds, as a function that clears no gradient finds none of the
+    round before.
+    """
     own, expected = own_loop(), built_in()
     neighbor = make_agent(1)
     neighbor.train(round=1)

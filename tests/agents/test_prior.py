@@ -1,4 +1,6 @@
-"""What all agents know of every mask beforehand: the same everywhere, drawn from nothing."""
+"""What all agents know of every mask beforehand: the same everywhere, drawn from
+nothing.
+"""
 
 import random
 
@@ -125,7 +127,9 @@ def test_it_is_made_once_for_all_agents_of_a_process() -> None:
 
 
 def test_it_draws_no_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams and global generators stand where they stood without it, so masks are the same bits."""
+    """Streams and global generators stand where they stood without it, so masks are the
+    same bits.
+    """
     torch.manual_seed(3)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
     with_prior = masks_of_a_run()
@@ -170,7 +174,9 @@ def test_agents_that_know_the_same_take_each_others_frames() -> None:
 
 
 def test_it_spares_bytes() -> None:
-    """Where a network is large enough to have classes, its frames are smaller with it than without."""
+    """Where a network is large enough to have classes, its frames are smaller with it
+    than without.
+    """
 
     def wide_net() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(36, 200), nn.ReLU(), nn.Linear(200, 3))

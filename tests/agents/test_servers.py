@@ -1,4 +1,6 @@
-"""FedAvg, FedSpa and FedPM, agents and servers, against their equations; and what each of them must do."""
+"""FedAvg, FedSpa and FedPM, agents and servers, against their equations; and what each
+of them must do.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,9 +42,18 @@ from tests.oracles.baselines import (
 SERVED = sorted(name for name, entry in ALGORITHMS.items() if entry.server is not None)
 MASKED = {"w1": "0.weight", "w2": "2.weight"}
 FULL = {
-    "model_fn": noisy_net, "split": split, "local_epochs": 0, "local_steps": 2, "batch_size": 8, "momentum": 0.6,
-    "lr_schedule": "cosine", "lr_rounds": 9, "score_lr": 3.0, "lr": 0.05, "reset_rounds": 2,
-}  # fmt: skip
+    "model_fn": noisy_net,
+    "split": split,
+    "local_epochs": 0,
+    "local_steps": 2,
+    "batch_size": 8,
+    "momentum": 0.6,
+    "lr_schedule": "cosine",
+    "lr_rounds": 9,
+    "score_lr": 3.0,
+    "lr": 0.05,
+    "reset_rounds": 2,
+}
 
 
 def run_of(algorithm: str, size: int = 4, **settings: Any) -> tuple[Any, list[Any]]:

@@ -1,4 +1,6 @@
-"""The local steps that all algorithms share: their mean loss, and the random streams that are each agent's own."""
+"""The local steps that all algorithms share: their mean loss, and the random streams
+that are each agent's own.
+"""
 
 from collections.abc import Iterator
 from typing import Any

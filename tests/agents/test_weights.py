@@ -1,4 +1,6 @@
-"""Local weights, DSGD and DFedAvgM against their equations, and the mixing matrix that their agents agree on."""
+"""Local weights, DSGD and DFedAvgM against their equations, and the mixing matrix that
+their agents agree on.
+"""
 
 from typing import Any
 
@@ -47,10 +49,15 @@ def test_local_training_by_the_equations(settings: dict[str, Any]) -> None:
     x, (data,), velocity = arrays(agent), data_of([agent]), {}
     for round in (1, 2, 3):
         x = slow_weights.sgd(
-            x, data, steps=settings.get("local_steps", 1), decay=settings["weight_decay"],
+            x,
+            data,
+            steps=settings.get("local_steps", 1),
+            decay=settings["weight_decay"],
             lr=settings["lr"] * settings.get("lr_decay", 1.0) ** (round - 1),
-            momentum=settings.get("momentum", 0.0), velocity=velocity, clip=settings.get("clip_norm", 0.0),
-        )  # fmt: skip
+            momentum=settings.get("momentum", 0.0),
+            velocity=velocity,
+            clip=settings.get("clip_norm", 0.0),
+        )
         agent.train(round=round)
         agent.fuse({}, round=round)
         assert_same([agent], [x])
@@ -145,7 +152,9 @@ def graph_of(neighbors: Any) -> Topology:
 def test_dfedavgm_of_quantized_differences_by_the_equations(
     neighbors: Any, key_interval: int
 ) -> None:
-    """Each round from the z that came out of the one before, so that no rounding to another step multiplies."""
+    """Each round from the z that came out of the one before, so that no rounding to
+    another step multiplies.
+    """
     local: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.02, "momentum": 0.8}
     agents = fleet_of("dfedavgm", local_steps=3, precision="int8-differences", **local)
     x, data, replies = [arrays(agent) for agent in agents], data_of(agents), {}
@@ -181,9 +190,13 @@ def test_errors_of_differences_are_smaller_than_those_of_whole_weights() -> None
     sent: list[dict[str, Tensor]] = []
     agents = fleet_of("dfedavgm")
     simulate(
-        agents, graph_of(RING), num_rounds=12,
-        on_reply=lambda round, agent, reply: sent.append(dict(reply.payload)) if agent == 0 and reply.payload else None,
-    )  # fmt: skip
+        agents,
+        graph_of(RING),
+        num_rounds=12,
+        on_reply=lambda round, agent, reply: (
+            sent.append(dict(reply.payload)) if agent == 0 and reply.payload else None
+        ),
+    )
     errors: dict[str, list[float]] = {}
     for precision in ("int8", "int8-differences"):
         agent = agent_of("dfedavgm", precision=precision)
@@ -202,7 +215,9 @@ def test_errors_of_differences_are_smaller_than_those_of_whole_weights() -> None
 
 
 def one_hot_payloads(degrees: list[int]) -> dict[int, dict[str, Tensor]]:
-    """Payloads from which the mixing matrix can be read: agent j holds the j-th unit vector."""
+    """Payloads from which the mixing matrix can be read: agent j holds the j-th unit
+    vector.
+    """
     unit = torch.eye(len(degrees), dtype=torch.float64)
     return {
         j: {"x": unit[j], DEGREE: torch.tensor([float(degrees[j])])} for j in range(len(degrees))

@@ -1,4 +1,6 @@
-"""The device side on its own: messages into a ClientApp, and what it keeps, calls and refuses."""
+"""The device side on its own: messages into a ClientApp, and what it keeps, calls and
+refuses.
+"""
 
 import copy
 import random
@@ -59,7 +61,9 @@ def identity() -> None:
 
 
 def three_rounds(apps: Iterable[ClientApp], context: Context) -> list[bytes]:
-    """Three rounds with two neighbors, each message given to the next app; return the agent's frames."""
+    """Three rounds with two neighbors, each message given to the next app; return the
+    agent's frames.
+    """
     neighbors = [the_app(), the_app()]
     contexts = [a_context(j, run_id=context.run_id) for j in (1, 2)]
     came: dict[int, bytes] = {}
@@ -328,7 +332,9 @@ def test_model_and_data_are_made_once_per_process_and_run() -> None:
 
 @pytest.mark.parametrize("agent", [0, 7])
 def test_two_nameless_functions_are_told_apart(agent: int) -> None:
-    """The model's seed and the agent's number may be equal, and so may the functions' names."""
+    """The model's seed and the agent's number may be equal, and so may the functions'
+    names.
+    """
     app = make_client_app(lambda context: small_net(), lambda context: data_fn(context))
     again = make_client_app(lambda context: small_net(), lambda context: (split(50), split(51)))
     context = a_context(agent, run_id=9)
@@ -337,7 +343,9 @@ def test_two_nameless_functions_are_told_apart(agent: int) -> None:
 
 
 def test_agents_do_not_share_what_is_cached() -> None:
-    """Two agents of one process train the same module object; neither may see the other."""
+    """Two agents of one process train the same module object; neither may see the
+    other.
+    """
     alone = three_rounds([the_app()] * 3, a_context())
     app, context, other = the_app(), a_context(), a_context(5)
     other.run_id = context.run_id
@@ -382,7 +390,9 @@ def test_global_generators_neither_matter_nor_move() -> None:
 
 
 class ShuffledGrid(RecordingGrid):
-    """Works the nodes off in another order and hands the answers over in yet another one."""
+    """Works the nodes off in another order and hands the answers over in yet another
+    one.
+    """
 
     def __init__(self, *args: Any, seed: int, **options: Any) -> None:
         self.random = random.Random(seed)

@@ -1,4 +1,6 @@
-"""Whatever a ClientApp or a mod does, Flower gets an answer to the message; who gave none has not moved on."""
+"""Whatever a ClientApp or a mod does, Flower gets an answer to the message; who gave
+none has not moved on.
+"""
 
 import copy
 import re
@@ -101,7 +103,7 @@ BREAKING = {
     returns_nothing: r"None came out \(is a return missing\?\)",
     returns_records: "RecordDict came out",
     replies_to_the_reply: "the reply is to another message, or to a reply",
-    fails_the_reply: r"the reply is to another message, or to a reply.* It said: arrays do not match",
+    fails_the_reply: r"the reply is to another message.* It said: arrays do not match",
     replies_to_another_message: "the reply is to another message, or to a reply",
     begins_a_message: "the reply is to another message, or to a reply",
     empties_the_reply: "the reply holds neither a RecordDict nor an error",
@@ -174,7 +176,9 @@ def test_an_exception_passes_and_the_state_stays(mod: Any) -> None:
 
 
 def test_an_app_cannot_leave() -> None:
-    """An exit would end a device's process without an answer, and a worker of the simulation with it."""
+    """An exit would end a device's process without an answer, and a worker of the
+    simulation with it.
+    """
 
     def leave(context: Context) -> Any:
         sys.exit("no data today")
@@ -273,7 +277,9 @@ def test_a_mod_must_be_callable() -> None:
 
 
 def test_local_dp_that_comes_in_by_a_side_door_wedges_nothing() -> None:
-    """Unguarded, its error would be a reply to the reply, on which a SuperNode waits for ever."""
+    """Unguarded, its error would be a reply to the reply, on which a SuperNode waits
+    for ever.
+    """
     hidden = local_dp()
     message = sent(1)
     reply = the_app(mods=[lambda *call: hidden(*call)])(message, a_context())

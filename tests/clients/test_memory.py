@@ -1,4 +1,6 @@
-"""Where an agent's state is between two messages: on the device's disk, in the Context, in a simulation's record."""
+"""Where an agent's state is between two messages: on the device's disk, in the Context,
+in a simulation's record.
+"""
 
 import logging
 import re
@@ -56,7 +58,9 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_device(root: Path, agent: int = 0, **run: Any) -> Context:
-    """The Context that a SuperNode gives a new ClientApp process: it holds nothing of earlier messages."""
+    """The Context that a SuperNode gives a new ClientApp process: it holds nothing of
+    earlier messages.
+    """
     return a_context(agent, node={"state-dir": str(root)}, **run)
 
 
@@ -217,7 +221,7 @@ def test_the_message_must_say_of_which_run_it_is(run: str, tmp_path: Path) -> No
 
 
 def test_a_device_writes_nowhere_else_than_in_its_state_dir(tmp_path: Path) -> None:
-    """The folder of the run record, which the relay names, is one of another machine."""
+    """The folder of the run record is one of another machine, the relay's."""
     play(a_device(tmp_path / "state"), 1, store=True, agents_dir=str(tmp_path / "record"))
     play(
         a_device(tmp_path / "state"),
@@ -297,7 +301,9 @@ def test_the_context_carries_one_array() -> None:
 
 
 def test_a_used_agent_is_as_good_as_a_new_one_when_a_round_comes_again(tmp_path: Path) -> None:
-    """One process, one app, the same Flower run: the agent is built once, and restored for each message."""
+    """One process, one app, the same Flower run: the agent is built once, and restored
+    for each message.
+    """
     app = the_app()
     context = a_device(tmp_path)
     messages = [a_message(round, neighbors=() if round > 1 else None) for round in (1, 2, 3, 3, 4)]
@@ -364,7 +370,9 @@ def test_the_closing_exchange_leaves_the_final_state_beside_it(tmp_path: Path, s
 
 
 def test_what_is_stored_is_the_agents_whole_state(tmp_path: Path) -> None:
-    """The sizes that docs and README tell: scores and gradient as float32, a count and the masks sent and held."""
+    """The sizes that docs and README tell: scores and gradient as float32, a count and
+    the masks sent and held.
+    """
     play(a_device(tmp_path), 1)
     found = store_of(tmp_path).load(0, run=RUN, before=2)
     assert found is not None

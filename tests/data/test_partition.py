@@ -1,4 +1,6 @@
-"""Who holds what: partitions and splits, and that the examples' default data are bit for bit what they always were."""
+"""Who holds what: partitions and splits, and that the examples' default data are bit
+for bit what they always were.
+"""
 
 import builtins
 import hashlib

@@ -1,4 +1,6 @@
-"""The doctor: what it finds on machines, in runs and at addresses that are well, and that are not."""
+"""The doctor: what it finds on machines, in runs and at addresses that are well, and
+that are not.
+"""
 
 import errno
 import ipaddress
@@ -292,7 +294,9 @@ def test_a_sound_run_has_all_figures(app: Path) -> None:
 
 
 def test_the_trial_measures_what_a_run_sends_and_stores(tmp_path: Path) -> None:
-    """A fleet whose agents all hold the same data sends what the trial says, and its stored states are that large."""
+    """A fleet whose agents all hold the same data sends what the trial says, and its
+    stored states are that large.
+    """
     trial = try_rounds(make_agent(0), (1, 2), max_staleness=5)
     sizes: list[int] = []
     agents = make_fleet(3)
@@ -472,8 +476,9 @@ def make_certificate(
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.now(UTC)
     alternatives = [
-        x509.IPAddress(ipaddress.ip_address(n)) if n[0].isdigit() else x509.DNSName(n) for n in names
-    ]  # fmt: skip
+        x509.IPAddress(ipaddress.ip_address(n)) if n[0].isdigit() else x509.DNSName(n)
+        for n in names
+    ]
     certificate = (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -504,7 +509,9 @@ def make_certificate(
 
 @contextmanager
 def server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Listen on loopback, and let `answer` have every connection; what it raises ends that connection."""
+    """Listen on loopback, and let `answer` have every connection; what it raises ends
+    that connection.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -713,9 +720,10 @@ def test_the_command_prints_json_and_nothing_else(
     assert report["ok"] is True
     assert sum(report["counts"].values()) == len(report["checks"])
     checks = {check["check"]: check for check in report["checks"]}
-    assert checks["weights"]["values"]["fingerprint"] == introductions(read_app(app), read_app(app).config)[1][
-        "fingerprint"
-    ]  # fmt: skip
+    assert (
+        checks["weights"]["values"]["fingerprint"]
+        == introductions(read_app(app), read_app(app).config)[1]["fingerprint"]
+    )
     assert {check["status"] for check in report["checks"]} <= {OK, WARNING}
 
 

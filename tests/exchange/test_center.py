@@ -1,4 +1,6 @@
-"""The center of server-based algorithms: what it opens, refuses, counts and sends; and whole runs around it."""
+"""The center of server-based algorithms: what it opens, refuses, counts and sends; and
+whole runs around it.
+"""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -45,7 +47,7 @@ def center_of(server: Any, **options: Any) -> Center[bytes]:
 
 @dataclass
 class Run:
-    """Agents around a center, round by round, with everything that passes between them."""
+    """Agents around a center, round by round, with all that passes between them."""
 
     algorithm: str
     settings: dict[str, Any] = field(default_factory=lambda: SETTINGS)
@@ -104,7 +106,9 @@ class Run:
         self.mails[index] = open_mail(self.agents[index], max_staleness=5)
 
     def aggregate(self, round: int) -> None:
-        """Let the center take in the round before, as the first parcel of ``round`` does."""
+        """Let the center take in the round before, as the first parcel of ``round``
+        does.
+        """
         self.center.parcel(0, round=round)
 
 

@@ -1,4 +1,6 @@
-"""What a process decodes once for all its agents: the same payloads, the same refusals, bounded memory."""
+"""What a process decodes once for all its agents: the same payloads, the same refusals,
+bounded memory.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -55,7 +57,9 @@ def box(owner: int = 0, **options: Any) -> Mailbox:
 
 @pytest.fixture(autouse=True)
 def decodings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The rounds of the frames that were really decoded; nothing is kept from test to test."""
+    """The rounds of the frames that were really decoded; nothing is kept from test to
+    test.
+    """
     rounds = []
 
     def counted(payload: memoryview, header: FrameHeader, **options: Any) -> Any:

@@ -1,4 +1,6 @@
-"""What an agent holds of its neighbors: chains of frames, what it names, and what it refuses."""
+"""What an agent holds of its neighbors: chains of frames, what it names, and what it
+refuses.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -48,7 +50,9 @@ def frame(sender: int, round: int, **other: Any) -> bytes:
 
 
 def chain(sender: int, *rounds: int, key: bool = True) -> list[bytes]:
-    """Frames of these rounds, each built on the one before; the first is a key, or left out."""
+    """Frames of these rounds, each built on the one before; the first is a key, or left
+    out.
+    """
     frames: list[bytes] = []
     reference = None
     for round in rounds:
@@ -300,7 +304,7 @@ def test_frames_before_a_bad_one_count_and_the_others_do_not() -> None:
 
 
 def unfit_delta(sender: int, round: int, builds_on: int) -> bytes:
-    """A sound frame of a sender that remembers another mask of that round than it sent."""
+    """A sound frame of a sender that remembers another mask than it sent."""
     elsewhere = Reference(builds_on, masks(sender, builds_on + 20))
     data = write_frame(
         masks(sender, builds_on + 21),
@@ -396,7 +400,9 @@ def test_save_and_restore() -> None:
 
 
 def with_recent(round: int) -> list[bytes]:
-    """A chain in whose frames the same weights flip again and again, so that each presumes the one before."""
+    """A chain in whose frames the same weights flip again and again, so that each
+    presumes the one before.
+    """
     prior, at = torch.Generator().manual_seed(3), masks(5, 0)
     hot = {name: torch.rand(mask.shape, generator=prior) < 0.06 for name, mask in at.items()}
     frames, reference = [], None

@@ -1,4 +1,6 @@
-"""What an agent sends: deltas against what the relay has, whole frames where there is nothing or one is asked for."""
+"""What an agent sends: deltas against what the relay has, whole frames where there is
+nothing or one is asked for.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -56,8 +58,13 @@ def outbox(**options: Any) -> Outbox:
 
 def mailbox(**options: Any) -> Mailbox:
     given_all: dict[str, Any] = {
-        "owner": 0, "fingerprint": FINGERPRINT, "layers": LAYERS, "max_staleness": 99, "first": FIRST, "dtype": None,
-    }  # fmt: skip
+        "owner": 0,
+        "fingerprint": FINGERPRINT,
+        "layers": LAYERS,
+        "max_staleness": 99,
+        "first": FIRST,
+        "dtype": None,
+    }
     return Mailbox(**{**given_all, **options})
 
 
@@ -153,7 +160,9 @@ def test_a_relay_that_has_nothing_gets_what_stands_alone() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=12))
 @settings(max_examples=40)
 def test_whatever_is_lost_all_that_comes_can_be_read(rounds: list[tuple[bool, bool, bool]]) -> None:
-    """Answers are lost, the sender restarts, whole frames are asked for; a reader takes deltas, another one keys."""
+    """Answers are lost, the sender restarts, whole frames are asked for; a reader takes
+    deltas, another one keys.
+    """
     out, follower, chosen = outbox(prior=PRIOR), mailbox(prior=PRIOR), mailbox(prior=PRIOR)
     acknowledged = None
     for round, (lost, restarted, key) in enumerate(rounds, start=1):
@@ -205,7 +214,9 @@ def test_what_flipped_is_never_presumed_after_a_key(key: bool, presumed: bool) -
 
 
 def test_what_flipped_against_the_first_payload_is_not_presumed() -> None:
-    """Who is new may get a whole frame of the same round that an outbox of another memory wrote."""
+    """Who is new may get a whole frame of the same round that an outbox of another
+    memory wrote.
+    """
     out = outbox()
     out.write(masks(1), round=1)
     assert not flips_presumed(out.write(masks(2), round=2, acknowledged=1)[0])

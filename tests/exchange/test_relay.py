@@ -40,14 +40,16 @@ class Diary:
         return max((frame.round for frame in self.frames if frame.sender == sender), default=None)
 
     def kept(self, sender: int) -> list[Frame]:
-        """Return the last key, and the deltas since ``max_staleness`` rounds before it."""
+        """The last key, and the deltas since ``max_staleness`` rounds before it."""
         mine = [frame for frame in self.frames if frame.sender == sender]
         last_key = max((frame.round for frame in mine if not frame.builds_on), default=0)
         since = {False: last_key, True: last_key - self.max_staleness}
         return [frame for frame in mine if frame.round >= since[bool(frame.builds_on)]]
 
     def chains(self, sender: int, to: int, held: int | None) -> Iterator[list[Frame]]:
-        """Every way to bring someone who holds the round ``held`` to the round ``to`` with the frames that are kept."""
+        """Every way to bring someone who holds the round ``held`` to the round ``to``
+        with the frames that are kept.
+        """
         if to == held:
             yield []
             return
@@ -142,7 +144,9 @@ class World:
 def test_everyone_gets_the_fewest_bytes_that_it_can_decode(
     topology: Topology, max_staleness: int, key_interval: int, num_rounds: int, data: st.DataObject
 ) -> None:
-    """Agents are offline, do not answer or lose their memory; answers get lost; deltas and keys have any size."""
+    """Agents are offline, do not answer or lose their memory; answers get lost; deltas
+    and keys have any size.
+    """
     relay = Relay[Frame](
         topology, evaluate_every=3, max_staleness=max_staleness, key_interval=key_interval
     )
@@ -192,7 +196,9 @@ def test_everyone_gets_the_fewest_bytes_that_it_can_decode(
 
 
 def check_chain(chain: list[Frame], held: int | None, *, sender: int, newest: int | None) -> None:
-    """It begins where the receiver stands or with a key, and each frame builds on the one before."""
+    """It begins where the receiver stands or with a key, and each frame builds on the
+    one before.
+    """
     assert chain[-1].round == newest
     at = held
     for frame in chain:
@@ -219,7 +225,9 @@ def take(
     *posts: Posted[str],
     held: Mapping[int, int] | None = None,
 ) -> None:
-    """Let the relay take an answer; without ``held`` the agent holds what it held before."""
+    """Let the relay take an answer; without ``held`` the agent holds what it held
+    before.
+    """
     facts = {"num-weights": 100, "kept-weights": 30}
     answer = Answer(facts, {}, posts, held=relay._held.get(agent, {}) if held is None else held)
     relay.take(agent, answer, round=round)
@@ -349,7 +357,9 @@ def test_a_frame_that_builds_on_the_common_first_payload_is_a_key(builds_on: int
 
 
 def test_a_sender_that_began_again_is_followed() -> None:
-    """Its new key leads on from whatever was held, and older deltas stay for those who need them no more."""
+    """Its new key leads on from whatever was held, and older deltas stay for those who
+    need them no more.
+    """
     relay = Relay[str](Topology.path(2))
     post(relay, 1, 1, size=100)
     post(relay, 1, 2, size=10, builds_on=1)

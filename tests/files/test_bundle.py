@@ -1,4 +1,6 @@
-"""Bundles: what is encoded comes back bit for bit, and damaged bytes are refused, never anything else."""
+"""Bundles: what is encoded comes back bit for bit, and damaged bytes are refused, never
+anything else.
+"""
 
 import contextlib
 import json

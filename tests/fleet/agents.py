@@ -16,7 +16,9 @@ def small_net() -> nn.Module:
 
 
 def noisy_net() -> nn.Module:
-    """A network with everything that has a state or draws at random: batch norm and dropout."""
+    """A network with everything that has a state or draws at random: batch norm and
+    dropout.
+    """
     return nn.Sequential(
         nn.Conv2d(1, 4, 3),
         nn.BatchNorm2d(4),

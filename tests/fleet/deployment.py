@@ -1,4 +1,6 @@
-"""A real fleet on loopback, through the scripts of examples/deployment: a SuperLink with TLS and three SuperNodes."""
+"""A real fleet on loopback, through the scripts of examples/deployment: a SuperLink
+with TLS and three SuperNodes.
+"""
 
 import os
 import random
@@ -25,7 +27,9 @@ START, RUN = 600, 1800  # seconds; a loaded machine needs twenty times as long a
 
 
 class Fleet:
-    """Starts nothing by itself; leaving the context ends everything that it started, and all that descends from it."""
+    """Starts nothing by itself; leaving the context ends everything that it started,
+    and all that descends from it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,7 +61,9 @@ class Fleet:
         self._script("down.sh")
 
     def start_run(self, app: Path, *settings: str) -> "subprocess.Popen[bytes]":
-        """Run an app; its log goes to ``run.log``, and the exit code of the process tells how it ended."""
+        """Run an app; its log goes to ``run.log``, and the exit code of the process
+        tells how it ended.
+        """
         arguments = [word for entry in settings for word in ("--run-config", entry)]
         return self._spawn("run.sh", *arguments, log=self.folder / "run.log", APP=str(app))
 
@@ -67,7 +73,7 @@ class Fleet:
         assert run.returncode == 0, self.logs()
 
     def kill(self, member: str) -> None:
-        """Kill a member and all that it has started at once, as a loss of power does."""
+        """Kill a member and all that it started at once, as a loss of power does."""
         # Asked once only: it would take in the process group, which all members share,
         # the second time.
         victims = ProcessFamily(mark=f"FLWR_HOME={self.folder / member / 'flwr'}").members()
@@ -142,7 +148,7 @@ class Fleet:
         of: "subprocess.Popen[bytes] | None",
         seconds: float = START,
     ) -> None:
-        """Look twice a second; where the run that it is about ends first, fail at once."""
+        """Look twice a second; fail at once where the run ends first."""
         end = time.monotonic() + seconds
         while not holds():
             assert of is None or of.poll() is None, (

@@ -1,4 +1,4 @@
-"""The small fleet as Flower nodes of an in-process Grid: node 1000 + i plays agent i."""
+"""The small fleet as nodes of an in-process Grid: node 1000 + i plays agent i."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -52,7 +52,9 @@ def gossip(
     after: Callable[[int], None] = lambda round: None,
     **options: Any,
 ) -> GossipStrategy:
-    """Run a strategy; `before` holds what happens at the start of a round, `after` sees the end of each."""
+    """Run a strategy; `before` holds what happens at the start of a round, `after` sees
+    the end of each.
+    """
     options = {"evaluate_every": 2, "record": None, "wait_timeout": 0.01, **options}
     strategy = GossipStrategy(topology or Topology.ring(grid.num_nodes), **options)
     steps = dict(before or {})
@@ -109,7 +111,9 @@ def state_of(context: Context) -> Generation:
 
 
 def state_bytes(context: Context) -> dict[str, bytes]:
-    """Everything that a Context holds of its agent, bit for bit; nothing where it is empty."""
+    """Everything that a Context holds of its agent, bit for bit; nothing where it is
+    empty.
+    """
     if not context.state:
         return {}
     found = state_of(context)

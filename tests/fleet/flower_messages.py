@@ -37,7 +37,9 @@ def be_a_node() -> None:
 def a_context(
     agent: int = 0, *, run_id: int | None = None, node: dict[str, Any] | None = None, **run: Any
 ) -> Context:
-    """The Context of a node that keeps its agent's state in it, unless `node` says otherwise."""
+    """The Context of a node that keeps its agent's state in it, unless `node` says
+    otherwise.
+    """
     return Context(
         run_id=next(run_ids) if run_id is None else run_id,
         node_id=1000 + agent,
@@ -58,7 +60,9 @@ def a_message(
     whole: bool = False,
     **order: Any,
 ) -> Message:
-    """What the relay sends; without `neighbors` it is what a node gets that the relay does not know yet."""
+    """What the relay sends; without `neighbors` it is what a node gets that the relay
+    does not know yet.
+    """
     parcel = Parcel(
         round,
         None if neighbors is None else tuple(neighbors),

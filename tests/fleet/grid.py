@@ -1,4 +1,5 @@
-"""An in-process Grid: runs a ClientApp on N virtual nodes without Ray, SuperLink or polling.
+"""An in-process Grid: runs a ClientApp on N virtual nodes without Ray, SuperLink or
+polling.
 
 Semantics of flwr 1.41 simulation: exceptions become error replies (code 2) and discard
 the context; messages travel through deflate and inflate, so a payload that cannot be

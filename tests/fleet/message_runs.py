@@ -1,4 +1,5 @@
-"""Three scripted runs whose messages are vectors: what relay and agents said before `messages/` wrote and read it.
+"""Three scripted runs whose messages are vectors: what relay and agents said before
+`messages/` wrote and read it.
 
 The strategy, the client code and the grid are the real ones. What an agent trains and
 what a frame holds is made up here, so that the messages are the same on every machine,
@@ -107,7 +108,9 @@ def _frame(agent: int, round: int, kind: str, reference: int | None) -> WrittenF
 
 
 class Listening(InProcessGrid):
-    """Keeps what goes to the nodes and what they answer, as listings in which the order counts."""
+    """Keeps what goes to the nodes and what they answer, as listings in which the order
+    counts.
+    """
 
     def __init__(self, app: ClientApp, num_nodes: int) -> None:
         super().__init__(app, num_nodes)
@@ -160,7 +163,9 @@ def _unlisted(value: Any, kind: str) -> Any:
 
 
 def as_sent(content: RecordDict) -> list[bytes]:
-    """The bytes that Flower sends for some records: those of the records, and of all in them."""
+    """The bytes that Flower sends for some records: those of the records, and of all in
+    them.
+    """
     return [bytes(part.deflate()) for part in get_all_nested_objects(content).values()]
 
 

@@ -85,7 +85,9 @@ def main(grid, context):
 
 
 def write_app(folder: Path, name: str = "study") -> Path:
-    """An app whose package is ``mcepl_NAME_probe``: one process imports one package of a name."""
+    """An app whose package is ``mcepl_NAME_probe``: one process imports one package of
+    a name.
+    """
     app = folder / f"mcepl-{name}-probe"
     package = app / f"mcepl_{name}_probe"
     package.mkdir(parents=True)
@@ -100,7 +102,9 @@ def write_app(folder: Path, name: str = "study") -> Path:
 
 
 def write_study(folder: Path, app: Path, text: str, *, engine: str = "in-process") -> Path:
-    """A study file whose line 4 is the first of `text`; its records go to ``folder/out``."""
+    """A study file whose line 4 is the first of `text`; its records go to
+    ``folder/out``.
+    """
     path = folder / "study.toml"
     head = f'app = "{app}"\nout = "{folder / "out"}"\nengine = "{engine}"\n'
     path.write_text(head + textwrap.dedent(text).lstrip("\n"))

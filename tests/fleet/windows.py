@@ -4,7 +4,8 @@ A process with the environment `plays_windows` does so, and all that it spawns, 
 
 - has no ``fcntl`` and the other modules that POSIX alone has, and none of the names in
   ``os`` and ``signal`` that Windows lacks,
-- removes and renames no file that is open, and syncs none that is open for reading only,
+- removes and renames no file that is open, and syncs none that is open for reading
+  only,
 - makes no text file without a named encoding,
 - says that its platform is ``win32``.
 
@@ -49,7 +50,8 @@ OF_SIGNAL = """
 """.split()
 FOREIGN = """
     flwr.app flwr.clientapp flwr.serverapp flwr.serverapp.strategy matplotlib.backends.backend_agg
-    matplotlib.figure matplotlib.font_manager networkx numpy rich.console rich.progress rich.table safetensors.numpy
+    matplotlib.figure matplotlib.font_manager networkx numpy
+    rich.console rich.progress rich.table safetensors.numpy
     safetensors.torch torch.distributions typer.testing
 """.split()
 OF_PYTHON = """
@@ -68,7 +70,8 @@ class _Absent(importlib.abc.MetaPathFinder):
 
 
 def plays_windows(folder: Path, *, bare: bool = False) -> dict[str, str]:
-    """Return the environment of a process that plays Windows; `folder` is empty, and stays.
+    """Return the environment of a process that plays Windows; `folder` is empty, and
+    stays.
 
     One that imports nothing but Python's own library may do so on a bare stage.
     """
@@ -115,7 +118,9 @@ def play(foreign: Sequence[str]) -> None:
 
 
 def _let_processes_begin() -> None:
-    """Let multiprocessing begin a process as the real system does; what it carries out plays."""
+    """Let multiprocessing begin a process as the real system does; what it carries out
+    plays.
+    """
     begin, carry_out, real = spawn.spawn_main, spawn._main, sys.platform  # type: ignore[attr-defined]
 
     def spawn_main(*arguments: Any, **more: Any) -> None:
@@ -130,7 +135,9 @@ def _let_processes_begin() -> None:
 
 
 def _msvcrt() -> types.ModuleType:
-    """Return a module that locks as Windows does: each byte for who opened the file, at once or not."""
+    """Return a module that locks as Windows does: each byte for who opened the file, at
+    once or not.
+    """
     import fcntl
 
     msvcrt: Any = types.ModuleType("msvcrt")

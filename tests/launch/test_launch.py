@@ -83,7 +83,8 @@ def main(grid: Grid, context: Context) -> None:
     while len(nodes := list(grid.get_node_ids())) < context.run_config["num-agents"]:
         time.sleep(0.1)  # Flower starts the server before it has registered every node
     print("server sends", flush=True)
-    messages = [Message(content, dst_node_id=node, message_type=MessageType.TRAIN, ttl=300.0) for node in nodes]
+    kind = MessageType.TRAIN
+    messages = [Message(content, dst_node_id=n, message_type=kind, ttl=300.0) for n in nodes]
     print("replies:", len(list(grid.send_and_receive(messages, timeout=300))), flush=True)
 """
 
@@ -102,7 +103,9 @@ def app(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Start in an empty folder, and find neither a process nor a temporary file afterwards."""
+    """Start in an empty folder, and find neither a process nor a temporary file
+    afterwards.
+    """
     # short, because Ray puts sockets below it
     temporary = tempfile.mkdtemp(prefix="m-", dir="/tmp")
     mark = f"MCEPL_TEST_MARK={temporary}"

@@ -1,4 +1,6 @@
-"""The launcher's process family: everything that descends from us ends, and nothing else."""
+"""The launcher's process family: everything that descends from us ends, and nothing
+else.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,6 @@
-"""Rules of fusion: those that are built in against slow ones, and one of somebody's own in an agent."""
+"""Rules of fusion: those that are built in against slow ones, and one of somebody's own
+in an agent.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -178,13 +180,16 @@ def masks_for(model: MaskedModel, count: int) -> list[dict[str, Tensor]]:
     ("rule", "message"),
     [
         (Fusion(hear=lambda masks, own: masks[0]), r"hear must return .* got torch\.bool \(4, 1"),
-        (Fusion(hear=lambda masks, own: own.float().mean()), r"hear must .* got torch.float32 \(\)"),
+        (
+            Fusion(hear=lambda masks, own: own.float().mean()),
+            r"hear must .* got torch.float32 \(\)",
+        ),
         (Fusion(hear=lambda masks, own: 0.5), r"hear must return a tensor of floats .* got float"),  # type: ignore[arg-type,return-value]
         (Fusion(hear=lambda masks, own: own / 0), r"hear must return finite numbers; .* 2 masks"),
         (Fusion(rank=lambda z, n: z.flatten()), r"rank must .* \(4, 1, 3, 3\); got .* \(36,\)"),
         (Fusion(blend=lambda m, n, *, num_neighbors: m.mean()), r"blend must .* got .* \(\)"),
     ],
-)  # fmt: skip
+)
 def test_a_rule_that_gives_something_else_is_refused(rule: Fusion, message: str) -> None:
     model = model_of(rule)
 

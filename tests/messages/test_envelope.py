@@ -1,4 +1,6 @@
-"""The npy envelope of frames: numpy's own output opens, nothing else does, and no declared length is believed."""
+"""The npy envelope of frames: numpy's own output opens, nothing else does, and no
+declared length is believed.
+"""
 
 import io
 import tracemalloc

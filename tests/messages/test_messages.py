@@ -1,4 +1,6 @@
-"""What relay and agents say: the same bytes as ever, read back as they were written, and nothing believed unchecked."""
+"""What relay and agents say: the same bytes as ever, read back as they were written,
+and nothing believed unchecked.
+"""
 
 import copy
 import json
@@ -39,7 +41,9 @@ class Carrier:
 
 @pytest.fixture(scope="module")
 def recorded() -> dict:
-    """Orders and answers of scripted runs, recorded by `message_runs` before `Order` was a class."""
+    """Orders and answers of scripted runs, recorded by `message_runs` before `Order`
+    was a class.
+    """
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
@@ -49,7 +53,9 @@ def recorded_contents(recorded: dict, side: str) -> list[Any]:
 
 
 def test_the_messages_of_whole_runs_are_those_recorded(recorded: dict) -> None:
-    """Kinds, names, order of the keys, types and values; as text, since a loss may be not a number."""
+    """Kinds, names, order of the keys, types and values; as text, since a loss may be
+    not a number.
+    """
     now = record_messages()
     for name, messages in recorded["messages"].items():
         for mine, then in zip(now["messages"][name], messages, strict=True):
@@ -236,7 +242,9 @@ junk = st.recursive(
 
 
 def mutate(draw: Any, records: dict[str, Any]) -> None:
-    """Take away, replace, rename or add a record, or an entry of one, or of a list in one."""
+    """Take away, replace, rename or add a record, or an entry of one, or of a list in
+    one.
+    """
     table: Any = records
     while True:
         if isinstance(table, list):
@@ -561,7 +569,9 @@ def test_what_may_be_left_out_is_left_out() -> None:
 
 
 def test_the_users_settings_stand_below_the_orders_own() -> None:
-    """Also where the order leaves a key out: it must not read what the user meant by it."""
+    """Also where the order leaves a key out: it must not read what the user meant by
+    it.
+    """
     config = {"server-round": 99, "store": True, "neighbors": [7], "layout": "square", "note": "x"}
     order = Order(
         parcel=Parcel(1, None), run="0" * 16, max_staleness=0, introduce=False, config=config
@@ -586,7 +596,9 @@ def test_an_infinite_loss_is_none_and_costs_nothing_else(loss: float) -> None:
 
 
 def test_a_fact_has_a_name_of_its_own() -> None:
-    """Else it would be read as what the answer says of itself, whoever wrote the algorithm."""
+    """Else it would be read as what the answer says of itself, whoever wrote the
+    algorithm.
+    """
     facts = {"agent": 0, "fingerprint": "", "fresh": False, "content": "x", "parameters": {}}
     answer = Answer(facts=facts, metrics={}, fresh=True, introduces=True)
     with pytest.raises(AnswerError, match=r"got content, fresh\. Rename them in Agent\.describe"):

@@ -1,4 +1,4 @@
-"""Small agents of every algorithm, and whole rounds of a fleet of them without a wire."""
+"""Small agents of every algorithm, and whole rounds of them without a wire."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -30,9 +30,18 @@ def blobs(agent: int, *, size: int = 18) -> tuple[Tensor, Tensor]:
     return centers[labels] + 0.6 * torch.randn(size, 4, generator=generator), labels
 
 
-def agent_of(algorithm: str, index: int = 0, *, model_fn: Callable[[], nn.Module] = two_layers, seed: int = SEED,
-             split: Callable[[int], tuple[Tensor, Tensor]] = blobs, **settings: Any) -> Any:  # fmt: skip
-    """One agent, its settings as run-config keys with underscores; it takes all its data in one batch."""
+def agent_of(
+    algorithm: str,
+    index: int = 0,
+    *,
+    model_fn: Callable[[], nn.Module] = two_layers,
+    seed: int = SEED,
+    split: Callable[[int], tuple[Tensor, Tensor]] = blobs,
+    **settings: Any,
+) -> Any:
+    """One agent, its settings as run-config keys with underscores; it takes all its
+    data in one batch.
+    """
     data = AgentData.of(split(index), split(1000 + index), agent=index)
     return make_agent(
         algorithm, index, shared_module(model_fn, seed=seed), data, run_config(settings), seed=seed
@@ -43,8 +52,14 @@ def run_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name.replace("_", "-"): value for name, value in {"batch_size": 24, **settings}.items()}
 
 
-def server_of(algorithm: str, size: int = 4, *, model_fn: Callable[[], nn.Module] = two_layers, seed: int = SEED,
-              **settings: Any) -> Any:  # fmt: skip
+def server_of(
+    algorithm: str,
+    size: int = 4,
+    *,
+    model_fn: Callable[[], nn.Module] = two_layers,
+    seed: int = SEED,
+    **settings: Any,
+) -> Any:
     """The server of a fleet from `agent_of` with the same settings."""
     settings.pop("split", None)
     return make_server(
@@ -59,7 +74,9 @@ def fleet_of(algorithm: str, size: int = 4, **settings: Any) -> list[Any]:
 def play(
     agents: Sequence[Agent], neighbors: Sequence[Sequence[int]], *rounds: int
 ) -> list[dict[str, float]]:
-    """Whole rounds as under `simulate`: everyone trains, everyone sends, everyone fuses."""
+    """Whole rounds as under `simulate`: everyone trains, everyone sends, everyone
+    fuses.
+    """
     metrics = []
     for round in rounds:
         metrics += [agent.train(round=round) for agent in agents]
@@ -72,7 +89,8 @@ def play(
 def serve(
     server: Any, agents: Sequence[Agent], *rounds: int, absent: Collection[int] = ()
 ) -> list[dict[str, float]]:
-    """Whole rounds as under `simulate`: everyone trains, the server aggregates, everyone gets its part.
+    """Whole rounds as under `simulate`: everyone trains, the server aggregates,
+    everyone gets its part.
 
     Who is absent does nothing in these rounds.
     """

@@ -8,7 +8,9 @@ VOID = {"meta", "img", "br"}
 
 @final
 class Page(HTMLParser):
-    """Reads a page and holds what a browser would get from it; anything out of balance fails."""
+    """Reads a page and holds what a browser would get from it; anything out of balance
+    fails.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)

@@ -1,4 +1,6 @@
-"""The method once more, slow and obvious: loops and full sorts over NumPy arrays, no torch."""
+"""The method once more, slow and obvious: loops and full sorts over NumPy arrays, no
+torch.
+"""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -10,7 +12,9 @@ Array = np.ndarray[Any, Any]
 
 
 def topk_mask(y: Array, retention: float) -> Array:
-    """Rank all entries, the larger magnitude first and among equals the earlier place; keep the head."""
+    """Rank all entries, the larger magnitude first and among equals the earlier place;
+    keep the head.
+    """
     flat = [abs(float(value)) for value in y.ravel()]
     ranking = sorted(range(len(flat)), key=lambda place: (-flat[place], place))
     mask = np.zeros(len(flat), dtype=bool)
@@ -79,7 +83,9 @@ def score_gradient(masked_weight_gradient: Array, w: Array, y: Array) -> Array:
 
 
 def linear_cross_entropy_gradient(x: Array, labels: Array, weight: Array, bias: Array) -> Array:
-    """The gradient of the mean cross-entropy of ``softmax(x @ weight.T + bias)`` on ``weight``."""
+    """The gradient of the mean cross-entropy of ``softmax(x @ weight.T + bias)`` on
+    ``weight``.
+    """
     gradient = np.zeros(weight.shape)
     for row, label in zip(x, labels, strict=True):
         logits = weight @ row + bias

@@ -1,4 +1,6 @@
-"""The frozen reference trajectory as agents: the tiny network, its first state and its mini-batches."""
+"""The frozen reference trajectory as agents: the tiny network, its first state and its
+mini-batches.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +41,7 @@ def reference_module() -> nn.Module:
 
 
 class FrozenBatches:
-    """The recorded mini-batches: one a round for training; the last one for evaluation."""
+    """The recorded mini-batches, one a round; the last one for evaluation."""
 
     num_examples = 16
 
@@ -71,7 +73,9 @@ def reference_config(agent: int) -> MceplConfig:
 
 
 def reference_state(agent: MceplAgent) -> AgentState:
-    """The agent's state before round 1: recorded scores, and the recorded common mask as the neighbors'."""
+    """The agent's state before round 1: recorded scores, and the recorded common mask
+    as the neighbors'.
+    """
     fresh = agent.state()
     tensors = dict(fresh.tensors)
     for layer in LAYERS:

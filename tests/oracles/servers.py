@@ -1,4 +1,5 @@
-"""The server-based algorithms once more, slow and obvious: NumPy in float64, gradients by hand, no torch.
+"""The server-based algorithms once more, slow and obvious: NumPy in float64, gradients
+by hand, no torch.
 
 Networks, models and masks are those of `slow_weights`.
 """
@@ -23,7 +24,9 @@ from tests.oracles.weights import (
 def fedavg(
     w: Weights, data: Sequence[Data], *, steps: int, lr: float, decay: float, momentum: float
 ) -> tuple[Weights, list[Weights]]:
-    """One round: everyone takes its steps from the global model, ``w = Σ (n_k / n) w_k``."""
+    """One round: everyone takes its steps from the global model, ``w = Σ (n_k / n)
+    w_k``.
+    """
     models = [
         sgd(w, part, steps=steps, lr=lr, decay=decay, momentum=momentum, velocity={})
         for part in data
@@ -37,10 +40,22 @@ def fedavg(
 
 
 def fedspa(
-    w: Weights, masks: Sequence[dict[str, Array]], data: Sequence[Data], *,
-    round: int, steps: int, lr: float, lr_decay: float, decay: float, clip: float, alpha: float, rounds: int,
-) -> tuple[Weights, list[dict[str, Array]], list[Weights]]:  # fmt: skip
-    """One round: ``w̃ = m_k ⊙ w``, N masked steps, ``U_k = w̃_0 - w̃_N``, masks move, ``w <- w - mean U_k``."""
+    w: Weights,
+    masks: Sequence[dict[str, Array]],
+    data: Sequence[Data],
+    *,
+    round: int,
+    steps: int,
+    lr: float,
+    lr_decay: float,
+    decay: float,
+    clip: float,
+    alpha: float,
+    rounds: int,
+) -> tuple[Weights, list[dict[str, Array]], list[Weights]]:
+    """One round: ``w̃ = m_k ⊙ w``, N masked steps, ``U_k = w̃_0 - w̃_N``, masks move,
+    ``w <- w - mean U_k``.
+    """
     updates, moved = [], []
     for k, mask in enumerate(masks):
         start = {name: value * mask.get(name, 1) for name, value in w.items()}
@@ -78,7 +93,9 @@ def fedpm_steps(
     decay: float,
     momentum: float,
 ) -> Weights:
-    """Local steps on the scores; one set of uniform draws a step, ``m = 1`` where a draw lies below ``σ(s)``."""
+    """Local steps on the scores; one set of uniform draws a step, ``m = 1`` where a
+    draw lies below ``σ(s)``.
+    """
     velocity: Weights = {}
     for draws in uniforms:
         theta = {n: sigmoid(s[n]) for n in WEIGHTS}
@@ -92,7 +109,9 @@ def fedpm_steps(
 
 
 def fedpm_posterior(history: Sequence[Sequence[Mapping[str, Array]]], *, reset: int) -> Weights:
-    """θ after rounds of masks, bit by bit: the mode of Beta(α, β), from Beta(1, 1) every ``reset`` rounds."""
+    """θ after rounds of masks, bit by bit: the mode of Beta(α, β), from Beta(1, 1)
+    every ``reset`` rounds.
+    """
     since = len(history) if not reset else (len(history) - 1) % reset + 1
     theta = {}
     for name in history[0][0]:

@@ -1,4 +1,5 @@
-"""The weight-training algorithms once more, slow and obvious: NumPy in float64, gradients by hand, no torch.
+"""The weight-training algorithms once more, slow and obvious: NumPy in float64,
+gradients by hand, no torch.
 
 All agents train a network of two linear layers with a tanh between them, ``w1, b1, w2,
 b2``, on all of their data at once. A model is a dict of these four arrays, a mask a
@@ -52,7 +53,9 @@ def sgd(
     velocity: Weights,
     clip: float = 0.0,
 ) -> Weights:
-    """Take steps of SGD with weight decay and heavy-ball momentum; ``velocity`` goes on in place."""
+    """Take steps of SGD with weight decay and heavy-ball momentum; ``velocity`` goes on
+    in place.
+    """
     for _ in range(steps):
         g = clipped(gradient(x, data), clip)
         for name in x:
@@ -108,14 +111,23 @@ def dfedavgm(x: list[Weights], data: Sequence[Data], w: Array, **options: Any) -
 
 
 def in_127_steps(change: Array) -> Array:
-    """Every value as the nearest of 127 steps up to the largest one, either sign; in float32, as on the wire."""
+    """Every value as the nearest of 127 steps up to the largest one, either sign; in
+    float32, as on the wire.
+    """
     step = np.abs(change).max() / np.float32(127)
-    return np.array([step * np.float32(round(float(value / step))) if step else step for value in change.ravel()],
-                    np.float32).reshape(change.shape)  # fmt: skip
+    return np.array(
+        [
+            step * np.float32(round(float(value / step))) if step else step
+            for value in change.ravel()
+        ],
+        np.float32,
+    ).reshape(change.shape)
 
 
 def mix_held(w: Array, own: Sequence[Weights], held: Sequence[Weights]) -> list[Weights]:
-    """The average of an agent's own model and what it holds of the others: ``z_i + Σ_j W_ij (x^_j - z_i)``."""
+    """The average of an agent's own model and what it holds of the others: ``z_i + Σ_j
+    W_ij (x^_j - z_i)``.
+    """
     others = w - np.diag(np.diag(w))
     return [
         {n: z[n] + sum(others[i, j] * (held[j][n] - z[n]) for j in range(len(own))) for n in z}
@@ -131,7 +143,9 @@ def ranked(values: Sequence[float], *, largest: bool) -> list[int]:
 
 
 def drop_and_grow(weight: Array, mask: Array, g: Array, count: int) -> Array:
-    """Let the ``count`` smallest kept weights go, then take as many of largest gradient among those not kept."""
+    """Let the ``count`` smallest kept weights go, then take as many of largest gradient
+    among those not kept.
+    """
     flat, size, pull = mask.ravel().copy(), np.abs(weight).ravel(), np.abs(g).ravel()
     kept = [place for place in range(flat.size) if flat[place]]
     for rank in ranked([float(size[place]) for place in kept], largest=False)[:count]:
@@ -153,10 +167,23 @@ def overlap_mean(values: Sequence[Array], masks: Sequence[Array]) -> Array:
 
 
 def dispfl(
-    x: list[Weights], masks: list[dict[str, Array]], data: Sequence[Data], neighbors: Sequence[Sequence[int]], *,
-    round: int, steps: int, lr: float, lr_decay: float, decay: float, clip: float, alpha: float, rounds: int,
-) -> tuple[list[Weights], list[dict[str, Array]]]:  # fmt: skip
-    """One round of Dis-PFL: local steps under the mask, moving the mask, averaging where masks overlap."""
+    x: list[Weights],
+    masks: list[dict[str, Array]],
+    data: Sequence[Data],
+    neighbors: Sequence[Sequence[int]],
+    *,
+    round: int,
+    steps: int,
+    lr: float,
+    lr_decay: float,
+    decay: float,
+    clip: float,
+    alpha: float,
+    rounds: int,
+) -> tuple[list[Weights], list[dict[str, Array]]]:
+    """One round of Dis-PFL: local steps under the mask, moving the mask, averaging
+    where masks overlap.
+    """
     trained, moved = [], []
     for i, model in enumerate(x):
         for _ in range(steps):
@@ -188,7 +215,9 @@ def dispfl(
 
 
 def erk(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, float]:
-    """Densities in the ratio ``Σ dims / Π dims``, full layers set aside one after the other."""
+    """Densities in the ratio ``Σ dims / Π dims``, full layers set aside one after the
+    other.
+    """
     full: list[str] = []
     while len(full) < len(shapes):
         rest = {name: shape for name, shape in shapes.items() if name not in full}

@@ -1,4 +1,5 @@
-"""The page of a study in a real browser: what only a browser knows, measured in headless Chromium.
+"""The page of a study in a real browser: what only a browser knows, measured in
+headless Chromium.
 
 The page holds no script. A copy of it gets one, which measures when all is loaded and
 writes what it found into an attribute of the document, or of the one around it;
@@ -38,7 +39,7 @@ MEASURE = """<script>
 addEventListener("load", () => {
   const root = document.documentElement, all = (what) => [...document.querySelectorAll(what)];
   const scrolls = (one) => ["auto", "scroll"].includes(getComputedStyle(one).overflowX);
-  const boxed = (one) => one.parentElement && (scrolls(one.parentElement) || boxed(one.parentElement));
+  const boxed = ({parentElement: one}) => one && (scrolls(one) || boxed(one));
   const says = (one) => one.tagName + ": " + one.textContent.slice(0, 40);
   const ink = (picture) => {
     const canvas = document.createElement("canvas");
@@ -47,7 +48,8 @@ addEventListener("load", () => {
     try { context.drawImage(picture, 0, 0, 64, 64); } catch { return 0; }
     const values = context.getImageData(0, 0, 64, 64).data;
     let dark = 0;
-    for (let at = 0; at < values.length; at += 4) dark += values[at + 3] > 0 && values[at] + values[at + 1] < 480;
+    for (let at = 0; at < values.length; at += 4)
+      dark += values[at + 3] > 0 && values[at] + values[at + 1] < 480;
     return dark / (64 * 64);
   };
   const lines = (cell) => {
@@ -83,11 +85,15 @@ addEventListener("load", () => {
 </script>
 """
 WHITE = "<svg xmlns=%22http://www.w3.org/2000/svg%22 width=%22400%22 height=%22400%22/>"
-FRAME = "<!DOCTYPE html><html><body><iframe src='{}' style='width: {}px; height: 900px'></iframe></body></html>"
+FRAME = (
+    "<!DOCTYPE html><html><body><iframe src='{}' style='width: {}px; height: 900px'></iframe>"
+    "</body></html>"
+)
 
 
 def opened(text: str, folder: Path, *, width: int) -> tuple[Page, dict[str, Any]]:
-    """The document after loading, and what was measured in it, with all details closed and with all open.
+    """The document after loading, and what was measured in it, with all details closed
+    and with all open.
 
     Chromium makes no window below 500 px, so what is `NARROW` stands in a frame, which
     then is the document.

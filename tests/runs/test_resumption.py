@@ -1,4 +1,6 @@
-"""Runs that resume: what a relay, a center and whole runs do after an interruption is what they do without one."""
+"""Runs that resume: what a relay, a center and whole runs do after an interruption is
+what they do without one.
+"""
 
 import itertools
 import json
@@ -56,7 +58,9 @@ def saved(state: Bundle, folder: Path) -> Bundle:
 
 @st.composite
 def stories(draw: st.DrawFn) -> list[dict[int, dict[str, Any]]]:
-    """What the agents answer in some rounds: whether, what they hold, what they lack, which frames they send."""
+    """What the agents answer in some rounds: whether, what they hold, what they lack,
+    which frames they send.
+    """
     answer = st.fixed_dictionaries(
         {
             "held": st.dictionaries(st.integers(0, SIZE - 1), st.integers(0, 6), max_size=3),
@@ -445,7 +449,9 @@ def test_a_killed_process_leaves_a_record_that_is_resumed(
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the clients think that they are in Flower's simulation; leave out picture and table."""
+    """Let the clients think that they are in Flower's simulation; leave out picture and
+    table.
+    """
     for module in (client_module, memory):
         monkeypatch.setattr(module, "in_simulation", lambda: True)
     monkeypatch.setattr(reporting, "plot_run", lambda run: "picture")

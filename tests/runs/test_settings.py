@@ -77,11 +77,23 @@ def test_retention_itself_is_no_key() -> None:
 
 def test_a_whole_run_config() -> None:
     config = {
-        "num-agents": 6, "num-rounds": 4, "seed": 3, "topology": "random-regular:degree=3", "evaluate-every": 2,
-        "max-staleness": 0, "min-agents": 5, "round-timeout": 9, "device": "cpu", "threads": 2,
-        "retention-conv": "0.1, 0.3, 0.5", "retention-linear": 0.9, "local-steps": 3, "momentum": 0.9,
-        "key-interval": 20, "keep-frames": True,
-    }  # fmt: skip
+        "num-agents": 6,
+        "num-rounds": 4,
+        "seed": 3,
+        "topology": "random-regular:degree=3",
+        "evaluate-every": 2,
+        "max-staleness": 0,
+        "min-agents": 5,
+        "round-timeout": 9,
+        "device": "cpu",
+        "threads": 2,
+        "retention-conv": "0.1, 0.3, 0.5",
+        "retention-linear": 0.9,
+        "local-steps": 3,
+        "momentum": 0.9,
+        "key-interval": 20,
+        "keep-frames": True,
+    }
     settings = RunSettings.from_run_config(config)
     assert (settings.num_agents, settings.evaluate_every, settings.round_timeout) == (6, 2, 9.0)
     assert (settings.key_interval, settings.keep_frames) == (20, True)
@@ -190,9 +202,12 @@ def test_single_layers_have_their_own_ratio_on_all_agents() -> None:
             AlexNetCifar(width=0.1), retention=agent.retention, generator=torch.Generator()
         )
         assert model.retention == {
-            "conv1.weight": 0.6, "conv2.weight": agent.retention["conv"], "conv3.weight": agent.retention["conv"],
-            "fc1.weight": 1.0, "fc2.weight": 1.0,
-        }  # fmt: skip
+            "conv1.weight": 0.6,
+            "conv2.weight": agent.retention["conv"],
+            "conv3.weight": agent.retention["conv"],
+            "fc1.weight": 1.0,
+            "fc2.weight": 1.0,
+        }
     wrong = MceplConfig.from_run_config({"retention-layers": "conv9*=0.6"}, agent=0)
     with pytest.raises(ConfigError, match=r"'conv9\*' fits no layer; use a kind .*conv1.weight"):
         MaskedModel(AlexNetCifar(width=0.1), retention=wrong.retention, generator=torch.Generator())

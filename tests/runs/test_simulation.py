@@ -81,7 +81,9 @@ def test_neither_global_generators_nor_the_order_of_building_matter() -> None:
 
 
 def test_agents_hear_their_neighbors_and_nobody_else() -> None:
-    """An agent of another retention changes its neighbors from the second round on, and nobody cut off from it."""
+    """An agent of another retention changes its neighbors from the second round on, and
+    nobody cut off from it.
+    """
     topology = Topology.from_edges([(0, 1), (2, 3)], num_agents=4)
     mixed = {"first_retention": 0.3}
 
@@ -348,7 +350,9 @@ def packed_frames(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_masks_are_the_same_bits_however_they_travel(
     topology: Topology, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As changes and chains of changes, whole, packed at one bit per weight, and not at all."""
+    """As changes and chains of changes, whole, packed at one bit per weight, and not at
+    all.
+    """
     size, rounds = topology.num_agents, 8
     kinds: dict[str, list[list[int | None]]] = {}
     contents: dict[str, list[str]] = {}

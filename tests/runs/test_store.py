@@ -1,4 +1,6 @@
-"""States on disk: whole or refused, whatever happens to the files and to who writes them."""
+"""States on disk: whole or refused, whatever happens to the files and to who writes
+them.
+"""
 
 import os
 import random
@@ -41,7 +43,9 @@ def generation(round: int, *, agent: int = 0, run: str = RUN, size: int = 64) ->
 
 
 def is_whole(found: Generation) -> bool:
-    """Tell whether it is exactly what `generation` makes, no part of it from another round."""
+    """Tell whether it is exactly what `generation` makes, no part of it from another
+    round.
+    """
     sound = generation(
         found.round, agent=found.agent, run=found.run, size=len(found.inbox["3/flips"])
     )
@@ -114,7 +118,7 @@ def test_an_empty_store_has_nothing_and_makes_nothing(tmp_path: Path) -> None:
 def test_the_newest_two_stay_and_what_a_repeated_round_overtakes_goes(
     rounds: list[int], agents: int
 ) -> None:
-    """Against the obvious: a list that is cut at each round and never longer than two."""
+    """Against a list that is cut at each round and never longer than two."""
     with tempfile.TemporaryDirectory() as folder:
         told = a_store(Path(folder))
         kept: list[int] = []
@@ -451,7 +455,9 @@ def test_old_runs_go_but_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_run_that_left_no_state_takes_no_other_runs_place(tmp_path: Path) -> None:
-    """Its first round failed: there is a lock, no state, and a folder newer than all others."""
+    """Its first round failed: there is a lock, no state, and a folder newer than all
+    others.
+    """
     older, failed, newest = (f"{number:016x}" for number in range(3))
     older_runs(tmp_path, [newest, older])
     folder = tmp_path / failed / "agent-0000"
@@ -562,7 +568,9 @@ for line in sys.stdin:  # one writer after the other, each a process of its own
 
 @pytest.mark.slow
 def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:
-    """A process that writes one round after the other dies at any moment, by SIGKILL; the next one takes over."""
+    """A process that writes one round after the other dies at any moment, by SIGKILL;
+    the next one takes over.
+    """
     moments = random.Random(0)
     reached = 0
     with subprocess.Popen(

@@ -1,4 +1,6 @@
-"""Twenty agents, every fifth message lost in either direction, every agent restarted once without its memory."""
+"""Twenty agents, every fifth message lost in either direction, every agent restarted
+once without its memory.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -193,7 +195,9 @@ class Chaos:
         self.relay.take(device.agent.index, Answer({}, {}, posts, held=reply.held), round=round)
 
     def check_chain(self, device: Device, sender: int, chain: list[bytes], previous: int) -> None:
-        """A key goes over a link only where the receiver holds nothing that leads on, or that would cost more."""
+        """A key goes over a link only where the receiver holds nothing that leads on,
+        or that would cost more.
+        """
         self.deliveries += 1
         posts = [
             next(post for _, post in self.posts[sender] if post.frame == frame) for frame in chain
@@ -223,7 +227,9 @@ class Chaos:
                 )
 
     def check_mailbox(self, device: Device) -> None:
-        """What is held of each sender is, bit for bit, what that one sent, decoded, in the round that is named."""
+        """What is held of each sender is, bit for bit, what that one sent, decoded, in
+        the round that is named.
+        """
         inbox = device.mail.inbox
         for sender, round in inbox.rounds().items():
             if device.seen.get(sender) == round:

@@ -1,4 +1,6 @@
-"""examples/deployment: a fleet of real SuperLink and SuperNodes, and what can be checked of its files without one."""
+"""examples/deployment: a fleet of real SuperLink and SuperNodes, and what can be
+checked of its files without one.
+"""
 
 import configparser
 import os
@@ -70,7 +72,9 @@ def assert_same_exchange(real: Run, expected: Run) -> None:
 
 
 def assert_same_states(fleet: Fleet, expected: Run) -> None:
-    """What lies on the devices after the closing exchange is what the agents of `expected` ended with."""
+    """What lies on the devices after the closing exchange is what the agents of
+    `expected` ended with.
+    """
     for agent in range(len(NODES)):
         state, other = fleet.stored_state(agent).state, load_state(expected.agents[agent])
         assert state.facts == other.facts
@@ -109,7 +113,9 @@ def simulated(fleet: Fleet, app: Path, folder: Path) -> Run:
 def replayed(
     fleet: Fleet, app: Path, folder: Path, *, killed: int, back: int, max_staleness: int
 ) -> Run:
-    """The fleet's run in one process, with node 1 away from round `killed` on until round `back`."""
+    """The fleet's run in one process, with node 1 away from round `killed` on until
+    round `back`.
+    """
     real = read_run(fleet.record())
     config: dict[str, Any] = real.config["run_config"]
     with imported_client(read_app(app)) as client:
@@ -219,7 +225,9 @@ def page(name: str) -> str:
 
 
 def options(text: str, program: str) -> set[str]:
-    """The long options that commands of a program are given, line continuations included."""
+    """The long options that commands of a program are given, line continuations
+    included.
+    """
     commands = re.findall(rf"{program} (--(?:[^\n\\]|\\.|\\\n)*)", text)
     assert commands
     return {

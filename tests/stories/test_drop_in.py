@@ -1,4 +1,6 @@
-"""Apps written for FedAvg that gossip: NumPy, PyTorch, scikit-learn; against gossip averaging in a plain loop."""
+"""Apps written for FedAvg that gossip: NumPy, PyTorch, scikit-learn; against gossip
+averaging in a plain loop.
+"""
 
 import difflib
 import re
@@ -74,7 +76,9 @@ class Nodes(InProcessGrid):
 
 
 def local_step(values: Values, agent: int, round: int) -> Values:
-    """What the NumPy app learns: a step towards a goal of its own, which moves with the rounds."""
+    """What the NumPy app learns: a step towards a goal of its own, which moves with the
+    rounds.
+    """
     return {name: x + STEP * (agent + 0.1 * round - x) for name, x in values.items()}
 
 
@@ -83,7 +87,9 @@ def numpy_app(
     answer: Callable[[RecordDict, Context], RecordDict] | None = None,
     train_mods: Sequence[Any] = (),
 ) -> ClientApp:
-    """In the shape of Flower's quickstart; ``answer`` may spoil what the train function returns."""
+    """In the shape of Flower's quickstart; ``answer`` may spoil what the train function
+    returns.
+    """
     app = ClientApp(mods=list(mods))
 
     @app.train(mods=list(train_mods))
@@ -189,7 +195,9 @@ def oracle(
 
 
 def told_losses(strategy: GossipStrategy) -> dict[tuple[int, int], float]:
-    """What the app's evaluate function said: the sum of the average's weights, by round and agent."""
+    """What the app's evaluate function said: the sum of the average's weights, by round
+    and agent.
+    """
     return {(row["round"], row["agent"]): row["loss"] for row in strategy.monitor.rows}
 
 
@@ -286,7 +294,9 @@ def test_a_neighbor_with_other_shapes_is_refused_and_the_agent_lives() -> None:
     grid = Nodes(numpy_app(), 4)
 
     def another_models(message: Message) -> Message:
-        """In round 3 agent 0 is handed a frame of agent 1 that belongs to another model."""
+        """In round 3 agent 0 is handed a frame of agent 1 that belongs to another
+        model.
+        """
         order = message.content["order"]
         if message.metadata.dst_node_id == 1000 and order[keys.ROUND] == 3:
             layout = ArrayLayout.of(INITIAL)
@@ -830,7 +840,9 @@ def test_flowers_local_dp_works_inside() -> None:
 
 
 def test_an_inner_mods_error_reaches_the_server() -> None:
-    """For all messages, as Flower's does not look at their type: an answer to evaluate holds no arrays."""
+    """For all messages, as Flower's does not look at their type: an answer to evaluate
+    holds no arrays.
+    """
     app = numpy_app([neighbor_average_mod, LocalDpMod(1.0, 0.0, 1.0, 1e-5)])
     grid = Nodes(app, 3)
     run(grid, rounds=2)

@@ -1,4 +1,6 @@
-"""A package of somebody else: built, installed into a folder, and used by name wherever names are read."""
+"""A package of somebody else: built, installed into a folder, and used by name wherever
+names are read.
+"""
 
 import ast
 import importlib
@@ -159,9 +161,9 @@ def test_its_names_work_in_studies_and_all_commands(
     installed: Path, tmp_path: Path, app: Path
 ) -> None:
     study = write_study(tmp_path, app, STUDY)
-    settings = (
-        """algorithm="hard-threshold" topology="chordal-ring:chord=2" hard-threshold.kept=0.3"""
-    )
+    settings = """algorithm="hard-threshold" topology="chordal-ring:chord=2"
+        hard-threshold.kept=0.3
+        """
     lines = [
         f"data|{app}|--run-config|{settings}",
         f"doctor|{app}|--run-config|{settings}|--json",

@@ -1,4 +1,6 @@
-"""The frozen reference trajectory through frames, relay and client code, and equality with `simulate`."""
+"""The frozen reference trajectory through frames, relay and client code, and equality
+with `simulate`.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,9 @@ def context_tensors(grid: InProcessGrid, agent: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def gossip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Run the four reference agents as Flower nodes and keep every frame that the relay forwarded."""
+    """Run the four reference agents as Flower nodes and keep every frame that the relay
+    forwarded.
+    """
     grid = InProcessGrid(
         make_agent_app(lambda context: reference_agent(agent_index(context))), NUM_AGENTS
     )

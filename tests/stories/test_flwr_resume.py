@@ -1,4 +1,6 @@
-"""Real `flwr run` on Ray: a run whose ServerApp is killed in the middle, and resumed, ends as one that never was."""
+"""Real `flwr run` on Ray: a run whose ServerApp is killed in the middle, and resumed,
+ends as one that never was.
+"""
 
 import os
 import signal
@@ -36,7 +38,9 @@ def flower_run(folder: Path, **run_config: object) -> RunOutcome:
 
 
 def kill_server(folder: Path, killed: list[int]) -> None:
-    """Kill the process that writes the record below ``folder`` once it has closed some rounds."""
+    """Kill the process that writes the record below ``folder`` once it has closed some
+    rounds.
+    """
     deadline = time.monotonic() + 500
     while time.monotonic() < deadline:
         for relay in folder.glob("*/relay.jsonl"):

@@ -1,4 +1,6 @@
-"""Real `flwr run` on Ray: the same masks as `simulate`, for every agent and round, whatever the number of workers."""
+"""Real `flwr run` on Ray: the same masks as `simulate`, for every agent and round,
+whatever the number of workers.
+"""
 
 import sys
 from pathlib import Path

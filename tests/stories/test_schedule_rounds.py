@@ -1,4 +1,6 @@
-"""Which round an agent is in when it trains and fuses: what a cosine schedule makes of each."""
+"""Which round an agent is in when it trains and fuses: what a cosine schedule makes of
+each.
+"""
 
 import copy
 import math
@@ -17,12 +19,16 @@ COSINE = {"lr_schedule": "cosine", "lr_rounds": ROUNDS, "local_steps": 2}
 
 
 def factor(round: int) -> float:
-    """What the step sizes of a round are multiplied by: 1 in the first one, falling to 0."""
+    """What the step sizes of a round are multiplied by: 1 in the first one, falling to
+    0.
+    """
     return 0.5 * (1 + math.cos(math.pi * (round - 1) / ROUNDS))
 
 
 def test_a_cosine_plays_through_the_rounds_as_by_hand() -> None:
-    """In round t an agent trains with the factor of t; what it sent then is fused with the factor of t, too."""
+    """In round t an agent trains with the factor of t; what it sent then is fused with
+    the factor of t, too.
+    """
     fleet, by_hand = make_fleet(3, **COSINE), make_fleet(3, **COSINE)
     simulate(fleet, Topology.ring(3), num_rounds=ROUNDS)
     for round in range(1, ROUNDS + 1):

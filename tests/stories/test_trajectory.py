@@ -1,4 +1,6 @@
-"""The frozen reference trajectory (tests/vectors), once by the agents' own verbs and once through `simulate`."""
+"""The frozen reference trajectory (tests/vectors), once by the agents' own verbs and
+once through `simulate`.
+"""
 
 import numpy as np
 import pytest
@@ -27,7 +29,9 @@ def recorded(key: str) -> Tensor:
 
 
 def assert_as_after(round: int, agent: MceplAgent) -> None:
-    """Scores, mask and logits of the agent are those recorded after the exchange of ``round``."""
+    """Scores, mask and logits of the agent are those recorded after the exchange of
+    ``round``.
+    """
     for layer in LAYERS:
         assert_close(
             agent.model.scores[f"{layer}.weight"].detach(),
@@ -102,7 +106,9 @@ def test_simulate_reproduces_the_trajectory(num_rounds: int) -> None:
 
 
 def test_the_trajectory_depends_on_the_neighbors() -> None:
-    """Without the exchange the recorded masks are missed, so the tests above do compare something."""
+    """Without the exchange the recorded masks are missed, so the tests above do compare
+    something.
+    """
     agents = [reference_agent(index) for index in range(NUM_AGENTS)]
     for round in (1, 2):
         for agent in agents:

@@ -1,4 +1,6 @@
-"""Server-based algorithms through Flower's messages: the same bits as `simulate`, the same record."""
+"""Server-based algorithms through Flower's messages: the same bits as `simulate`, the
+same record.
+"""
 
 import json
 from pathlib import Path
@@ -24,8 +26,16 @@ NUM_AGENTS = 3
 
 
 def run_config(algorithm: str, **more: Any) -> dict[str, Any]:
-    return {**RUN_CONFIG, "algorithm": algorithm, "num-agents": NUM_AGENTS, "num-rounds": 3, "evaluate-every": 2,
-            "lr": 0.05, "local-epochs": 1, **more}  # fmt: skip
+    return {
+        **RUN_CONFIG,
+        "algorithm": algorithm,
+        "num-agents": NUM_AGENTS,
+        "num-rounds": 3,
+        "evaluate-every": 2,
+        "lr": 0.05,
+        "local-epochs": 1,
+        **more,
+    }
 
 
 def server_context(config: dict[str, Any]) -> Context:

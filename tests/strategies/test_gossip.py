@@ -1,4 +1,6 @@
-"""The relay as a Flower strategy: who gets what, what is told of it, and what happens when things go wrong."""
+"""The relay as a Flower strategy: who gets what, what is told of it, and what happens
+when things go wrong.
+"""
 
 import json
 import logging
@@ -80,7 +82,9 @@ MODES = ("here", "down", "silent", "unavailable")
 
 
 class Plan:
-    """Sets, before each round, who is there; and says, slowly and obviously, what must follow from it."""
+    """Sets, before each round, who is there; and says, slowly and obviously, what must
+    follow from it.
+    """
 
     def __init__(self, topology: Topology, modes: list[list[str]], staleness: int) -> None:
         self.topology, self.modes, self.staleness = topology, modes, staleness
@@ -684,7 +688,9 @@ def test_a_restarted_node_takes_over_its_agent_and_gets_the_frames_again() -> No
 
 
 def test_a_restart_after_silence_loses_no_frame() -> None:
-    """The old node was handed agent 1's last frame and never answered; the new one must get it."""
+    """The old node was handed agent 1's last frame and never answered; the new one must
+    get it.
+    """
     grid = agent_grid(3)
 
     def restart_2() -> None:
@@ -849,7 +855,8 @@ def test_a_client_that_raises_in_the_middle(
         ("<class 'KeyError'>:<''label''>", "'label'"),
         (
             "<class "
-            "'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run()\nTraceback "
+            "'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run()\n"
+            "Traceback "
             "...\nflwr.clientapp.client_app.ClientAppException: \nException ClientAppException "
             "occurred. Message: agent 1'>",
             "agent 1",

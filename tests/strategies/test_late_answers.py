@@ -1,4 +1,6 @@
-"""Rounds that do not wait for the dead: deadlines, late answers, and the state of every agent."""
+"""Rounds that do not wait for the dead: deadlines, late answers, and the state of every
+agent.
+"""
 
 import itertools
 import logging
@@ -187,7 +189,9 @@ def test_a_late_evaluation_is_told_of_its_round(clock: Clock, tmp_path: Path) ->
 
 
 def test_a_stall_of_all_is_not_the_death_of_some(clock: Clock) -> None:
-    """Nobody answers before the deadline; the first who does ends the round, not the deadline."""
+    """Nobody answers before the deadline; the first who does ends the round, not the
+    deadline.
+    """
     grid = delayed_grid(4, clock, lambda node, round: 100.0 if round == 6 else 2.0)
     strategy = gossip(grid, rounds=8, evaluate_every=99, timeout=600.0)
     assert len(strategy.monitor.train_loss) == 8
@@ -228,7 +232,9 @@ def test_a_message_that_nobody_answers_in_its_time_is_given_up(
 
 
 def test_a_node_that_leaves_and_returns_owes_nothing(clock: Clock, tmp_path: Path) -> None:
-    """It was killed at work; its late answer never comes, and it is asked again as soon as it is back."""
+    """It was killed at work; its late answer never comes, and it is asked again as soon
+    as it is back.
+    """
     grid = delayed_grid(4, clock, lambda node, round: None if (node, round) == (1001, 5) else 2.0)
     steps = {6: lambda: grid.down.add(1001), 8: grid.down.clear}
     strategy = gossip(
@@ -256,7 +262,9 @@ def test_a_node_that_leaves_and_returns_owes_nothing(clock: Clock, tmp_path: Pat
 def test_an_answer_of_long_ago_does_not_hide_that_the_present_one_is_owed(
     clock: Clock, tmp_path: Path
 ) -> None:
-    """Agent 1 leaves in round 5 and is back in round 8, in which its answer of round 5 comes, and no other."""
+    """Agent 1 leaves in round 5 and is back in round 8, in which its answer of round 5
+    comes, and no other.
+    """
     takes = {(1001, 5): 70.0, (1001, 8): 100.0}
     grid = delayed_grid(4, clock, lambda node, round: takes.get((node, round), 2.0))
     steps = {6: lambda: grid.down.add(1001), 8: grid.down.clear}

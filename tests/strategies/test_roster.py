@@ -1,4 +1,6 @@
-"""Which node is which agent: the roster on its own, and nodes that do not fit the graph."""
+"""Which node is which agent: the roster on its own, and nodes that do not fit the
+graph.
+"""
 
 from typing import Any
 
@@ -135,7 +137,10 @@ def test_two_nodes_claim_one_agent() -> None:
 def test_a_node_that_does_not_say_which_agent_it_is(partition: Any) -> None:
     grid = agent_grid(3)
     grid.add_node(1003, partition)
-    expected = r"missing: 3\. node 1003: error 2: node 1003 must say which agent it is.*--node-config 'partition-id=0'"
+    expected = (
+        r"missing: 3\. node 1003: error 2: node 1003 must say which agent it is"
+        ".*--node-config 'partition-id=0'"
+    )
     with pytest.raises(RosterError, match=expected):
         gossip(grid, Topology.ring(4))
 
@@ -163,7 +168,8 @@ def odd_one(index: int, odd: int, model_fn: Any) -> MceplAgent:
         ),
         (
             one_unit_more,
-            r"agent 2 \(node 1002\) and agent 0 \(node 1000\) have different models .*: 292 and 228\.",
+            r"agent 2 \(node 1002\) and agent 0 \(node 1000\) have different models .*"
+            r": 292 and 228\.",
         ),
     ],
 )

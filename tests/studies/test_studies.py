@@ -1,4 +1,6 @@
-"""Studies: reading the file, carrying out its runs whatever happens, and the tables over their records."""
+"""Studies: reading the file, carrying out its runs whatever happens, and the tables
+over their records.
+"""
 
 import csv
 import json
@@ -561,8 +563,8 @@ def killing(function):
         return function(*arguments, **options)
     return instead
 
-for owner, name in [(RunRecord, "log_round"), (RunRecord, "amend_config"), (Path, "rename"), (Path, "rmdir"),
-                    (runner, "write_csv")]:
+for owner, name in [(RunRecord, "log_round"), (RunRecord, "amend_config"), (Path, "rename"),
+                    (Path, "rmdir"), (runner, "write_csv")]:
     if name == sys.argv[2]:
         setattr(owner, name, killing(getattr(owner, name)))
 run_study(read_study(Path(sys.argv[1])))
@@ -693,7 +695,9 @@ def test_filters_that_are_off_are_counted_where_the_lasso_varies(
 
 
 def write_record(root: Path, *, accuracies: np.ndarray, sent: int = 100, **run_config: Any) -> Path:
-    """A finished record with ``accuracies[round, agent]``; after round t an agent has sent t * `sent` bytes."""
+    """A finished record with ``accuracies[round, agent]``; after round t an agent has
+    sent t * `sent` bytes.
+    """
     rounds, agents = accuracies.shape
     record = RunRecord.create(root, name="made", config={"run_config": run_config})
     record.amend_config(

@@ -7,8 +7,16 @@ from flower_mcepl.strategies import make_strategy
 from mcepl_cifar10.task import model_fn
 
 APP_KEYS = [
-    "data", "cache", "partition", "train-fraction", "validation-fraction", "stratify", "test-split", "augment", "width",
-]  # fmt: skip
+    "data",
+    "cache",
+    "partition",
+    "train-fraction",
+    "validation-fraction",
+    "stratify",
+    "test-split",
+    "augment",
+    "width",
+]
 
 app = ServerApp()
 

@@ -30,7 +30,7 @@ def model_fn(context: Context) -> AlexNetCifar:
 
 
 def load_split(data: str, split: str) -> Dataset:
-    """Return one split with the columns ``img`` and ``label``, from a folder of parquet files or the hub."""
+    """One split with columns ``img`` and ``label``, from parquet files or the hub."""
     if is_on_the_hub(data):
         return load_dataset(data, split=split)
     files = sorted(map(str, Path(data).rglob(f"{split}*.parquet")))
@@ -50,7 +50,7 @@ def is_on_the_hub(data: str) -> bool:
 
 
 def source_of(data: str) -> str | list[list[str | int]]:
-    """Return what the cache knows the data by: a name on the hub, or a folder's files with their sizes and times."""
+    """Key of the data in the cache: a name on the hub, or files and their times."""
     if is_on_the_hub(data):
         return data
     files = [(file, file.stat()) for file in sorted(Path(data).resolve().rglob("*.parquet"))]
@@ -59,7 +59,7 @@ def source_of(data: str) -> str | list[list[str | int]]:
 
 @lru_cache
 def encoded_images(data: str, split: str) -> tuple[Dataset, np.ndarray]:
-    """Return the images of a split, still encoded, and their labels; read once for the agents of this process."""
+    """Images of a split, still encoded, and their labels; read once in a process."""
     images = load_split(data, split)
     return images, np.asarray(images["label"][:])
 
@@ -75,7 +75,7 @@ def parts(data: str, partition: str, num_agents: int, seed: int) -> tuple[Indice
 def load_data(
     agent: int, *, data: str, num_agents: int, settings: DataSettings, seed: int, cache: str = ""
 ) -> tuple[Split, Split | None, Split]:
-    """Return the agent's training, validation and test split, ``(images, labels)`` each.
+    """Training, validation and test split of the agent, ``(images, labels)`` each.
 
     Training and validation are of the training images that the agent holds; a run
     without a validation split has None. Testing: CIFAR-10's own test images, those of
@@ -108,7 +108,7 @@ def load_data(
 def decode_splits(
     agent: int, *, data: str, num_agents: int, settings: DataSettings, seed: int
 ) -> dict[str, Tensor]:
-    """Return pixels, uint8 [n, 3, 32, 32], and labels, uint8 [n], of each of an agent's splits."""
+    """Pixels, uint8 [n, 3, 32, 32], and labels, uint8 [n], of an agent's splits."""
     images, labels = encoded_images(data, "train")
     mine = parts(data, settings.partition, num_agents, seed)[agent]
     places = own_splits(labels[mine], settings, seed=seed, agent=agent)
@@ -132,7 +132,7 @@ def decode(name: str, split: Dataset) -> dict[str, Tensor]:
 
 
 class Augmented(torch.utils.data.Dataset):
-    """Training images, each drawn mirrored or not, and shifted by at most four pixels either way.
+    """Training images, mirrored or not, and shifted by at most four pixels.
 
     What is drawn comes from torch's global generator, which an agent sets for each
     round from the run's seed.

@@ -1,4 +1,4 @@
-"""Four bits a value: fifteen even steps up to the largest magnitude, two values a byte."""
+"""Four bits a value: fifteen even steps up to the largest magnitude."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -72,7 +72,7 @@ def parts(partition: str, num_agents: int, seed: int) -> tuple[Indices, ...]:
 def load_data(
     agent: int, *, num_agents: int, settings: DataSettings, seed: int
 ) -> tuple[Split, Split | None, Split]:
-    """Return the agent's training, validation and test split, each ``(images, labels)``, all from its own images.
+    """Training, validation and test split of the agent, all from its own images.
 
     A run without a validation split has None.
     """

@@ -29,7 +29,7 @@ class Net(nn.Module):
 
 @lru_cache
 def partitioner(num_partitions: int) -> DirichletPartitioner:
-    """Divide scikit-learn's digits unevenly: each partition has its own mixture of classes."""
+    """Divide scikit-learn's digits unevenly: each partition has its own classes."""
     digits = load_digits()
     parts = DirichletPartitioner(
         num_partitions, partition_by="label", alpha=0.3, min_partition_size=40, seed=1
