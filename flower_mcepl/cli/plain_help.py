@@ -17,14 +17,14 @@ class PlainCommand(TyperCommand):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        told = (
+        hints = (
             get_type_hints(inspect.unwrap(self.callback), include_extras=True)
             if self.callback
             else {}
         )
         for parameter in self.params:
             if isinstance(parameter, TyperArgument) and parameter.help is None:
-                parameter.help = told[str(parameter.name)].__metadata__[0].help
+                parameter.help = hints[str(parameter.name)].__metadata__[0].help
 
     def format_arguments(self, ctx: Any, formatter: Any) -> None:
         """Write nothing: click 8.5 would list the arguments a second time."""

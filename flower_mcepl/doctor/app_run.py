@@ -113,24 +113,24 @@ def _judge_graph(check: Examination, run: AppRun, graph: Topology) -> None:
     if find_algorithm(run.settings.algorithm).agent.server_based:
         check.ok(f"none: agents of {run.settings.algorithm} hear a server")
         return
-    heard, told = graph.in_neighbors(run.agent, round=1), graph.out_neighbors(run.agent, round=1)
+    heard, hearing = graph.in_neighbors(run.agent, round=1), graph.out_neighbors(run.agent, round=1)
     connected = _is_connected(graph, run.settings.num_rounds)
-    degree = f"{len(heard)}" if heard == told else f"{len(heard)} in, {len(told)} out"
-    found = f"{graph.describe()}; degree of agent {run.agent}: {degree}"
+    degree = f"{len(heard)}" if heard == hearing else f"{len(heard)} in, {len(hearing)} out"
+    state = f"{graph.describe()}; degree of agent {run.agent}: {degree}"
     values = {
         "connected": connected,
         "in_degree": len(heard),
-        "out_degree": len(told),
+        "out_degree": len(hearing),
         "neighbors": list(heard),
     }
     if connected:
-        check.ok(found, **values)
+        check.ok(state, **values)
     else:
         remedy = (
             "Agents of separate parts never learn from each other: add links, or change topology "
             "or seed."
         )
-        check.warn(found, remedy, **values)
+        check.warn(state, remedy, **values)
 
 
 def _is_connected(graph: Topology, num_rounds: int) -> bool:
@@ -284,22 +284,22 @@ def _state(trial: Trial, device: DeviceSettings, neighbors: int, *, server: bool
         most = size * (KEPT * device.state_runs + 1)  # one more while it is written
         values = {"state_bytes": size, "most_bytes": most}
         held = "without what it holds of the server" if server else f"with {neighbors} neighbors"
-        found = f"up to {human_bytes(size)} after a round, {held}"
+        state = f"up to {human_bytes(size)} after a round, {held}"
         if folder is None:
-            check.ok(f"{found}, in Flower's Context", **values)
+            check.ok(f"{state}, in Flower's Context", **values)
             return check.finding
         free = shutil.disk_usage(existing(folder)).free
-        found += (
+        state += (
             f", at most {human_bytes(most)} for {device.state_runs} runs; {human_bytes(free)} free"
         )
         if most > free:
             check.fail(
-                found,
+                state,
                 "Free some, lower state-runs, or choose a state-dir on a larger disk.",
                 **values,
             )
         else:
-            check.ok(found, **values)
+            check.ok(state, **values)
     return check.finding
 
 

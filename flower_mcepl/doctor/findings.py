@@ -96,10 +96,10 @@ class Examination:
         if not isinstance(error, Exception | SystemExit):
             return False
         text = " ".join(str(error).split())
-        told = (
+        trouble = (
             text
             if isinstance(error, FlowerMceplError) and text
             else f"{type(error).__name__}: {text or 'no reason'}"
         )
-        self.fail(told, self._remedy)
+        self.fail(trouble, self._remedy)
         return True

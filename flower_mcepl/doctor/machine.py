@@ -64,7 +64,7 @@ def check_disk(
     with Examination(check_name, remedy=remedy) as check:
         place = existing(folder)
         free = shutil.disk_usage(place).free
-        found = f"{human_bytes(free)} free for {what} in {folder}"
+        state = f"{human_bytes(free)} free for {what} in {folder}"
         values = {"folder": str(folder), "free_bytes": free}
         fail = check.fail if needed else check.warn
         if not place.is_dir() or not os.access(place, os.W_OK):
@@ -72,11 +72,11 @@ def check_disk(
             reason = "cannot be written to" if place.is_dir() else "is no folder"
             fail(f"{place}, where {what} would go, {reason}", remedy, **values)
         elif free < LEAST_FREE:
-            fail(found, remedy, **values)
+            fail(state, remedy, **values)
         elif free < ENOUGH_FREE:
-            check.warn(found, remedy, **values)
+            check.warn(state, remedy, **values)
         else:
-            check.ok(found, **values)
+            check.ok(state, **values)
     return check.finding
 
 
@@ -109,15 +109,15 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding | None:
         return None
     with Examination("shared-memory", remedy="Mount it, or run where it is mounted.") as check:
         free = shutil.disk_usage(folder).free
-        found = f"{human_bytes(free)} free in {folder}, through which Ray's workers exchange"
+        state = f"{human_bytes(free)} free in {folder}, through which Ray's workers exchange"
         if free < _ENOUGH_SHARED:
             check.warn(
-                found,
+                state,
                 "Give a container more, for example `--shm-size=1g`; devices do not need it.",
                 free_bytes=free,
             )
         else:
-            check.ok(found, free_bytes=free)
+            check.ok(state, free_bytes=free)
     return check.finding
 
 

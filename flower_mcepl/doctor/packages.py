@@ -32,12 +32,12 @@ def check_python() -> Finding:
         from packaging.specifiers import SpecifierSet  # it comes with flwr
 
         version, demanded = platform.python_version(), metadata.metadata(PROJECT)["Requires-Python"]
-        found = f"Python {version}; needed is {demanded}"
+        state = f"Python {version}; needed is {demanded}"
         if SpecifierSet(demanded).contains(version, prereleases=True):
-            check.ok(found, version=version, needed=demanded)
+            check.ok(state, version=version, needed=demanded)
         else:
             check.fail(
-                found,
+                state,
                 "Make the environment with a Python of that range.",
                 version=version,
                 needed=demanded,
@@ -67,17 +67,17 @@ def check_extras() -> Finding:
     with Examination("extras", remedy=_INSTALL) as check:
         extras = metadata.metadata(PROJECT).get_all("Provides-Extra") or []
         states = {extra: _state(extra) for extra in sorted(extras) if extra not in _NOT_FOR_USERS}
-        told = "; ".join(f"{extra} {_told(extra, *state)}" for extra, state in states.items())
+        report = "; ".join(f"{extra} {_told(extra, *state)}" for extra, state in states.items())
         installed = {extra: state == "installed" for extra, (state, _) in states.items()}
         wrong = [extra for extra, (state, _) in states.items() if state == "wrong version"]
         if wrong:
             check.warn(
-                told,
+                report,
                 f"Where they are needed: `pip install 'flower-mcepl[{','.join(wrong)}]'`.",
                 extras=installed,
             )
         else:
-            check.ok(told or "none are declared", extras=installed)
+            check.ok(report or "none are declared", extras=installed)
     return check.finding
 
 
@@ -99,14 +99,14 @@ def _demands(distribution: str, extra: str = "") -> "list[Requirement]":
     """Needs of a distribution on this machine; with an extra, what that adds."""
     from packaging.requirements import Requirement
 
-    found = [Requirement(line) for line in metadata.requires(distribution) or ()]
+    needs = [Requirement(line) for line in metadata.requires(distribution) or ()]
     if not extra:
         return [
-            need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})
+            need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})
         ]
     added = [
         need
-        for need in found
+        for need in needs
         if need.marker is not None and not need.marker.evaluate({"extra": ""})
     ]
     return [

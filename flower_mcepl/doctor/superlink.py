@@ -175,18 +175,18 @@ def _judge_certificate(stream: ssl.SSLSocket, link: SuperLink, check: Examinatio
     until = str(certificate.get("notAfter"))
     days = (ssl.cert_time_to_seconds(until) - time.time()) / 86400
     trusted = link.root_certificates or "the system's certificate authorities"
-    found = (
+    state = (
         f"{stream.version()}; the certificate is from {trusted} and valid for {days:.0f} more days"
     )
     values = {"version": stream.version(), "valid_until": until, "days_left": round(days, 2)}
     if days < SOON:
         check.warn(
-            found,
+            state,
             f"Renew the SuperLink's certificate {_CERTIFICATES}, then restart the SuperLink.",
             **values,
         )
     else:
-        check.ok(found, **values)
+        check.ok(state, **values)
 
 
 def _no_tls_remedy() -> str:

@@ -79,7 +79,7 @@ class Bundle:
             name: array if array.flags.c_contiguous else array.copy()
             for name, array in self.arrays.items()
         }
-        facts = json.dumps(self.facts, sort_keys=True, default=_plain)
+        facts = json.dumps(self.facts, sort_keys=True, default=_jsonable)
         return safetensors.numpy.save(arrays, metadata={_FACTS: facts})
 
     @classmethod
@@ -100,7 +100,7 @@ class Bundle:
             ) from error
 
 
-def _plain(value: Any) -> Any:
+def _jsonable(value: Any) -> Any:
     """What JSON can hold of a NumPy scalar or array."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()

@@ -14,8 +14,8 @@ def without_colors(text: str) -> str:
 
 def record_named_in(line: str) -> str | None:
     """Path of the run record, if this line of the relay's log names it."""
-    found = _RECORD.search(without_colors(line))
-    return found[1] if found else None
+    match = _RECORD.search(without_colors(line))
+    return match[1] if match else None
 
 
 def excerpt(log: str) -> str:

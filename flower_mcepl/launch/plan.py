@@ -58,22 +58,22 @@ def parse_run_config(entries: Sequence[str]) -> dict[str, Any]:
     ConfigError
         If one is neither.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for entry in entries:
         if entry.strip().endswith(".toml"):
-            found |= _read_toml(Path(entry.strip()).expanduser())
+            settings |= _read_toml(Path(entry.strip()).expanduser())
             continue
         pairs = _PAIR.findall(entry)
         try:
             if not pairs or _PAIR.sub("", entry).strip():
                 raise ValueError("it is no list of key=value")
-            found |= {key: tomllib.loads(f"value = {value}")["value"] for key, value in pairs}
+            settings |= {key: tomllib.loads(f"value = {value}")["value"] for key, value in pairs}
         except ValueError as error:
             raise ConfigError(
                 "a run config is 'key=value key=\"text\" ...' or the path of a TOML file; got "
                 f"{entry!r}: {error}."
             ) from None
-    return found
+    return settings
 
 
 def _toml_value(key: str, value: object) -> str:
@@ -97,11 +97,11 @@ def _toml_value(key: str, value: object) -> str:
 def num_agents(app: Path, run_config: Sequence[str]) -> int:
     """Number of agents: ``num-agents`` of the overrides, else of the app's settings."""
     own = app_settings(app).get("config", {}).get("num-agents")
-    found: object = parse_run_config(run_config).get("num-agents", own)
+    number: object = parse_run_config(run_config).get("num-agents", own)
     try:
-        return int(str(found))
+        return int(str(number))
     except ValueError:
-        problem = "has no" if found is None else f"has {found!r} as its"
+        problem = "has no" if number is None else f"has {number!r} as its"
         raise ConfigError(
             f"the number of SuperNodes must be known; {app} {problem} `num-agents` in "
             "[tool.flwr.app.config]. Say it with --num-supernodes."
@@ -112,10 +112,10 @@ def federation_line(num_supernodes: int, more: str = "") -> str:
     """Value of ``--federation-config``, with one CPU per client by default."""
     if num_supernodes < 1:
         raise ConfigError(f"a run needs at least one SuperNode; got {num_supernodes}.")
-    said = dict(_PAIR.findall(more))
-    if "num-supernodes" in said:
+    given = dict(_PAIR.findall(more))
+    if "num-supernodes" in given:
         raise ConfigError("num-supernodes is said twice; take it out of the federation config.")
-    cpus = "" if "client-resources-num-cpus" in said else " client-resources-num-cpus=1"
+    cpus = "" if "client-resources-num-cpus" in given else " client-resources-num-cpus=1"
     return f"num-supernodes={num_supernodes}{cpus} {more}".rstrip()
 
 
@@ -139,11 +139,11 @@ def refuse_shadowed(app: Path, cwd: Path) -> None:
     """
     for reference in app_settings(app).get("components", {}).values():
         package = str(reference).partition(":")[0].partition(".")[0]
-        for found in (cwd / package / "__init__.py", cwd / f"{package}.py"):
-            if package and found.is_file() and not found.resolve().is_relative_to(app.resolve()):
+        for module in (cwd / package / "__init__.py", cwd / f"{package}.py"):
+            if package and module.is_file() and not module.resolve().is_relative_to(app.resolve()):
                 raise ConfigError(
                     f"the app's package `{package}` must not exist in the current folder too, "
-                    f"because Ray would import that one; found {found}. Start from another folder "
+                    f"because Ray would import that one; found {module}. Start from another folder "
                     "or rename the package."
                 )
 

@@ -250,14 +250,14 @@ def private_environment(home: Path, inherited: Mapping[str, str]) -> dict[str, s
 
 
 def _program(name: str, env: Mapping[str, str]) -> str:
-    found = shutil.which(name, path=env["PATH"])
-    if found is None:
+    program = shutil.which(name, path=env["PATH"])
+    if program is None:
         raise LaunchError(
             f"the program `{name}` must be installed beside {sys.executable}; it is not. Install "
             "flower-mcepl with its extra 'simulation' (in a clone: pip install -e "
             "'.[simulation]')."
         )
-    return found
+    return program
 
 
 def _pump(source: IO[bytes], lines: "SimpleQueue[str | None]") -> None:

@@ -60,8 +60,8 @@ def _outcome(process: SpawnProcess, receiver: Pipe) -> str | None:
     process.join()
     with receiver:
         if process.exitcode == 0 and receiver.poll():
-            told: str | None = receiver.recv()
-            return told
+            reason: str | None = receiver.recv()
+            return reason
     killed = process.exitcode == _KILLED
     reason = "killed, maybe for want of memory" if killed else "see its log"
     return f"the run's process ended with exit code {process.exitcode} ({reason})."
