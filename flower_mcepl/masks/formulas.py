@@ -13,7 +13,7 @@ Symbols, as in the paper (Tian, Zhang, Li, Bennis 2025, arXiv:2504.17520)::
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -115,14 +115,6 @@ def neighbor_mean(
     return count.to(torch.float32) / num_neighbors
 
 
-def mask_count(masks: Sequence[Bool[Tensor, "*layer"]]) -> Integer[Tensor, "*layer"]:
-    """Count the masks that keep each weight, ``Σ m_j``; at least one mask."""
-    count = torch.zeros(masks[0].shape, dtype=_count_dtype(len(masks)), device=masks[0].device)
-    for mask in masks:
-        count += mask
-    return count
-
-
 def count_of_mean(
     n: Float[Tensor, "*layer"], *, num_neighbors: int
 ) -> Integer[Tensor, "*layer"] | None:
@@ -130,11 +122,12 @@ def count_of_mean(
 
     What comes back gives ``n`` again, bit for bit.
     """
-    count = (n * num_neighbors).round().to(_count_dtype(num_neighbors))
+    count = (n * num_neighbors).round().to(count_dtype(num_neighbors))
     return count if torch.equal(neighbor_mean(count, num_neighbors=num_neighbors), n) else None
 
 
-def _count_dtype(most: int) -> torch.dtype:
+def count_dtype(most: int) -> torch.dtype:
+    """Smallest type that holds a count up to ``most``."""
     return torch.uint8 if most < 256 else torch.int16
 
 

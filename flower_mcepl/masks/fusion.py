@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, final
 
+import torch
 from torch import Tensor
 
 from flower_mcepl.config.registry import Registry
@@ -24,7 +25,10 @@ class Blend(Protocol):
 
 def neighbor_average(masks: Sequence[Tensor], own: Tensor) -> Tensor:
     """Average the neighbors' masks, ``n = 1/|N| Σ m_j``, without the own one."""
-    return maths.neighbor_mean(maths.mask_count(masks), num_neighbors=len(masks))
+    count = torch.zeros_like(masks[0], dtype=maths.count_dtype(len(masks)))
+    for mask in masks:
+        count += mask
+    return maths.neighbor_mean(count, num_neighbors=len(masks))
 
 
 def scores_alone(z: Tensor, n: Tensor) -> Tensor:

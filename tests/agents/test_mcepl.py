@@ -151,6 +151,12 @@ def test_score_averaging_changes_the_evaluation_alone() -> None:
     assert evaluated["loss"] != plain.evaluate()["loss"]
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5])
+def test_a_share_of_the_running_mean_that_is_none_is_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"score-averaging must be in \[0, 1\); got {value}"):
+        MceplConfig(score_averaging=value)
+
+
 def test_a_schedule_scales_both_step_sizes() -> None:
     late, plain = (
         make_agent(0, weight_decay=0.0, **options)
