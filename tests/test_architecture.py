@@ -113,7 +113,7 @@ def belongs_to(name: str, package: str) -> bool:
 SAMPLE = """
 import a.b as c
 from d import e
-from tests import near
+from . import near
 from ..far import away
 if True:
     import f
