@@ -8,6 +8,7 @@ The fast suite says the same twice: its examples are drawn from each test's own 
 import contextlib
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     np.random.seed(0)  # noqa: NPY002
     with contextlib.suppress(NameError):
         torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave out the picture at the end of a run, which takes a second.
+
+    Those marked ``pictures`` draw it.
+    """
+    reporting = sys.modules.get("flower_mcepl.strategies.reporting")
+    with pytest.MonkeyPatch.context() as patch:  # the test's own must be undone by itself
+        if reporting is not None and request.node.get_closest_marker("pictures") is None:
+            patch.setattr(reporting, "plot_run", lambda run: "picture")
+        yield
 
 
 def pytest_terminal_summary(

@@ -239,44 +239,46 @@ def test_the_top_level_doors_are_relative_links(side: str) -> None:
 # --- freedom, in a process of its own ---
 
 
-def loaded_after(statement: str, packages: tuple[str, ...]) -> set[str]:
-    """Those of the packages that a fresh interpreter holds after the statement."""
-    names = f"[name for name in {packages!r} if name in sys.modules]"
-    code = f"{statement}\nimport sys\nprint('loaded', *{names})"
+def loaded_after(*statements: str) -> list[set[str]]:
+    """The modules that a fresh interpreter holds after each statement, in turn."""
+    note = "import sys; print('loaded', *sys.modules)"
+    code = "".join(f"{statement}\n{note}\n" for statement in statements)
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    return set(result.stdout.splitlines()[-1].split()[1:])
+    lines = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("loaded ")]
+    assert len(lines) == len(statements)
+    return [set(line) for line in lines]
 
 
 def test_the_core_loads_nothing_heavy() -> None:
     core = [path for path in CORE if path.name != "__main__.py" and path not in COMMANDS]
     everything = "\n".join(f"import {module_name(path)}" for path in core)
     assert "import flower_mcepl.runs.simulation\n" in everything
-    assert loaded_after(everything, (*HEAVY, "typer")) == set()
+    (loaded,) = loaded_after(everything)
+    assert loaded & {*HEAVY, "typer"} == set()
 
 
-def test_the_command_line_loads_what_it_prints_with_and_nothing_heavy() -> None:
-    numbers = (*HEAVY, "torch", "numpy", "networkx", "tensorboard")
-    assert loaded_after("import flower_mcepl.cli.app", numbers) <= {"rich"}
-
-
-@pytest.mark.parametrize("room", ["record", "report", "studies", "launch", "doctor"])
-def test_rooms_around_runs_load_nothing_heavy_before_a_run_needs_it(room: str) -> None:
-    assert loaded_after(f"import flower_mcepl.{room}", (*HEAVY, "torch", "numpy")) == set()
+def test_rooms_around_runs_load_nothing_heavy_before_a_run_needs_it() -> None:
+    """The command line last: it loads what it prints with."""
+    rooms = ["record", "report", "studies", "launch", "doctor", "cli.app"]
+    numbers = {*HEAVY, "torch", "numpy", "networkx", "tensorboard"}
+    *loaded, with_commands = loaded_after(*(f"import flower_mcepl.{room}" for room in rooms))
+    assert [modules & numbers for modules in loaded] == [set()] * 5
+    assert with_commands & numbers <= {"rich"}
 
 
 def test_a_relay_loads_nothing_that_starts_runs() -> None:
-    rooms = tuple(
-        f"flower_mcepl.{room}" for room in ("studies", "launch", "doctor", "cli", "clients")
-    )
-    assert loaded_after("import flower_mcepl.strategies", rooms) == set()
-    assert loaded_after("import flower_mcepl.studies", rooms) >= {"flower_mcepl.launch"}
+    rooms = {f"flower_mcepl.{room}" for room in ("studies", "launch", "doctor", "cli", "clients")}
+    relay, study = loaded_after("import flower_mcepl.strategies", "import flower_mcepl.studies")
+    assert relay & rooms == set()
+    assert study & rooms >= {"flower_mcepl.launch"}
 
 
 def test_the_check_for_heavy_packages_can_fail() -> None:
     pytest.importorskip("matplotlib")
-    assert loaded_after("import flwr.app, matplotlib", HEAVY) >= {"flwr", "matplotlib"}
+    (loaded,) = loaded_after("import flwr.app, matplotlib")
+    assert loaded & {*HEAVY} >= {"flwr", "matplotlib"}
 
 
 def test_third_party_imports_are_declared() -> None:
@@ -296,26 +298,26 @@ def test_third_party_imports_are_declared() -> None:
     assert at_the_top <= declared <= anywhere
 
 
-def test_a_device_loads_only_what_a_message_needs() -> None:
-    """On a device every message is a process of its own: what loads there is paid for
-    in every round.
-    """
-    ours = (
-        "import torch, flwr.app, flwr.clientapp, sys; before = set(sys.modules); "
-        "import flower_mcepl.clients"
-    )
-    added = (
-        "{name.partition('.')[0] for name in set(sys.modules) - before} "
-        "- set(sys.stdlib_module_names)"
-    )
-    code = f"{ours}; print('loaded', *({added}))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    packages = {
-        name for name in result.stdout.splitlines()[-1].split()[1:] if not name.startswith("_")
-    }
-    assert packages <= {
+@pytest.fixture(scope="module")
+def on_a_device() -> list[set[str]]:
+    """What is loaded with Flower itself, with the clients, and after a round."""
+    one_round = """
+from tests.fleet.flower_messages import a_context, a_message, be_a_node, the_app
+be_a_node()
+app, context = the_app(), a_context()
+app(a_message(1), context)
+app(a_message(2, neighbors=(1,), evaluate=True), context)
+"""
+    of_flower = "import torch, flwr.app, flwr.clientapp"
+    return loaded_after(of_flower, "import flower_mcepl.clients", one_round)
+
+
+def test_a_device_loads_only_what_a_message_needs(on_a_device: list[set[str]]) -> None:
+    """On a device every message is a process: what it loads is paid in every round."""
+    of_flower, with_clients, _ = on_a_device
+    packages = {name.partition(".")[0] for name in with_clients - of_flower}
+    packages = {name for name in packages if not name.startswith("_")}
+    assert packages - set(sys.stdlib_module_names) <= {
         "flower_mcepl",
         "constriction",
         "jaxtyping",
@@ -325,21 +327,16 @@ def test_a_device_loads_only_what_a_message_needs() -> None:
     }
 
 
-def test_a_device_loads_nothing_heavy_when_it_plays_a_round() -> None:
-    one_round = """
-from tests.fleet.flower_messages import a_context, a_message, be_a_node, the_app
-be_a_node()
-app, context = the_app(), a_context()
-app(a_message(1), context)
-app(a_message(2, neighbors=(1,), evaluate=True), context)
-"""
+def test_a_device_loads_nothing_heavy_when_it_plays_a_round(
+    on_a_device: list[set[str]],
+) -> None:
     rooms = tuple(
         f"flower_mcepl.{room}"
         for room in ("strategies", "studies", "report", "doctor", "cli", "launch")
     )
-    of_flower = loaded_after("import torch, flwr.app, flwr.clientapp", HEAVY)
+    of_flower, _, after_a_round = on_a_device
     heavy = (*HEAVY, "networkx", "sklearn", "datasets", "flwr_datasets", "sympy", "torch._dynamo")
-    assert loaded_after(one_round, tuple({*heavy, *rooms} - of_flower - {"flwr"})) == set()
+    assert after_a_round & {*heavy, *rooms} <= (of_flower & {*HEAVY}) | {"flwr"}
 
 
 # --- names ---
@@ -385,13 +382,14 @@ def test_public_names_are_loaded_when_they_are_asked_for() -> None:
 
 def test_the_package_itself_loads_nothing_but_its_errors() -> None:
     one_by_one = "; ".join(f"assert flower_mcepl.{room}" for room in ("topology", "wire", "runs"))
-    for statement, heavy in (
-        ("import flower_mcepl; flower_mcepl.__version__", set()),
-        ("from flower_mcepl import ConfigError, RunRecord, read_run", set()),
-        (f"import flower_mcepl; {one_by_one}", {"numpy", "torch"}),
-        ("from flower_mcepl import *; simulate, MceplAgent", {"numpy", "torch"}),
-    ):
-        assert loaded_after(statement, (*HEAVY, "numpy", "torch")) == heavy, statement
+    loaded = loaded_after(
+        "import flower_mcepl; flower_mcepl.__version__",
+        "from flower_mcepl import ConfigError, RunRecord, read_run",
+        f"import flower_mcepl; {one_by_one}",
+        "from flower_mcepl import *; simulate, MceplAgent",
+    )
+    heavy = [modules & {*HEAVY, "numpy", "torch"} for modules in loaded]
+    assert heavy == [set(), set(), {"numpy", "torch"}, {"numpy", "torch"}]
 
 
 def test_the_version_is_that_of_the_project() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +176,7 @@ import sys, time, torch
 from flower_mcepl.data.cache import cached_tensors
 
 def decode():
-    with open(sys.argv[2], "a") as file:
-        file.write("made ")
+    open(sys.argv[2], "w").close()
     time.sleep(0.3)
     return {"x": torch.ones(3)}
 
@@ -185,10 +185,13 @@ print(float(cached_tensors(sys.argv[1], {}, decode)["x"].sum()))
 
 
 def test_of_many_processes_one_decodes(tmp_path: Path) -> None:
-    made = tmp_path / "made.txt"
-    command = [sys.executable, "-c", WORKER, tmp_path, made]
-    workers = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
-    ]
-    assert [worker.communicate()[0] for worker in workers] == ["3.0\n"] * 2
-    assert made.read_text() == "made "
+    """This one asks while another one decodes."""
+    begun = tmp_path / "begun.txt"
+    command = [sys.executable, "-c", WORKER, tmp_path, begun]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as worker:
+        while not begun.exists():
+            assert worker.poll() is None
+            time.sleep(0.01)
+        tensors = cached_tensors(tmp_path, {}, lambda: pytest.fail("decoded again"))
+        assert float(tensors["x"].sum()) == 3.0
+        assert worker.communicate()[0] == "3.0\n"

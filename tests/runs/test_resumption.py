@@ -34,7 +34,7 @@ from flower_mcepl.runs.checkpoint import (
     save_checkpoint,
     set_damaged_aside,
 )
-from flower_mcepl.strategies import GossipStrategy, ServerStrategy, reporting
+from flower_mcepl.strategies import GossipStrategy, ServerStrategy
 from tests.fleet.agents import make_agent, make_fleet, same_tensors
 from tests.fleet.flower import sent_round
 from tests.fleet.grid import InProcessGrid
@@ -449,12 +449,9 @@ def test_a_killed_process_leaves_a_record_that_is_resumed(
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the clients think that they are in Flower's simulation; leave out picture and
-    table.
-    """
+    """Let the clients think that they are in Flower's simulation."""
     for module in (client_module, memory):
         monkeypatch.setattr(module, "in_simulation", lambda: True)
-    monkeypatch.setattr(reporting, "plot_run", lambda run: "picture")
 
 
 node_ids = itertools.count(1000, 1000)
@@ -635,10 +632,9 @@ def test_a_resumed_run_needs_the_same_run_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
 def test_devices_keep_the_states_of_the_checkpoints(
-    stop: int, whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop: int, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """On devices every agent has its states on its own disk, not in the record."""
-    monkeypatch.setattr(reporting, "plot_run", lambda run: "picture")
     (tmp_path / "runs").mkdir()
     on_disk = {"state-dir": str(tmp_path / "states")}
     grid = new_grid("mcepl", **on_disk)

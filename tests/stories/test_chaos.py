@@ -18,7 +18,6 @@ from flower_mcepl.agents.agent import Payload
 from flower_mcepl.exchange.parcels import Answer, Parcel, Posted
 from flower_mcepl.exchange.relay import Relay
 from flower_mcepl.exchange.turn import Mail, Reply, open_mail, play_round
-from flower_mcepl.strategies import reporting
 from tests.fleet.agents import make_agent, same_tensors
 from tests.fleet.flower import agent_grid, gossip, state_of
 
@@ -261,7 +260,7 @@ TOPOLOGIES = {
     ("topology", "seed", "key_interval", "kind"),
     [
         ("ring", 0, 0, Flipping),
-        ("ring", 1, 0, Flipping),
+        pytest.param("ring", 1, 0, Flipping, marks=pytest.mark.slow),  # as with seed 0
         ("regular", 2, 0, Flipping),
         ("regular", 3, 4, Flipping),
         ("changing", 4, 0, Flipping),
@@ -273,7 +272,7 @@ TOPOLOGIES = {
 def test_all_end_with_exactly_their_neighbors_payloads(
     topology: str, seed: int, key_interval: int, kind: type[Flipping]
 ) -> None:
-    num_rounds = 24
+    num_rounds = 16
     chaos = Chaos(TOPOLOGIES[topology], seed, num_rounds, key_interval, kind)
     for round in range(1, num_rounds + 1):
         chaos.play(round)
@@ -329,10 +328,7 @@ def noting_agent(index: int, sent: dict[tuple[int, int], dict[str, Tensor]]) -> 
     return agent
 
 
-def test_the_same_through_strategy_and_client(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reporting, "plot_run", lambda run: "picture")
+def test_the_same_through_strategy_and_client(tmp_path: Path) -> None:
     random, num_rounds = Random(0), 8
     topology = TOPOLOGIES["regular"]
     sent: dict[tuple[int, int], dict[str, Tensor]] = {}

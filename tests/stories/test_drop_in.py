@@ -39,7 +39,7 @@ from flower_mcepl.agents.array_layout import ArrayLayout
 from flower_mcepl.clients import NeighborAverageMod, make_client_app, neighbor_average_mod
 from flower_mcepl.clients.metric_names import read_evaluation, read_training
 from flower_mcepl.messages import keys
-from flower_mcepl.strategies import GossipStrategy, reporting
+from flower_mcepl.strategies import GossipStrategy
 from tests.fleet.flower_messages import data_fn, model_fn
 from tests.fleet.grid import InProcessGrid
 
@@ -255,11 +255,8 @@ def test_a_late_joiner_begins_from_the_initial_arrays() -> None:
     assert {agent for round, agent in told_losses(strategy) if round == 5} == {0, 1, 2, 3}
 
 
-def test_a_resumed_run_goes_on_from_the_arrays_that_it_began_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_goes_on_from_the_arrays_that_it_began_with(tmp_path: Path) -> None:
     """As with an app whose network is drawn anew at each start."""
-    monkeypatch.setattr(reporting, "plot_run", lambda run: "picture")
     grid = Nodes(numpy_app(), 4)
 
     def stumble() -> None:

@@ -62,8 +62,7 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the picture and the table, which take a second."""
-    monkeypatch.setattr(module, "plot_run", lambda run: "picture")
+    """Leave out the table, too."""
     monkeypatch.setattr(module, "agent_table", lambda run: "table")
 
 
@@ -558,6 +557,7 @@ def test_the_config_is_enough_to_repeat_the_run(spec: str, tmp_path: Path) -> No
     assert {"flwr", "torch", "flower_mcepl"} <= first.config["versions"].keys()
 
 
+@pytest.mark.pictures
 def test_the_report_at_the_end(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     gossip(agent_grid(2), rounds=1, record=tmp_path)
     run = the_run(tmp_path)
@@ -908,35 +908,37 @@ def flipped(frame: bytes, at: int) -> bytes:
     return bytes(damaged)
 
 
+HARMS = [
+    (lambda frame: frame[:-9], "TruncatedFrameError"),
+    (lambda frame: frame[:7], "TruncatedFrameError"),
+    (lambda frame: b"", "TruncatedFrameError"),
+    (lambda frame: flipped(frame, len(frame) // 2), "CorruptFrameError"),
+    (lambda frame: flipped(frame, len(frame) - 1), "CorruptFrameError"),
+    (lambda frame: b"\x93NUMPY" + frame, "ForeignFrameError"),
+    (lambda frame: rewritten(frame, sender=9), "ForeignFrameError"),
+    (lambda frame: rewritten(frame, fingerprint="0" * 32), "ForeignFrameError"),
+    (lambda frame: rewritten(frame, prior=None), "ForeignFrameError"),
+    (other_shape, "ForeignFrameError"),
+    (floats, "ForeignFrameError"),
+    (lambda frame: rewritten(frame, round=1), "ReplayedFrameError"),
+    (lambda frame: rewritten(frame, round=99), "FutureFrameError"),
+    (lambda frame: flipped(frame, 4), "FutureFrameError"),  # the version
+]
+
+
 @pytest.mark.usefixtures("no_report")
-@pytest.mark.parametrize(
-    ("harm", "error"),
-    [
-        (lambda frame: frame[:-9], "TruncatedFrameError"),
-        (lambda frame: frame[:7], "TruncatedFrameError"),
-        (lambda frame: b"", "TruncatedFrameError"),
-        (lambda frame: flipped(frame, 60), "CorruptFrameError"),
-        (lambda frame: flipped(frame, len(frame) - 1), "CorruptFrameError"),
-        (lambda frame: b"\x93NUMPY" + frame, "ForeignFrameError"),
-        (lambda frame: rewritten(frame, sender=9), "ForeignFrameError"),
-        (lambda frame: rewritten(frame, fingerprint="0" * 32), "ForeignFrameError"),
-        (lambda frame: rewritten(frame, prior=None), "ForeignFrameError"),
-        (other_shape, "ForeignFrameError"),
-        (floats, "ForeignFrameError"),
-        (lambda frame: rewritten(frame, round=1), "ReplayedFrameError"),
-        (lambda frame: rewritten(frame, round=4), "FutureFrameError"),
-        (lambda frame: flipped(frame, 4), "FutureFrameError"),  # the version
-    ],
-)
 def test_a_bad_frame_is_refused_and_the_last_good_one_stays(
-    harm: Callable[[bytes], bytes], error: str, tmp_path: Path, log: pytest.LogCaptureFixture
+    tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    grid = agent_grid(3)
+    """From round 4 on every other frame of agent 0 to agent 1 is bad."""
+    grid, rounds = agent_grid(3), 2 * len(HARMS) + 4
+    harms = dict(zip(range(4, rounds, 2), HARMS, strict=False))
+    assert len(harms) == len(HARMS)
     held = {}
 
     def tamper(message: Message) -> Message:
-        if message.metadata.dst_node_id == 1001 and sent_round(message) == 4:
-            replace_frame(message, harm)
+        if message.metadata.dst_node_id == 1001 and sent_round(message) in harms:
+            replace_frame(message, harms[sent_round(message)][0])
         return message
 
     def look(round: int) -> None:
@@ -945,21 +947,25 @@ def test_a_bad_frame_is_refused_and_the_last_good_one_stays(
             assert state_facts(grid, 1001)["num-neighbors"] == 2
 
     grid.tamper = tamper
-    gossip(grid, rounds=6, record=tmp_path, after=look)
-    assert [held[round] for round in (3, 4, 5)] == [{0: 2, 2: 2}, {0: 2, 2: 3}, {0: 4, 2: 4}]
+    gossip(grid, rounds=rounds, record=tmp_path, after=look)
     run = the_run(tmp_path)
-    assert [line["answered"] for line in run.relay] == [3] * 7
+    assert [line["answered"] for line in run.relay] == [3] * (rounds + 1)
     refused = {line["round"]: line["refused"] for line in run.relay if line["refused"]}
-    assert list(refused) == [4]
-    ((reason,),) = refused[4].values()
-    assert list(refused[4]) == ["1"]
-    assert reason.startswith(f"{error}, frame of agent 0: ")
-    assert f"round 4: agent 1 refused a frame. {reason}" in log.messages
-    # What it still holds of agent 0 is sound: the two deltas since then are enough.
-    (chain,) = [
-        down_frames(m)[0] for m in grid.log if m.metadata.dst_node_id == 1001 and sent_round(m) == 5
-    ]
-    assert [read_header(frame).reference for frame in chain] == [2, 3]
+    assert list(refused) == list(harms)
+    orders = [message for message in grid.log if message.metadata.dst_node_id == 1001]
+    chains = {sent_round(order): down_frames(order).get(0, []) for order in orders}
+    for round, (_, error) in harms.items():
+        before, now, after = (held[r] for r in (round - 1, round, round + 1))
+        assert before == {0: round - 2, 2: round - 2}
+        assert now == {0: round - 2, 2: round - 1}
+        assert after == {0: round, 2: round}
+        ((reason,),) = refused[round].values()
+        assert list(refused[round]) == ["1"]
+        assert reason.startswith(f"{error}, frame of agent 0: "), (round, reason)
+        assert f"round {round}: agent 1 refused a frame. {reason}" in log.messages
+        # What it still holds of agent 0 is sound: the two deltas since then are enough.
+        chain = chains[round + 1]
+        assert [read_header(frame).reference for frame in chain] == [round - 2, round - 1]
 
 
 def test_a_frame_that_is_held_already_changes_nothing() -> None:
@@ -1212,62 +1218,69 @@ def spoil_metric(key: str) -> Callable[[Any], None]:
     return spoil
 
 
+SPOILS = [
+    spoil_frame(lambda array: b""),
+    spoil_frame(lambda array: b"no array"),
+    spoil_frame(lambda array: b"PK\x03\x04" + array.data),
+    spoil_frame(lambda array: array.data[:-1]),
+    spoil_frame(huge),
+    spoil_facts(agent=None),
+    spoil_facts(agent="2"),
+    spoil_facts(fingerprint=3),
+    spoil_facts(fresh=None),
+    spoil_facts(refused=3),
+    spoil_facts(lacking=["0"]),
+    spoil_facts(content=7),
+    spoil_facts(content="c" * 100),
+    spoil_facts(**{"builds-on": None}),
+    spoil_facts(**{"builds-on": [1, 1, 1]}),
+    spoil_facts(**{"builds-on": ["1"]}),
+    spoil_facts(**{"builds-on": 1}),
+    spoil_facts(**{"header-bytes": None}),
+    spoil_facts(**{"header-bytes": [1.5]}),
+    spoil_facts(**{"header-bytes": [-1]}),
+    spoil_facts(**{"header-bytes": [10**9]}),
+    spoil_facts(**{"held-rounds": None}),
+    spoil_facts(**{"held-rounds": [1]}),
+    spoil_facts(**{"held-agents": [True, False]}),
+    spoil_facts(parameters="{"),
+    spoil_facts(**{"num-weights": "many"}),
+    spoil_facts(retention="x" * 20_000),
+    spoil_metric("loss"),
+    lambda content: content.pop("metrics"),
+    lambda content: content.pop("agent"),
+]
+
+
 @pytest.mark.usefixtures("no_report")
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        spoil_frame(lambda array: b""),
-        spoil_frame(lambda array: b"no array"),
-        spoil_frame(lambda array: b"PK\x03\x04" + array.data),
-        spoil_frame(lambda array: array.data[:-1]),
-        spoil_frame(huge),
-        spoil_facts(agent=None),
-        spoil_facts(agent="2"),
-        spoil_facts(fingerprint=3),
-        spoil_facts(fresh=None),
-        spoil_facts(refused=3),
-        spoil_facts(lacking=["0"]),
-        spoil_facts(content=7),
-        spoil_facts(content="c" * 100),
-        spoil_facts(**{"builds-on": None}),
-        spoil_facts(**{"builds-on": [1, 1]}),
-        spoil_facts(**{"builds-on": ["1"]}),
-        spoil_facts(**{"builds-on": 1}),
-        spoil_facts(**{"header-bytes": None}),
-        spoil_facts(**{"header-bytes": [1.5]}),
-        spoil_facts(**{"header-bytes": [-1]}),
-        spoil_facts(**{"header-bytes": [10**9]}),
-        spoil_facts(**{"held-rounds": None}),
-        spoil_facts(**{"held-rounds": [1]}),
-        spoil_facts(**{"held-agents": [True, False]}),
-        spoil_facts(parameters="{"),
-        spoil_facts(**{"num-weights": "many"}),
-        spoil_facts(retention="x" * 20_000),
-        spoil_metric("loss"),
-        lambda content: content.pop("metrics"),
-        lambda content: content.pop("agent"),
-    ],
-)
-def test_a_damaged_answer_fails_one_agent_in_one_round(
-    spoil: Callable[[Any], Any], tmp_path: Path
-) -> None:
-    grid = agent_grid(3)
+def test_a_damaged_answer_fails_one_agent_in_one_round(tmp_path: Path) -> None:
+    """From round 3 on one answer a round is damaged, of agents 1 and 2 in turn."""
+    grid, rounds = agent_grid(3), len(SPOILS) + 4
+    spoils = {round: (1 + round % 2, spoil) for round, spoil in enumerate(SPOILS, start=3)}
     pull = grid.pull_messages
 
     def damage(ids: Iterable[str]) -> Iterable[Message]:
         replies = list(pull(ids))
+        agent, spoil = spoils.get(int(grid.log[-1].metadata.group_id), (None, None))
         for reply in replies:
-            if reply.metadata.src_node_id == 1002 and grid.log[-1].metadata.group_id == "3":
+            if agent is not None and reply.metadata.src_node_id == 1000 + agent:
                 spoil(reply.content)
         return replies
 
     grid.pull_messages = damage  # type: ignore[method-assign]
-    strategy = gossip(grid, rounds=5, evaluate_every=1, record=tmp_path)
+    strategy = gossip(grid, rounds=rounds, evaluate_every=1, record=tmp_path)
     assert strategy.record is not None
-    relay = read_run(strategy.record.path).relay
-    assert [list(line["failed"]) for line in relay] == [[], [], ["agent 2"], [], [], []]
-    assert "agent 2 does not answer as an agent" in relay[2]["failed"]["agent 2"]
-    assert [row["round"] for row in strategy.monitor.rows if row["agent"] == 2] == [1, 3, 4, 5]
+    failed = {line["round"]: line["failed"] for line in read_run(strategy.record.path).relay}
+    assert {round: [*agents] for round, agents in failed.items()} == {
+        round: [f"agent {spoils[round][0]}"] if round in spoils else []
+        for round in range(1, rounds + 2)
+    }
+    for round, (agent, _) in spoils.items():
+        assert f"agent {agent} does not answer as an agent" in failed[round][f"agent {agent}"]
+    for agent in (0, 1, 2):
+        lost = {round - 1 for round, (spoiled, _) in spoils.items() if spoiled == agent}
+        evaluated = [row["round"] for row in strategy.monitor.rows if row["agent"] == agent]
+        assert evaluated == [round for round in range(1, rounds + 1) if round not in lost]
 
 
 def test_rounds_and_timeout_come_from_the_run_config_unless_start_says_otherwise(

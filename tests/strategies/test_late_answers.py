@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flower_mcepl import ConfigError, RosterError, Topology, read_run
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.exchange.parcels import Answer, Posted
-from flower_mcepl.strategies import reporting, waiting
+from flower_mcepl.strategies import waiting
 from flower_mcepl.strategies.waiting import FLOOR, Patience
 from tests.fleet.flower import RecordingGrid, agent_grid, down_frames, gossip, sent_round
 from tests.oracles.baselines import fleet_of, server_of
@@ -39,7 +39,6 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(waiting, "time", clock)
-    monkeypatch.setattr(reporting, "plot_run", lambda run: "picture")
     return clock
 
 
@@ -298,10 +297,7 @@ def test_a_node_that_was_never_heard_of_may_be_late(clock: Clock, tmp_path: Path
     assert [line["missing"] for line in relay[1:]] == [[]] * 6
 
 
-def test_failures_are_told_when_they_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reporting, "plot_run", lambda run: "picture")
+def test_failures_are_told_when_they_change(tmp_path: Path) -> None:
     grid = agent_grid(3)
     steps = {2: lambda: grid.unavailable.add(1002), 4: grid.unavailable.clear}
     strategy = gossip(grid, rounds=5, record=tmp_path, before=steps)

@@ -25,6 +25,7 @@ from flower_mcepl.wire import (
 )
 from flower_mcepl.wire.layout import bind
 from flower_mcepl.wire.values import BUILT_IN, find_precision
+from tests.fleet.installed import install, installed
 from tests.oracles import frames as oracle
 from tests.oracles.baselines import fleet_of
 from tests.wire.test_frames import (
@@ -130,43 +131,29 @@ NAMES = {
 VALUES = {"v": torch.tensor([1.0, -2.0, 3.4])}
 
 
-def install(folder: Path, package: str, names: dict[str, str], source: str) -> None:
-    """Lay a package of codecs into ``folder`` as an installer does."""
-    info = folder / f"{package}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+def entry_points(package: str, names: dict[str, str]) -> str:
     lines = [f"{name} = {package}:{attribute}" for name, attribute in names.items()]
-    (info / "entry_points.txt").write_text("[flower_mcepl.codecs]\n" + "\n".join(lines))
-    (folder / f"{package}.py").write_text(source)
+    return "[flower_mcepl.codecs]\n" + "\n".join(lines)
 
 
 def forget() -> None:
     """Look at what is installed anew."""
     _installed.cache_clear()
-    for name in PRECISIONS._loaded.keys() - BUILT_IN.keys():
-        del PRECISIONS._loaded[name]
+    PRECISIONS._loaded.clear()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    install(folder, "codecs_of_others", NAMES, PACKAGE + READS)
+    package = "codecs_of_others"
+    install(folder, package, entry_points(package, NAMES), PACKAGE + READS)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def installed(folder: Path) -> Iterator[pytest.MonkeyPatch]:
-    """The package is there; ``undo`` removes it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(folder), *sys.path])
-        forget()
-        yield patch
-    forget()
-
-
-def remove(installed: pytest.MonkeyPatch) -> None:
-    installed.undo()
-    forget()
+def package(folder: Path) -> Iterator[None]:
+    with installed(folder, PRECISIONS):
+        yield
 
 
 def plain_pack(values: Any) -> bytes:
@@ -287,9 +274,10 @@ def test_the_same_bytes_in_another_codec_are_another_content() -> None:
 
 
 def test_a_codec_that_is_not_installed_is_refused_by_its_name(
-    installed: pytest.MonkeyPatch,
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remove(installed)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(folder)])
+    forget()
     for read in (decode_frame, read_header):
         with pytest.raises(
             errors.FutureFrameError,
@@ -318,22 +306,21 @@ def test_frames_of_built_in_codecs_are_read_without_a_look_at_what_is_installed(
         decode_frame(GOLDEN_NAMED)
 
 
-def test_a_package_cannot_replace_a_built_in_codec(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_cannot_replace_a_built_in_codec(tmp_path: Path) -> None:
     frame = encode(VALUES)
-    install(tmp_path, "usurper", {"float32": "X", "float8": "X"}, PACKAGE + "X = codec('float32')")
-    monkeypatch.syspath_prepend(tmp_path)
-    forget()
-    for name in [*BUILT_IN, "usurper"]:
-        PRECISIONS._loaded.pop(name, None)
-    with pytest.raises(errors.ConfigError, match=r"'float32' comes from flower_mcepl .*usurper"):
-        encode(VALUES)
-    with pytest.raises(
-        errors.ConfigError, match="entry point, 'float8'; it calls itself 'float32'"
-    ):
-        encode(VALUES, precision="float8")
-    assert_same(decode_frame(frame).tensors, VALUES)
+    names = entry_points("usurper", {"float32": "X", "float8": "X"})
+    install(tmp_path, "usurper", names, PACKAGE + "X = codec('float32')")
+    with installed(tmp_path, PRECISIONS):
+        forget()
+        with pytest.raises(
+            errors.ConfigError, match=r"'float32' comes from flower_mcepl .*usurper"
+        ):
+            encode(VALUES)
+        with pytest.raises(
+            errors.ConfigError, match="entry point, 'float8'; it calls itself 'float32'"
+        ):
+            encode(VALUES, precision="float8")
+        assert_same(decode_frame(frame).tensors, VALUES)
 
 
 # ---- what a package does wrong -------------------------------------------------------
