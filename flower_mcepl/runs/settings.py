@@ -141,11 +141,12 @@ class RunSettings(RoundOptions):
             If the graph is impossible.
         """
         app_keys = set(app_keys)
+        # first, as an algorithm that does not load has no keys
+        algorithm = find_algorithm(run_config.get("algorithm", cls.algorithm))
         refuse_unknown_keys(
             run_config, field_keys(cls, DeviceSettings) | algorithm_keys() | app_keys
         )
         settings = read_fields(cls, run_config)
-        algorithm = find_algorithm(settings.algorithm)
         read_config(settings.algorithm, run_config, agent=0)
         graph = settings.graph()
         check(

@@ -9,12 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from flower_mcepl.agents import ALGORITHMS
+from flower_mcepl import ConfigError
+from flower_mcepl.agents import ALGORITHMS, make_server
 from flower_mcepl.record.reading import read_run
+from flower_mcepl.runs.settings import RunSettings
+from tests.fleet.agents import small_net
 from tests.fleet.deployment import NODES, Fleet
 from tests.fleet.study_app import write_app, write_study
 
@@ -26,15 +30,17 @@ QUICKSTART = ROOT / "examples" / "quickstart"
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder into which pip has installed the example package."""
+    """The folder into which the example package is installed: its wheel, unpacked."""
     folder = tmp_path_factory.mktemp("installed")
     source = shutil.copytree(PACKAGE, folder / "source")  # building leaves files behind
-    site = folder / "site"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    command += ["--no-build-isolation", "--disable-pip-version-check", "--target", str(site)]
-    done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    return site
+    (wheel,) = source.glob("*.whl")
+    shutil.unpack_archive(wheel, folder / "site", "zip")
+    return folder / "site"
 
 
 def run(code: str, *, site: Path | None, folder: Path) -> str:
@@ -55,7 +61,8 @@ def run(code: str, *, site: Path | None, folder: Path) -> str:
 SIMULATION = """
 import numpy as np
 from flower_mcepl import RunRecord, Topology, read_run, simulate
-from flower_mcepl.agents import ALGORITHMS
+from flower_mcepl import ConfigError
+from flower_mcepl.agents import ALGORITHMS, make_server
 from flower_mcepl.report.final_masks import final_masks
 from tests.oracles.baselines import fleet_of
 from tests.fleet.agents import same_tensors, small_net, split
@@ -211,6 +218,19 @@ print(refused(ConfigError, fusion="overlapp"))
     ]
     for line, pattern in zip(lines, expected, strict=True):
         assert re.search(pattern, line), line
+
+
+def test_a_package_that_does_not_load_disturbs_its_own_runs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = metadata.EntryPoint("broken", "no_such_package:ALGORITHM", ALGORITHMS.group)
+    monkeypatch.setitem(ALGORITHMS._built_in, "broken", entry)
+    assert "broken" in ALGORITHMS
+    assert RunSettings.from_run_config({"dsgd.lr": 0.1}) == RunSettings()
+    with pytest.raises(ConfigError, match=r"'broken' cannot be loaded .*no_such_package"):
+        RunSettings.from_run_config({"algorithm": "broken", "broken.lr": 0.1})
+    with pytest.raises(ConfigError, match=r"algorithms with a server are fedavg, fedspa, fedpm;"):
+        make_server("dsgd", small_net(), 2, {}, seed=1)
 
 
 ONE_AGENT = """
