@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MOST_TESTS = 60  # test functions tried against a mutant, the quickest first
+MOST_TESTS = 30  # test functions tried against a mutant, the quickest first
 TIMEOUT = 180  # seconds; a mutant that takes longer is killed
 SWAPS: dict[type, type] = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt},
@@ -46,6 +46,7 @@ class Mutant:
 
     path: str  # of the file, relative to the root
     line: int
+    scope: range  # lines of the innermost function or class that holds it
     before: str
     after: str
     source: str  # the whole file with the fault
@@ -57,12 +58,26 @@ class Mutant:
 def mutants_of(path: Path) -> Iterator[Mutant]:
     """Mutants of a file; error messages, annotations and docstrings are left alone."""
     text = path.read_text(encoding="utf-8")
-    for node in changeable(ast.parse(text)):
+    tree = ast.parse(text)
+    place = str(path.relative_to(ROOT))
+    for node in changeable(tree):
         for other in changes(node):
             before, after = ast.unparse(node), ast.unparse(other)
             if before != after:
                 source = replaced(text, node, after)
-                yield Mutant(str(path.relative_to(ROOT)), node.lineno, before, after, source)
+                scope = scope_of(tree, node.lineno)
+                yield Mutant(place, node.lineno, scope, before, after, source)
+
+
+def scope_of(tree: ast.Module, line: int) -> range:
+    """Lines of the innermost function or class around a line, else of the module."""
+    scopes = [
+        range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
+    around = [scope for scope in scopes if line in scope]
+    return min(around, key=len) if around else range(1, 10**6)
 
 
 def changeable(tree: ast.AST) -> Iterator[ast.expr | ast.stmt]:
@@ -177,6 +192,14 @@ def node_id(context: str) -> str:
     return f"{module.replace('.', '/')}.py::{function}"
 
 
+def tests_for(mutant: Mutant, lines: dict[int, list[str]]) -> list[str]:
+    """Tests that go over a line; for one that runs at import, over its scope."""
+    if own := lines.get(mutant.line):
+        return own
+    inside = [name for line in mutant.scope for name in lines.get(line, ())]
+    return list(dict.fromkeys(inside))
+
+
 # --- trying one ---
 
 
@@ -245,7 +268,7 @@ def main() -> None:
     torch.set_num_threads(1)
     survivors = []
     for number, mutant in enumerate(chosen, start=1):
-        own = tests.get(mutant.path, {}).get(mutant.line, [])
+        own = tests_for(mutant, tests.get(mutant.path, {}))
         killed = bool(own) and is_killed(mutant, own[:MOST_TESTS])
         survivors += [] if killed else [mutant]
         state = "killed" if killed else "SURVIVED" if own else "SURVIVED (no test goes here)"
