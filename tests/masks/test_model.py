@@ -243,6 +243,17 @@ def test_without_neighbors_the_scores_alone_rank() -> None:
     assert all(torch.equal(mask, zero.masks()[layer]) for layer, mask in model.masks().items())
 
 
+def test_means_are_of_one_mask_unless_it_is_said_of_how_many() -> None:
+    model = masked(small_net(), neighbors=False)
+    means = {layer: torch.zeros_like(z) for layer, z in model.scores.items()}
+    counts = []
+    for options in ({}, {"num_neighbors": 3}):
+        model.set_neighbor_means(means, **options)
+        counts.append(model.num_neighbors)
+    model.set_neighbor_means(None)
+    assert [*counts, model.num_neighbors] == [1, 3, 0]
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_equal_and_independent(copied: Callable[[MaskedModel], MaskedModel]) -> None:
     model = masked(small_net()).eval()
