@@ -58,7 +58,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+def no_overview(request: pytest.FixtureRequest) -> Iterator[None]:
     """Leave out the picture at the end of a run, which takes a second.
 
     Those marked ``pictures`` draw it.
