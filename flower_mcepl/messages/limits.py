@@ -248,7 +248,7 @@ def _is_text(value: object, most: int) -> bool:
     """Whether a value is text that UTF-8 can hold: JSON can name half a surrogate."""
     if not isinstance(value, str) or len(value) > most:
         return False
-    return value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
+    return value.isascii() or not any(0xD800 <= ord(char) <= 0xDFFF for char in value)
 
 
 def _is_list(value: object, entries: int) -> bool:

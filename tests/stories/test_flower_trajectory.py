@@ -76,7 +76,8 @@ def test_final_scores_and_masks_equal_the_recorded_ones(gossip: dict[str, Any]) 
         tensors = context_tensors(gossip["grid"], index)
         agent = reference_agent(index)
         state = agent.state()
-        agent.restore(type(state)(tensors, {**state.facts, "num-neighbors": 2}))
+        facts = {**state.facts, "num-neighbors": 2}
+        agent.restore(state.of_tensors(facts, tensors))
         for layer in LAYERS:
             expected = torch.from_numpy(VECTORS[f"scores.{NUM_ROUNDS}.{index}.{layer}"])
             torch.testing.assert_close(
