@@ -55,7 +55,7 @@ test-slow: setup ## run the tests that train for long or start Flower itself
 explore: setup ## search for new examples that break a property, for EXPLORE_SECONDS
 	"$(PY)" -m tests.explore --seconds $(EXPLORE_SECONDS) -n auto $(PYTEST_ARGS)
 
-lowest: setup ## run the fast tests with the oldest versions allowed
+lowest: setup ## run quickstart and fast tests with the oldest versions allowed
 	VENV="$(abspath $(VENV))" .ci/lowest
 
 lint: setup ## check style and formatting
