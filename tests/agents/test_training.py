@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from flower_mcepl import ConfigError
+from flower_mcepl.agents import ALGORITHMS
 from flower_mcepl.agents.parts.training import TrainingConfig, train_locally
 from flower_mcepl.data.batches import TensorBatches
 
@@ -63,3 +65,11 @@ def test_what_a_split_draws_by_itself_comes_from_the_agents_stream() -> None:
         return batches[0]
 
     assert seen(0) == seen(0) != seen(1)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_checks_the_shared_parameters(algorithm: str) -> None:
+    config = ALGORITHMS[algorithm].config
+    for wrong, rule in (({"batch_size": 0}, "batch-size"), ({"momentum": 1.0}, "momentum")):
+        with pytest.raises(ConfigError, match=rule):
+            config(**wrong)
