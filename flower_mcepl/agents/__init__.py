@@ -19,6 +19,7 @@ from flower_mcepl.agents.algorithm import Algorithm, Masks
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.agents.registry import ALGORITHMS, find_algorithm, make_agent, make_server
 from flower_mcepl.agents.server import Server
+from flower_mcepl.agents.tasks import Metric, Task
 
 if TYPE_CHECKING:
     from flower_mcepl.agents.mcepl import MceplAgent, MceplConfig
@@ -41,6 +42,7 @@ __all__ = [
     "Masks",
     "MceplAgent",
     "MceplConfig",
+    "Metric",
     "MixingAgent",
     "NeighborAverageAgent",
     "OwnLoopAgent",
@@ -49,6 +51,7 @@ __all__ = [
     "SgdConfig",
     "SparseAgent",
     "SparseConfig",
+    "Task",
     "TrainingConfig",
     "agent_file",
     "find_algorithm",

@@ -64,6 +64,15 @@ class Agent(abc.ABC):
         Return ``accuracy``, ``loss``, ``num-examples`` and ``density``.
         """
 
+    def check(self) -> None:  # noqa: B027
+        """Check what the agent is to learn from, before round 1; by default nothing.
+
+        Raises
+        ------
+        DataError
+            If it does not fit.
+        """
+
     @abc.abstractmethod
     def state(self) -> AgentState:
         """Return everything that must survive until the next round."""

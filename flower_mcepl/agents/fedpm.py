@@ -1,7 +1,6 @@
 """FedPM: Bernoulli masks over shared random weights, one probability per weight."""
 
 import copy
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
 from flower_mcepl.agents.algorithm import Algorithm
-from flower_mcepl.agents.parts.evaluation import evaluate_classifier
 from flower_mcepl.agents.parts.groups import Shapes, check_group, groups_of, state_of
+from flower_mcepl.agents.parts.learner import Learner
 from flower_mcepl.agents.parts.training import (
     TrainingConfig,
     descent_direction,
@@ -27,7 +26,7 @@ from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import DivergedError
 from flower_mcepl.masks.layers import find_maskable
 from flower_mcepl.masks.model import fingerprint
-from flower_mcepl.streams import isolated_rng, torch_stream
+from flower_mcepl.streams import torch_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +110,7 @@ class FedpmAgent(Agent):
             config,
             device,
         )
+        self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
         specs = find_maskable(module)
         self.fingerprint = fingerprint(module, specs)
         self.layers = {name: tuple(spec.shape) for name, spec in specs.items()}
@@ -155,6 +155,10 @@ class FedpmAgent(Agent):
             )
         return metrics
 
+    def check(self) -> None:
+        """Check the first batch of both splits against the task."""
+        self.learner.check(self.network, self.data)
+
     # What is sent may be asked for again, after a restart or by a repeated message, and
     # must then be the same mask: so it is drawn from a stream of its own, which depends
     # on the round of the last training alone, and that round is part of the state.
@@ -171,13 +175,8 @@ class FedpmAgent(Agent):
         model = copy.deepcopy(self.network)
         for name, mask in masks.items():
             model.get_parameter(name).mul_(mask)
-        # transforms of the test split may draw
-        with isolated_rng(self.seed, "evaluation", agent=self.index):
-            metrics = evaluate_classifier(
-                model, self.data.test, batch_size=self.config.eval_batch_size, device=self.device
-            )
         return {
-            **metrics,
+            **self.learner.evaluate(model, self.data),
             "density": sum(int(mask.sum()) for mask in masks.values()) / self._num_weights(),
         }
 
@@ -190,12 +189,13 @@ class FedpmAgent(Agent):
             **super().describe(),
             "num-weights": self._num_weights(),
             "kept-weights": self._kept_at_first,
+            **self.learner.task.facts(),
             **data_facts(self.data),
         }
 
     def parameters(self) -> dict[str, Any]:
         """Return the fields of the agent's `FedpmConfig`."""
-        return dataclasses.asdict(self.config)
+        return self.config.as_parameters()
 
     def state(self) -> AgentState:
         """Return scores, buffers and the last round; the mask to send depends on it."""
@@ -223,8 +223,11 @@ class FedpmAgent(Agent):
         self, inputs: Any, labels: Tensor, *, round: int, draws: torch.Generator
     ) -> float:
         weights = {name: self._masked_weight(name, draws) for name in self.scores}
-        logits = torch.func.functional_call(self.network, weights, (inputs.to(self.device),))
-        loss = nn.functional.cross_entropy(logits, labels.to(self.device))
+
+        def network(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(self.network, weights, args, kwargs)
+
+        loss = self.learner.loss(network, inputs, labels)
         value = finite_loss(
             loss, agent=self.index, round=round, key="score-lr", lr=self.config.score_lr
         )

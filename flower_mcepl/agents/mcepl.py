@@ -5,15 +5,13 @@ from functools import partial
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flower_mcepl.agents.algorithm import Algorithm
-from flower_mcepl.agents.parts.evaluation import evaluate_classifier
 from flower_mcepl.agents.parts.mask_states import final_masks
 from flower_mcepl.agents.parts.masked import MaskedAgent, MaskedConfig
 from flower_mcepl.agents.parts.training import descent_direction, finite_loss, train_locally
 from flower_mcepl.config.checks import check
-from flower_mcepl.streams import isolated_rng
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +78,7 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         and what is sent do without it.
         """
         masks = self._personal_masks()
-        # transforms of the test split may draw
-        with isolated_rng(self.seed, "evaluation", agent=self.index):
-            metrics = evaluate_classifier(
-                self.model.bake(masks),
-                self.data.test,
-                batch_size=self.config.eval_batch_size,
-                device=self.device,
-            )
+        metrics = self.learner.evaluate(self.model.bake(masks), self.data)
         return {**metrics, "density": self._density(masks)}
 
     # Two gradients: the steps follow that of the loss with weight decay and momentum,
@@ -95,8 +86,7 @@ class MceplAgent(MaskedAgent[MceplConfig]):
     # Materialized, because a layer that took no part in a batch, an auxiliary head say,
     # has a gradient of zero and must not end the run.
     def _local_step(self, inputs: Any, labels: Tensor, *, round: int) -> float:
-        logits = self.model(inputs.to(self.device))
-        loss = nn.functional.cross_entropy(logits, labels.to(self.device))
+        loss = self.learner.loss(self.model, inputs, labels)
         objective = (
             loss + self.config.group_lasso * self.model.group_lasso()
             if self.config.group_lasso

@@ -57,6 +57,9 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
         super().__init__(index, module, data, config, seed=seed, device=device)
         self._train_fn, self._evaluate_fn = train_fn, evaluate_fn
 
+    def check(self) -> None:
+        """Check nothing: what the user's functions make of the data is theirs."""
+
     def train(self, *, round: int) -> dict[str, float]:
         """Let the user's function train, on the random stream of this agent and round.
 

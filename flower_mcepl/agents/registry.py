@@ -1,5 +1,6 @@
 """All algorithms by name, and how an agent is made of a run config."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 from torch import nn
@@ -8,6 +9,8 @@ from flower_mcepl.agents.agent import Agent
 from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.agents.server import Server
+from flower_mcepl.agents.tasks import Task
+from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig, with_section
 from flower_mcepl.config.registry import Registry
 from flower_mcepl.data.batches import AgentData
@@ -95,6 +98,7 @@ def make_agent(
     *,
     seed: int,
     device: str = "cpu",
+    task: Task | None = None,
 ) -> Agent:
     """Make one agent of the named algorithm; it bears that name in records and states.
 
@@ -116,14 +120,25 @@ def make_agent(
         Seed of the run, the same on all agents.
     device : str (default: "cpu")
         Where to calculate.
+    task : Task, optional
+        A task of one's own, in place of the run-config key ``task``.
 
     Raises
     ------
     ConfigError
-        If there is no such algorithm, or one of its settings is out of range.
+        If there is no such algorithm, one of its settings is out of range, or a task
+        comes both ways.
     """
     chosen = find_algorithm(algorithm)
     config = read_config(algorithm, run_config, agent=index, node_config=node_config)
+    if task is not None:
+        check(
+            "task" not in run_config,
+            f"the task is given as a value, {task.name}; run-config key task",
+            run_config.get("task"),
+            "Remove the key.",
+        )
+        config = dataclasses.replace(config, task=task)
     make: Callable[..., Agent] = chosen.agent
     agent = make(index, module, data, config, seed=seed, device=device)
     agent.algorithm = algorithm

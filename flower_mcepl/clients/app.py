@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from flower_mcepl.agents import Agent, agent_file, make_agent, save_state
+from flower_mcepl.agents import Agent, Task, agent_file, make_agent, save_state
 from flower_mcepl.agents.handshake import introduction
 from flower_mcepl.clients.device import (
     DataFn,
@@ -93,7 +93,9 @@ class AgentApp(ClientApp):
             return Message(content, reply_to=message)
 
 
-def make_client_app(model_fn: ModelFn, data_fn: DataFn, *, mods: Sequence[Mod] = ()) -> ClientApp:
+def make_client_app(
+    model_fn: ModelFn, data_fn: DataFn, *, task: Task | None = None, mods: Sequence[Mod] = ()
+) -> ClientApp:
     """Make the ClientApp of one agent from what a Flower app has anyway.
 
     Parameters
@@ -108,6 +110,10 @@ def make_client_app(model_fn: ModelFn, data_fn: DataFn, *, mods: Sequence[Mod] =
         `flower_mcepl.data.batches.AgentData.of`). The run-config key ``evaluate-on``
         says which of the last two the agent is evaluated on. Which agent it is stands
         in ``context.node_config["partition-id"]``.
+    task : Task, optional
+        Loss, metrics and targets of one's own, in place of the run-config key ``task``
+        (``"classification"``, ``"binary"``, ``"multilabel"``, ``"regression"``,
+        ``"segmentation"`` or ``"tokens"``).
     mods : sequence of callables (default: none)
         Flower's mods around every message, ``mod(message, context, call_next)``, as for
         any ClientApp. The agent's new state is kept only after they have let the answer
@@ -157,6 +163,7 @@ def make_client_app(model_fn: ModelFn, data_fn: DataFn, *, mods: Sequence[Mod] =
             context.node_config,
             seed=seed,
             device=torch_device(context),
+            task=task,
         )
 
     return make_agent_app(agent_fn, module_fn, mods=mods)
@@ -237,6 +244,7 @@ def _play(
     parcel, damaged = _opened(order.parcel)
     if past is None:  # nothing has been learned yet that could be evaluated
         parcel = replace(parcel, evaluate=False)
+        agent.check()
     else:
         past.restore(agent, mail)
     reply = play_round(agent, mail, parcel)

@@ -95,6 +95,8 @@ def simulate(
     ConfigError, TopologyError, FingerprintError
         If agents, graph or server, and weights do not fit together, or not with the run
         that is resumed.
+    DataError
+        If an agent's data do not fit its task.
     RecordError
         If the record cannot be written, or its run not be resumed.
     """
@@ -110,6 +112,10 @@ def simulate(
     exchange = _exchange(topology, server, evaluate_every, max_staleness, key_interval)
     _check_fleet(agents, exchange.topology, num_rounds)
     _check_server(agents[0], server)
+    if resume is None:
+        with torch_threads(threads):
+            for agent in agents:
+                agent.check()
     fleet = _Fleet(agents, max_staleness=max_staleness)
     config = {
         "seed": agents[0].seed,

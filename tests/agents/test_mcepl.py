@@ -318,6 +318,10 @@ def test_the_handshake_tells_who_this_is() -> None:
         "classes": "0 1 2",
         "train-counts": counts(3),
         "test-counts": counts(1003),
+        "task": "classification",
+        "main-metric": "accuracy",
+        "higher-is-better": True,
+        "metric-unit": "fraction",
     }
 
 
@@ -628,5 +632,5 @@ def test_splits_that_give_no_batch_are_refused() -> None:
     )
     with pytest.raises(DataError, match="agent 5's training split gave no batch in round 1"):
         agent.train(round=1)
-    with pytest.raises(DataError, match="a test split gave no batch"):
+    with pytest.raises(DataError, match="agent 5's test split gave no batch"):
         agent.evaluate()

@@ -18,7 +18,6 @@ from flower_mcepl import (
     ConfigError,
     CorruptFrameError,
     DataError,
-    DivergedError,
     FlowerMceplError,
     MceplAgent,
     StateError,
@@ -582,7 +581,7 @@ def test_inputs_that_are_not_finite() -> None:
     inputs, labels = split(0)
     app = make_client_app(model_fn, lambda context: ((inputs * float("nan"), labels), split(1)))
     with pytest.raises(
-        DivergedError, match=r"agent 4: the training loss of round 1 is nan\. Lower score-lr"
+        DataError, match=r"agent 4's training split must hold finite inputs; 24 of 24 examples"
     ):
         app(a_message(1), a_context(4))
 

@@ -1,7 +1,6 @@
 """Dense weights: the agent's own copy of the network, trained by SGD."""
 
 import copy
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, data_facts
-from flower_mcepl.agents.parts.evaluation import evaluate_classifier
 from flower_mcepl.agents.parts.groups import Shapes, check_group, groups_of, state_of
+from flower_mcepl.agents.parts.learner import Learner
 from flower_mcepl.agents.parts.training import (
     TrainingConfig,
     descent_direction,
@@ -25,7 +24,6 @@ from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import DivergedError, UnsupportedLayerError
 from flower_mcepl.masks.layers import find_maskable
 from flower_mcepl.masks.model import fingerprint
-from flower_mcepl.streams import isolated_rng
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +109,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
             config,
             device,
         )
+        self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
         self.fingerprint = fingerprint(module, find_maskable(module))
         self.model = copy.deepcopy(module).to(device)
         self.weights = {
@@ -160,15 +159,11 @@ class DenseAgent(Agent, Generic[ConfigT]):
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the agent's network on its own test split."""
-        # transforms of the test split may draw
-        with isolated_rng(self.seed, "evaluation", agent=self.index):
-            metrics = evaluate_classifier(
-                self.model,
-                self.data.test,
-                batch_size=self.config.eval_batch_size,
-                device=self.device,
-            )
-        return {**metrics, "density": self.density()}
+        return {**self.learner.evaluate(self.model, self.data), "density": self.density()}
+
+    def check(self) -> None:
+        """Check the first batch of both splits against the task."""
+        self.learner.check(self.model, self.data)
 
     def describe(self) -> dict[str, Any]:
         """Facts for the handshake: who this is, its weights and its data."""
@@ -176,12 +171,13 @@ class DenseAgent(Agent, Generic[ConfigT]):
             **super().describe(),
             "num-weights": self.num_weights(),
             "kept-weights": self.num_kept(),
+            **self.learner.task.facts(),
             **data_facts(self.data),
         }
 
     def parameters(self) -> dict[str, Any]:
         """Return the fields of the agent's configuration."""
-        return dataclasses.asdict(self.config)
+        return self.config.as_parameters()
 
     def state(self) -> AgentState:
         """Return weights, momentum, buffers and what the algorithm adds to them."""
@@ -222,8 +218,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         }
 
     def _local_step(self, inputs: Any, labels: Tensor, *, round: int) -> float:
-        logits = self.model(inputs.to(self.device))
-        loss = nn.functional.cross_entropy(logits, labels.to(self.device))
+        loss = self.learner.loss(self.model, inputs, labels)
         value = finite_loss(loss, agent=self.index, round=round, key="lr", lr=self.config.lr)
         gradients = clip(self._gradients(loss), norm=self.config.clip_norm)
         lr = self.config.lr * self.config.lr_factor(round)

@@ -3,7 +3,6 @@
 Their agents differ in how they train and evaluate, and in the rule of fusion.
 """
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
 from flower_mcepl.agents.parts.groups import check_group, groups_of, state_of
+from flower_mcepl.agents.parts.learner import Learner
 from flower_mcepl.agents.parts.mask_states import heard_group, heard_means
 from flower_mcepl.agents.parts.prior import shared_prior
 from flower_mcepl.agents.parts.training import TrainingConfig
@@ -156,6 +156,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             fusion=fusion,
             generator=torch_stream(seed, "scores", agent=owner),
         ).to(device)
+        self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
         self.fingerprint = self.model.fingerprint
         self.prior = shared_prior(self.model, seed=seed, shared_scores=owner is None)
         self._shapes = {name: tuple(spec.shape) for name, spec in self.model.layers.items()}
@@ -188,6 +189,10 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         self.gradient = {}
         self._average_scores()
 
+    def check(self) -> None:
+        """Check the first batch of both splits against the task."""
+        self.learner.check(self.model, self.data)
+
     def outgoing(self) -> dict[str, Tensor]:
         """Return the masks at the new scores and old ``n``; the new one is to come."""
         if not self.layers:
@@ -207,12 +212,13 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             "first-mask": self._first_mask_digest,
             "prior": self.prior.digest.hex() if self.prior else "",
             "retention": self._retention_text(),
+            **self.learner.task.facts(),
             **data_facts(self.data),
         }
 
     def parameters(self) -> dict[str, Any]:
         """Return the fields of the agent's configuration."""
-        return dataclasses.asdict(self.config)
+        return self.config.as_parameters()
 
     def state(self) -> AgentState:
         """Return scores, their mean, gradient, momentum, ``n`` and batch statistics."""

@@ -206,8 +206,7 @@ class SparseAgent(DenseAgent[SparseT]):
                 round=round, steps=1, batch_size=self.config.batch_size, generator=generator
             )
             inputs, labels = next(iter(batches))
-            logits = self.model(inputs.to(self.device))
-            return self._gradients(nn.functional.cross_entropy(logits, labels.to(self.device)))
+            return self._gradients(self.learner.loss(self.model, inputs, labels))
 
     def density(self) -> float:
         """Return the share of maskable weights under the mask."""

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from torch import Tensor
 
+from flower_mcepl.agents.tasks import Task, find_task
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig, field_keys, read_fields
 from flower_mcepl.data.batches import BatchSource
@@ -28,6 +29,8 @@ class TrainingConfig:
         If a value is out of range.
     """
 
+    # what is learned: or binary, multilabel, regression, segmentation, tokens
+    task: "Task | str" = "classification"
     weight_decay: float = 5e-4  # μ >= 0, on what is trained
     momentum: float = 0.0  # of the local steps, 0 <= momentum < 1; the paper has none
     batch_size: int = 128
@@ -39,6 +42,7 @@ class TrainingConfig:
     eval_batch_size: int = 64  # large ones are slower on a CPU: activations that leave the cache
 
     def __post_init__(self) -> None:
+        find_task(self.task)
         self._check_not_negative("weight_decay")
         check(0 <= self.momentum < 1, "momentum must be in [0, 1)", self.momentum)
         for name in ("batch_size", "local_steps", "eval_batch_size"):
@@ -67,6 +71,10 @@ class TrainingConfig:
     ) -> Self:
         """Read one agent's settings from a run config, by the fields in kebab-case."""
         return read_fields(cls, run_config)
+
+    def as_parameters(self) -> dict[str, Any]:
+        """Return the fields for the run record; a task by its name."""
+        return {**asdict(self), "task": find_task(self.task).name}
 
     def lr_factor(self, round: int) -> float:
         """Return what the step sizes are multiplied by in ``round`` (from 1)."""

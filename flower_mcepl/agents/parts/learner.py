@@ -1,0 +1,115 @@
+"""An agent's task on its data: loss of a batch, evaluation, check of first batches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flower_mcepl.agents.parts.training import TrainingConfig
+from flower_mcepl.agents.tasks import Task, find_task
+from flower_mcepl.agents.tasks.network import described, float_dtype
+from flower_mcepl.agents.tasks.task import check_finite
+from flower_mcepl.data.batches import AgentData, BatchSource
+from flower_mcepl.errors import DataError, FlowerMceplError
+from flower_mcepl.streams import isolated_rng
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What an agent learns and how it is measured, whatever trains and how."""
+
+    task: Task
+    config: TrainingConfig
+    agent: int
+    seed: int
+    device: str
+    dtype: torch.dtype  # of the network's float weights
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        config: TrainingConfig,
+        *,
+        agent: int,
+        seed: int,
+        device: str,
+    ) -> "Learner":
+        """The learner of an agent whose network is ``module``."""
+        dtype = float_dtype(dict(module.named_parameters()))
+        return cls(find_task(config.task), config, agent, seed, device, dtype)
+
+    def loss(self, network: Callable[..., Any], inputs: Any, targets: Any) -> Tensor:
+        """Loss of a training batch, differentiable.
+
+        Raises
+        ------
+        DataError
+            If outputs or targets are not what the task needs.
+        """
+        return self.task.loss(*self._predict(network, inputs, targets, self._whose("training")))
+
+    def evaluate(self, network: nn.Module, data: AgentData) -> dict[str, float]:
+        """Metrics, loss and ``num-examples`` of a network on the evaluated split.
+
+        Raises
+        ------
+        DataError
+            If a batch does not fit the task.
+        DivergedError
+            If an output is not finite.
+        """
+        # transforms of the split may draw
+        with isolated_rng(self.seed, "evaluation", agent=self.agent):
+            return self.task.evaluate(
+                network,
+                data.test,
+                whose=self._whose(data.evaluated),
+                batch_size=self.config.eval_batch_size,
+                device=self.device,
+                dtype=self.dtype,
+            )
+
+    def check(self, network: nn.Module, data: AgentData) -> None:
+        """Check the first batch of both splits, before anything is learned.
+
+        Raises
+        ------
+        DataError
+            If one does not fit the task, or the network cannot take its inputs.
+        """
+        network.eval()
+        with torch.no_grad(), isolated_rng(self.seed, "first-batches", agent=self.agent):
+            self._check_first(network, data.train, self._whose("training"))
+            self._check_first(network, data.test, self._whose(data.evaluated))
+
+    def _check_first(self, network: nn.Module, split: BatchSource, whose: str) -> None:
+        batches = split.evaluation_batches(batch_size=self.config.eval_batch_size)
+        batch = next(iter(batches), None)
+        if batch is None:  # training or evaluation will say so
+            return
+        inputs, targets = batch
+        try:
+            outputs, _ = self._predict(network, inputs, targets, whose)
+            check_finite(outputs, inputs, whose=whose)
+        except FlowerMceplError:
+            raise
+        except Exception as error:  # whatever the user's network raises
+            reason = str(error).strip().partition("\n")[0]
+            raise DataError(
+                f"{whose}: the network must take a batch of its inputs; given "
+                f"{described(inputs)} it raised {type(error).__name__}: {reason}. Let the data "
+                f"function give what the model function's network takes, in {self.dtype}."
+            ) from error
+
+    def _predict(
+        self, network: Callable[..., Any], inputs: Any, targets: Any, whose: str
+    ) -> tuple[Tensor, Tensor]:
+        return self.task.predict(
+            network, inputs, targets, whose=whose, device=self.device, dtype=self.dtype
+        )
+
+    def _whose(self, split: str) -> str:
+        return f"agent {self.agent}'s {split} split"

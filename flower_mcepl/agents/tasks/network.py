@@ -1,0 +1,88 @@
+"""Calls of a network: inputs go to the device, and outputs become one tensor."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flower_mcepl.errors import DataError
+
+OUTPUTS = ("logits", "out")  # what Transformers and torchvision call them in a dict
+
+
+def call(network: Callable[..., Any], inputs: Any, *, device: str, dtype: torch.dtype) -> Any:
+    """Outputs of a network for a batch of inputs.
+
+    A tensor is the network's one argument, a tuple or list its arguments in order, a
+    mapping its arguments by name. Floats take ``dtype``, that of the network's weights;
+    whole numbers and booleans stay as they are, because they may be indices.
+    """
+    moved = _moved(inputs, device=device, dtype=dtype)
+    if isinstance(moved, Mapping):
+        return network(**moved)
+    return network(*moved) if isinstance(moved, (tuple, list)) else network(moved)
+
+
+def float_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Dtype of a network's float weights; that of most of their elements."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
+
+
+def one_output(outputs: Any) -> Tensor:
+    """The tensor that a network predicts with, where there is one meaning.
+
+    That is a tensor; ``logits`` or ``out`` of a mapping, object or named tuple; or the
+    only entry of a mapping, tuple or list.
+
+    Raises
+    ------
+    DataError
+        If it returns anything else.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    for name in OUTPUTS:
+        value = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        if isinstance(value, Tensor):
+            return value
+    values = [*outputs.values()] if isinstance(outputs, Mapping) else outputs
+    if isinstance(values, (tuple, list)) and len(values) == 1 and isinstance(values[0], Tensor):
+        return values[0]
+    raise DataError(
+        "a network must return one tensor, or one that is called logits or out; got "
+        f"{described(outputs)}. Let its forward return the predictions alone, or pass "
+        "Task(outputs=...) with a function that picks them."
+    )
+
+
+def described(value: Any) -> str:
+    """Type, shape, dtype and range of what came, on one line."""
+    if isinstance(value, Tensor):
+        text = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        if value.numel() and value.dtype != torch.bool and not value.is_complex():
+            low, high = value.min().item(), value.max().item()
+            text += f" with values {low:g}..{high:g}"
+        return text
+    if isinstance(value, Mapping):
+        entries = (f"{key}: {described(entry)}" for key, entry in [*value.items()][:4])
+        return f"{type(value).__name__} of {', '.join(entries) or 'nothing'}"
+    if isinstance(value, (tuple, list)):
+        more = ", ..." if len(value) > 4 else ""
+        entries = (described(entry) for entry in value[:4])
+        return f"{type(value).__name__} of {', '.join(entries) or 'nothing'}{more}"
+    return repr(value)[:60] if isinstance(value, (str, int, float)) else type(value).__name__
+
+
+def _moved(inputs: Any, *, device: str, dtype: torch.dtype) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, dtype if inputs.is_floating_point() else inputs.dtype)
+    if isinstance(inputs, Mapping):
+        return {key: _moved(value, device=device, dtype=dtype) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return [_moved(value, device=device, dtype=dtype) for value in inputs]
+    return inputs

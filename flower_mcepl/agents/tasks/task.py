@@ -1,0 +1,272 @@
+"""Task: loss, metrics and fitting targets, in one value for every algorithm."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+
+from flower_mcepl.agents.tasks.network import call, described, one_output
+from flower_mcepl.config.checks import check
+from flower_mcepl.config.registry import Registry
+from flower_mcepl.data.batches import BatchSource
+from flower_mcepl.errors import ConfigError, DataError, DivergedError
+
+LOSS = "loss"
+# what an evaluation says beside the metrics
+TAKEN = (LOSS, "num-examples", "density", "seconds", "train-loss")
+
+
+class Metric(Protocol):
+    """Metric of one evaluation, as of torchmetrics: `update`, then `compute`."""
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in one batch, on the CPU."""
+        ...
+
+    def compute(self) -> Any:
+        """Return one number for all batches."""
+        ...
+
+
+def as_they_are(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the targets: an own task's loss checks them itself."""
+    return targets
+
+
+def _examples(targets: Tensor) -> int:
+    return len(targets)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What agents learn to predict: a loss, metrics, and the targets that fit them.
+
+    Parameters
+    ----------
+    loss : callable
+        ``loss(outputs, targets)`` returns the mean over a batch, a float scalar.
+    metrics : mapping of str to callable (default: none)
+        Name to what makes a fresh metric, such as a class of torchmetrics or a
+        ``lambda`` of one. Names are lowercase in kebab-case; ``loss`` is always there.
+    main : str (default: "loss")
+        Which of them stands for the run in tables and plots.
+    higher_is_better : bool (default: False)
+        Direction of the main one.
+    unit : str (default: "")
+        Unit of the main one, as on an axis; ``"fraction"`` for values in 0..1.
+    name : str (default: "own")
+        Name in records, the same on all devices.
+    targets : callable
+        ``targets(outputs, targets)`` returns targets as the loss takes them, or raises
+        a DataError that says what they must be (default: they stay as they are).
+    outputs : callable
+        Picks the tensor that counts from what the network returns (default: where there
+        is one meaning, see `flower_mcepl.agents.tasks.network.one_output`).
+    counted : callable
+        Number of predictions in a batch of targets, over which the loss is a mean
+        (default: their length).
+    total_loss : callable, optional
+        The loss as a sum instead of a mean, where that is more exact.
+
+    Raises
+    ------
+    ConfigError
+        If the main metric is none of the metrics, or a name is taken.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    metrics: Mapping[str, Callable[[], Metric]] = field(default_factory=dict)
+    main: str = LOSS
+    higher_is_better: bool = False
+    unit: str = ""
+    name: str = "own"
+    targets: Callable[[Tensor, Tensor], Tensor] = as_they_are
+    outputs: Callable[[Any], Tensor] = one_output
+    counted: Callable[[Tensor], int] = _examples
+    total_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            check(
+                name not in TAKEN and name == name.lower().replace("_", "-").strip(),
+                f"names of metrics are lowercase, in kebab-case, and none of {', '.join(TAKEN)}",
+                name,
+            )
+        check(
+            self.main == LOSS or self.main in self.metrics,
+            f"a task's main metric must be one of {', '.join([*self.metrics, LOSS])}",
+            self.main,
+        )
+        check(
+            self.main != LOSS or not self.higher_is_better,
+            "a loss gets better as it falls; higher_is_better",
+            self.higher_is_better,
+            "Name the metric that rises as main.",
+        )
+
+    def predict(
+        self,
+        network: Callable[..., Any],
+        inputs: Any,
+        targets: Any,
+        *,
+        whose: str,
+        device: str,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs of a network for a batch, and its targets as the loss takes them.
+
+        Parameters
+        ----------
+        network : callable
+            What is called with the inputs.
+        inputs : tensor, tuple, list or mapping of tensors
+            See `flower_mcepl.agents.tasks.network.call`.
+        targets : tensor
+            As the split has them.
+        whose : str
+            Whose batch it is, such as ``"agent 3's training split"``, for errors.
+        device : str
+            Where to calculate.
+        dtype : torch.dtype
+            Of the network's float weights.
+
+        Raises
+        ------
+        DataError
+            If outputs or targets are not what the task needs.
+        """
+        try:
+            outputs = self.outputs(call(network, inputs, device=device, dtype=dtype))
+            if not isinstance(targets, Tensor):
+                raise DataError(
+                    f"targets must be a tensor; got {described(targets)}. Give each class a "
+                    "whole number from 0 in the dataset."
+                )
+            return outputs, self.targets(outputs, targets.to(outputs.device))
+        except DataError as error:
+            raise DataError(f"{whose}, task {self.name}: {error}") from error
+
+    def evaluate(
+        self,
+        network: torch.nn.Module,
+        split: BatchSource,
+        *,
+        whose: str,
+        batch_size: int,
+        device: str,
+        dtype: torch.dtype,
+    ) -> dict[str, float]:
+        """Metrics, mean ``loss`` and ``num-examples`` of a network over a split.
+
+        A metric that is not defined, such as R² of one example, is left out.
+
+        Raises
+        ------
+        DataError
+            If the split gives no batch, or a batch does not fit the task.
+        DivergedError
+            If an output is not finite.
+        """
+        network.eval()
+        metrics = {name: make() for name, make in self.metrics.items()}
+        total, counted, seen = 0.0, 0, 0
+        with torch.no_grad():
+            for inputs, given in split.evaluation_batches(batch_size=batch_size):
+                outputs, targets = self.predict(
+                    network, inputs, given, whose=whose, device=device, dtype=dtype
+                )
+                check_finite(outputs, inputs, whose=whose)
+                total += self._total(outputs, targets)
+                counted += self.counted(targets)
+                seen += len(targets)
+                for metric in metrics.values():
+                    metric.update(outputs.cpu(), targets.cpu())
+        if not seen:
+            raise DataError(
+                f"{whose} gave no batch: evaluation_batches must yield every example once."
+            )
+        values = {name: float(metric.compute()) for name, metric in metrics.items()}
+        defined = {name: value for name, value in values.items() if math.isfinite(value)}
+        return {**defined, LOSS: total / max(counted, 1), "num-examples": seen}
+
+    def facts(self) -> dict[str, Any]:
+        """Facts for the handshake: the task, and its main metric with its direction."""
+        return {
+            "task": self.name,
+            "main-metric": self.main,
+            "higher-is-better": self.higher_is_better,
+            "metric-unit": self.unit,
+        }
+
+    def _total(self, outputs: Tensor, targets: Tensor) -> float:
+        if self.total_loss is not None:
+            return float(self.total_loss(outputs, targets))
+        count = self.counted(targets)
+        return float(self.loss(outputs, targets)) * count if count else 0.0
+
+
+def check_finite(outputs: Tensor, inputs: Any, *, whose: str) -> None:
+    """Refuse outputs that are not finite: no metric of them means anything.
+
+    Raises
+    ------
+    DataError
+        If inputs are not finite either.
+    DivergedError
+        If the network itself makes them so.
+    """
+    if math.isfinite(float(outputs.detach().sum())) or bool(outputs.isfinite().all()):
+        return
+    tensors = inputs.values() if isinstance(inputs, Mapping) else inputs
+    for tensor in (inputs,) if isinstance(inputs, Tensor) else tensors:
+        bad = ~tensor.isfinite() if isinstance(tensor, Tensor) else torch.tensor(False)
+        if bool(bad.any()):
+            rows = int(bad.flatten(1).any(1).sum()) if bad.ndim > 1 else int(bad.sum())
+            raise DataError(
+                f"{whose} must hold finite inputs; {rows} of {len(tensor)} examples of a batch "
+                "hold values that are infinite or not a number. Remove or fill them."
+            )
+    raise DivergedError(
+        f"{whose}: the network's outputs are not finite, though its inputs are. Lower the step "
+        "size."
+    )
+
+
+TASKS = Registry(
+    "flower_mcepl.tasks",
+    Task,
+    {
+        name: f"flower_mcepl.agents.tasks.kinds:{name.upper()}"
+        for name in (
+            "classification",
+            "binary",
+            "multilabel",
+            "regression",
+            "segmentation",
+            "tokens",
+        )
+    },
+    noun="task",
+)
+
+
+def find_task(task: "Task | str") -> Task:
+    """Return a task, or the one of that name.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name, or it is neither.
+    """
+    if isinstance(task, Task):
+        return task
+    if not isinstance(task, str):
+        raise ConfigError(
+            f"task must be one of {', '.join(TASKS)}, or a Task; got {type(task).__name__}."
+        )
+    return TASKS.find(task)

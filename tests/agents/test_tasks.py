@@ -1,0 +1,389 @@
+"""Tasks: what is learned and measured, for every algorithm, and what fits it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from flower_mcepl import (
+    AgentData,
+    ConfigError,
+    DataError,
+    DivergedError,
+    MceplAgent,
+    MceplConfig,
+    shared_module,
+)
+from flower_mcepl.agents import ALGORITHMS, Task, make_agent
+from flower_mcepl.agents.tasks import find_task
+from flower_mcepl.agents.tasks.kinds import CLASSIFICATION
+from flower_mcepl.agents.tasks.network import call, described, one_output
+from flower_mcepl.agents.tasks.task import TASKS
+
+N, CLASSES, TOKENS, SIZE = 24, 3, 5, 4
+
+
+def draws(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def some_classes(*shape: int, upto: int = CLASSES) -> Tensor:
+    return torch.randint(upto, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def image_net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, CLASSES, 1))
+
+
+def mlp(outputs: int) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, outputs))
+
+
+X = draws(N, 4)
+# network, inputs and targets of each built-in task
+KINDS: dict[str, tuple[Callable[[], nn.Module], Tensor, Tensor]] = {
+    "classification": (mlp(CLASSES), X, some_classes(N)),
+    "binary": (mlp(1), X, (X[:, 0] > 0).float()),
+    "multilabel": (mlp(CLASSES), X, (draws(N, CLASSES) > 0).int()),
+    "regression": (mlp(1), X, X[:, 0] * 2 - X[:, 1]),
+    "segmentation": (image_net, draws(N, 1, SIZE, SIZE), some_classes(N, SIZE, SIZE)),
+    "tokens": (mlp(CLASSES), draws(N, TOKENS, 4), some_classes(N, TOKENS)),
+}
+
+
+def an_agent(task: str | Task, algorithm: str = "mcepl", **settings: Any) -> Any:
+    name = task if isinstance(task, str) else "classification"
+    build, inputs, targets = KINDS[name]
+    data = AgentData.of((inputs, targets), (inputs, targets), agent=0)
+    keys = {"task": task} if isinstance(task, str) else {}
+    config = {**keys, "batch-size": 8, "num-rounds": 4, **settings}
+    own = {} if isinstance(task, str) else {"task": task}
+    return make_agent(algorithm, 0, shared_module(build, seed=1), data, config, seed=1, **own)
+
+
+def test_every_built_in_task_is_tried_here() -> None:
+    assert set(KINDS) == set(TASKS)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("task", KINDS)
+def test_every_algorithm_learns_every_task(task: str, algorithm: str) -> None:
+    agent = an_agent(task, algorithm)
+    agent.check()
+    assert math.isfinite(agent.train(round=1)["train-loss"])
+    metrics = agent.evaluate()
+    kind = find_task(task)
+    assert set(metrics) == {*kind.metrics, "loss", "num-examples", "density"}
+    assert metrics["num-examples"] == N
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert agent.describe()["task"] == agent.parameters()["task"] == task
+    assert agent.describe()["main-metric"] == kind.main
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_training_gets_better_at_what_the_task_says(task: str) -> None:
+    agent = an_agent(task, "local", lr=0.1, **{"local-epochs": 30})
+    kind = find_task(task)
+    before = agent.evaluate()
+    agent.train(round=1)
+    after = agent.evaluate()
+    assert after["loss"] < before["loss"]
+    assert (after[kind.main] > before[kind.main]) == kind.higher_is_better
+
+
+# --- metrics against slow, obvious oracles ---
+
+
+def outputs_of(agent: Any) -> Tensor:
+    agent.model.eval()
+    with torch.no_grad():
+        return agent.model(agent.data.test.inputs)
+
+
+def test_metrics_are_what_their_names_say() -> None:
+    agent = an_agent("binary", "local")
+    p, y = outputs_of(agent)[:, 0].sigmoid().numpy(), KINDS["binary"][2].numpy()
+    metrics = agent.evaluate()
+    guess = p > 0.5
+    hits = int((guess & (y == 1)).sum())
+    assert metrics["accuracy"] == pytest.approx((guess == y).mean())
+    assert metrics["f1"] == pytest.approx(2 * hits / (guess.sum() + y.sum()))
+    pairs = [(a > b) + 0.5 * (a == b) for a in p[y == 1] for b in p[y == 0]]
+    assert metrics["auroc"] == pytest.approx(np.mean(pairs))
+    assert metrics["loss"] == pytest.approx(-np.log(np.where(y == 1, p, 1 - p)).mean(), rel=1e-5)
+
+    agent = an_agent("multilabel", "local")
+    guess, y = (outputs_of(agent) > 0).numpy(), KINDS["multilabel"][2].numpy()
+    metrics = agent.evaluate()
+    assert metrics["label-accuracy"] == pytest.approx((guess == y).mean())
+    assert metrics["f1"] == pytest.approx(2 * (guess & (y == 1)).sum() / (guess.sum() + y.sum()))
+
+    agent = an_agent("regression", "local")
+    guess, y = outputs_of(agent)[:, 0].numpy(), KINDS["regression"][2].numpy()
+    metrics = agent.evaluate()
+    assert metrics["loss"] == pytest.approx(((guess - y) ** 2).mean(), rel=1e-5)
+    assert metrics["rmse"] == pytest.approx(((guess - y) ** 2).mean() ** 0.5, rel=1e-5)
+    assert metrics["mae"] == pytest.approx(np.abs(guess - y).mean(), rel=1e-5)
+    assert metrics["r2"] == pytest.approx(
+        1 - ((guess - y) ** 2).sum() / ((y - y.mean()) ** 2).sum(), rel=1e-4
+    )
+
+    agent = an_agent("segmentation", "local")
+    guess, y = outputs_of(agent).argmax(1).numpy(), KINDS["segmentation"][2].numpy()
+    metrics = agent.evaluate()
+    assert metrics["pixel-accuracy"] == pytest.approx((guess == y).mean())
+    shares = [((guess == c) & (y == c)).sum() / ((guess == c) | (y == c)).sum() for c in range(3)]
+    assert metrics["iou"] == pytest.approx(np.mean(shares))
+
+    agent = an_agent("tokens", "local")
+    guess, y = outputs_of(agent).argmax(2).numpy(), KINDS["tokens"][2].numpy()
+    assert agent.evaluate()["token-accuracy"] == pytest.approx((guess == y).mean())
+
+
+@given(size=st.integers(1, N + 3), task=st.sampled_from(sorted(KINDS)))
+def test_metrics_do_not_depend_on_how_batches_are_cut(size: int, task: str) -> None:
+    whole = an_agent(task, "local", **{"eval-batch-size": N}).evaluate()
+    cut = an_agent(task, "local", **{"eval-batch-size": size}).evaluate()
+    assert cut == pytest.approx(whole, rel=1e-5)
+
+
+def test_ignored_tokens_and_pixels_count_nowhere() -> None:
+    for task, ignored in (("tokens", -100), ("segmentation", 255)):
+        agent = an_agent(task, "local")
+        half = KINDS[task][2].clone()
+        half[: N // 2] = ignored
+        inputs = KINDS[task][1]
+        agent.data = AgentData.of((inputs, half), (inputs, half), agent=0)
+        ignoring = agent.evaluate()
+        agent.data = AgentData.of(*[(inputs[N // 2 :], half[N // 2 :])] * 2, agent=0)
+        without = agent.evaluate()
+        assert ignoring.pop("num-examples") == 2 * without.pop("num-examples")
+        assert ignoring == pytest.approx(without, rel=1e-6)
+        assert all(math.isfinite(loss) for loss in agent.train(round=1).values())
+
+
+def test_a_metric_that_is_not_defined_is_left_out() -> None:
+    agent = an_agent("regression")
+    inputs, targets = X[:1], KINDS["regression"][2][:1]
+    agent.data = AgentData.of((inputs, targets), (inputs, targets), agent=0)
+    assert set(agent.evaluate()) == {"rmse", "mae", "loss", "num-examples", "density"}
+
+
+# --- what fits, and what does not ---
+
+Y = some_classes(N)
+FITS = {
+    "int32": ("classification", Y.int()),
+    "int16": ("classification", Y.short()),
+    "uint8": ("classification", Y.to(torch.uint8)),
+    "[B, 1]": ("classification", Y[:, None]),
+    "bool": ("binary", Y > 0),
+    "uint8 [B, 1]": ("binary", (Y > 0).to(torch.uint8)[:, None]),
+    "float": ("multilabel", KINDS["multilabel"][2].float()),
+    "float64": ("regression", KINDS["regression"][2].double()),
+    "float [B, 1]": ("regression", KINDS["regression"][2][:, None]),
+    "int": ("regression", Y),
+    "[B, 1, H, W] uint8": ("segmentation", KINDS["segmentation"][2][:, None].to(torch.uint8)),
+    "int32 [B, T]": ("tokens", KINDS["tokens"][2].int()),
+}
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_targets_of_one_meaning_are_taken(kind: str) -> None:
+    task, targets = FITS[kind]
+    build, inputs, plain = KINDS[task]
+    plain = plain if kind not in ("int", "bool", "uint8 [B, 1]") else targets.flatten().float()
+    states = []
+    for given_targets in (plain, targets):
+        data = AgentData.of((inputs, given_targets), (inputs, given_targets), agent=0)
+        agent = make_agent(
+            "mcepl", 0, shared_module(build, seed=1), data, {"task": task, "score-lr": 1.0}, seed=1
+        )
+        agent.check()
+        states.append((agent.train(round=1), agent.evaluate()))
+    assert states[0] == states[1]
+
+
+REFUSED = {
+    "float classes": ("classification", X, Y.float(), "whole numbers in 0..2", "labels.long()"),
+    "one-hot": ("classification", X, nn.functional.one_hot(Y), r"targets \[B\]", "argmax"),
+    "from 1": ("classification", X, Y + 1, "values 1..3", "subtract 1"),
+    "negative": ("classification", X, Y * 0 - 100, "values -100..-100", "to be ignored"),
+    "too many": ("classification", X, Y + 2, "values 2..4", "an output for each"),
+    "one a position": ("classification", draws(N, 5, 4), Y, "outputs must be", "tokens"),
+    "-1 and 1": ("binary", X, (Y > 0).float() * 2 - 1, "0 or 1", "labels > 0"),
+    "several": ("binary", X, (draws(N, 3) > 0).float(), "one logit", "multilabel"),
+    "one label": ("multilabel", X, (Y > 0).float(), "a logit for each label", "binary"),
+    "other shape": ("regression", X, draws(N, 2), "of one shape", "output for each number"),
+    "not a number": ("regression", X, X[:, 0] / 0 * 0, "finite", "missing"),
+    "one an image": ("segmentation", draws(N, 1, 4, 4), Y, "same without C", "classification"),
+    "one a text": ("tokens", draws(N, 5, 4), Y, r"targets \[B, T\]", "classification"),
+    "beyond": ("tokens", draws(N, 5, 4), some_classes(N, 5) + 9, "0..2", "an output for each"),
+}
+
+
+@pytest.mark.parametrize("split", ["training", "test"])
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("algorithm", ["mcepl", "dsgd", "fedpm"])
+def test_targets_that_do_not_fit_are_refused_before_round_1(
+    kind: str, split: str, algorithm: str
+) -> None:
+    task, inputs, targets, rule, way_out = REFUSED[kind]
+    build, good_inputs, good_targets = KINDS[task]
+    splits = {"training": (good_inputs, good_targets), "test": (good_inputs, good_targets)}
+    splits[split] = (inputs, targets)
+    data = AgentData.of(splits["training"], splits["test"], agent=7)
+    agent = make_agent(algorithm, 7, shared_module(build, seed=1), data, {"task": task}, seed=1)
+    whose = f"agent 7's {split} split, task {task}"
+    with pytest.raises(DataError, match=f"{whose}: .*{rule}") as refusal:
+        agent.check()
+    assert way_out in str(refusal.value)
+    play = agent.evaluate if split == "test" else lambda: agent.train(round=1)
+    with pytest.raises(DataError, match=whose):
+        play()
+
+
+def test_what_the_network_cannot_take_is_refused_with_what_came() -> None:
+    data = AgentData.of((X.to(torch.uint8), Y), (X, Y), agent=3)
+    agent = MceplAgent(3, shared_module(mlp(3), seed=1), data, MceplConfig(), seed=1)
+    with pytest.raises(DataError, match=r"agent 3's training split: .*uint8 \[24, 4\].*Byte"):
+        agent.check()
+
+
+def test_a_network_that_drops_the_batch_of_one_is_told_so() -> None:
+    class Squeezing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = mlp(CLASSES)()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x).squeeze()
+
+    data = AgentData.of((X, Y), (X[:1], Y[:1]), agent=0)
+    agent = MceplAgent(0, shared_module(Squeezing, seed=1), data, MceplConfig(), seed=1)
+    with pytest.raises(DataError, match=r"squeeze\(\)"):
+        agent.check()
+
+
+@pytest.mark.parametrize("algorithm", ["mcepl", "dsgd", "fedpm"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_test_data_that_are_not_finite_have_no_accuracy(algorithm: str, bad: float) -> None:
+    inputs = X.clone()
+    agent = an_agent("classification", algorithm)
+    agent.data.test.inputs = inputs
+    inputs[5, 2] = bad
+    for call_it in (agent.check, agent.evaluate):
+        with pytest.raises(DataError, match="agent 0's test split must hold finite inputs; 1 of"):
+            call_it()
+
+
+def test_a_network_that_diverged_has_no_accuracy() -> None:
+    agent = an_agent("classification", "local")
+    with torch.no_grad():
+        agent.weights["0.weight"].fill_(1e38)
+        agent.weights["2.weight"].fill_(1e38)
+    with pytest.raises(DivergedError, match="outputs are not finite, though its inputs are"):
+        agent.evaluate()
+
+
+# --- inputs and outputs ---
+
+
+def test_inputs_are_arguments_in_order_or_by_name_and_floats_take_the_weights_dtype() -> None:
+    def network(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a, b
+
+    floats, indices = draws(3).double(), torch.arange(3)
+    options = {"device": "cpu", "dtype": torch.float32}
+    for inputs in ((floats, indices), [floats, indices], {"b": indices, "a": floats}):
+        a, b = call(network, inputs, **options)
+        assert a.dtype == torch.float32
+        assert torch.equal(a, floats.float())
+        assert b.dtype == torch.int64
+        assert torch.equal(b, indices)
+    assert call(lambda x: x, floats, **options).dtype == torch.float32
+
+
+def test_outputs_of_one_meaning_are_found() -> None:
+    class Named:
+        logits = torch.ones(2)
+
+    one = torch.ones(2)
+    for outputs in (one, (one,), [one], {"x": one}, {"logits": one, "h": X}, Named()):
+        assert torch.equal(one_output(outputs), one)
+    for outputs in ((one, X), {"a": one, "b": X}, None, [], "text", ({"a": one}, one)):
+        with pytest.raises(DataError, match="must return one tensor"):
+            one_output(outputs)
+
+
+@given(st.recursive(st.none() | st.text() | st.integers() | st.floats(), st.lists, max_leaves=9))
+def test_whatever_comes_is_described_on_one_line(value: object) -> None:
+    assert "\n" not in described(value)
+    assert len(described(value)) < 3000
+
+
+def test_what_came_is_described_by_type_shape_and_range() -> None:
+    assert described(torch.tensor([[1, 3]])) == "int64 [1, 2] with values 1..3"
+    assert described((torch.zeros(2), "x")) == "tuple of float32 [2] with values 0..0, 'x'"
+    assert described({"a": torch.zeros(0)}) == "dict of a: float32 [0]"
+    assert described(object()) == "object"
+
+
+# --- tasks of one's own ---
+
+
+class MeanOutput:
+    """A metric that is no torchmetrics."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self.values += outputs.mean(1).tolist()
+
+    def compute(self) -> float:
+        return float(np.mean(self.values))
+
+
+def test_a_task_of_ones_own_has_its_loss_and_metrics() -> None:
+    own = Task(
+        name="smooth",
+        loss=lambda outputs, targets: nn.functional.cross_entropy(
+            outputs, targets, label_smoothing=0.1
+        ),
+        metrics={"mean-output": MeanOutput},
+        main="mean-output",
+        higher_is_better=True,
+    )
+    agent = an_agent(own, "local")
+    metrics = agent.evaluate()
+    outputs = outputs_of(agent)
+    assert metrics["mean-output"] == pytest.approx(float(outputs.mean()), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(float(own.loss(outputs, Y)), rel=1e-5)
+    assert agent.describe()["task"] == "smooth"
+    assert agent.parameters()["task"] == "smooth"
+    same = MceplConfig(task=own)
+    assert same.as_parameters()["task"] == "smooth"
+
+
+def test_settings_of_tasks_are_checked() -> None:
+    loss, data = CLASSIFICATION.loss, AgentData.of((X, Y), (X, Y), agent=0)
+    with pytest.raises(ConfigError, match=r"unknown task 'clasification'.*Did you mean 'classifi"):
+        MceplConfig(task="clasification")
+    with pytest.raises(ConfigError, match=r"task must be one of .* or a Task; got int"):
+        MceplConfig(task=3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="main metric must be one of loss; got 'f1'"):
+        Task(loss=loss, main="f1")
+    with pytest.raises(ConfigError, match="a loss gets better as it falls"):
+        Task(loss=loss, higher_is_better=True)
+    for name in ("loss", "num-examples", "F1", "my_metric"):
+        with pytest.raises(ConfigError, match="names of metrics"):
+            Task(loss=loss, metrics={name: MeanOutput})
+    with pytest.raises(ConfigError, match="given as a value, own; run-config key task"):
+        make_agent("mcepl", 0, mlp(3)(), data, {"task": "binary"}, seed=1, task=Task(loss=loss))
