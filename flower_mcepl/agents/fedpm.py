@@ -18,14 +18,16 @@ from flower_mcepl.agents.parts.training import (
     TrainingConfig,
     descent_direction,
     finite_loss,
+    gradients_of,
     train_locally,
 )
 from flower_mcepl.agents.server import Server
 from flower_mcepl.config.checks import check
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import DivergedError
-from flower_mcepl.masks.layers import find_maskable
+from flower_mcepl.masks.layers import find_frozen, find_maskable
 from flower_mcepl.masks.model import fingerprint
+from flower_mcepl.masks.placement import call_with, kept_in_eval, slots_of, train_mode
 from flower_mcepl.streams import torch_stream
 
 
@@ -115,6 +117,7 @@ class FedpmAgent(Agent):
         self.fingerprint = fingerprint(module, specs)
         self.layers = {name: tuple(spec.shape) for name, spec in specs.items()}
         self.network = copy.deepcopy(module).requires_grad_(False).to(device)
+        self._slots, self._frozen = slots_of(self.network, specs), kept_in_eval(module)
         common = torch_stream(seed, "scores")
         self.scores = {
             name: torch.randn(shape, generator=common).to(device).requires_grad_()
@@ -141,7 +144,7 @@ class FedpmAgent(Agent):
         DivergedError
             If a loss or score is not finite.
         """
-        self.network.train()
+        train_mode(self.network, self._frozen)
         self._velocity, self._round = {}, round
         step = partial(self._local_step, round=round, draws=self._stream("training-masks"))
         metrics = train_locally(
@@ -190,6 +193,7 @@ class FedpmAgent(Agent):
             "num-weights": self._num_weights(),
             "kept-weights": self._kept_at_first,
             **self.learner.task.facts(),
+            **find_frozen(self.network, self.layers).facts(),
             **data_facts(self.data),
         }
 
@@ -225,18 +229,20 @@ class FedpmAgent(Agent):
         weights = {name: self._masked_weight(name, draws) for name in self.scores}
 
         def network(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(self.network, weights, args, kwargs)
+            return call_with(self.network, self._slots, weights, args, kwargs)
 
         loss = self.learner.loss(network, inputs, labels)
         value = finite_loss(
             loss, agent=self.index, round=round, key="score-lr", lr=self.config.score_lr
         )
-        gradients = torch.autograd.grad(loss, list(self.scores.values()), materialize_grads=True)
+        gradients = gradients_of(loss, self.scores)
         lr = self.config.score_lr * self.config.lr_factor(round)
         with torch.no_grad():
-            for (name, s), g in zip(self.scores.items(), gradients, strict=True):
+            for name, s in self.scores.items():
                 s.add_(
-                    descent_direction(name, s, g, velocity=self._velocity, config=self.config),
+                    descent_direction(
+                        name, s, gradients[name], velocity=self._velocity, config=self.config
+                    ),
                     alpha=-lr,
                 )
         return value

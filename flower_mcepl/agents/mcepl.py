@@ -10,7 +10,12 @@ from torch import Tensor
 from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.mask_states import final_masks
 from flower_mcepl.agents.parts.masked import MaskedAgent, MaskedConfig
-from flower_mcepl.agents.parts.training import descent_direction, finite_loss, train_locally
+from flower_mcepl.agents.parts.training import (
+    descent_direction,
+    finite_loss,
+    gradients_of,
+    train_locally,
+)
 from flower_mcepl.config.checks import check
 
 
@@ -83,8 +88,6 @@ class MceplAgent(MaskedAgent[MceplConfig]):
 
     # Two gradients: the steps follow that of the loss with weight decay and momentum,
     # while the fine-tuning step takes the last one as it is (group lasso included).
-    # Materialized, because a layer that took no part in a batch, an auxiliary head say,
-    # has a gradient of zero and must not end the run.
     def _local_step(self, inputs: Any, labels: Tensor, *, round: int) -> float:
         loss = self.learner.loss(self.model, inputs, labels)
         objective = (
@@ -96,8 +99,7 @@ class MceplAgent(MaskedAgent[MceplConfig]):
             loss, agent=self.index, round=round, key="score-lr", lr=self.config.score_lr
         )
         scores = self.model.scores
-        gradients = torch.autograd.grad(objective, list(scores.values()), materialize_grads=True)
-        self.gradient = dict(zip(scores, gradients, strict=True))
+        self.gradient = gradients_of(objective, scores)
         score_lr = self.config.score_lr * self.config.lr_factor(round)
         with torch.no_grad():
             for name, z in scores.items():

@@ -1,7 +1,8 @@
 """Which weights of a module can be masked: a registry by layer type."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from flower_mcepl.errors import UnsupportedLayerError
 
 CONV, LINEAR = "conv", "linear"
+NAMED = 4  # layers that a note of what is frozen names
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,43 @@ def _linear(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
     yield "weight", LINEAR, 0
 
 
+@maskable(nn.Bilinear)
+def _bilinear(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
+    yield "weight", LINEAR, 0
+
+
+@maskable(nn.Embedding, nn.EmbeddingBag)
+def _embedding(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
+    for option in ("max_norm", "sparse"):
+        if getattr(layer, option):
+            raise UnsupportedLayerError(
+                f"{type(layer).__name__} must not be made with {option}, which works on the "
+                f"weights themselves; got {option}={getattr(layer, option)}. Leave it out."
+            )
+    yield "weight", LINEAR, 0
+
+
+@maskable(nn.RNNBase)
+def _recurrent(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
+    for name, _ in layer.named_parameters(recurse=False):
+        if name.startswith("weight"):
+            yield name, LINEAR, 0
+
+
+@maskable(nn.RNNCellBase)
+def _recurrent_cell(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
+    yield from (("weight_ih", LINEAR, 0), ("weight_hh", LINEAR, 0))
+
+
+@maskable(nn.DataParallel, nn.parallel.DistributedDataParallel)
+def _copies(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
+    raise UnsupportedLayerError(
+        f"a network must be one module on one device; got {type(layer).__name__}, which makes "
+        "copies that know no masks. Pass what it wraps, its .module."
+    )
+    yield  # a finder is a generator
+
+
 @maskable(nn.MultiheadAttention)
 def _attention(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
     for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
@@ -97,13 +136,42 @@ def find_maskable(module: nn.Module) -> dict[str, LayerSpec]:
                 seen.add(id(weight))
                 specs[name] = LayerSpec(name, kind, weight.shape, groups)
     if not specs:
-        known = ", ".join(sorted(base.__name__ for base in _FINDERS))
+        refused = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        known = ", ".join(sorted(base.__name__ for base in _FINDERS if base not in refused))
         raise UnsupportedLayerError(
             f"{type(module).__name__} has nothing to mask: it holds none of the layers {known}. "
             "Pass a module with at least one of them, or register your layer type with "
             "flower_mcepl.masks.maskable."
         )
     return specs
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What of a network is neither masked nor trained."""
+
+    share: float  # of all its weights
+    # all but biases and norm layers, for which no mask is meant; the largest first
+    names: tuple[str, ...] = ()
+    named_share: float = 0.0  # of those with a name
+
+    def facts(self) -> dict[str, Any]:
+        """Facts for the handshake."""
+        names = ", ".join(self.names[:NAMED]) + (", ..." if len(self.names) > NAMED else "")
+        return {"frozen-share": self.share, **({"frozen-weights": names[:200]} if names else {})}
+
+
+def find_frozen(module: nn.Module, learned: Iterable[str]) -> Frozen:
+    """What stays as it was drawn while ``learned`` parameters are masked or train."""
+    learned = set(learned)
+    rest = {name: p for name, p in module.named_parameters() if name not in learned}
+    total = sum(p.numel() for p in module.parameters())
+    named = {name: p.numel() for name, p in rest.items() if p.ndim > 1}
+    return Frozen(
+        share=sum(p.numel() for p in rest.values()) / total,
+        names=tuple(sorted(named, key=named.__getitem__, reverse=True)),
+        named_share=sum(named.values()) / total,
+    )
 
 
 def _ordinary_parameter(layer: nn.Module, local_name: str, name: str) -> nn.Parameter:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.fusion import MCEPL, Fusion, check_formula
-from flower_mcepl.masks.layers import LayerSpec, find_maskable
+from flower_mcepl.masks.layers import LayerSpec, find_frozen, find_maskable
+from flower_mcepl.masks.placement import call_with, kept_in_eval, slots_of, train_mode
 from flower_mcepl.masks.retention import Retention, resolve_retention
 from flower_mcepl.streams import isolated_rng
+
+MUCH_FROZEN = 0.1  # share of a network above which its random rest is warned of
 
 
 def shared_module(model_fn: Callable[[], nn.Module], *, seed: int) -> nn.Module:
@@ -27,10 +30,11 @@ def shared_module(model_fn: Callable[[], nn.Module], *, seed: int) -> nn.Module:
 class MaskedModel(nn.Module):
     """Wrap a module so that its weights stay frozen and binary masks over them learn.
 
-    Conv (1d, 2d, 3d, grouped, transposed), linear and attention-projection weights are
-    masked; biases, norm layers and everything else keep their initial values. The
-    module is copied: the one passed in is untouched. Layers that share a weight share
-    its mask.
+    Conv (1d, 2d, 3d, grouped, transposed), linear, bilinear, recurrent, embedding and
+    attention-projection weights are masked; biases, norm layers and everything else
+    keep their initial values, and `frozen` names them. The module is copied: the one
+    passed in is untouched. Layers that share a weight share its mask. Submodules that
+    the model function left in eval mode stay in it, such as a frozen batch norm.
 
     Parameters
     ----------
@@ -70,8 +74,12 @@ class MaskedModel(nn.Module):
         self.layers = find_maskable(module)
         self.retention = resolve_retention(retention, self.layers)
         self.module = copy.deepcopy(module).requires_grad_(False)
+        self._slots = slots_of(self.module, self.layers)
+        self._frozen = kept_in_eval(module)
         self.fingerprint = fingerprint(self.module, self.layers)
+        self.frozen = find_frozen(self.module, self.layers)
         self._warn_of_zero_weights()
+        self._warn_of_frozen_weights()
         for name, spec in self.layers.items():
             z = maths.init_scores(spec.shape, generator=generator)
             self.register_parameter(
@@ -164,7 +172,14 @@ class MaskedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with its weights masked."""
-        return torch.func.functional_call(self.module, self.masked_weights(), args, kwargs)
+        return call_with(self.module, self._slots, self.masked_weights(), args, kwargs)
+
+    def train(self, mode: bool = True) -> "MaskedModel":
+        """Set train mode; what the model function left in eval mode stays there."""
+        super().train(mode)
+        if mode:
+            train_mode(self.module, self._frozen)
+        return self
 
     def group_lasso(self) -> Tensor:
         """Return the sum over layers of the group lasso on the scores' filters."""
@@ -205,6 +220,16 @@ class MaskedModel(nn.Module):
                 f"all frozen weights of {', '.join(dead)} are zero, so no mask over them can "
                 "learn, and nothing before them either. Initialize them at random in the model "
                 "function (torchvision's ViT head is one).",
+                stacklevel=3,
+            )
+
+    def _warn_of_frozen_weights(self) -> None:
+        if self.frozen.named_share > MUCH_FROZEN:
+            warnings.warn(
+                f"{self.frozen.named_share:.0%} of the weights of {type(self.module).__name__} get "
+                f"no mask and keep their random values: {self.frozen.facts()['frozen-weights']}. "
+                "Register their layers with flower_mcepl.masks.maskable, or use an algorithm that "
+                "trains weights.",
                 stacklevel=3,
             )
 

@@ -322,6 +322,7 @@ def test_the_handshake_tells_who_this_is() -> None:
         "main-metric": "accuracy",
         "higher-is-better": True,
         "metric-unit": "fraction",
+        "frozen-share": 7 / (7 + 36 + 192),  # biases
     }
 
 

@@ -18,6 +18,7 @@ from flower_mcepl import (
     DivergedError,
     MceplAgent,
     MceplConfig,
+    UnsupportedLayerError,
     shared_module,
 )
 from flower_mcepl.agents import ALGORITHMS, Task, make_agent
@@ -387,3 +388,63 @@ def test_settings_of_tasks_are_checked() -> None:
             Task(loss=loss, metrics={name: MeanOutput})
     with pytest.raises(ConfigError, match="given as a value, own; run-config key task"):
         make_agent("mcepl", 0, mlp(3)(), data, {"task": "binary"}, seed=1, task=Task(loss=loss))
+
+
+# --- networks whose state no saved state would hold ---
+
+
+class Counting(nn.Module):
+    """A network that keeps a number, or a tensor, in an attribute."""
+
+    def __init__(self, *, used: bool, kind: str = "number") -> None:
+        super().__init__()
+        self.layer, self.used = nn.Linear(4, 3), used
+        self.kept: Any = 0 if kind == "number" else torch.zeros(3)
+        self.parts = [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.layer(x)
+        if self.training:
+            self.kept = self.kept + 1
+        self.last = outputs.detach()
+        return outputs + self.kept if self.used else outputs
+
+
+@pytest.mark.parametrize("algorithm", ["mcepl", "dsgd", "fedpm"])
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_a_state_in_an_attribute_is_refused_by_name(algorithm: str, kind: str) -> None:
+    data = AgentData.of((X, Y), (X, Y), agent=0)
+    for used in (True, False):
+        module = shared_module(lambda used=used: Counting(used=used, kind=kind), seed=1)
+        agent = make_agent(algorithm, 0, module, data, {}, seed=1)
+        if used:
+            with pytest.raises(UnsupportedLayerError, match=r"changes .*kept.*register_buffer"):
+                agent.check()
+        else:  # what is only written, such as the last outputs, is no state
+            agent.check()
+        assert module.kept is not None
+
+
+def test_a_check_changes_nothing_of_what_comes_after() -> None:
+    build = lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))  # noqa: E731
+    data = AgentData.of((X, Y), (X, Y), agent=0)
+    for algorithm in ALGORITHMS:
+        with_check, without = (
+            make_agent(algorithm, 0, shared_module(build, seed=1), data, {}, seed=1) for _ in "ab"
+        )
+        with_check.check()
+        assert with_check.train(round=1) == without.train(round=1)
+        assert with_check.evaluate() == without.evaluate()
+
+
+def test_frozen_batch_norm_stays_frozen_in_every_algorithm() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8).eval(), nn.Linear(8, 3))
+
+    data = AgentData.of((X, Y), (X, Y), agent=0)
+    for algorithm in ALGORITHMS:
+        agent = make_agent(algorithm, 0, shared_module(build, seed=1), data, {}, seed=1)
+        agent.train(round=1)
+        means = [t for name, t in agent.state().group("buffer").items() if "running_mean" in name]
+        assert len(means) == 1, algorithm
+        assert not bool(means[0].any()), algorithm

@@ -17,6 +17,7 @@ from flower_mcepl.agents.parts.training import (
     TrainingConfig,
     descent_direction,
     finite_loss,
+    gradients_of,
     train_locally,
 )
 from flower_mcepl.config.checks import check
@@ -24,6 +25,7 @@ from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import DivergedError, UnsupportedLayerError
 from flower_mcepl.masks.layers import find_maskable
 from flower_mcepl.masks.model import fingerprint
+from flower_mcepl.masks.placement import kept_in_eval, train_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
         self.fingerprint = fingerprint(module, find_maskable(module))
         self.model = copy.deepcopy(module).to(device)
+        self._frozen = kept_in_eval(module)
         self.weights = {
             name: weight for name, weight in self.model.named_parameters() if weight.requires_grad
         }
@@ -137,7 +140,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         DivergedError
             If a loss or weight is not finite.
         """
-        self.model.train()
+        train_mode(self.model, self._frozen)
         step = partial(self._local_step, round=round)
         metrics = train_locally(
             step, self.data.train, self.config, seed=self.seed, agent=self.index, round=round
@@ -220,7 +223,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
     def _local_step(self, inputs: Any, labels: Tensor, *, round: int) -> float:
         loss = self.learner.loss(self.model, inputs, labels)
         value = finite_loss(loss, agent=self.index, round=round, key="lr", lr=self.config.lr)
-        gradients = clip(self._gradients(loss), norm=self.config.clip_norm)
+        gradients = clip(gradients_of(loss, self.weights), norm=self.config.clip_norm)
         lr = self.config.lr * self.config.lr_factor(round)
         with torch.no_grad():
             for name, x in self.weights.items():
@@ -229,11 +232,6 @@ class DenseAgent(Agent, Generic[ConfigT]):
                     descent_direction(name, x, g, velocity=velocity, config=self.config), alpha=-lr
                 )
         return value
-
-    def _gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        """Gradient of every weight; zero where it took no part in this batch."""
-        gradients = torch.autograd.grad(loss, list(self.weights.values()), materialize_grads=True)
-        return dict(zip(self.weights, gradients, strict=True))
 
     def density(self) -> float:
         """Return the share of weights that the personal model holds."""

@@ -1,18 +1,20 @@
 """An agent's task on its data: loss of a batch, evaluation, check of first batches."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flower_mcepl.agents.parts.hidden_state import hidden_state
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.agents.tasks import Task, find_task
 from flower_mcepl.agents.tasks.network import described, float_dtype
 from flower_mcepl.agents.tasks.task import check_finite
-from flower_mcepl.data.batches import AgentData, BatchSource
-from flower_mcepl.errors import DataError, FlowerMceplError
+from flower_mcepl.data.batches import AgentData, Batch, BatchSource
+from flower_mcepl.errors import DataError, FlowerMceplError, UnsupportedLayerError
 from flower_mcepl.streams import isolated_rng
 
 
@@ -79,21 +81,42 @@ class Learner:
         ------
         DataError
             If one does not fit the task, or the network cannot take its inputs.
+        UnsupportedLayerError
+            If the network keeps a state in a Python attribute, which is not saved.
         """
         network.eval()
-        with torch.no_grad(), isolated_rng(self.seed, "first-batches", agent=self.agent):
-            self._check_first(network, data.train, self._whose("training"))
+        with torch.no_grad(), self._rng():
+            batch = self._check_first(network, data.train, self._whose("training"))
             self._check_first(network, data.test, self._whose(data.evaluated))
+        if batch is not None:
+            with torch.no_grad():
+                self._check_state(network, *batch)
 
-    def _check_first(self, network: nn.Module, split: BatchSource, whose: str) -> None:
+    def _check_state(self, network: nn.Module, inputs: Any, targets: Any) -> None:
+        def outputs(module: nn.Module) -> Tensor:
+            return self._predict(module, inputs, targets, self._whose("training"))[0]
+
+        hidden = hidden_state(network, outputs, self._rng)
+        if hidden:
+            raise UnsupportedLayerError(
+                f"agent {self.agent}'s network must keep its state in parameters and buffers, "
+                f"which are saved; its forward changes {', '.join(hidden)}. Make each a buffer: "
+                "self.register_buffer(name, tensor)."
+            )
+
+    def _rng(self) -> AbstractContextManager[None]:
+        return isolated_rng(self.seed, "first-batches", agent=self.agent)
+
+    def _check_first(self, network: nn.Module, split: BatchSource, whose: str) -> Batch | None:
         batches = split.evaluation_batches(batch_size=self.config.eval_batch_size)
         batch = next(iter(batches), None)
         if batch is None:  # training or evaluation will say so
-            return
+            return None
         inputs, targets = batch
         try:
             outputs, _ = self._predict(network, inputs, targets, whose)
             check_finite(outputs, inputs, whose=whose)
+            return inputs, targets
         except FlowerMceplError:
             raise
         except Exception as error:  # whatever the user's network raises

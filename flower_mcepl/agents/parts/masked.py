@@ -213,6 +213,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             "prior": self.prior.digest.hex() if self.prior else "",
             "retention": self._retention_text(),
             **self.learner.task.facts(),
+            **self.model.frozen.facts(),
             **data_facts(self.data),
         }
 

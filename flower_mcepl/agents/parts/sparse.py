@@ -12,6 +12,7 @@ from flower_mcepl.agents.agent import AgentState
 from flower_mcepl.agents.algorithm import Masks
 from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
 from flower_mcepl.agents.parts.groups import Shapes
+from flower_mcepl.agents.parts.training import gradients_of
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig, read_fields
 from flower_mcepl.config.ratios import ratios_of
@@ -206,7 +207,7 @@ class SparseAgent(DenseAgent[SparseT]):
                 round=round, steps=1, batch_size=self.config.batch_size, generator=generator
             )
             inputs, labels = next(iter(batches))
-            return self._gradients(self.learner.loss(self.model, inputs, labels))
+            return gradients_of(self.learner.loss(self.model, inputs, labels), self.weights)
 
     def density(self) -> float:
         """Return the share of maskable weights under the mask."""

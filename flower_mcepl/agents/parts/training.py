@@ -1,17 +1,18 @@
 """Local training: length, step sizes, batches and divergence, whatever is trained."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from flower_mcepl.agents.tasks import Task, find_task
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig, field_keys, read_fields
 from flower_mcepl.data.batches import BatchSource
-from flower_mcepl.errors import DataError, DivergedError
+from flower_mcepl.errors import DataError, DivergedError, UnsupportedLayerError
 from flower_mcepl.streams import isolated_rng, torch_stream
 
 LR_SCHEDULES = ("constant", "cosine")
@@ -134,6 +135,27 @@ def train_locally(
     if not losses:
         raise DataError(f"agent {agent}'s training split gave no batch in round {round}.")
     return {"train-loss": sum(losses) / len(losses)}
+
+
+def gradients_of(loss: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradient of a loss for each tensor; zero where it took no part in the batch.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        If the network uses gradient checkpointing in its reentrant form.
+    """
+    try:
+        gradients = torch.autograd.grad(loss, list(tensors.values()), materialize_grads=True)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise UnsupportedLayerError(
+                "gradient checkpointing must be called with use_reentrant=False; the network "
+                "calls torch.utils.checkpoint in its reentrant form. Change the call, or turn "
+                "checkpointing off."
+            ) from error
+        raise
+    return dict(zip(tensors, gradients, strict=True))
 
 
 def finite_loss(loss: Tensor, *, agent: int, round: int, key: str, lr: float) -> float:

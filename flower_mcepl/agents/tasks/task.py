@@ -200,7 +200,7 @@ class Task:
             "task": self.name,
             "main-metric": self.main,
             "higher-is-better": self.higher_is_better,
-            "metric-unit": self.unit,
+            **({"metric-unit": self.unit} if self.unit else {}),  # Flower's mods trip over ""
         }
 
     def _total(self, outputs: Tensor, targets: Tensor) -> float:

@@ -1,0 +1,91 @@
+"""State that a network hides in Python attributes, where no saved state has it."""
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def hidden_state(
+    network: nn.Module,
+    call: Callable[[nn.Module], Tensor],
+    rng: Callable[[], AbstractContextManager[None]],
+) -> list[str]:
+    """Attributes that a forward pass changes and a later one depends on, by name.
+
+    One that is only written, such as attention maps kept to be drawn, does not count.
+
+    Parameters
+    ----------
+    network : nn.Module
+        It stays as it is.
+    call : callable
+        Gives the outputs of a network for the same batch each time.
+    rng : callable
+        Context in which random draws are the same each time.
+    """
+    used = copy.deepcopy(network).train()
+    before = attributes(used)
+    try:
+        with rng():
+            call(used)
+    except ValueError:  # a batch norm refuses a batch of one, as training will
+        return []
+    names = _changed(before, attributes(used))
+    reset = copy.deepcopy(used)
+    for name in names:
+        _set(reset, name, before)
+    for mode in (True, False):
+        outputs = []
+        for module in (used.train(mode), reset.train(mode)):
+            with rng():
+                outputs.append(call(module))
+        if not torch.equal(*outputs):
+            return names
+    return []
+
+
+def attributes(network: nn.Module) -> dict[str, Any]:
+    """Plain values that a network's modules hold as attributes, by dotted name."""
+    values = {}
+    for prefix, module in network.named_modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_") and name != "training" and _is_plain(value):
+                values[f"{prefix}.{name}" if prefix else name] = copy.deepcopy(value)
+    return values
+
+
+def _set(network: nn.Module, name: str, values: Mapping[str, Any]) -> None:
+    prefix, _, local = name.rpartition(".")
+    module = network.get_submodule(prefix)
+    if name in values:
+        setattr(module, local, copy.deepcopy(values[name]))
+    else:
+        delattr(module, local)
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    return sorted(
+        name
+        for name in before.keys() | after.keys()
+        if name not in before or name not in after or _differ(before[name], after[name])
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, Tensor):
+        return value.grad_fn is None
+    return isinstance(value, (int, float, str, type(None)))
+
+
+def _differ(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return not torch.equal(one, other)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) != len(other) or any(map(_differ, one, other))
+    return type(one) is not type(other) or one != other
