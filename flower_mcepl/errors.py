@@ -8,6 +8,8 @@
     ├── DataError               an agent's data are empty or malformed: change its data
     ├── TopologyError           the graph is impossible: change the graph
     ├── RosterError             the nodes do not fit the graph: change what is started
+    │   └── LostWorkerError         a process of the simulation died: resume the run
+    ├── IncompleteRunError      closing answers are missing: resume the run
     ├── AnswerError             a node's answer is no agent's: it failed in this round
     ├── FingerprintError        two hold other frozen weights: align seeds or models
     ├── DivergedError           training left the finite numbers: lower the step size
@@ -48,6 +50,14 @@ class TopologyError(FlowerMceplError, ValueError):
 
 class RosterError(FlowerMceplError):
     """The connected nodes do not fit the agents of the graph."""
+
+
+class LostWorkerError(RosterError):
+    """A process of Flower's simulation died, and nothing in Flower replaces it."""
+
+
+class IncompleteRunError(FlowerMceplError):
+    """The rounds are over, but agents did not answer the closing exchange."""
 
 
 class AnswerError(FlowerMceplError):
@@ -100,6 +110,12 @@ class ReplayedFrameError(FrameError):
 
 class MissingReferenceError(FrameError):
     """The frame builds on an earlier one that the receiver does not hold as it was."""
+
+
+def first_line(reason: str, *, most: int = 200) -> str:
+    """First line of a reason, cut to so many characters, for a log or a summary."""
+    line = next(iter(reason.strip().splitlines()), "")
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def names_agent(error: Exception, agent: int) -> bool:

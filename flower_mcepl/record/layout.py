@@ -22,7 +22,7 @@ from typing import Any
 
 CONFIG, SUMMARY, AGENTS, FRAMES = "config.json", "summary.json", "agents", "frames"
 ROUNDS, RELAY, TRAFFIC = "rounds.jsonl", "relay.jsonl", "traffic.jsonl"
-STATUSES = ("finished", "interrupted", "failed")
+STATUSES = ("finished", "incomplete", "interrupted", "failed")
 
 _COUNTERS = ("sent_bytes", "received_bytes", "uplink_bytes", "seconds")
 AGENT_KEYS = ("round", "agent", "accuracy", "loss", "num_examples", "density", *_COUNTERS)

@@ -124,7 +124,7 @@ class RunRecord:
         Parameters
         ----------
         status
-            ``"finished"``, ``"interrupted"`` or ``"failed"``.
+            One of `STATUSES`.
         **summary
             The other fields; ``seconds`` counts from :meth:`create` where it is not
             given.

@@ -1,10 +1,11 @@
 """The book of a run: record, checkpoints, progress and status, until its summary."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, final
 
+from flower_mcepl.errors import FlowerMceplError, IncompleteRunError, first_line
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, FrameT
 from flower_mcepl.files.bundle import Bundle
@@ -14,6 +15,7 @@ from flower_mcepl.runs.monitor import RunMonitor
 from flower_mcepl.runs.resumption import (
     RUN,
     RunCheckpoints,
+    how_to_resume,
     new_run_id,
     only_writer,
     reopen,
@@ -39,6 +41,9 @@ class RunBook(Generic[FrameT]):
         The checkpoint that the run goes on from; None: it begins.
     answered : int
         Agents that took part in the last round before the run broke off; 0: none.
+    unanswered : tuple of int, optional
+        Agents that did not answer the closing exchange, those that had left before it
+        not counted; None until it is over.
     summary : dict
         As in ``summary.json``, once the run has ended.
     """
@@ -49,6 +54,7 @@ class RunBook(Generic[FrameT]):
         self.checkpoints: RunCheckpoints[FrameT] | None = None
         self.resumed: Bundle | None = None
         self.answered = 0
+        self.unanswered: tuple[int, ...] | None = None
         self.summary: dict[str, Any] = {}
         self._exchange = exchange
 
@@ -65,6 +71,7 @@ class RunBook(Generic[FrameT]):
         failed: Mapping[str, str] | None = None,
         missing: Sequence[int] = (),
         states: Mapping[str, str] | None = None,
+        left: Collection[int] = (),
     ) -> None:
         """Take in the answers of a round; ``num_rounds + 1`` is the closing exchange.
 
@@ -80,6 +87,8 @@ class RunBook(Generic[FrameT]):
             Agents that did not answer at all.
         states : mapping, optional
             What changed about agents or nodes since the round before.
+        left : collection of int, optional
+            Agents that were gone when the closing exchange began.
         """
         answers = dict(sorted(answers.items()))
         # Before the new frames count: a row's bytes are those that led to the model
@@ -98,6 +107,24 @@ class RunBook(Generic[FrameT]):
             failed=dict(failed or {}),
             missing=list(missing),
             states=dict(states or {}),
+        )
+        if round > self.monitor.num_rounds:
+            prompt = {agent for agent, answer in answers.items() if answer.late_of is None}
+            self.unanswered = tuple(i for i in range(server) if i not in prompt and i not in left)
+
+    def ending(self) -> tuple[str, FlowerMceplError | None]:
+        """Status of a run whose rounds went by without an error, and what is to raise.
+
+        Nothing else says that a run is ``finished``: every agent that had not left
+        answered the closing exchange.
+        """
+        if self.unanswered == ():
+            return "finished", None
+        agents = ", ".join(map(str, self.unanswered or ())) or "all"
+        return "incomplete", IncompleteRunError(
+            f"the closing exchange has no answer from these agents: {agents}. Their final "
+            "evaluations are missing, and so may be their final states. Look at the failures "
+            "above, and resume the run."
         )
 
     def due(self, round: int) -> bool:
@@ -127,8 +154,10 @@ def open_book(
 ) -> Iterator[RunBook[FrameT]]:
     """Hold the book of a run while it goes on; the summary says how the block ended.
 
-    Without an exception it is ``finished`` and its checkpoints go. A KeyboardInterrupt
-    makes it ``interrupted``, anything else ``failed``; both can be resumed.
+    Without an exception it is what `RunBook.ending` says: ``finished``, and its
+    checkpoints go, or ``incomplete``. A KeyboardInterrupt makes it ``interrupted``,
+    anything else ``failed``. All but a finished run can be resumed, and the log says
+    how.
 
     Parameters
     ----------
@@ -157,6 +186,8 @@ def open_book(
         If the run that is resumed had other settings.
     TopologyError
         If the graph cannot be recorded.
+    IncompleteRunError
+        If agents did not answer the closing exchange.
     """
     book = RunBook(exchange, RunMonitor(exchange, num_rounds, log=log), new_run_id())
     with contextlib.ExitStack() as held:
@@ -179,16 +210,31 @@ def open_book(
             if book.resumed is not None:
                 book.checkpoints.restore(book.resumed)
         status = "failed"
+        error: Exception | None = None
         try:
             yield book
-            status = "finished"
+            status, error = book.ending()
         except KeyboardInterrupt:
             status = "interrupted"
             raise
+        except Exception as raised:
+            error = raised
+            raise
         finally:
-            book.summary = book.monitor.finish(status)
+            book.summary = book.monitor.finish(status, **_about(error))
+            if status != "finished" and book.record is not None:
+                log(how_to_resume(book.record.path))
+        if error is not None:
+            raise error
         if book.checkpoints is not None:
             book.checkpoints.clear()
+
+
+def _about(error: Exception | None) -> dict[str, Any]:
+    """What the summary says of an error: its class, and why in a line."""
+    if error is None:
+        return {}
+    return {"error": {"type": type(error).__name__, "reason": first_line(str(error))}}
 
 
 def _settings(

@@ -37,12 +37,11 @@ class RoundOptions:
         Rounds after which an agent sends a whole frame beside its delta; 0: when the
         deltas since the last whole frame have as many bytes as that.
     min_agents : int (default: 0)
-        Agents that must take part in round 1, and in the first round after a
-        resumption; 0 stands for all of the graph, and after a resumption for as many as
-        took part last. Other rounds go on with those who answer.
+        Agents that must take part in every round, or the run ends; 0: all of the graph
+        in round 1, as many as took part last in the first round after a resumption, and
+        more than half of the graph in any round.
     wait_timeout : float (default: 120.0)
-        Seconds to wait for these agents' nodes, and in any other round in which no node
-        is online for the first one.
+        Seconds to wait in a round for these agents' nodes.
     timeout_factor : float (default: 5.0)
         A round goes on without its last agents after so many times the time that most
         answers took of late, but not before a minute; 0 always waits for the round's

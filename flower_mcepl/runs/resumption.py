@@ -195,6 +195,19 @@ def reopen(
     return Reopened(record, checkpoint, answered)
 
 
+def how_to_resume(path: Path) -> str:
+    """Line that says how the run of a record that broke off goes on."""
+    rounds = sorted(checkpoint_rounds(path / CHECKPOINT))
+    if not rounds:
+        return (
+            f"The run in {path} has no checkpoint to go on from (checkpoint-every): start it anew."
+        )
+    return (
+        f"The run in {path} can go on after round {rounds[-1]}: flwr run . --run-config "
+        f"'resume=\"{path}\"' (without Flower: simulate(..., resume=...))."
+    )
+
+
 def run_id_of(record: RunRecord) -> str:
     """Return the run id that its config holds."""
     return str(read_run(record.path).config[RUN])

@@ -1,20 +1,27 @@
 """Attendance: waiting for nodes, asking who they are, and the state of every agent."""
 
+import re
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from logging import INFO, WARNING, getLogger
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from flower_mcepl.errors import RosterError
+from flower_mcepl.errors import LostWorkerError, RosterError, first_line
 from flower_mcepl.messages.identity import question, read_identity
 from flower_mcepl.strategies.roster import Roster
 
 logger = getLogger("flwr")
-MAX_SILENT_ROUNDS = 3  # so many rounds in which nobody answers end the run
+SAME_ROUNDS, SAME_AGENTS = 3, 2  # so many rounds in which so many fail for one reason end the run
+# How Ray says that a process is gone. It stays in the simulation's pool and fails every
+# message that it is given, at once: later rounds would go on with a few agents.
+_LOST_WORKER = re.compile(r"\bactor\b.*\b(died|dead|crashed)|ActorDied|WorkerCrashed", re.I | re.S)
 ASK_TIMEOUT = 60.0  # seconds for a node to say who it is, where only an error message needs it
 RUNNING, LATE, GONE, FAILED = "running", "late", "gone", "failed"
+# what says that nothing came of a message, not why: `min_agents` is the rule for that
+_ABSENT = re.compile(r"error [345]:|no answer to the message")
 
 
 class Attendance:
@@ -25,30 +32,30 @@ class Attendance:
     roster : Roster
         Which node is which agent.
     min_agents : int
-        Agents that must take part in the first round, and in the first one after a
-        resumption.
+        Agents that must take part in every round; 0: all in the first one, more than
+        half of them in later ones.
     wait_timeout : float
-        Seconds to wait for nodes: for these agents, and in any later round in which no
-        node is online.
+        Seconds to wait for the nodes of these agents.
     """
 
     def __init__(self, roster: Roster, *, min_agents: int, wait_timeout: float) -> None:
-        self.roster, self.min_agents, self.wait_timeout = roster, min_agents, wait_timeout
+        self.roster, self.wait_timeout = roster, wait_timeout
+        self.at_first = min_agents or roster.num_agents  # agents that must take part in round 1
+        self.later = min_agents or roster.num_agents // 2 + 1  # the same in any later round
+        self._reasons: list[set[str]] = []  # of the last rounds: those of several agents
         self.online: list[int] = []  # nodes, as of the last look
         self._states: dict[str, str] = {}  # by agent or node, as of the last round
-        self._silent_rounds = 0
 
     def wait_for_nodes(self, grid: Grid, *, first: bool) -> list[int]:
-        """Nodes online, once there are enough for the first round, or any later.
+        """Nodes online, once there are enough for the round.
 
         Raises
         ------
         RosterError
             If there are too few for the first round within the time; it names the
-            agents that are missing. A later round goes on without nodes, and `check`
-            tells how often.
+            agents that are missing. A later round goes on, and `check` ends it.
         """
-        needed = self.min_agents if first else 1
+        needed = self.at_first if first else self.later
         deadline = time.monotonic() + self.wait_timeout
         logged = -1
         while len(nodes := sorted(grid.get_node_ids())) < needed:
@@ -77,9 +84,9 @@ class Attendance:
         agents = self._ask(grid, self.online, timeout=timeout)
         for node, agent in sorted(agents.items()):
             self.roster.expect(node, agent)
-        if len(set(agents.values())) < self.min_agents:
+        if len(set(agents.values())) < self.at_first:
             raise RosterError(
-                f"{self.min_agents} agents must be there for the run to go on, but of "
+                f"{self.at_first} agents must be there for the run to go on, but of "
                 f"{len(self.online)} nodes {len(agents)} said within {timeout:g} s which agent "
                 f"they are; missing agents: {self._absent(agents.values())}. Look at the logs of "
                 "their nodes, or let the run go on with fewer (min_agents, run-config key "
@@ -87,27 +94,71 @@ class Attendance:
             )
 
     def check(
-        self, round: int, answered: Collection[int], failed: Mapping[str, str], *, first: bool
+        self,
+        round: int,
+        answered: Collection[int],
+        failed: Mapping[str, str],
+        busy: Collection[int] = (),
+        *,
+        first: bool,
+        closing: bool = False,
     ) -> None:
-        """Raise RosterError if too few begin, or nobody answers for some rounds."""
-        reasons = (
-            "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
-            or "no reason given"
-        )
-        if first and len(answered) < self.min_agents:
+        """Check that a round had enough agents, and that no cause stops them for good.
+
+        After the first round, an agent whose node is ``busy`` takes part: its answer
+        may still come. Of the closing exchange only lost workers are checked.
+
+        Raises
+        ------
+        LostWorkerError
+            If a process of the simulation died.
+        RosterError
+            If too few took part, or several fail for the same reason, round after
+            round.
+        """
+        self._check_workers(round, failed)
+        if closing:
+            return
+        here = set(answered)
+        if not first:
+            here |= {agent for agent, node in self.roster.node_of.items() if node in busy}
+        needed = self.at_first if first else self.later
+        if len(here) < needed:
             raise RosterError(
-                f"round {round} needs {self.min_agents} agents, but {len(answered)} took part; "
-                f"missing: {self._absent(answered)}. {reasons}. Mend these nodes, or let the run "
-                "begin with fewer (min_agents, run-config key min-agents)."
+                f"round {round} needs {needed} agents, but {len(here)} took part; "
+                f"missing: {self._absent(here)}. {_told(failed)}. "
+                "Mend these nodes; where they need longer for a round, raise the timeout "
+                "(run-config key round-timeout); or let the run go on with fewer (min_agents, "
+                "run-config key min-agents)."
             )
-        self._silent_rounds = 0 if answered else self._silent_rounds + 1
-        if self._silent_rounds >= MAX_SILENT_ROUNDS:
-            here = [agent for agent, node in self.roster.node_of.items() if node in self.online]
+        self._check_reasons(round, failed)
+
+    def gone(self) -> list[int]:
+        """Agents that no node that is online played, as of the last round."""
+        numbers = range(self.roster.num_agents)
+        return [agent for agent in numbers if self._states.get(f"agent {agent}") == GONE]
+
+    def _check_workers(self, round: int, failed: Mapping[str, str]) -> None:
+        lost = {name: why for name, why in failed.items() if _LOST_WORKER.search(why)}
+        if lost:
+            raise LostWorkerError(
+                f"round {round}: a process of Flower's simulation died, and Flower gives its "
+                f"messages to no other. {_told(lost)}. Too little memory is the usual cause. "
+                "Resume the run: a new simulation has all its processes."
+            )
+
+    def _check_reasons(self, round: int, failed: Mapping[str, str]) -> None:
+        """Raise RosterError if several fail for one reason, round after round."""
+        counts = Counter(same_reason(w) for w in failed.values() if not _ABSENT.match(w))
+        several = {why for why, count in counts.items() if count >= SAME_AGENTS}
+        self._reasons = [*self._reasons[1 - SAME_ROUNDS :], several]
+        if len(self._reasons) == SAME_ROUNDS and (lasting := set.intersection(*self._reasons)):
+            why = min(lasting)
             raise RosterError(
-                f"no agent has answered for {MAX_SILENT_ROUNDS} rounds; nodes online: "
-                f"{len(self.online)}; agents without a node that is online: {self._absent(here)}. "
-                f"Last reasons: {reasons}. Look at the nodes' logs; where they need longer for a "
-                "round, raise the timeout (run-config key round-timeout)."
+                f"several agents failed for the same reason in {SAME_ROUNDS} rounds up to round "
+                f"{round} ({counts[why]} of them in this one): "
+                f"{_told({n: w for n, w in failed.items() if same_reason(w) == why})}. Mend it, "
+                "and resume the run."
             )
 
     def changes(
@@ -187,9 +238,30 @@ class Attendance:
         """Error that names who is absent: the nodes that are here are asked."""
         here = self._ask(grid, nodes).values()
         return RosterError(
-            f"the graph has {self.roster.num_agents} agents and {self.min_agents} of them must be "
+            f"the graph has {self.roster.num_agents} agents and {self.at_first} of them must be "
             f"there, but after {self.wait_timeout:g} s there are {len(nodes)} nodes; missing "
             f"agents: {self._absent(here)}. Start their nodes (in simulation: num-supernodes in "
             "--federation-config), use a smaller graph, or let the run begin with fewer "
             "(min_agents, run-config key min-agents)."
         )
+
+
+def same_reason(reason: str) -> str:
+    """First line of a reason without its numbers, which differ between agents."""
+    return re.sub(r"\d+", "#", first_line(reason))
+
+
+def _told(failed: Mapping[str, str]) -> str:
+    """Reasons with the names that they are of; the same one is told once."""
+    names: dict[str, list[str]] = {}
+    told: dict[str, str] = {}
+    for name, reason in sorted(failed.items()):
+        names.setdefault(same_reason(reason), []).append(name)
+        told.setdefault(same_reason(reason), first_line(reason).rstrip("."))
+    texts = (f"{_few(names[key])}: {reason}" for key, reason in told.items())
+    return "; ".join(texts) or "no reason given"
+
+
+def _few(names: Sequence[str]) -> str:
+    """Names in a list; of many, the first and their number."""
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} others"

@@ -76,7 +76,7 @@ class ExchangeStrategy(Strategy):
         self.roster = Roster(num_agents)
         self.attendance = Attendance(
             self.roster,
-            min_agents=options.min_agents or num_agents,
+            min_agents=options.min_agents,
             wait_timeout=options.wait_timeout,
         )
         # Flower's defaults, unless the run config says otherwise
@@ -157,8 +157,13 @@ class ExchangeStrategy(Strategy):
         Raises
         ------
         RosterError, FingerprintError
-            If the nodes do not fit the graph in the first round, or if nobody answers
-            for some rounds.
+            If the nodes do not fit the graph in the first round, or too few take part
+            in a round (`min_agents`), or several fail for the same reason, round after
+            round.
+        LostWorkerError
+            If a process of Flower's simulation died.
+        IncompleteRunError
+            If an agent that had not left did not answer the closing exchange.
         RecordError, ConfigError
             If a run cannot be resumed, or not with these settings.
         """
@@ -173,15 +178,21 @@ class ExchangeStrategy(Strategy):
             ledger=self.exchange.ledger,
         )
         self._dispatch = self._new_dispatch()
-        with self._opened(num_rounds, timeout) as self._book:
-            result = self._run(
-                grid,
-                ArrayRecord(),  # there is no global model
-                train_config or ConfigRecord(),
-                evaluate_config or ConfigRecord(),
-                evaluate_fn,
-            )
-            self._finish()
+        try:
+            with self._opened(num_rounds, timeout) as self._book:
+                result = self._run(
+                    grid,
+                    ArrayRecord(),  # there is no global model
+                    train_config or ConfigRecord(),
+                    evaluate_config or ConfigRecord(),
+                    evaluate_fn,
+                )
+                self._finish()
+        finally:
+            # of a run whose rounds are all over, complete or not
+            book = self._book
+            if book is not None and book.record and book.unanswered is not None:
+                report(book.record)
         result.train_metrics_clientapp.update(
             {
                 round: MetricRecord({"train-loss": loss})
@@ -191,8 +202,6 @@ class ExchangeStrategy(Strategy):
         result.evaluate_metrics_clientapp.update(
             {round: MetricRecord(metrics) for round, metrics in self.monitor.evaluations().items()}
         )
-        if self.record is not None:
-            report(self.record)
         return result
 
     def _run(
@@ -357,13 +366,17 @@ class ExchangeStrategy(Strategy):
         expired = self._dispatch.expire()
         taken = self._intake.take(origins, expired, round=round, first=first)
         answers, failed = taken.answers, taken.failed
-        self.attendance.check(round, answers, failed, first=first)
         busy = self._dispatch.busy()
+        closing = round > self.monitor.num_rounds
+        self.attendance.check(round, answers, failed, busy, first=first, closing=closing)
         # no other answer is owed
         prompt = [agent for agent in answers if self.roster.node_of[agent] not in busy]
         missing = [agent for agent in self.roster.absent(prompt) if f"agent {agent}" not in failed]
+        left = self.attendance.gone()  # as of the round before
         states = self.attendance.changes(round, answers, failed, busy)
-        self.book.close_round(round, answers, failed=failed, missing=missing, states=states)
+        self.book.close_round(
+            round, answers, failed=failed, missing=missing, states=states, left=left
+        )
 
     def _check_agent(self, agent: int, facts: Mapping[str, Any]) -> None:
         """Raise FingerprintError for an agent that does not fit this strategy."""
@@ -379,7 +392,7 @@ class ExchangeStrategy(Strategy):
         config = {
             **self.config,
             "timeout": timeout,
-            "min_agents": self.attendance.min_agents,
+            "min_agents": self.attendance.at_first,
             **self._about(),
             **self._initial.about(),
         }
@@ -411,7 +424,7 @@ class ExchangeStrategy(Strategy):
         """Know the agents again, and begin from the arrays that the run began with."""
         if self.options.min_agents == 0:
             # an agent that died earlier holds up nothing, as it held up nothing then
-            self.attendance.min_agents = max(1, answered)
+            self.attendance.at_first = max(self.attendance.later, answered)
         self.roster.restore(checkpoint.facts["roster"])
         assert self._initial is not None
         if not self._initial.restore(checkpoint.facts, checkpoint.group(INITIAL)):

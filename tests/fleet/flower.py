@@ -1,15 +1,18 @@
 """The small fleet as nodes of an in-process Grid: node 1000 + i plays agent i."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import pytest
 from flwr.app import ArrayRecord, Context, Message
 
 from flower_mcepl import Agent, Topology
 from flower_mcepl.clients import make_agent_app, make_client_app
 from flower_mcepl.clients.app import agent_index
 from flower_mcepl.clients.memory import STATE
+from flower_mcepl.errors import IncompleteRunError
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.strategies import GossipStrategy
 from tests.fleet.agents import make_agent
@@ -50,10 +53,11 @@ def gossip(
     timeout: float = 30.0,
     before: Mapping[int, Callable[[], None]] | None = None,
     after: Callable[[int], None] = lambda round: None,
+    incomplete: bool = False,
     **options: Any,
 ) -> GossipStrategy:
     """Run a strategy; `before` holds what happens at the start of a round, `after` sees
-    the end of each.
+    the end of each. An `incomplete` run must leave closing answers out.
     """
     options = {"evaluate_every": 2, "record": None, "wait_timeout": 0.01, **options}
     strategy = GossipStrategy(topology or Topology.ring(grid.num_nodes), **options)
@@ -64,7 +68,9 @@ def gossip(
             after(round)
         steps.pop(round + 1, lambda: None)()
 
-    strategy.start(grid, num_rounds=rounds, timeout=timeout, evaluate_fn=between_rounds)
+    ends = pytest.raises(IncompleteRunError) if incomplete else contextlib.nullcontext()
+    with ends:
+        strategy.start(grid, num_rounds=rounds, timeout=timeout, evaluate_fn=between_rounds)
     assert not steps
     return strategy
 

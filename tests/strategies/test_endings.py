@@ -1,0 +1,174 @@
+"""How a run ends: finished, incomplete, failed or interrupted, and what is kept."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Error, Message
+
+from flower_mcepl import IncompleteRunError, LostWorkerError, RosterError, Topology
+from flower_mcepl.record.reading import Run, read_run
+from flower_mcepl.strategies import GossipStrategy
+from flower_mcepl.strategies.attendance import same_reason
+from tests.fleet.flower import agent_grid, gossip
+from tests.fleet.grid import InProcessGrid
+
+DEAD = (
+    "<class 'ray.exceptions.ActorDiedError'>:<'The actor died unexpectedly before finishing "
+    "this task.\n\tclass_name: ClientAppActor\n\tactor_id: 17b3'>"
+)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "flwr")
+    return caplog
+
+
+class FailingGrid(InProcessGrid):
+    """Nodes answer some messages with an error, as Flower's simulation words it."""
+
+    fails: dict[int, str]  # by node
+
+    def _reply(self, node: int, message: Message) -> Message:
+        if node in self.fails:
+            return Message(Error(0, self.fails[node]), reply_to=message)
+        return super()._reply(node, message)
+
+
+def failing_grid(num_nodes: int) -> FailingGrid:
+    grid = FailingGrid(agent_grid(num_nodes).app, num_nodes)
+    grid.fails = {}
+    return grid
+
+
+def only_run(folder: Path) -> Run:
+    (path,) = folder.iterdir()
+    return read_run(path)
+
+
+def checkpoints(run: Run) -> list[str]:
+    return sorted(file.name for file in (run.path / "checkpoint").glob("*.checkpoint"))
+
+
+def test_a_run_is_finished_when_all_that_had_not_left_answered_the_closing(tmp_path: Path) -> None:
+    grid = agent_grid(4)
+    gossip(grid, record=tmp_path, before={3: lambda: grid.down.add(1003)})
+    run = only_run(tmp_path)
+    assert run.status == "finished"
+    assert run.relay[-1]["missing"] == [3]
+
+
+def test_a_missing_closing_answer_makes_a_run_incomplete_and_resumable(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    grid = agent_grid(3)
+
+    def lose(message: Message) -> Message:
+        if message.metadata.message_type == "evaluate":
+            grid.mute.add(1001)
+        return message
+
+    grid.tamper = lose
+    gossip(grid, record=tmp_path, checkpoint_every=2, incomplete=True)
+    run = only_run(tmp_path)
+    assert run.status == "incomplete"
+    assert run.summary is not None
+    assert run.summary["error"]["type"] == "IncompleteRunError"
+    assert "these agents: 1." in run.summary["error"]["reason"]
+    assert checkpoints(run)
+    assert f"flwr run . --run-config 'resume=\"{run.path}\"'" in log.text
+    grid.mute.clear()
+    grid.tamper = lambda message: message
+    gossip(grid, resume=run.path, checkpoint_every=2)
+    assert read_run(run.path).status == "finished"
+    assert not checkpoints(run)
+
+
+def test_an_agent_that_leaves_between_the_last_round_and_the_closing_had_not_left_before(
+    tmp_path: Path,
+) -> None:
+    grid = agent_grid(3)
+    with pytest.raises(IncompleteRunError, match="these agents: 2"):
+        GossipStrategy(
+            Topology.ring(3), record=tmp_path, wait_timeout=0.01, evaluate_every=2
+        ).start(Leaving(grid, 1002, last=2), num_rounds=2, timeout=30.0)
+    assert only_run(tmp_path).status == "incomplete"
+
+
+class Leaving:
+    """A grid whose node goes away once it has answered the last round."""
+
+    def __init__(self, grid: InProcessGrid, node: int, *, last: int) -> None:
+        self.grid, self.node, self.last, self.rounds = grid, node, last, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.grid, name)
+
+    def push_messages(self, messages: list[Message]) -> Any:
+        ids = self.grid.push_messages(messages)
+        self.rounds += 1
+        if self.rounds == self.last:
+            self.grid.down.add(self.node)
+        return ids
+
+
+@pytest.mark.parametrize(("least", "left"), [(0, 2), (0, 1), (1, 1), (3, 2)])
+def test_min_agents_holds_in_every_round(least: int, left: int, tmp_path: Path) -> None:
+    """Of 3 agents some leave in round 3: more than half must stay, unless said."""
+    grid = agent_grid(3)
+    leaving = {3: lambda: grid.down.update({1000 + agent for agent in range(left, 3)})}
+    needed = least or 2
+    if left >= needed:
+        gossip(grid, record=tmp_path, before=leaving, min_agents=least)
+        assert only_run(tmp_path).status == "finished"
+        return
+    with pytest.raises(RosterError, match=f"round 3 needs {needed} agents, but {left} took part"):
+        gossip(grid, record=tmp_path, before=leaving, min_agents=least, checkpoint_every=2)
+    run = only_run(tmp_path)
+    assert (run.status, len(run.relay)) == ("failed", 2)
+    assert checkpoints(run) == ["round-000002.checkpoint"]
+
+
+def test_the_same_reason_round_after_round_ends_the_run(tmp_path: Path) -> None:
+    grid = failing_grid(5)
+    fails = {1003: "agent 3: no room in 17 MB", 1004: "agent 4: no room in 18 MB"}
+    with pytest.raises(RosterError, match=r"same reason in 3 rounds up to round 4 \(2 of them"):
+        gossip(grid, rounds=9, record=tmp_path, before={2: lambda: grid.fails.update(fails)})
+    assert only_run(tmp_path).status == "failed"
+
+
+def test_a_reason_of_one_agent_or_with_a_pause_ends_no_run(tmp_path: Path) -> None:
+    grid = failing_grid(5)
+    fails = {1003: "agent 3: no room", 1004: "agent 4: no room"}
+    steps = {
+        2: lambda: grid.fails.update(fails),
+        4: grid.fails.clear,
+        5: lambda: grid.fails.update({1003: fails[1003]}),
+    }
+    gossip(grid, rounds=9, record=tmp_path, before=steps, incomplete=True)
+    assert len(only_run(tmp_path).relay) == 9 + 1
+
+
+def test_a_lost_worker_ends_the_run_at_once(tmp_path: Path) -> None:
+    grid = failing_grid(5)
+    with pytest.raises(LostWorkerError, match=r"round 3: .*agent 1: error 0: The actor died"):
+        gossip(
+            grid,
+            rounds=9,
+            record=tmp_path,
+            checkpoint_every=1,
+            before={3: lambda: grid.fails.update({1001: DEAD})},
+        )
+    run = only_run(tmp_path)
+    assert (run.status, len(run.relay)) == ("failed", 2)
+    assert checkpoints(run) == ["round-000001.checkpoint", "round-000002.checkpoint"]
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["error"]["type"] == "LostWorkerError"
+
+
+def test_a_reason_is_the_same_but_for_its_numbers() -> None:
+    assert same_reason("agent 3: out of 17 MB\nmore") == same_reason("agent 14: out of 9 MB")
+    assert same_reason("agent 3: out of memory") != same_reason("agent 3: no such file")
