@@ -1,4 +1,4 @@
-"""Accuracy over the agents: mean, spread, worst and best of their last evaluations."""
+"""Accuracy over the agents: mean, spread, worst and best of one evaluated round."""
 
 import math
 import statistics
@@ -7,22 +7,21 @@ from typing import Any
 
 from flower_mcepl.record.layout import Row
 
+_KEYS = ("mean", "std", "worst", "worst_agent", "best", "best_agent", "round", "agents")
+
 
 def accuracy_summary(rows: Iterable[Mapping[str, Any]]) -> Row:
-    """Mean, population standard deviation and extremes over the agents' last lines.
+    """Mean, population standard deviation and extremes of the last evaluated round.
 
-    Agents whose accuracy is ``None`` or not finite do not count; with none left every
-    value is ``None``. Of equal agents the lowest number is named. ``round`` is the
-    latest one among the lines that count.
+    ``round`` is that round, and ``agents`` the number of agents in it: who was last
+    evaluated in an earlier one does not count. Nor does an accuracy that is ``None`` or
+    not finite; with none left every value is ``None``. Of equal agents the lowest
+    number is named.
     """
-    last = last_rows(rows)
-    scores = {
-        agent: float(row["accuracy"])
-        for agent, row in sorted(last.items())
-        if _is_finite(row["accuracy"])
-    }
+    last = last_evaluated(rows)
+    scores = {agent: float(row["accuracy"]) for agent, row in last.items()}
     if not scores:
-        return dict.fromkeys(("mean", "std", "worst", "worst_agent", "best", "best_agent", "round"))
+        return dict.fromkeys(_KEYS)
     worst, best = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
     return {
         "mean": statistics.fmean(scores.values()),
@@ -31,8 +30,22 @@ def accuracy_summary(rows: Iterable[Mapping[str, Any]]) -> Row:
         "worst_agent": worst,
         "best": scores[best],
         "best_agent": best,
-        "round": max(int(last[agent]["round"]) for agent in scores),
+        "round": next(int(row["round"]) for row in last.values()),
+        "agents": len(scores),
     }
+
+
+def last_evaluated(rows: Iterable[Mapping[str, Any]]) -> dict[int, Row]:
+    """Lines with an accuracy of the last round that has any, by agent."""
+    known = [row for row in rows if _is_finite(row["accuracy"])]
+    newest = max((int(row["round"]) for row in known), default=0)
+    return last_rows(row for row in known if int(row["round"]) == newest)
+
+
+def of_agents(count: int, of: int) -> str:
+    """Number of agents that a mean is of: ``"9 of 10 agents"``, ``"10 agents"``."""
+    noun = "agent" if of == 1 else "agents"
+    return f"{count} {noun}" if count >= of else f"{count} of {of} {noun}"
 
 
 def last_rows(rows: Iterable[Mapping[str, Any]]) -> dict[int, Row]:

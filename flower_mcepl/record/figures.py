@@ -29,9 +29,19 @@ def worst_tenth(accuracies: Iterable[float | None]) -> float | None:
     return statistics.fmean(known[: math.ceil(len(known) / 10)]) if known else None
 
 
+def full_curve(run: Run) -> list[tuple[int, float]]:
+    """Mean accuracy by evaluated round, of rounds with no fewer agents than the last.
+
+    A mean over few survivors is no point of the curve of all.
+    """
+    least, partial = len(run.last_evaluated()), run.partial_rounds()
+    points = [(round, mean) for round, mean, *_ in run.curve()]
+    return [(t, mean) for t, mean in points if partial.get(t, run.num_agents) >= least]
+
+
 def bytes_to(run: Run, target: float) -> int | None:
     """Bytes over links up to the first round that reaches the target accuracy."""
-    reached = next((round for round, mean, *_ in run.curve() if mean >= target), None)
+    reached = next((round for round, mean in full_curve(run) if mean >= target), None)
     return None if reached is None else bytes_by_round(run)[reached]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flower_mcepl.errors import RecordError
-from flower_mcepl.record.accuracy import accuracy_summary, last_rows
+from flower_mcepl.record.accuracy import accuracy_summary, last_evaluated, last_rows, of_agents
 from flower_mcepl.record.layout import AGENTS, CONFIG, RELAY, ROUNDS, SUMMARY, Row
 
 T = TypeVar("T")
@@ -100,6 +100,12 @@ class Run:
         return self.status == "finished"
 
     @property
+    def num_agents(self) -> int:
+        """Agents of the graph; where the config does not say, those that have lines."""
+        known = {*self.handshakes, *self.final()}
+        return max(int(self.topology.get("num_agents") or 0), len(known))
+
+    @property
     def num_rounds(self) -> int:
         """Rounds of the run; without a summary, the last one that has a line."""
         last = max((row["round"] for row in (*self.rounds, *self.relay)), default=0)
@@ -131,6 +137,19 @@ class Run:
     def final(self) -> dict[int, Row]:
         """Last line of each agent, by agent."""
         return last_rows(self.rounds)
+
+    def last_evaluated(self) -> dict[int, Row]:
+        """Lines of the agents that `accuracy` is of, by agent."""
+        return last_evaluated(self.rounds)
+
+    def coverage(self) -> str:
+        """Of how many agents the mean of `accuracy` is: ``"9 of 10 agents"``."""
+        return of_agents(len(self.last_evaluated()), self.num_agents)
+
+    def partial_rounds(self) -> dict[int, int]:
+        """Evaluated rounds without all agents of the graph, and how many they have."""
+        counts = {t: len(last_evaluated(rows)) for t, rows in self.by_round().items()}
+        return {round: count for round, count in counts.items() if 0 < count < self.num_agents}
 
     def by_round(self) -> dict[int, list[Row]]:
         """Lines of the agents by evaluated round, in the order of the rounds."""

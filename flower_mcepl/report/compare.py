@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.record.figures import bytes_to, link_bytes, training_images, worst_tenth
+from flower_mcepl.record.figures import (
+    bytes_to,
+    full_curve,
+    link_bytes,
+    training_images,
+    worst_tenth,
+)
 from flower_mcepl.record.pools import pool
 from flower_mcepl.record.reading import Run
 
@@ -18,10 +24,14 @@ class Measures:
     """Figures of one finished run; None is what its record does not hold."""
 
     seed: Any
-    accuracy: float | None  # mean over the agents of their last personalized accuracies
+    # mean over the agents of their personalized accuracies in the last evaluated round
+    accuracy: float | None
+    agents: int  # that it is the mean of
+    num_agents: int  # of the graph
     agent_sd: float | None  # population standard deviation over the agents
     worst_tenth: float | None  # mean of the worst tenth of the agents, at least one
-    curve: dict[int, float]  # mean accuracy by evaluated round
+    # mean accuracy by evaluated round, of rounds with no fewer agents than the last
+    curve: dict[int, float]
     link_bytes: int | None  # see `link_bytes`
     # the same up to the first evaluated round whose mean accuracy reaches the target
     target_bytes: int | None
@@ -108,9 +118,11 @@ def _measure(run: Run, target: float | None, lasso: bool) -> Measures:
     return Measures(
         seed=run.seed,
         accuracy=last["mean"],
+        agents=last["agents"] or 0,
+        num_agents=run.num_agents,
         agent_sd=last["std"],
-        worst_tenth=worst_tenth(row["accuracy"] for row in run.final().values()),
-        curve={round: mean for round, mean, *_ in run.curve()},
+        worst_tenth=worst_tenth(row["accuracy"] for row in run.last_evaluated().values()),
+        curve={round: mean for round, mean in full_curve(run)},
         link_bytes=link_bytes(run),
         target_bytes=None if target is None else bytes_to(run, target),
         filters_off=_filters_off(run) if lasso else None,

@@ -84,11 +84,24 @@ def _draw_accuracy(axes: "Axes", run: Run) -> None:
     rounds, mean, std = ([point[k] for point in curve] for k in range(3))
     low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
     axes.fill_between(rounds, low, high, color=SKY, alpha=0.4, lw=0, label="± 1 sd over agents")
-    axes.plot(rounds, mean, color=BLUE, lw=2.5, label=f"mean, at the end {result['mean']:.3f}")
+    axes.plot(rounds, mean, color=BLUE, lw=2.5, label=mean_label(run))
     worst = result["worst_agent"]
     label = f"agent {worst}, worst at the end: {result['worst']:.3f}"
     axes.plot(*tracks[worst], color=VERMILION, lw=1.6, ls="--", marker=mark, ms=8, label=label)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
+
+
+def mean_label(run: Run) -> str:
+    """Label of the line of means: of how many agents they are, and the last value."""
+    result, partial = run.accuracy(), run.partial_rounds()
+    if not partial:
+        return f"mean, at the end {result['mean']:.3f}"
+    least, most = min(partial.values()), max(partial.values())
+    fewer = f"{least}" if least == most else f"{least} to {most}"
+    return (
+        f"mean of {run.coverage()} after round {result['round']}: {result['mean']:.3f} "
+        f"(of {fewer} agents in {len(partial)} of {len(run.curve())} rounds)"
+    )
 
 
 def _tracks(run: Run) -> dict[int, tuple[list[float], list[float]]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flower_mcepl.config.extras import report_extra
+from flower_mcepl.record.accuracy import of_agents
 from flower_mcepl.record.layout import Row
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.values import human_bytes
@@ -77,7 +78,14 @@ def _cell(value: Any, form: str = "") -> str:
 def headline(run: Run) -> str:
     """Name of the run, how it ended, and how large it was."""
     status = run.status or "no summary (killed or still running)"
-    return f"{run.name}: {status}, {len(run.final())} agents, {run.num_rounds} rounds"
+    agents = of_agents(len(run.final()), run.num_agents)
+    result = run.accuracy()
+    if result["mean"] is None or (len(run.final()) == result["agents"] == run.num_agents):
+        return f"{run.name}: {status}, {agents}, {run.num_rounds} rounds"
+    return (
+        f"{run.name}: {status}, {run.num_agents} agents, {run.num_rounds} rounds; "
+        f"accuracy of {run.coverage()} after round {result['round']}"
+    )
 
 
 def _accuracy_lines(run: Run) -> Iterator[str]:
@@ -88,14 +96,16 @@ def _accuracy_lines(run: Run) -> Iterator[str]:
     on = "" if run.evaluated_on == "test" else f", on the {run.evaluated_on} split"
     yield (
         f"personalized accuracy {result['mean']:.4f} ± {result['std']:.4f} (mean ± sd over "
-        f"agents, round {result['round']}{on}); worst: agent {result['worst_agent']} with "
-        f"{result['worst']:.4f}"
+        f"{run.coverage()}, round {result['round']}{on}); "
+        f"worst: agent {result['worst_agent']} with {result['worst']:.4f}"
     )
     late = [
         f"{a} (round {r['round']})" for a, r in run.final().items() if r["round"] < result["round"]
     ]
     if late:
-        yield f"last evaluated in an earlier round: agent {', '.join(late)}"
+        yield f"last evaluated in an earlier round, and not in the mean: agent {', '.join(late)}"
+    if never := [str(agent) for agent in range(run.num_agents) if agent not in run.final()]:
+        yield f"never evaluated: agent {', '.join(never)}"
 
 
 def _byte_lines(counts: Row) -> Iterator[str]:

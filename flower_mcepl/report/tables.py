@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flower_mcepl.record.accuracy import of_agents
 from flower_mcepl.record.values import human_bytes
 from flower_mcepl.report.compare import LASSO, Comparison, Row
 
 Column = tuple[str, Callable[[Row], str]]  # title and cell
 _EXPLAINED = (
-    "accuracy: mean over the agents of their personalized accuracy after the last round; then "
-    "mean ± sample standard deviation over the seeds, of which one seed has none. All other "
+    "accuracy: mean over the agents of their personalized accuracy in the last evaluated round; "
+    "then mean ± sample standard deviation over the seeds, of which one seed has none. All other "
     "columns are means over the seeds.",
     "sd over agents: population standard deviation. worst tenth: mean of the worst tenth of the "
     "agents, at least one.",
@@ -49,6 +50,11 @@ def footnotes(comparison: Comparison) -> list[str]:
             "filters off: share of output filters and neurons whose weights are all masked out, "
             "at the end."
         )
+    if any(title == "agents" for title, _ in _columns(comparison)):
+        notes.append(
+            "agents: of how many agents of the graph the accuracy is, at least; the others were "
+            "not evaluated in that round. best and links to a target leave out rounds with fewer."
+        )
     return [*notes, *comparison.notes]
 
 
@@ -81,9 +87,12 @@ def _columns(comparison: Comparison) -> list[Column]:
     target, lasso = comparison.target, LASSO in comparison.keys
     to_target: list[Column] = [] if target is None else [(f"to {target:g}", _reached)]
     off: Column = ("filters off", lambda row: _number(row.mean("filters_off"), ".1%"))
+    partial = any(run.agents < run.num_agents for row in comparison.rows for run in row.runs)
+    fewer: list[Column] = [("agents", _agents)] if partial else []
     return [
         ("seeds", lambda row: str(len(row.runs))),
         ("accuracy", _accuracy),
+        *fewer,
         ("sd over agents", lambda row: _number(row.mean("agent_sd"), ".4f")),
         ("worst tenth", lambda row: _number(row.mean("worst_tenth"), ".4f")),
         ("best (round)", _best),
@@ -100,6 +109,11 @@ def _columns(comparison: Comparison) -> list[Column]:
 def _accuracy(row: Row) -> str:
     sd = row.sd("accuracy")
     return _number(row.mean("accuracy"), ".4f") + ("" if sd is None else f" ± {sd:.4f}")
+
+
+def _agents(row: Row) -> str:
+    least = min(row.runs, key=lambda run: run.agents - run.num_agents)
+    return of_agents(least.agents, least.num_agents).removesuffix(" agents")
 
 
 def _best(row: Row) -> str:
@@ -122,6 +136,8 @@ def _numbers(row: Row) -> dict[str, Any]:
         "seeds": len(row.runs),
         "accuracy_mean": row.mean("accuracy"),
         "accuracy_sd": row.sd("accuracy"),
+        "agents": min(run.agents for run in row.runs),
+        "num_agents": max(run.num_agents for run in row.runs),
         "agent_sd": row.mean("agent_sd"),
         "worst_tenth": row.mean("worst_tenth"),
         "best_accuracy": best,

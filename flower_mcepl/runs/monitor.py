@@ -8,7 +8,7 @@ from typing import Any, Generic
 
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, FrameT
-from flower_mcepl.record.accuracy import accuracy_summary
+from flower_mcepl.record.accuracy import accuracy_summary, of_agents
 from flower_mcepl.record.layout import Row
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.values import human_bytes
@@ -120,7 +120,10 @@ class RunMonitor(Generic[FrameT]):
         """Write the summary and return it."""
         summary = {
             "num_rounds": self.num_rounds,
-            "accuracy": accuracy_summary(self.rows),
+            "accuracy": {
+                **accuracy_summary(self.rows),
+                "of": self.exchange.topology.num_agents,
+            },
             "bytes": self.exchange.ledger.totals(),
             "links": self.exchange.ledger.link_rows(),
             "seconds": time.perf_counter() - self._start,
@@ -218,8 +221,11 @@ class RunMonitor(Generic[FrameT]):
             parts.append(f"train loss {self.train_loss[closed.round]:.3f}")
         if closed.rows:
             s = accuracy_summary(closed.rows)
+            all_agents = self.exchange.topology.num_agents
+            count = s["agents"] or 0
+            fewer = "" if count == all_agents else f" of {of_agents(count, all_agents)}"
             parts.append(
-                f"accuracy after round {s['round']}: {s['mean']:.3f} +/- {s['std']:.3f} "
+                f"accuracy{fewer} after round {s['round']}: {s['mean']:.3f} +/- {s['std']:.3f} "
                 f"(worst {s['worst']:.3f}, agent {s['worst_agent']})"
             )
         totals = self.exchange.ledger.totals()

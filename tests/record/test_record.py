@@ -408,6 +408,7 @@ def test_accuracy_summary() -> None:
         "best": 0.6,
         "best_agent": 1,
         "round": 5,
+        "agents": 2,
     }
 
 

@@ -38,13 +38,30 @@ def curve_of(subject: Subject, *, alone: bool) -> Curve:
     elif alone:
         sd, over = tuple(points[0][number][1] for number in rounds), AGENTS
     counts = tuple(statistics.fmean(one[number] for one in traffic) for number in rounds)
-    return Curve(subject.label, rounds, counts, tuple(map(statistics.fmean, means)), sd, over)
+    return Curve(
+        subject.label + _fewer(subject, rounds),
+        rounds,
+        counts,
+        tuple(map(statistics.fmean, means)),
+        sd,
+        over,
+    )
+
+
+def _fewer(subject: Subject, rounds: tuple[int, ...]) -> str:
+    """Of how many agents the means of a curve are, where they are not of all."""
+    counts = [
+        count
+        for run in subject.runs
+        for round, count in run.partial_rounds().items()
+        if round in rounds
+    ]
+    if not counts:
+        return ""
+    of = max(run.num_agents for run in subject.runs)
+    return f" (in part of {min(counts)} of {of} agents)"
 
 
 def final_accuracies(run: Run) -> dict[int, float]:
-    """Last accuracy of each agent; agents that were never evaluated are absent."""
-    return {
-        agent: float(row["accuracy"])
-        for agent, row in run.final().items()
-        if row["accuracy"] is not None
-    }
+    """Accuracy of each agent in the last evaluated round, if it is in it."""
+    return {agent: float(row["accuracy"]) for agent, row in run.last_evaluated().items()}
