@@ -27,6 +27,10 @@
 
 import re
 
+# Environment variable with the path of a file whose existence asks a run to stop, as
+# Ctrl-C does where there is a terminal; the run deletes it when its summary is written.
+STOP_REQUEST = "FLOWER_MCEPL_STOP"
+
 
 class FlowerMceplError(Exception):
     """Base of every error that flower_mcepl raises on purpose."""
@@ -116,6 +120,11 @@ def first_line(reason: str, *, most: int = 200) -> str:
     """First line of a reason, cut to so many characters, for a log or a summary."""
     line = next(iter(reason.strip().splitlines()), "")
     return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+def same_reason(reason: str) -> str:
+    """First line of a reason without its numbers, which differ between agents."""
+    return re.sub(r"\d+", "#", first_line(reason))
 
 
 def names_agent(error: Exception, agent: int) -> bool:

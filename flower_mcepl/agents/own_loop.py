@@ -37,7 +37,8 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
         do not clear it at the end.
     evaluate_fn : callable
         ``evaluate_fn(model)`` gets an ordinary module, the network under the mask, and
-        returns ``accuracy`` (0..1), ``loss`` and ``num-examples``.
+        returns ``loss`` and ``num-examples``, and ``accuracy`` (0..1) where there is
+        one.
     """
 
     algorithm = "mcepl"
@@ -99,10 +100,10 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
         masks = self._personal_masks()
         with isolated_rng(self.seed, "evaluation", agent=self.index):
             metrics = dict(self._evaluate_fn(self.model.bake(masks)))
-        missing = [key for key in ("accuracy", "loss", "num-examples") if key not in metrics]
+        missing = [key for key in ("loss", "num-examples") if key not in metrics]
         if missing:
             raise ConfigError(
-                "the evaluate function must return accuracy, loss and num-examples; "
+                "the evaluate function must return loss and num-examples, and may return accuracy; "
                 f"{', '.join(missing)} is missing from {', '.join(metrics) or 'nothing'}. Add it."
             )
         return {**metrics, "density": self._density(masks)}

@@ -8,9 +8,9 @@ import typer
 from flower_mcepl.cli.wide import print_holdings, wide_console
 from flower_mcepl.config.checks import closest
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.launch.plan import parse_run_config
+from flower_mcepl.launch.plan import flat, parse_run_config
 from flower_mcepl.report.plots.holdings import holdings_of
-from flower_mcepl.studies.flower_app import flat, read_app
+from flower_mcepl.studies.flower_app import read_app
 
 
 def data(

@@ -215,9 +215,9 @@ def naming_the_agent(context: Context) -> Iterator[None]:
             raise
         raise type(error)(f"{who}: {error}") from error
     except Exception as error:
+        where = "the run's log" if in_simulation() else f"the log of node {context.node_id}"
         raise FlowerMceplError(
-            f"{who}: {type(error).__name__}: {error}. Its traceback is in the log of node "
-            f"{context.node_id}."
+            f"{who}: {type(error).__name__}: {error}. Its traceback is in {where}."
         ) from error
 
 
@@ -249,7 +249,11 @@ def _play(
         past.restore(agent, mail)
     reply = play_round(agent, mail, parcel)
     refused = [*damaged, *reply.refused][: LIMITS.reasons]
-    reply = replace(reply, refused=[reason[: LIMITS.reason] for reason in refused])
+    reply = replace(
+        reply,
+        refused=[reason[: LIMITS.reason] for reason in refused],
+        evaluation_error=reply.evaluation_error[: LIMITS.reason],
+    )
     introduces = past is None or order.introduce
     facts: dict[str, Any] = {"agent": agent.index}
     if introduces:

@@ -28,6 +28,8 @@ def read_evaluation(
 ) -> dict[str, float]:
     """``accuracy``, ``loss`` and ``num-examples`` of an app's evaluate metrics.
 
+    One of the first two is enough.
+
     Parameters
     ----------
     metrics : mapping
@@ -40,18 +42,19 @@ def read_evaluation(
     Raises
     ------
     AnswerError
-        If the accuracy or the number of examples is not there, two names fit, or the
-        accuracy is no fraction. A loss that is not there is not a number.
+        If neither accuracy nor loss is there, or no number of examples, two names fit,
+        or the accuracy is no fraction. It costs the evaluation alone.
     """
     name = _find("accuracy", metrics, accuracy, _ACCURACY)
-    if name is None:
+    named = _find("loss", metrics, loss, _LOSS)
+    if name is None and named is None:
         raise AnswerError(
-            f"an evaluation needs an accuracy; the app's evaluate metrics are {_names(metrics)}. "
-            "Say which one it is: "
+            f"an evaluation needs an accuracy or a loss; the app's evaluate metrics are "
+            f"{_names(metrics)}. Say which one it is: "
             'NeighborAverageMod(accuracy="NAME"); where there is none, '
             "NeighborAverageMod(evaluate=False)."
         )
-    if not 0 <= float(metrics[name]) <= 1:
+    if name is not None and not 0 <= float(metrics[name]) <= 1:
         raise AnswerError(
             f"an accuracy is a fraction in 0..1; the app's {name} is {metrics[name]}. Divide it."
         )
@@ -61,9 +64,8 @@ def read_evaluation(
             f"FedAvg and this mod need {NUM_EXAMPLES!r} among the metrics; got {_names(metrics)}. "
             "Add it."
         )
-    named = _find("loss", metrics, loss, _LOSS)
     return {
-        "accuracy": float(metrics[name]),
+        **({} if name is None else {"accuracy": float(metrics[name])}),
         "loss": math.nan if named is None else float(metrics[named]),
         **examples,
     }

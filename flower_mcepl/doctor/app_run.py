@@ -13,13 +13,14 @@ from flower_mcepl.config.fields import read_fields
 from flower_mcepl.doctor.findings import Examination, Finding
 from flower_mcepl.doctor.machine import existing
 from flower_mcepl.doctor.trial import Trial, try_rounds
-from flower_mcepl.errors import ConfigError
+from flower_mcepl.errors import ConfigError, first_line
+from flower_mcepl.launch.plan import flat
 from flower_mcepl.record.values import human_bytes
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.runs.store import KEPT
 from flower_mcepl.streams import torch_threads
 from flower_mcepl.studies.engines import agent_of_node
-from flower_mcepl.studies.flower_app import FlowerApp, flat, imported_component, read_app
+from flower_mcepl.studies.flower_app import FlowerApp, imported_component, read_app
 from flower_mcepl.topology import Topology
 
 _SETTINGS = "Correct it in --run-config, or in [tool.flwr.app.config] of the app's pyproject.toml."
@@ -181,6 +182,7 @@ def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
             _tell_time(check, trial, agent, device)
         yield check.finding
     if not check.failed:
+        yield _evaluation(trial)
         yield _frames(trial)
         yield _state(trial, device, len(heard), server=agent.server_based)
         yield _traffic(trial, len(heard), server=agent.server_based)
@@ -259,6 +261,22 @@ def _tell_time(check: Examination, trial: Trial, agent: Agent, device: DeviceSet
         step_seconds=step,
         steps=trial.steps,
     )
+
+
+def _evaluation(trial: Trial) -> Finding:
+    with Examination("evaluation", remedy=_APP) as check:
+        told = ", ".join(f"{name} {value:.4g}" for name, value in trial.evaluation.items())
+        if trial.evaluation_error:
+            check.warn(
+                f"{first_line(trial.evaluation_error)} A run trains all the same, but its agents "
+                "stay without an evaluation.",
+                _APP,
+            )
+        elif "accuracy" not in trial.evaluation:
+            check.ok(f"no accuracy; {told or 'nothing is evaluated'}", **trial.evaluation)
+        else:
+            check.ok(f"{told}, after the rounds above", **trial.evaluation)
+    return check.finding
 
 
 def _frames(trial: Trial) -> Finding:

@@ -10,7 +10,7 @@ import torch
 from flower_mcepl.agents import Agent, OwnLoopAgent
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.exchange.mailbox import Mailbox
-from flower_mcepl.exchange.turn import Mail, open_mail
+from flower_mcepl.exchange.turn import Mail, evaluate, open_mail
 from flower_mcepl.runs.generation import Generation
 
 TIMED_ROUNDS = 3  # after one that warms up
@@ -29,6 +29,8 @@ class Trial:
     own_state_bytes: int  # the largest stored state, without what neighbors sent
     # the most that it holds of each neighbor, if that sends the same as this agent
     neighbor_state_bytes: int
+    evaluation: dict[str, float]  # metrics of one evaluation; empty where there is none
+    evaluation_error: str  # why there is none
 
     @property
     def train_seconds(self) -> float:
@@ -54,7 +56,7 @@ class _Seen:
 
 
 def try_rounds(agent: Agent, neighbors: Sequence[int], *, max_staleness: int) -> Trial:
-    """Let the agent train for some rounds, as in a run in which nobody else answers.
+    """Let the agent train for some rounds, alone as nobody else answers, and evaluate.
 
     The first round warms up and gives the whole frame; at most three more follow, fewer
     where training is slow. The agent is of no further use.
@@ -68,6 +70,7 @@ def try_rounds(agent: Agent, neighbors: Sequence[int], *, max_staleness: int) ->
         _play(agent, mail, neighbor, neighbors, number, seen)
         if number >= 2 and sum(seen.seconds) > _LONGEST:
             break
+    evaluation, evaluation_error = evaluate(agent)
     return Trial(
         seconds=seen.seconds[1:],
         steps=_steps(agent),
@@ -75,6 +78,8 @@ def try_rounds(agent: Agent, neighbors: Sequence[int], *, max_staleness: int) ->
         delta_bytes=seen.sizes[1:],
         own_state_bytes=max(seen.states),
         neighbor_state_bytes=max(seen.held),
+        evaluation=evaluation,
+        evaluation_error=evaluation_error,
     )
 
 

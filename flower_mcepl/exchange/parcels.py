@@ -60,6 +60,7 @@ class Answer(Generic[FrameT]):
     late_of: int | None = None  # the earlier round that it answers; None: the present one
     # the facts were told with this answer; else they are those told earlier
     introduces: bool = False
+    evaluation_error: str = ""  # why an evaluation that was due is missing
 
 
 def shipments(posts: Sequence[Posted[Any]], facts: Mapping[str, Any]) -> list[Shipment]:

@@ -9,7 +9,13 @@ import torch
 
 from flower_mcepl.agents import Agent
 from flower_mcepl.agents.agent import Payload
-from flower_mcepl.errors import DivergedError, FrameError, MissingReferenceError, names_agent
+from flower_mcepl.errors import (
+    AnswerError,
+    DivergedError,
+    FrameError,
+    MissingReferenceError,
+    names_agent,
+)
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.outbox import Outbox
 from flower_mcepl.exchange.parcels import Answer, FrameT, Parcel, Posted
@@ -37,6 +43,7 @@ class Reply:
     lacking: list[int] = field(default_factory=list)
     # what the frames hold, for those who watch a simulation
     payload: Payload = field(default_factory=dict)
+    evaluation_error: str = ""  # why an evaluation that was due is missing
 
     def answer(
         self,
@@ -61,6 +68,7 @@ class Reply:
             fresh=fresh,
             raw=[frame.data for frame in self.frames],
             introduces=introduces,
+            evaluation_error=self.evaluation_error,
         )
 
 
@@ -91,7 +99,8 @@ def open_mail(agent: Agent, *, max_staleness: int) -> Mail:
 def play_round(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
     """Fuse the last round's frames, evaluate if due, train, and encode what goes out.
 
-    A bad frame is refused and reported; its sender's last good mask stays in use.
+    A bad frame is refused and reported; its sender's last good mask stays in use. An
+    evaluation that fails costs the evaluation, and is reported.
 
     Raises
     ------
@@ -114,8 +123,8 @@ def _play(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
     if parcel.neighbors is not None:
         agent.fuse(mail.inbox.current(parcel.neighbors, round=previous), round=previous)
         mail.inbox.forget(older_than=previous)
-    if parcel.evaluate:
-        metrics.update(agent.evaluate())
+    evaluation, evaluation_error = evaluate(agent) if parcel.evaluate else ({}, "")
+    metrics.update(evaluation)
     frames: Sequence[WrittenFrame] = ()
     payload: Payload = {}
     if parcel.train:
@@ -126,7 +135,35 @@ def _play(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
                 payload, round=parcel.round, acknowledged=parcel.acknowledged, key=parcel.whole
             )
     metrics["seconds"] = time.perf_counter() - start
-    return Reply(frames, metrics, mail.inbox.rounds(), refused, lacking, payload)
+    held = mail.inbox.rounds()
+    return Reply(frames, metrics, held, refused, lacking, payload, evaluation_error)
+
+
+def evaluate(agent: Agent) -> tuple[dict[str, float], str]:
+    """Metrics of an agent's evaluation, or none, and why.
+
+    What was learned is worth more than its evaluation: nothing that a user's function
+    raises or returns may cost the round.
+    """
+    try:
+        metrics = agent.evaluate()
+        if metrics:
+            _check_evaluation(metrics)
+    except Exception as error:
+        return {}, f"{type(error).__name__}: {error}"
+    return metrics, ""
+
+
+def _check_evaluation(metrics: Mapping[str, float]) -> None:
+    if "accuracy" not in metrics and "loss" not in metrics:
+        raise AnswerError(
+            f"an evaluation needs an accuracy or a loss; got {', '.join(metrics)}. Return one."
+        )
+    accuracy = metrics.get("accuracy", 0.0)
+    if not 0 <= accuracy <= 1:
+        raise AnswerError(
+            f"an accuracy is a fraction in 0..1; got {accuracy}. Divide it, if it is in percent."
+        )
 
 
 def _take_in(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -11,7 +12,8 @@ from typing import Any, final
 
 from flower_mcepl.errors import FlowerMceplError
 from flower_mcepl.launch.logs import excerpt, record_named_in, without_colors
-from flower_mcepl.launch.plan import Plan, plan_run
+from flower_mcepl.launch.plan import Plan, format_run_config, plan_run
+from flower_mcepl.launch.restarts import has_checkpoint, status_of, with_resume
 from flower_mcepl.launch.run import RunOutcome, carry_out
 from flower_mcepl.terminal import spell_unknown
 
@@ -29,10 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             federation_config=" ".join(options.federation_config),
         )
         terminal.begin(plan)
-        outcome = carry_out(plan, timeout=options.timeout, on_line=terminal.pass_on)
+        outcome = carry_out(
+            plan,
+            timeout=options.timeout,
+            restarts=options.restarts,
+            on_line=terminal.pass_on,
+            tell=terminal.say,
+        )
     except KeyboardInterrupt as stop:
         signum = signal.Signals(getattr(stop, "signum", signal.SIGINT))
         terminal.end(f"stopped by {signum.name}")
+        terminal.say_how_to_resume(options)
         return 128 + signum
     except FlowerMceplError as error:
         terminal.say(f"{type(error).__name__}: {error}")
@@ -47,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not outcome.ok:
         terminal.explain(outcome)
     terminal.end(outcome.status)
+    if not outcome.ok:
+        terminal.say_how_to_resume(options)
     return 0 if outcome.ok else 1
 
 
@@ -76,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
         **pairs,
         help="more, as in `flwr run` (default: client-resources-num-cpus=1)",
     )
+    add(
+        "--restarts",
+        type=_count,
+        default=2,
+        metavar="N",
+        help="resume a run that lost a process of Flower's simulation so many times, in a new "
+        "simulation and to the same bits (default: 2)",
+    )
     add("--timeout", type=float, metavar="S", help="stop the run after S seconds (default: never)")
     add(
         "--keep-superlink-log",
@@ -83,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         help="leave superlink-<run>.log in the current folder",
     )
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a number >= 0 is needed; got {text!r}")
+    return int(text)
 
 
 @final
@@ -111,6 +136,26 @@ class _Terminal:
     def end(self, status: str) -> None:
         record = f"; run record: {self._record}" if self._record else ""
         self.say(f"{status} after {time.monotonic() - self._started:.1f} s{record}")
+
+    def say_how_to_resume(self, options: argparse.Namespace) -> None:
+        """Print the command that goes on with the run, if there is a checkpoint."""
+        record = None if self._record is None else Path(self._record)
+        if record is None or status_of(record) == "finished" or not has_checkpoint(record):
+            return
+        plan = Plan(options.app, 1, format_run_config(options.run_config), "")
+        entries = [
+            word for e in with_resume(plan, record).run_config for word in ("--run-config", e)
+        ]
+        others = [
+            *(["--num-supernodes", str(options.num_supernodes)] if options.num_supernodes else []),
+            *(
+                word
+                for entry in options.federation_config
+                for word in ("--federation-config", entry)
+            ),
+        ]
+        command = ["python", "-m", "flower_mcepl.launch", str(options.app), *entries, *others]
+        self.say(f"go on with it by: {shlex.join(command)}")
 
     def say(self, text: str) -> None:
         sys.stderr.write(f"flower_mcepl: {text}\n")

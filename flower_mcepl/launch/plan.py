@@ -159,6 +159,17 @@ def app_settings(app: Path) -> dict[str, Any]:
     return dict(settings)
 
 
+def flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Table without inner ones: ``{"dsgd": {"lr": 1}}`` becomes ``{"dsgd.lr": 1}``."""
+    entries: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            entries |= {f"{key}.{inner}": item for inner, item in flat(value).items()}
+        else:
+            entries[key] = value
+    return entries
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -57,9 +57,14 @@ class ProcessFamily:
         """Take in a process that leads its own group."""
         self._groups.add(pid)
 
-    def end(self, *, grace: float, busy: Callable[[], bool] = lambda: False) -> list[int]:
-        """Wait, SIGTERM, SIGKILL, ``grace`` seconds each; return who is left."""
-        if self._gone_within(grace, busy):
+    def end(
+        self, *, grace: float, busy: Callable[[], bool] = lambda: False, patient: bool = True
+    ) -> list[int]:
+        """Wait, SIGTERM, SIGKILL, ``grace`` seconds each; return who is left.
+
+        Not ``patient`` begins with SIGTERM.
+        """
+        if patient and self._gone_within(grace, busy):
             return []
         for name in ("SIGTERM", "SIGKILL"):
             for pid in self.members():

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flower_mcepl.launch.logs import without_colors
+from flower_mcepl.launch.logs import record_named_in, without_colors
 from flower_mcepl.launch.plan import Plan, plan_run
+from flower_mcepl.launch.restarts import plan_of_resumption
 from flower_mcepl.launch.signals import StopSignals
 from flower_mcepl.launch.superlink import private_superlink
 
@@ -31,6 +32,8 @@ class RunOutcome:
         Wall time from the start of the SuperLink to the end of the run.
     superlink_log
         What the SuperLink and the processes below it printed.
+    record
+        Folder of the run record, if the log names one.
     """
 
     run_id: int
@@ -39,6 +42,7 @@ class RunOutcome:
     log: str
     seconds: float
     superlink_log: str = ""
+    record: Path | None = None
 
     @property
     def ok(self) -> bool:
@@ -53,6 +57,7 @@ def run_app(
     num_supernodes: int | None = None,
     federation_config: str = "",
     timeout: float | None = None,
+    restarts: int = 2,
     on_line: Callable[[str], object] | None = None,
 ) -> RunOutcome:
     """Run one Flower app in a private SuperLink and wait for its end.
@@ -74,6 +79,9 @@ def run_app(
         unless said here.
     timeout
         Seconds after which the run is stopped (default: none).
+    restarts
+        How often a run that lost a process of Flower's simulation is resumed in a new
+        one, to the same bits (default: 2).
     on_line
         Called with each line of the run's log as it arrives.
 
@@ -95,22 +103,62 @@ def run_app(
         num_supernodes=num_supernodes,
         federation_config=federation_config,
     )
-    return carry_out(plan, timeout=timeout, on_line=on_line or (lambda _: None))
+    on_line = on_line or (lambda _: None)
+    return carry_out(plan, timeout=timeout, restarts=restarts, on_line=on_line, tell=on_line)
 
 
-def carry_out(plan: Plan, *, timeout: float | None, on_line: Callable[[str], object]) -> RunOutcome:
-    """Do what the plan says; see ``run_app``."""
+def carry_out(
+    plan: Plan,
+    *,
+    timeout: float | None,
+    restarts: int,
+    on_line: Callable[[str], object],
+    tell: Callable[[str], object],
+) -> RunOutcome:
+    """Do what the plan says; see ``run_app``. ``tell`` gets a line a resumption."""
     started = time.monotonic()
+    deadline = None if timeout is None else started + timeout
+    for attempt in range(restarts + 1):
+        outcome = _carry_out_once(plan, started=started, deadline=deadline, on_line=on_line)
+        following = None if outcome.ok else plan_of_resumption(plan, outcome.record)
+        if following is None or attempt == restarts:
+            break
+        how = "begins anew" if following == plan else "goes on from its checkpoint"
+        tell(
+            f"a process of Flower's simulation died; the run {how} in a new simulation "
+            f"(restart {attempt + 1} of {restarts})"
+        )
+        plan = following
+    return outcome
+
+
+def _carry_out_once(
+    plan: Plan,
+    *,
+    started: float,
+    deadline: float | None,
+    on_line: Callable[[str], object],
+) -> RunOutcome:
     lines: list[str] = []
+    record: Path | None = None
 
     def take(line: str) -> None:
+        nonlocal record
         lines.append(without_colors(line))
+        if (named := record_named_in(line)) is not None:
+            record = Path(named)
+            superlink.hears_requests = True
         on_line(line)
 
     with StopSignals() as signals, private_superlink(signals) as superlink:
         run_id = superlink.submit(plan)
-        status, details = superlink.follow(
-            take, deadline=None if timeout is None else started + timeout
+        status, details = superlink.follow(take, deadline=deadline)
+        return RunOutcome(
+            run_id,
+            status,
+            details,
+            "\n".join(lines),
+            time.monotonic() - started,
+            superlink.read_log(),
+            record,
         )
-        seconds = time.monotonic() - started
-        return RunOutcome(run_id, status, details, "\n".join(lines), seconds, superlink.read_log())

@@ -17,7 +17,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, final
 
-from flower_mcepl.errors import ConfigError, LaunchError
+from flower_mcepl.errors import STOP_REQUEST, ConfigError, LaunchError
+from flower_mcepl.launch.guardian import start_guardian
 from flower_mcepl.launch.logs import excerpt, without_colors
 from flower_mcepl.launch.plan import Plan
 from flower_mcepl.launch.processes import ProcessFamily
@@ -26,6 +27,7 @@ from flower_mcepl.launch.signals import StopSignals
 TIMED_OUT = "timed-out"
 LOST = "lost"
 
+STOP_FILE = "stop"  # in the home of the SuperLink: its existence asks the run to stop
 _CONNECTION = "private"  # the name of our SuperLink in our own Flower settings
 _UNLESS_SET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -34,6 +36,7 @@ _UNLESS_SET = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 _START_TIMEOUT = 120.0  # seconds; 3 on an idle machine, tens on a loaded one
+_STOP_TIMEOUT = 8.0  # seconds; a strategy that waits looks every 3 seconds at least
 _CALL_TIMEOUT = 120.0  # seconds for one short `flwr` command
 # Ray's socket paths hold 107 characters (103 on macOS), 67 of them below its folder
 _SOCKET_ROOM = 34
@@ -62,12 +65,16 @@ class SuperLink:
         self._home = home
         self._env = private_environment(home, os.environ)
         self._log_file = home / "superlink.log"
-        self._family = ProcessFamily(mark=f"FLWR_HOME={home}")
+        self._mark = f"FLWR_HOME={home}"
+        self._family = ProcessFamily(self._mark)
         self._process: subprocess.Popen[bytes] | None = None
+        self._guardian: subprocess.Popen[bytes] | None = None
         self._open_run: int | None = None  # submitted, and not known to have ended
+        self.hears_requests = False  # the run's strategy looks for a request to stop
 
     def start(self) -> None:
         """Start the process and wait until it answers."""
+        self._guardian = start_guardian(self._home, self._mark)
         # between the choice of a port and its use, somebody else may take it
         for _attempt in range(3):
             port = _free_port()
@@ -82,6 +89,7 @@ class SuperLink:
                     "flower-superlink", *flags, str(port), stdout=log, stderr=log
                 )
             self._family.adopt(self._process.pid)
+            self._tell_guardian(self._process.pid)
             if self._answers(port):
                 return
         raise LaunchError(
@@ -125,6 +133,7 @@ class SuperLink:
     def end(self) -> None:
         """Stop the run if it still goes, and end every process below this one."""
         if self._open_run is not None and self._alive():
+            self._request_stop()
             with contextlib.suppress(LaunchError):
                 self._flwr("stop", str(self._open_run), _CONNECTION, timeout=20)
         self._family.members()  # remembers process groups while their parents still live
@@ -133,6 +142,36 @@ class SuperLink:
         left = self._family.end(grace=4.0, busy=self._alive)
         if left:
             sys.stderr.write(f"flower_mcepl: these processes of the run refuse to end: {left}\n")
+        self._dismiss_guardian()
+
+    def _request_stop(self) -> None:
+        """Ask the run's strategy to write its summary; then it deletes the request."""
+        request = self._home / STOP_FILE
+        if not self.hears_requests:
+            return
+        request.touch()
+        end = time.monotonic() + _STOP_TIMEOUT
+        while request.exists() and self._alive() and time.monotonic() < end:
+            time.sleep(0.1)
+
+    def _tell_guardian(self, pid: int) -> None:
+        assert self._guardian is not None
+        assert self._guardian.stdin is not None
+        with contextlib.suppress(OSError):
+            self._guardian.stdin.write(f"{pid}\n".encode())
+            self._guardian.stdin.flush()
+
+    def _dismiss_guardian(self) -> None:
+        if self._guardian is None:
+            return
+        assert self._guardian.stdin is not None
+        with contextlib.suppress(OSError):
+            self._guardian.stdin.close()
+        try:
+            self._guardian.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._guardian.kill()
+            self._guardian.wait()
 
     def read_log(self) -> str:
         """Return what the SuperLink and the processes below it printed so far."""
@@ -244,6 +283,7 @@ def private_environment(home: Path, inherited: Mapping[str, str]) -> dict[str, s
         "RAY_TMPDIR": str(home),
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
+        STOP_REQUEST: str(home / STOP_FILE),
         "PYTHONIOENCODING": "utf-8",  # what we read; Flower's own lines are no ASCII
         "PATH": os.pathsep.join([*dict.fromkeys(programs), inherited.get("PATH", os.defpath)]),
     }

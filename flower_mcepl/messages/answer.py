@@ -27,12 +27,13 @@ from flower_mcepl.messages.limits import (
 
 _WHOLE = -1  # in the place of the round that a frame builds on
 _EVALUATION = ("accuracy", "loss", "num-examples", "density")
+_MEASURES = frozenset({"accuracy", "loss"})  # one of them is enough
 _COUNTS = ("num-weights", "kept-weights", "num-examples")  # of a handshake
 _FRACTIONS = ("accuracy", "density")
 _MOST = 2**63 - 1
 _OWN = frozenset(
     {keys.FRESH, keys.REFUSED, keys.LACKING, keys.HELD_AGENTS, keys.HELD_ROUNDS}
-    | {keys.BUILDS_ON, keys.HEADER_BYTES, keys.CONTENT}
+    | {keys.BUILDS_ON, keys.HEADER_BYTES, keys.CONTENT, keys.EVALUATION_ERROR}
 )
 
 
@@ -72,6 +73,7 @@ def to_records(
         # Flower's tools trip over empty lists
         **{key: list(values) for key, values in lists.items() if values},
         **({} if answer.content is None else {keys.CONTENT: answer.content}),
+        **({keys.EVALUATION_ERROR: answer.evaluation_error} if answer.evaluation_error else {}),
     }
     records = {keys.AGENT: configs(agent), keys.METRICS: metrics(dict(answer.metrics))}
     if answer.posts:
@@ -103,6 +105,9 @@ def from_records(records: Records, limits: Limits = LIMITS) -> Answer[Any]:
         fields.rest.get(keys.CONTENT),
     )
     content = fields.digest(keys.CONTENT) if posts else None
+    evaluation_error = ""
+    if keys.EVALUATION_ERROR in fields:
+        evaluation_error = fields.text(keys.EVALUATION_ERROR, most=limits.reason)
     introduces = PARAMETERS in fields
     facts = _read_handshake(fields) if introduces else {}
     if not introduces:
@@ -119,6 +124,7 @@ def from_records(records: Records, limits: Limits = LIMITS) -> Answer[Any]:
         fresh=fresh,
         raw=tuple(frame for _, frame in posts),
         introduces=introduces,
+        evaluation_error=evaluation_error,
     )
 
 
@@ -187,9 +193,10 @@ def _read_metrics(fields: Fields) -> dict[str, float]:
     fields.check_names(entries=fields.limits.names)
     metrics = fields.rest
     if any(key in metrics for key in _EVALUATION):
-        absent = [key for key in _EVALUATION if key not in metrics]
-        fields.check(not absent, f"an evaluation needs {', '.join(_EVALUATION)}", sorted(metrics))
-        metrics = {**metrics, "loss": _loss(metrics["loss"])}
+        whole = {"num-examples", "density"} <= metrics.keys() and metrics.keys() & _MEASURES
+        rule = "an evaluation needs num-examples, density, and an accuracy or a loss"
+        fields.check(bool(whole), rule, sorted(metrics))
+        metrics = {**metrics, "loss": _loss(metrics.get("loss", math.nan))}
     for key, value in metrics.items():
         fits = is_number(value) or (key == "loss" and value != value)
         fields.check(fits, f"metric {key} must be a finite number", value)

@@ -40,6 +40,7 @@ KEY_FRAME = "key-frame"
 NUMBER = "agent"
 FRESH = "fresh"  # the agent began without a saved state
 REFUSED = "refused"  # list of texts
+EVALUATION_ERROR = "evaluation-error"  # why an evaluation that was due is missing
 LACKING = "lacking"  # neighbors whose frames build on some that the agent does not hold
 # which round of which neighbor is held
 HELD_AGENTS, HELD_ROUNDS = "held-agents", "held-rounds"

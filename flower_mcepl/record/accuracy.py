@@ -42,6 +42,12 @@ def last_evaluated(rows: Iterable[Mapping[str, Any]]) -> dict[int, Row]:
     return last_rows(row for row in known if int(row["round"]) == newest)
 
 
+def mean_loss(rows: Iterable[Mapping[str, Any]]) -> float:
+    """Mean of the losses that are finite; not a number where none is."""
+    losses = [float(row["loss"]) for row in rows if _is_finite(row.get("loss"))]
+    return statistics.fmean(losses) if losses else math.nan
+
+
 def of_agents(count: int, of: int) -> str:
     """Number of agents that a mean is of: ``"9 of 10 agents"``, ``"10 agents"``."""
     noun = "agent" if of == 1 else "agents"

@@ -8,6 +8,7 @@
     ├── relay.jsonl    one line per round: what the relay saw
     ├── traffic.jsonl  one line per round: frames and bytes over every link and uplink
     ├── summary.json   written once, at the end; a killed run has none
+    ├── failures.txt  whole text of each failure, once; only where there was one
     ├── agents/        agent-0003.safetensors ...: final states, in simulation only
     ├── checkpoint/    what a run is resumed from; gone when it has finished
     └── frames/        00017-agent-0003.frame ...: every frame, where that was asked for
@@ -21,6 +22,7 @@ the start of the run. ``docs/run-record.md`` lists every field.
 from typing import Any
 
 CONFIG, SUMMARY, AGENTS, FRAMES = "config.json", "summary.json", "agents", "frames"
+FAILURES = "failures.txt"
 ROUNDS, RELAY, TRAFFIC = "rounds.jsonl", "relay.jsonl", "traffic.jsonl"
 STATUSES = ("finished", "incomplete", "interrupted", "failed")
 

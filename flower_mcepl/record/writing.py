@@ -14,6 +14,7 @@ from flower_mcepl.record.layout import (
     AGENT_KEYS,
     AGENTS,
     CONFIG,
+    FAILURES,
     FRAMES,
     RELAY,
     RELAY_KEYS,
@@ -106,6 +107,11 @@ class RunRecord:
     def log_traffic(self, row: Mapping[str, Any]) -> None:
         """Append a round's line to ``traffic.jsonl``, with all ``TRAFFIC_KEYS``."""
         self._append(TRAFFIC, [row], TRAFFIC_KEYS)
+
+    def log_failure(self, text: str) -> None:
+        """Append the whole text of a failure to ``failures.txt``."""
+        with _writing(self.path / FAILURES), open(self.path / FAILURES, "ab") as sink:
+            sink.write(f"{text.rstrip()}\n\n".encode(errors="backslashreplace"))
 
     def keep_frames(self, round: int, agent: int, frames: Sequence[bytes]) -> None:
         """Write an agent's frames of a round under ``frames/``, if they are kept."""

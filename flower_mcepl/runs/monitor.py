@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Generic
 
+from flower_mcepl.errors import first_line, same_reason
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, FrameT
-from flower_mcepl.record.accuracy import accuracy_summary, of_agents
+from flower_mcepl.record.accuracy import accuracy_summary, mean_loss, of_agents
 from flower_mcepl.record.layout import Row
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.values import human_bytes
@@ -44,6 +45,7 @@ class RunMonitor(Generic[FrameT]):
         self._warm: tuple[int, float] = (0, self._start)
         self._agent_seconds: dict[int, float] = {}
         self._introduced: dict[int, Mapping[str, Any]] = {}
+        self._told: set[str] = set()  # reasons of failures, in `same_reason`
 
     def rows_of(self, round: int, answers: Mapping[int, Answer[FrameT]]) -> list[Row]:
         """Rows of ``rounds.jsonl`` from a round's answers, of the round before."""
@@ -53,7 +55,7 @@ class RunMonitor(Generic[FrameT]):
         return [
             self._row(agent, (answer.late_of or round) - 1, answer)
             for agent, answer in answers.items()
-            if "accuracy" in answer.metrics
+            if answer.metrics.keys() & {"accuracy", "loss"}
         ]
 
     def close_round(
@@ -80,8 +82,10 @@ class RunMonitor(Generic[FrameT]):
         if losses:
             self.train_loss[round] = fmean(losses)
         closed = _ClosedRound(round, answers, rows, refused, failed, missing, states)
-        for line in self._troubles(closed):
+        for line in (*self._troubles(closed), *self._evaluation_errors(closed)):
             self.log(f"round {round}: {line}")
+        for name, text in closed.whole_texts():
+            self._keep_text(round, name, text)
         if self.record is not None:
             self._write(self.record, closed)
         self.log(self._line(closed))
@@ -99,6 +103,25 @@ class RunMonitor(Generic[FrameT]):
                     f"next: {', '.join(map(str, answer.lacking))}"
                 )
 
+    def _evaluation_errors(self, closed: "_ClosedRound[FrameT]") -> Iterator[str]:
+        """Lines about evaluations that failed, each reason in its first round."""
+        agents: dict[str, list[int]] = {}
+        for agent, answer in closed.answers.items():
+            if answer.evaluation_error:
+                agents.setdefault(same_reason(answer.evaluation_error), []).append(agent)
+        for reason, numbers in agents.items():
+            if reason not in self._told:
+                who = of_agents(len(numbers), len(closed.answers))
+                text = first_line(closed.answers[numbers[0]].evaluation_error)
+                yield f"{who} could not evaluate, and went on; agent {numbers[0]}: {text}"
+
+    def _keep_text(self, round: int, name: str, text: str) -> None:
+        """Write the whole text of a failure to the record, once."""
+        reason = same_reason(text)
+        if reason not in self._told and self.record is not None:
+            self.record.log_failure(f"round {round}, {name}: {text}")
+        self._told.add(reason)
+
     def evaluations(self) -> dict[int, dict[str, Any]]:
         """Mean, spread and extremes of the personal accuracies by evaluated round."""
         by_round: dict[int, list[dict[str, Any]]] = {}
@@ -107,13 +130,16 @@ class RunMonitor(Generic[FrameT]):
         result = {}
         for round, rows in sorted(by_round.items()):
             s = accuracy_summary(rows)
-            result[round] = {
+            of_round: dict[str, Any] = {
                 "accuracy": s["mean"],
                 "accuracy-std": s["std"],
                 "accuracy-worst": s["worst"],
                 "accuracy-best": s["best"],
-                "num-agents": len(rows),
+                "num-agents": s["agents"],
             }
+            if s["mean"] is None:
+                of_round = {"loss": mean_loss(rows), "num-agents": len(rows)}
+            result[round] = of_round
         return result
 
     def finish(self, status: str, **more: Any) -> dict[str, Any]:
@@ -154,8 +180,8 @@ class RunMonitor(Generic[FrameT]):
         return {
             "round": round,
             "agent": agent,
-            "accuracy": metrics["accuracy"],
-            "loss": metrics["loss"],
+            "accuracy": metrics.get("accuracy"),
+            "loss": metrics.get("loss"),
             "num_examples": int(metrics["num-examples"]),
             "density": metrics["density"],
             "sent_bytes": ledger.sent(agent),
@@ -186,7 +212,7 @@ class RunMonitor(Generic[FrameT]):
                 "round": closed.round,
                 "answered": len(answers),
                 "agents": self.exchange.topology.num_agents,
-                "failed": closed.failed,
+                "failed": {name: first_line(reason) for name, reason in closed.failed.items()},
                 "missing": closed.missing,
                 "states": closed.states,
                 "late": {agent: a.late_of for agent, a in answers.items() if a.late_of is not None},
@@ -196,6 +222,7 @@ class RunMonitor(Generic[FrameT]):
                 "frames": {
                     agent: a.content for agent, a in answers.items() if a.content and not a.late_of
                 },
+                **closed.evaluation_errors(),
                 "train_loss": self.train_loss.get(closed.round),
                 "link_bytes": totals["links_total"],
                 "uplink_bytes": totals["uplink_total"],
@@ -219,8 +246,10 @@ class RunMonitor(Generic[FrameT]):
         parts += [f"no answer from {', '.join(map(str, closed.missing))}"] if closed.missing else []
         if closed.round in self.train_loss:
             parts.append(f"train loss {self.train_loss[closed.round]:.3f}")
-        if closed.rows:
-            s = accuracy_summary(closed.rows)
+        s = accuracy_summary(closed.rows)
+        if closed.rows and s["mean"] is None:
+            parts.append(f"loss {mean_loss(closed.rows):.3f} of {len(closed.rows)} agents")
+        elif closed.rows:
             all_agents = self.exchange.topology.num_agents
             count = s["agents"] or 0
             fewer = "" if count == all_agents else f" of {of_agents(count, all_agents)}"
@@ -253,3 +282,19 @@ class _ClosedRound(Generic[FrameT]):
     failed: Mapping[str, str]
     missing: Sequence[int]
     states: Mapping[str, str]  # of agents and nodes, where they changed
+
+    def whole_texts(self) -> Iterator[tuple[str, str]]:
+        """Whole text of every failure, with the name that it is of."""
+        yield from self.failed.items()
+        for agent, answer in self.answers.items():
+            if answer.evaluation_error:
+                yield f"agent {agent}, evaluation", answer.evaluation_error
+
+    def evaluation_errors(self) -> Row:
+        """Entry of ``relay.jsonl`` on evaluations that failed; none where none did."""
+        errors = {
+            agent: first_line(answer.evaluation_error)
+            for agent, answer in self.answers.items()
+            if answer.evaluation_error
+        }
+        return {"evaluation_errors": errors} if errors else {}

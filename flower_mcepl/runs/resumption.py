@@ -91,8 +91,12 @@ class RunCheckpoints(Generic[FrameT]):
         self._record, self._exchange, self._monitor = record, exchange, monitor
 
     def due(self, round: int) -> bool:
-        """Whether a checkpoint follows ``round``; agents store their states then."""
-        return self.every > 0 and round % self.every == 0
+        """Whether a checkpoint follows ``round``; agents store their states then.
+
+        One follows the last round, too: what was learned must not hang on the closing
+        exchange.
+        """
+        return self.every > 0 and (round % self.every == 0 or round == self._monitor.num_rounds)
 
     def rounds(self) -> list[int]:
         """Return the rounds of the checkpoints that are there, ascending."""

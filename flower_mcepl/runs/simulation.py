@@ -1,5 +1,6 @@
 """Simulation in one process, without Flower: the oracle for what runs under it."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,12 @@ class SimulationResult:
 
     @property
     def personalized_accuracy(self) -> float:
-        """Mean accuracy over the agents on their own splits after the last round."""
-        return float(self.summary["accuracy"]["mean"])
+        """Mean accuracy over the agents, on their own splits, after the last round.
+
+        Of the last evaluated round; not a number where no agent told one.
+        """
+        mean = self.summary["accuracy"]["mean"]
+        return math.nan if mean is None else float(mean)
 
 
 def simulate(

@@ -9,9 +9,10 @@ from logging import INFO, WARNING, getLogger
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from flower_mcepl.errors import LostWorkerError, RosterError, first_line
+from flower_mcepl.errors import LostWorkerError, RosterError, first_line, same_reason
 from flower_mcepl.messages.identity import question, read_identity
 from flower_mcepl.strategies.roster import Roster
+from flower_mcepl.strategies.stopping import heed_stop_request
 
 logger = getLogger("flwr")
 SAME_ROUNDS, SAME_AGENTS = 3, 2  # so many rounds in which so many fail for one reason end the run
@@ -59,12 +60,13 @@ class Attendance:
         deadline = time.monotonic() + self.wait_timeout
         logged = -1
         while len(nodes := sorted(grid.get_node_ids())) < needed:
+            heed_stop_request()
             if len(nodes) != logged:
                 logger.log(INFO, "waiting for nodes: %d of %d are here", len(nodes), needed)
                 logged = len(nodes)
             if time.monotonic() > deadline:
                 if first:
-                    raise self._too_few(grid, nodes)
+                    raise self._toofew(grid, nodes)
                 break
             time.sleep(0.2)
         self.online = nodes
@@ -181,7 +183,7 @@ class Attendance:
         states |= {
             f"node {node}": LATE for node in sorted(busy) if self.roster.agent_of(node) is None
         }
-        states |= {name: f"{FAILED}: {reason}" for name, reason in failed.items()}
+        states |= {name: f"{FAILED}: {first_line(reason)}" for name, reason in failed.items()}
         changes = {name: state for name, state in states.items() if self._states.get(name) != state}
         for name, state in changes.items():
             before = self._states.get(name)
@@ -234,7 +236,7 @@ class Attendance:
             )
         return agents
 
-    def _too_few(self, grid: Grid, nodes: Sequence[int]) -> RosterError:
+    def _toofew(self, grid: Grid, nodes: Sequence[int]) -> RosterError:
         """Error that names who is absent: the nodes that are here are asked."""
         here = self._ask(grid, nodes).values()
         return RosterError(
@@ -246,11 +248,6 @@ class Attendance:
         )
 
 
-def same_reason(reason: str) -> str:
-    """First line of a reason without its numbers, which differ between agents."""
-    return re.sub(r"\d+", "#", first_line(reason))
-
-
 def _told(failed: Mapping[str, str]) -> str:
     """Reasons with the names that they are of; the same one is told once."""
     names: dict[str, list[str]] = {}
@@ -258,10 +255,10 @@ def _told(failed: Mapping[str, str]) -> str:
     for name, reason in sorted(failed.items()):
         names.setdefault(same_reason(reason), []).append(name)
         told.setdefault(same_reason(reason), first_line(reason).rstrip("."))
-    texts = (f"{_few(names[key])}: {reason}" for key, reason in told.items())
+    texts = (f"{few(names[key])}: {reason}" for key, reason in told.items())
     return "; ".join(texts) or "no reason given"
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
     """Names in a list; of many, the first and their number."""
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} others"

@@ -27,6 +27,7 @@ class Dispatch:
         self._in_flight = InFlight()
         # of the present round, by the id of the message answered
         self._arrivals: dict[str, Arrival] = {}
+        self._round = 0
 
     def play(
         self,
@@ -71,7 +72,9 @@ class Dispatch:
         )
         if not first:
             self._learn(arrivals)
-        self._arrivals = {
+        if round != self._round:
+            self._round, self._arrivals = round, {}
+        self._arrivals |= {
             arrival.reply.metadata.reply_to_message_id: arrival for arrival in arrivals
         }
         return [arrival.reply for arrival in arrivals]

@@ -7,10 +7,16 @@ from typing import Any, final
 
 from flwr.app import Array, Message
 
-from flower_mcepl.errors import AnswerError, FingerprintError, RosterError
+from flower_mcepl.errors import (
+    AnswerError,
+    FingerprintError,
+    RosterError,
+    first_line,
+    same_reason,
+)
 from flower_mcepl.exchange.parcels import Answer
 from flower_mcepl.strategies.answers import plain_reason, read_answer
-from flower_mcepl.strategies.attendance import Attendance
+from flower_mcepl.strategies.attendance import Attendance, few
 from flower_mcepl.strategies.waiting import Sent
 
 logger = getLogger("flwr")
@@ -44,6 +50,7 @@ class Intake:
         self._check_agent = check_agent
         # nodes that were turned away; they may try again when a node has left
         self.refused: set[int] = set()
+        self._told: dict[str, str] = {}  # reasons of the last round, by name
 
     def take(
         self,
@@ -91,9 +98,20 @@ class Intake:
             taken.failed.setdefault(self._name(sent.node), reason)
         for agent in taken.answers:  # who answered, late or not, has not failed
             taken.failed.pop(f"agent {agent}", None)
-        for name, reason in sorted(taken.failed.items()):
-            logger.log(WARNING, "round %d: %s failed. %s", round, name, reason)
+        self._tell(round, taken.failed)
         return taken
+
+    def _tell(self, round: int, failed: Mapping[str, str]) -> None:
+        """Log what failed anew: each reason once, with the agents that it is of."""
+        reasons = {name: same_reason(reason) for name, reason in failed.items()}
+        anew: dict[str, list[str]] = {}
+        for name, reason in sorted(reasons.items()):
+            if self._told.get(name) != reason:
+                anew.setdefault(reason, []).append(name)
+        self._told = reasons
+        for names in anew.values():
+            text = first_line(failed[names[0]])
+            logger.log(WARNING, "round %d: %s failed. %s", round, few(names), text)
 
     def _read(self, node: int, reply: Message, *, round: int) -> tuple[int, Answer[Array]]:
         if reply.has_error():

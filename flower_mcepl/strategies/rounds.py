@@ -40,8 +40,10 @@ from flower_mcepl.strategies.initial import InitialArrays
 from flower_mcepl.strategies.intake import Intake
 from flower_mcepl.strategies.reporting import report
 from flower_mcepl.strategies.roster import Roster
+from flower_mcepl.strategies.stopping import confirm_stop
 
 logger = getLogger("flwr")
+WITHOUT_EVALUATE = "No evaluate function registered"  # what Flower says of such an app
 INITIAL = "initial"  # group of arrays in a checkpoint
 
 
@@ -189,6 +191,7 @@ class ExchangeStrategy(Strategy):
                 )
                 self._finish()
         finally:
+            confirm_stop()
             # of a run whose rounds are all over, complete or not
             book = self._book
             if book is not None and book.record and book.unanswered is not None:
@@ -239,7 +242,9 @@ class ExchangeStrategy(Strategy):
             if round < num_rounds:
                 look(round)
         messages = self.configure_evaluate(num_rounds, arrays, evaluate_config, grid)
-        self.aggregate_evaluate(num_rounds, self._play(grid, messages, num_rounds + 1))
+        replies = self._play(grid, messages, num_rounds + 1)
+        replies = self._close_without_evaluate(grid, replies, evaluate_config)
+        self.aggregate_evaluate(num_rounds, replies)
         look(num_rounds)
         return result
 
@@ -315,6 +320,31 @@ class ExchangeStrategy(Strategy):
                 parcel = self.exchange.parcel(agent, round=server_round + 1, closing=True)
                 messages.append(self._message(node, parcel, config, MessageType.EVALUATE))
         return messages
+
+    def _close_without_evaluate(
+        self, grid: Grid, replies: list[Message], config: ConfigRecord
+    ) -> list[Message]:
+        """Replies to the closing, those of apps without an evaluate function mended.
+
+        Flower answers for them without calling their mod. They get the same parcel in a
+        message for which they have a function.
+        """
+        closing = self.monitor.num_rounds + 1
+        nodes = {
+            self._dispatch.origin(reply, closing)[1]: reply
+            for reply in replies
+            if reply.has_error() and WITHOUT_EVALUATE in (reply.error.reason or "")
+        }
+        messages = []
+        for node in nodes:
+            agent = self.roster.agent_of(node)
+            assert agent is not None
+            parcel = self.exchange.parcel(agent, round=closing, closing=True)
+            messages.append(self._message(node, parcel, config, MessageType.TRAIN))
+        if not messages:
+            return replies
+        others = [reply for reply in replies if reply not in nodes.values()]
+        return others + self._play(grid, messages, closing)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from flower_mcepl.strategies.stopping import heed_stop_request
+
 FLOOR = 60.0  # seconds: a deadline that was learned is never shorter
 QUANTILE = 0.95  # of the answer times: this share of the answers came within the learned time
 WINDOW, NEEDED = 20, 3  # rounds that are remembered, and those it takes to learn from
@@ -137,6 +139,7 @@ class InFlight:
         begin = time.monotonic()
         arrived: list[Arrival] = []
         while True:
+            heed_stop_request()
             arrived += self._pull(grid)
             spent = time.monotonic() - begin
             if not self.owed() or spent >= longest:

@@ -13,6 +13,7 @@ from flower_mcepl.config.fields import read_fields
 from flower_mcepl.errors import ConfigError, FlowerMceplError, RecordError
 from flower_mcepl.launch import run_app
 from flower_mcepl.launch.logs import excerpt
+from flower_mcepl.record.reading import read_run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.runs.simulation import simulate
@@ -52,7 +53,8 @@ def run_in_flower(app: FlowerApp, config: Mapping[str, Any], folder: Path, log: 
     )
     if not outcome.ok:
         raise FlowerMceplError(f"{outcome.status}: {outcome.details or excerpt(outcome.log)}")
-    records = list(folder.iterdir())
+    # an attempt that lost its simulation before the first checkpoint leaves one, too
+    records = [path for path in folder.iterdir() if read_run(path).finished]
     if len(records) != 1:
         raise RecordError(
             f"a run leaves one record in its record-dir; {app.folder} left {len(records)}. Its "

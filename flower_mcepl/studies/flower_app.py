@@ -3,13 +3,13 @@
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.launch.plan import app_settings
+from flower_mcepl.launch.plan import app_settings, flat
 
 if TYPE_CHECKING:
     from flower_mcepl.clients.app import AgentApp
@@ -45,17 +45,6 @@ def read_app(folder: Path) -> FlowerApp:
             f"[tool.flwr.app.components]; {folder} says {client!r}."
         )
     return FlowerApp(folder, client, flat(settings.get("config", {})))
-
-
-def flat(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Table without inner ones: ``{"dsgd": {"lr": 1}}`` becomes ``{"dsgd.lr": 1}``."""
-    entries: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            entries |= {f"{key}.{inner}": item for inner, item in flat(value).items()}
-        else:
-            entries[key] = value
-    return entries
 
 
 @contextlib.contextmanager

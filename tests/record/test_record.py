@@ -386,9 +386,9 @@ def test_frames_that_cannot_be_written_are_a_record_error(tmp_path: Path) -> Non
         record.keep_frames(1, 3, [b"whole"])
 
 
-def test_a_status_is_one_of_three_and_the_last_one_stays(tmp_path: Path) -> None:
+def test_a_status_is_one_of_four_and_the_last_one_stays(tmp_path: Path) -> None:
     record = three_rounds(tmp_path / "run")
-    with pytest.raises(ConfigError, match="finished, interrupted, failed"):
+    with pytest.raises(ConfigError, match="finished, incomplete, interrupted, failed"):
         record.finish("done")
     record.finish("interrupted", seconds=12.5)
     record.finish("failed")
@@ -401,8 +401,8 @@ def test_accuracy_summary() -> None:
     rows = [agent_row(0, 1, 0.9), agent_row(0, 5, 0.2), agent_row(1, 5, 0.6), agent_row(2, 4, 0.2)]
     rows.append(agent_row(3, 5, math.nan))
     assert accuracy_summary(rows) == {
-        "mean": pytest.approx(1.0 / 3),
-        "std": pytest.approx(np.std([0.2, 0.6, 0.2])),
+        "mean": pytest.approx(0.4),
+        "std": pytest.approx(np.std([0.2, 0.6])),
         "worst": 0.2,
         "worst_agent": 0,
         "best": 0.6,

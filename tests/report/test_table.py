@@ -184,8 +184,9 @@ def test_an_agent_that_fell_silent_is_named(tmp_path: Path) -> None:
     record = RunRecord.create(name="x", config={}, path=tmp_path / "r")
     record.log_agents([_row(0, 1, []), _row(1, 1, [])])
     record.log_agents([_row(0, 2, [])])
-    assert "last evaluated in an earlier round: agent 1 (round 1)" in agent_table(
-        read_run(record.path)
+    assert (
+        "last evaluated in an earlier round, and not in the mean: agent 1 (round 1)"
+        in agent_table(read_run(record.path))
     )
 
 

@@ -9,9 +9,9 @@ import pytest
 from flwr.app import Error, Message
 
 from flower_mcepl import IncompleteRunError, LostWorkerError, RosterError, Topology
+from flower_mcepl.errors import same_reason
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.strategies import GossipStrategy
-from flower_mcepl.strategies.attendance import same_reason
 from tests.fleet.flower import agent_grid, gossip
 from tests.fleet.grid import InProcessGrid
 

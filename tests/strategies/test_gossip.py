@@ -290,7 +290,7 @@ def test_log_lines(log: pytest.LogCaptureFixture) -> None:
     assert "4/4 answered | train loss" in lines[0]
     assert "3/4 answered | 1 failed | " in lines[1]
     assert "2/4 answered | 1 failed | no answer from 3 | train loss" in lines[2]
-    assert "accuracy after round 2: 0." in lines[2]
+    assert "accuracy of 2 of 4 agents after round 2: 0." in lines[2]
     assert "(worst 0." in lines[2]
     assert lines[0].endswith("0 B over the links")  # nothing has gone down yet
     assert all(
@@ -1248,7 +1248,7 @@ SPOILS = [
     spoil_facts(parameters="{"),
     spoil_facts(**{"num-weights": "many"}),
     spoil_facts(retention="x" * 20_000),
-    spoil_metric("loss"),
+    spoil_metric("density"),
     lambda content: content.pop("metrics"),
     lambda content: content.pop("agent"),
 ]
