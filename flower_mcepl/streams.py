@@ -2,13 +2,69 @@
 
 import contextlib
 import hashlib
+import operator
+import os
 import random
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from flower_mcepl.errors import ConfigError
+
+SEEDS = 2**63  # a seed is below; TOML and Flower's messages carry no larger number
+
+# The global generators and torch's number of threads belong to the process. One thread
+# at a time may set them; it may do so again inside.
+_process_state = threading.RLock()
+
+
+def _forget_holder() -> None:
+    """Free the lock in a forked process, where the thread that held it is not."""
+    global _process_state
+    _process_state = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_holder)
+
+
+@contextlib.contextmanager
+def _process_alone() -> Iterator[None]:
+    """Keep other threads from generators and thread number, refusing them at once."""
+    lock = _process_state
+    if not lock.acquire(blocking=False):
+        raise ConfigError(
+            "one thread of a process calculates at a time: torch's, NumPy's and Python's global "
+            f"generators are common to all; got {threading.current_thread().name!r} while another "
+            "thread is at it, and either would change the other's results. Run simulations one "
+            "after the other or in processes of their own, as `flower-mcepl run --jobs` does."
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_seed(seed: object) -> int:
+    """Return the seed of a run as a number; the same rule holds wherever one is given.
+
+    Raises
+    ------
+    ConfigError
+        If it is no whole number in 0..2**63 - 1.
+    """
+    try:
+        number = operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if isinstance(seed, bool) or not 0 <= number < SEEDS:
+        raise ConfigError(
+            f"seed must be a whole number in 0..2**63 - 1; got {seed!r}. Choose one, 0 say: there "
+            "is no seed that means another one for each run."
+        )
+    return number
 
 
 def stream_seed(
@@ -19,9 +75,14 @@ def stream_seed(
     It is the head of ``blake2b("seed/purpose/agent/round")``, so it is the same on
     every machine, Python version and process, and neighboring names give unrelated
     streams.
+
+    Raises
+    ------
+    ConfigError
+        If the run's seed is out of range, see `check_seed`.
     """
     parts = ["-" if part is None else int(part) for part in (agent, round)]
-    name = f"{int(seed)}/{purpose}/{parts[0]}/{parts[1]}"
+    name = f"{check_seed(seed)}/{purpose}/{parts[0]}/{parts[1]}"
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -48,12 +109,17 @@ def isolated_rng(
     Such code draws from the global generators of torch, NumPy and Python. Inside the
     block these stand at the start of the named stream; afterwards they are where they
     were before.
+
+    Raises
+    ------
+    ConfigError
+        If another thread is inside such a block or `torch_threads`.
     """
     start = stream_seed(seed, purpose, agent=agent, round=round)
     used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = range(torch.cuda.device_count()) if used else []
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=devices):
+    with _process_alone(), torch.random.fork_rng(devices=devices):
+        python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
         _seed_torch(start, cuda=used)
         random.seed(start)
         np.random.seed(start % 2**32)  # noqa: NPY002
@@ -75,14 +141,22 @@ def _seed_torch(start: int, *, cuda: bool) -> None:
 
 @contextlib.contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Run a block with so many torch threads (0: as it is), then restore the number."""
+    """Run a block with so many torch threads (0: as it is), then restore the number.
+
+    Raises
+    ------
+    ConfigError
+        If the number is negative, or another thread is inside such a block or
+        `isolated_rng`.
+    """
     if threads < 0:
         raise ConfigError(f"threads must be >= 0 (0: torch's own choice); got {threads}.")
-    before = torch.get_num_threads()
-    if threads and threads != before:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
+    with _process_alone():
+        before = torch.get_num_threads()
+        if threads and threads != before:
+            torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            if torch.get_num_threads() != before:
+                torch.set_num_threads(before)

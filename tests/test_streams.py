@@ -1,14 +1,36 @@
+import os
 import random
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from flower_mcepl import shared_module
-from flower_mcepl.streams import isolated_rng, numpy_stream, stream_seed, torch_stream
+from flower_mcepl import (
+    AgentData,
+    ConfigError,
+    MceplAgent,
+    MceplConfig,
+    Topology,
+    shared_module,
+    simulate,
+)
+from flower_mcepl.data import DataSettings, Partition, own_splits, own_tests
+from flower_mcepl.runs.settings import RunSettings
+from flower_mcepl.runs.simulation import SimulationResult
+from flower_mcepl.streams import (
+    check_seed,
+    isolated_rng,
+    numpy_stream,
+    stream_seed,
+    torch_stream,
+    torch_threads,
+)
 
 
 def draws() -> tuple[float, float, float]:
@@ -32,7 +54,7 @@ def test_stream_seeds_are_fixed_for_ever() -> None:
 def test_every_part_of_the_name_counts() -> None:
     names = [
         (seed, purpose, agent, round)
-        for seed in (0, 1, -1)
+        for seed in (0, 1, 2**63 - 1)
         for purpose in ("a", "b")
         for agent in (None, 0, 1, 11)
         for round in (None, 0, 1, 11)
@@ -100,3 +122,141 @@ def test_another_process_draws_the_same() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == here
+
+
+LABELS = np.arange(200) % 10
+SEEDED: dict[str, Callable[[Any], object]] = {
+    "check": check_seed,
+    "settings": lambda seed: RunSettings.from_run_config({"seed": seed}),
+    "torch stream": lambda seed: torch_stream(seed, "x"),
+    "NumPy stream": lambda seed: numpy_stream(seed, "x"),
+    "global generators": lambda seed: isolated_rng(seed, "x").__enter__(),
+    "model": lambda seed: shared_module(model_fn, seed=seed),
+    **{
+        f"graph {spec}": lambda seed, spec=spec: Topology.parse(spec, num_agents=10, seed=seed)
+        for spec in ("ring", "erdos-renyi:degree=3", "random-neighbors:degree=3")
+    },
+    "random-regular": lambda seed: Topology.random_regular(6, degree=3, seed=seed),
+    "random neighbors": lambda seed: Topology.random_neighbors(6, degree=3, seed=seed),
+    **{
+        f"partition {spec}": lambda seed, spec=spec: Partition.parse(spec).divide(
+            LABELS, num_agents=4, seed=seed
+        )
+        for spec in ("iid", "pathological:classes=3", "dirichlet:alpha=1", "shards:per-agent=2")
+    },
+    "own splits": lambda seed: own_splits(LABELS, DataSettings(), seed=seed, agent=0),
+    "own tests": lambda seed: own_tests(LABELS, LABELS, DataSettings(), seed=seed, agent=0),
+}
+
+
+@pytest.mark.parametrize("place", SEEDED)
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 + 1, True, 1.0, "1", None, np.bool_(True)])
+def test_no_seed_is_out_of_range_wherever_one_is_given(place: str, seed: object) -> None:
+    with pytest.raises(ConfigError, match=r"seed must be .*; got"):
+        SEEDED[place](seed)
+
+
+@pytest.mark.parametrize("place", [place for place in SEEDED if place != "global generators"])
+@pytest.mark.parametrize("seed", [0, 2**32, 2**32 + 5, 2**63 - 1])
+def test_every_seed_in_range_is_taken_wherever_one_is_given(place: str, seed: int) -> None:
+    if place.startswith("partition"):
+        pytest.importorskip("flwr_datasets")
+    SEEDED[place](seed)
+
+
+def test_a_seed_is_a_number_of_numpy_too() -> None:
+    assert check_seed(np.int32(7)) == 7
+    assert type(check_seed(np.uint8(7))) is int
+
+
+def in_threads(*functions: Callable[[], object]) -> list[object]:
+    """Results and errors of functions that run each in a thread of its own."""
+    results: list[object] = [None] * len(functions)
+
+    def run(place: int) -> None:
+        try:
+            results[place] = functions[place]()
+        except Exception as error:
+            results[place] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+@pytest.mark.parametrize("outer", [lambda: isolated_rng(1, "x"), lambda: torch_threads(0)])
+@pytest.mark.parametrize("inner", [lambda: isolated_rng(1, "x"), lambda: torch_threads(0)])
+def test_a_second_thread_is_refused_at_once_and_may_come_afterwards(outer: Any, inner: Any) -> None:
+    def enter() -> str:
+        with inner():
+            return "entered"
+
+    with outer():
+        (error,) = in_threads(enter)
+        assert isinstance(error, ConfigError)
+        assert "processes of their own" in str(error)
+        with outer(), inner():  # the thread itself may
+            pass
+        assert isinstance(in_threads(enter)[0], ConfigError)  # it still holds what is common
+    assert in_threads(enter) == ["entered"]
+
+
+def test_what_is_common_is_free_again_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), isolated_rng(1, "x"):
+        _ = 1 / 0
+    assert in_threads(lambda: isolated_rng(1, "x").__enter__()) == [None]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_forked_by_another_thread_is_not_held_up() -> None:
+    def fork() -> int:
+        child = os.fork()
+        if child:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        try:
+            with isolated_rng(1, "x"):
+                os._exit(0)
+        finally:
+            os._exit(1)
+
+    with isolated_rng(1, "x"):
+        assert in_threads(fork) == [0]
+
+
+def simulation(until: threading.Barrier | None = None) -> SimulationResult:
+    """A short run; with a barrier it waits in its first round for the other threads."""
+    split = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+    net = shared_module(model_fn, seed=1)
+    data = AgentData.of(split, split, agent=0)
+    agents = [MceplAgent(i, net, data, MceplConfig(), seed=1) for i in range(2)]
+
+    def wait(round: int, agent: int, reply: object) -> None:
+        if until is not None and (round, agent) == (1, 0):
+            until.wait(30)
+            until.wait(30)
+
+    return simulate(agents, Topology.ring(2), num_rounds=2, on_reply=wait)
+
+
+def test_simulations_in_three_threads_are_refused_and_the_first_is_undisturbed() -> None:
+    barrier = threading.Barrier(2)
+
+    def late() -> list[object]:
+        barrier.wait(30)
+        try:
+            return in_threads(simulation, simulation)
+        finally:
+            barrier.wait(30)
+
+    first, refused = in_threads(lambda: simulation(barrier), late)
+    assert isinstance(refused, list)
+    assert all(isinstance(error, ConfigError) for error in refused)
+    assert isinstance(first, SimulationResult)
+    without_clock = [
+        [{**row, "seconds": 0} for row in result.rows] for result in (first, simulation())
+    ]
+    assert without_clock[0] == without_clock[1]

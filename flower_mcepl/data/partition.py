@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from flower_mcepl.config.specs import COUNT, POSITIVE, Spec, one_of, parse_spec
 from flower_mcepl.errors import ConfigError, DataError
-from flower_mcepl.streams import numpy_stream
+from flower_mcepl.streams import check_seed, numpy_stream
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -92,8 +92,9 @@ class Partition:
         DataError
             If the labels cannot be divided so, or an agent would get no example.
         ConfigError
-            If flwr-datasets is missing.
+            If flwr-datasets is missing, or the seed is out of range.
         """
+        seed = check_seed(seed)
         name, spec, options = parse_spec(self.text, PARTITIONS, noun="partition", error=ConfigError)
         classes = np.asarray(labels)
         if classes.ndim != 1 or len(classes) < num_agents:

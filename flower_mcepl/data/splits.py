@@ -11,7 +11,7 @@ from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig, field_keys, read_fields
 from flower_mcepl.data.partition import Indices, Partition
 from flower_mcepl.errors import DataError
-from flower_mcepl.streams import numpy_stream
+from flower_mcepl.streams import check_seed, numpy_stream
 
 TEST_SPLITS = ("classes", "proportional")
 
@@ -124,7 +124,10 @@ def own_splits(labels: ArrayLike, settings: DataSettings, *, seed: int, agent: i
     ------
     DataError
         If a split that is asked for would be empty.
+    ConfigError
+        If the seed is out of range.
     """
+    seed = check_seed(seed)
     classes = np.asarray(labels)
     order = np.random.default_rng([seed, agent]).permutation(len(classes))
     if settings.stratify:
@@ -168,7 +171,10 @@ def own_tests(
     ------
     DataError
         If a class of the agent has no test example.
+    ConfigError
+        If the seed is out of range.
     """
+    seed = check_seed(seed)
     tests, own = np.asarray(test_labels), np.asarray(labels)
     classes, counts = np.unique(own, return_counts=True)
     missing = [name for name in classes if not (tests == name).any()]

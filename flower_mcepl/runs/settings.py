@@ -15,6 +15,7 @@ from flower_mcepl.data.batches import EVALUATED
 from flower_mcepl.data.splits import check_data_keys
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.runs.options import FREE, RoundOptions
+from flower_mcepl.streams import check_seed
 from flower_mcepl.topology import Topology
 
 
@@ -106,6 +107,7 @@ class RunSettings(RoundOptions):
         for name in ("num_agents", "num_rounds"):
             key, value = name.replace("_", "-"), getattr(self, name)
             check(value >= 1, f"{key} must be >= 1", value)
+        check_seed(self.seed)
         check(
             self.evaluate_on in EVALUATED,
             f"evaluate-on must be one of {', '.join(EVALUATED)}",

@@ -10,13 +10,13 @@ from flower_mcepl.errors import TopologyError
 T = TypeVar("T")
 
 
-def whole(value: Any, what: str, *, least: int | None = 0, most: int | None = None) -> int:
+def whole(value: Any, what: str, *, least: int = 0, most: int | None = None) -> int:
     """Return a whole number within the limits, which are part of the range."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TopologyError(f"{what} must be a whole number; got {value!r}.") from None
-    if (least is not None and number < least) or (most is not None and number > most):
+    if number < least or (most is not None and number > most):
         limits = f"at least {least}" if most is None else f"in {least}..{most}"
         advice = "Change it or the number of agents." if most is not None else "Raise it."
         raise TopologyError(f"{what} must be {limits}; got {number}. {advice}")

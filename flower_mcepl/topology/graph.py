@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from flower_mcepl.config.specs import parse_spec
 from flower_mcepl.errors import TopologyError
+from flower_mcepl.streams import check_seed
 from flower_mcepl.topology import checks, families, recording
 from flower_mcepl.topology.description import counted, describe_links, describe_union
 from flower_mcepl.topology.families import Edge
@@ -153,7 +154,7 @@ class Topology:
         ``directed-file:PATH``, and what installed packages add (`TOPOLOGIES`).
         """
         name, entry, options = parse_spec(spec, TOPOLOGIES, noun="topology", error=TopologyError)
-        n = checks.agents(num_agents)
+        n, seed = checks.agents(num_agents), check_seed(seed)
         return cls.from_schedule(entry.build(n, seed=seed, **options), num_agents=n, name=name)
 
     @classmethod

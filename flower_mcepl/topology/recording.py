@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flower_mcepl.config.specs import Spec
-from flower_mcepl.errors import TopologyError
+from flower_mcepl.errors import ConfigError, TopologyError
 from flower_mcepl.topology import checks
 from flower_mcepl.topology.schedules import FixedLinks, Schedule, checked_schedule, links_of
 from flower_mcepl.topology.specs import TOPOLOGIES
@@ -71,7 +71,7 @@ def from_config(config: Mapping[str, Any]) -> Recorded:
             links = FixedLinks.from_edges(edges, num_agents=n, directed=directed)
             return Recorded(name, n, links)
         schedule = _spec(name, options.pop("package", None)).build(n, **options)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ConfigError) as error:
         raise TopologyError(
             f"a topology's config must be what to_config() returned; {config!r:.99} fails "
             f"with {error!r}."

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast, final
 
 from flower_mcepl.errors import TopologyError
-from flower_mcepl.streams import numpy_stream
+from flower_mcepl.streams import check_seed, numpy_stream
 from flower_mcepl.topology import checks
 from flower_mcepl.topology.families import Edge, Edges
 
@@ -125,7 +125,7 @@ class RandomNeighbors:
 def random_neighbors(num_agents: int, *, degree: int, seed: int) -> RandomNeighbors:
     """Schedule of `degree` senders for each agent, drawn anew in every round."""
     n = checks.agents(num_agents)
-    return RandomNeighbors(n, checks.degree(degree, n), checks.whole(seed, "seed", least=None))
+    return RandomNeighbors(n, checks.degree(degree, n), check_seed(seed))
 
 
 def links_of(schedule: Schedule, num_agents: int, round: int) -> FixedLinks:
