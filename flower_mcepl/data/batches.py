@@ -1,23 +1,44 @@
 """Batches of an agent's splits: what it trains and evaluates on."""
 
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from flower_mcepl.config.checks import check
+from flower_mcepl.data.kinds import is_dataset, not_a_split
+from flower_mcepl.data.labels import (
+    ClassCounts,
+    count_by_class,
+    labels_beside,
+    labels_in_memory,
+)
+from flower_mcepl.data.loaders import loaded_dataset
+from flower_mcepl.data.pairs import (
+    as_tensors,
+    check_finite,
+    is_inputs,
+    on_parts,
+    pair_of,
+    parts_of,
+    stacked,
+)
 from flower_mcepl.errors import DataError
 
 Batch = tuple[Any, Tensor]
-ClassCounts = dict[int, int]
-"""Number of examples by class."""
+"""Inputs (a tensor, or a tuple, list or dict of tensors) and labels."""
 
 EVALUATED = ("test", "validation")  # splits that an agent can be evaluated on
-MOST_CLASSES = 100  # more of them are not counted: no table or picture of them could be read
 
 
 @runtime_checkable
@@ -59,9 +80,26 @@ class AgentData:
     ) -> "AgentData":
         """Make the splits of ``agent`` from what a data function may return.
 
-        Each split is a pair of tensors ``(inputs, labels)``, a map-style dataset, a
-        DataLoader (its data set and ``collate_fn`` are used; batches are drawn by the
-        agent's own stream with the configured batch size), or a `BatchSource`.
+        Each split is one of these; anything else is refused.
+
+        * A pair ``(inputs, labels)`` of tensors or NumPy arrays that lie in memory. The
+          inputs may be a tuple or dict of tensors.
+        * A map-style dataset with a length, or a list of its examples. An example is a
+          pair ``(input, label)``, or a dict with a column ``label`` or ``labels``; the
+          other columns are the inputs, a dict of them if there are several.
+        * A DataLoader over such a dataset. Used are its dataset, its ``collate_fn`` and
+          the examples that its ``sampler`` or ``batch_sampler`` names. One that draws
+          otherwise, by weights, with replacement or another set in each pass, is
+          refused, and so is one of ready batches (``batch_size=None``). Not used are
+          ``batch_size``, ``shuffle``, ``drop_last`` and ``generator``: batches are
+          drawn by the agent's own stream with the configured batch size, and every
+          example is seen. Workers and their settings (``num_workers``, ``timeout``,
+          ``worker_init_fn``, ``pin_memory`` and the like) have no part in what is
+          drawn; the agent draws in its own process.
+        * A `BatchSource`, which makes its own batches.
+
+        What is computed from a batch, its model's outputs and loss, is checked by the
+        agent.
 
         Parameters
         ----------
@@ -79,8 +117,8 @@ class AgentData:
         Raises
         ------
         DataError
-            If a split that is used is empty or of another type, or the validation split
-            is asked for and missing.
+            If a split that is used is empty, of another type or not finite, or the
+            validation split is asked for and missing.
         ConfigError
             If ``evaluate_on`` is neither.
         """
@@ -100,7 +138,12 @@ class AgentData:
             _source(train, f"agent {agent}'s training"),
             _source(splits[evaluate_on], f"agent {agent}'s {evaluate_on}"),
         )
-        counted = {name: class_counts(split) for name, split in splits.items() if split is not None}
+        used = {"train": sources[0], evaluate_on: sources[1]}
+        counted = {
+            name: class_counts(used.get(name, split))
+            for name, split in splits.items()
+            if split is not None
+        }
         return cls(
             *sources,
             evaluate_on,
@@ -109,46 +152,24 @@ class AgentData:
 
 
 def class_counts(split: object) -> ClassCounts | None:
-    """Number of examples by class; None where that would mean drawing examples.
+    """Number of examples by class, of the labels that an agent learns from a split.
 
-    Known are the labels of two tensors, of a TensorDataset of two, of a dataset with
-    ``targets`` or a column ``label`` or ``labels``, and of a Subset of or a DataLoader
-    over one of these; they must be whole numbers, one an example, and of at most
-    `MOST_CLASSES` classes.
+    Known are the labels of tensors and arrays, and of torch's own datasets over
+    tensors. Labels beside the examples, a dataset's ``targets`` or a Hugging Face
+    column ``label`` or ``labels``, count if some examples that are drawn have the same.
+    None where neither is so, where they are not whole numbers, one an example, and
+    above 100 classes.
     """
     try:
-        labels = _labels(split)
-    except (TypeError, ValueError, RuntimeError):  # ragged labels, or such as NumPy does not know
+        source = _coerce(split, "the")
+    except DataError:
         return None
-    if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iub":
+    if isinstance(source, TensorBatches):
+        return count_by_class(source.labels)
+    if not isinstance(source, DatasetBatches):
         return None
-    classes, counts = np.unique(labels, return_counts=True)
-    if len(classes) > MOST_CLASSES:
-        return None
-    return {int(name): int(count) for name, count in zip(classes, counts, strict=True)}
-
-
-def _labels(split: Any) -> "np.ndarray[Any, Any] | None":
-    if isinstance(split, DataLoader):
-        return _labels(split.dataset)
-    if isinstance(split, Subset):
-        whole = _labels(split.dataset)
-        return None if whole is None else whole[np.asarray(split.indices, dtype=np.int64)]
-    if isinstance(split, TensorDataset):
-        split = split.tensors
-    if isinstance(split, (tuple, list)):
-        return _array(split[1]) if len(split) == 2 else None
-    if isinstance(split, TensorBatches):
-        return _array(split.labels)
-    if hasattr(split, "column_names") and hasattr(split, "with_format"):  # of Hugging Face
-        names = [name for name in ("label", "labels") if name in split.column_names]
-        return np.asarray(split.with_format(None)[names[0]][:]) if len(names) == 1 else None
-    targets = getattr(split, "targets", None)  # of torchvision
-    return None if targets is None else _array(targets)
-
-
-def _array(labels: Any) -> "np.ndarray[Any, Any]":
-    return labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    labels = source.handed_labels()
+    return None if labels is None else count_by_class(labels)
 
 
 def _source(split: object, whose: str) -> BatchSource:
@@ -164,55 +185,67 @@ def _source(split: object, whose: str) -> BatchSource:
 def _coerce(split: object, whose: str) -> BatchSource:
     if isinstance(split, BatchSource):
         return split
-    if (
-        isinstance(split, (tuple, list))
-        and len(split) == 2
-        and all(isinstance(part, Tensor) for part in split)
-    ):
-        return TensorBatches(*split, whose=whose)
-    if isinstance(split, DataLoader) and isinstance(split.dataset, Sized):
-        return DatasetBatches(split.dataset, collate=split.collate_fn)
-    no_dataset = isinstance(split, (tuple, list, dict, str, bytes, Tensor))
-    if isinstance(split, Sized) and hasattr(split, "__getitem__") and not no_dataset:
-        return DatasetBatches(split)
-    raise DataError(
-        f"{whose} split must be a pair of tensors (inputs, labels), a dataset with a length, a "
-        f"DataLoader over one, or a BatchSource; got {type(split).__name__}."
-    )
+    if isinstance(split, DataLoader):
+        dataset = loaded_dataset(split, whose=whose)
+        return DatasetBatches(dataset, collate=split.collate_fn, whose=whose)
+    if isinstance(split, (tuple, list)) and len(split) == 2:
+        inputs, labels = as_tensors(tuple(split), whose=whose)
+        # a list of tensors may as well be one of examples
+        if isinstance(labels, Tensor) and is_inputs(inputs) and not isinstance(inputs, list):
+            return TensorBatches(inputs, labels, whose=whose)
+    if is_dataset(split):
+        return DatasetBatches(split, whose=whose)
+    raise not_a_split(split, whose=whose)
+
+
+def pass_sizes(num_examples: int, batch_size: int) -> list[int]:
+    """Sizes of the batches of one pass over a split, the rule for all algorithms.
+
+    A short last batch is kept; a single example that would be left over joins the batch
+    before, as a batch of one would be the end of a batch norm.
+    """
+    full, rest = divmod(num_examples, batch_size)
+    sizes = [batch_size] * full
+    if rest == 1 and full and batch_size > 1:
+        sizes[-1] += 1
+    elif rest:
+        sizes.append(rest)
+    return sizes
+
+
+def batches_per_pass(num_examples: int, batch_size: int) -> int:
+    """Number of batches in which a pass shows every example once."""
+    return len(pass_sizes(num_examples, batch_size))
 
 
 def _index_batches(
     num_examples: int, *, steps: int, batch_size: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Yield ``steps`` index batches: shuffled passes one after the other.
-
-    A pass's short last batch is kept; a single example that would be left over joins
-    the batch before.
-    """
-    order = torch.empty(0, dtype=torch.long)
+    """Yield ``steps`` index batches: shuffled passes one after the other."""
+    sizes = pass_sizes(num_examples, batch_size)
+    batches: list[Tensor] = []
     for _ in range(steps):
-        if len(order) == 0:
+        if not batches:
             order = torch.randperm(num_examples, generator=generator)
-        size = batch_size
-        if len(order) == batch_size + 1 > 2:  # a last batch of one would be the end of a batch norm
-            size += 1
-        yield order[:size]
-        order = order[size:]
+            batches = [*reversed(order.split(sizes))]  # type: ignore[no-untyped-call]
+        yield batches.pop()
 
 
 class TensorBatches:
-    """Batches of two tensors that lie in memory."""
+    """Batches of tensors that lie in memory; the inputs may be several."""
 
-    def __init__(self, inputs: Tensor, labels: Tensor, *, whose: str = "the") -> None:
-        if len(inputs) != len(labels):
-            raise DataError(
-                f"{whose} split holds {len(inputs)} inputs but {len(labels)} labels; they must "
-                "pair up."
-            )
+    def __init__(self, inputs: Any, labels: Tensor, *, whose: str = "the") -> None:
+        for part in parts_of(inputs):
+            if not part.ndim or not labels.ndim or len(part) != len(labels):
+                raise DataError(
+                    f"{whose} split holds {_length(part)} inputs but {_length(labels)} labels; "
+                    "they must pair up."
+                )
+            check_finite(part, what="inputs", whose=whose)
+        check_finite(labels, what="labels", whose=whose)
         self.inputs, self.labels = inputs, labels
-        self.num_examples = len(inputs)
-        present = labels.unique()  # type: ignore[no-untyped-call]
-        self.classes = " ".join(str(label) for label in present.tolist())  # told in the handshake
+        self.num_examples = len(labels)
+        self.classes = _known_classes(labels)  # told in the handshake
 
     def training_batches(
         self, *, round: int, steps: int, batch_size: int, generator: torch.Generator
@@ -221,21 +254,42 @@ class TensorBatches:
         for index in _index_batches(
             self.num_examples, steps=steps, batch_size=batch_size, generator=generator
         ):
-            yield self.inputs[index], self.labels[index]
+            yield self._batch(index)
 
     def evaluation_batches(self, *, batch_size: int) -> Iterator[Batch]:
         """Yield the split in order."""
-        inputs = self.inputs.split(batch_size)  # type: ignore[no-untyped-call]
-        labels = self.labels.split(batch_size)  # type: ignore[no-untyped-call]
-        yield from zip(inputs, labels, strict=True)
+        for start in range(0, self.num_examples, batch_size):
+            yield self._batch(slice(start, start + batch_size))
+
+    def _batch(self, index: Any) -> Batch:
+        return on_parts(self.inputs, lambda part: part[index]), self.labels[index]
+
+
+def _length(tensor: Tensor) -> int | str:
+    return len(tensor) if tensor.ndim else "one number for all"
+
+
+def _known_classes(labels: Tensor) -> str | None:
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        return None  # no classes
+    present = labels.unique()  # type: ignore[no-untyped-call]
+    return " ".join(str(label) for label in present.tolist())
 
 
 class DatasetBatches:
     """Batches of a map-style dataset; its transforms run as a batch is drawn."""
 
-    def __init__(self, dataset: Any, *, collate: Callable[[Any], Any] = default_collate) -> None:
-        self.dataset, self.collate = dataset, collate
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        collate: Callable[[Any], Any] = default_collate,
+        whose: str = "the",
+    ) -> None:
+        self.dataset, self.collate, self.whose = dataset, collate, whose
         self.num_examples = len(dataset)
+        if collate is default_collate:
+            _check_memory(dataset, whose=whose)
 
     def training_batches(
         self, *, round: int, steps: int, batch_size: int, generator: torch.Generator
@@ -251,28 +305,32 @@ class DatasetBatches:
         for start in range(0, self.num_examples, batch_size):
             yield self._batch(range(start, min(start + batch_size, self.num_examples)))
 
+    def handed_labels(self) -> "np.ndarray[Any, Any] | None":
+        """Labels of all examples, where they are known without drawing them all."""
+        if self.collate is default_collate:
+            labels = labels_in_memory(self.dataset)
+            if labels is not None:
+                return labels
+        return labels_beside(self.dataset, lambda places: self._batch(places)[1])
+
     def _batch(self, index: Any) -> Batch:
-        batch = self.collate([self.dataset[i] for i in index])
-        if isinstance(batch, dict):
-            batch = _from_columns(batch)
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise DataError(
-                "a batch must be a pair (inputs, labels), or a dict of one column and its "
-                f"'label' or 'labels'; the dataset gave {type(batch).__name__}. Pass a DataLoader "
-                "whose collate_fn makes pairs."
-            )
-        inputs, labels = batch
-        return inputs, labels
+        examples = [self.dataset[i] for i in index]
+        if self.collate is default_collate:
+            return pair_of(stacked(examples, whose=self.whose), whose=self.whose)
+        return pair_of(self.collate(examples), whose=self.whose)
 
 
-def _from_columns(batch: dict[str, Any]) -> Batch:
-    """Inputs and labels of a batch with named columns, as of Hugging Face datasets."""
-    names = [name for name in batch if name in ("label", "labels")]
-    inputs = [name for name in batch if name not in names]
-    if len(names) != 1 or len(inputs) != 1:
-        raise DataError(
-            "a batch that is a dict must hold one column of inputs and one named 'label' or "
-            f"'labels'; got {', '.join(map(str, batch))}. Keep these two with select_columns, or "
-            "pass a DataLoader whose collate_fn makes pairs."
-        )
-    return batch[inputs[0]], batch[names[0]]
+def _check_memory(dataset: Any, *, whose: str) -> None:
+    """Refuse tensors of torch's own datasets that are not finite."""
+    if type(dataset) is ConcatDataset:
+        for part in dataset.datasets:
+            _check_memory(part, whose=whose)
+        return
+    rows: Any = slice(None)
+    while type(dataset) is Subset:
+        rows = np.asarray(dataset.indices, dtype=np.int64)[rows]
+        dataset = dataset.dataset
+    if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
+        for what, values in zip(("inputs", "labels"), dataset.tensors, strict=True):
+            if values.is_floating_point():
+                check_finite(values[rows], what=what, whose=whose)

@@ -76,7 +76,7 @@ def _images_a_round(handshake: Mapping[str, Any]) -> int | None:
     if not size or not batch or steps is None:
         return None
     if epochs:
-        steps = epochs * math.ceil(size / batch)
+        return int(epochs * size)
     in_a_pass = math.ceil(size / batch) - (size % batch == 1 and size > batch > 1)
     passes, rest = divmod(steps, in_a_pass)
     return int(passes * size + rest * batch)

@@ -557,8 +557,8 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_names_the_agent(value: float) -> None:
     inputs, labels = split(0)
-    inputs[3] = value
     data = AgentData.of((inputs, labels), (inputs, labels), agent=6)
+    inputs[3] = value  # as a transform might do; before, the split would be refused
     agent = MceplAgent(6, build(small_net, seed=1), data, MceplConfig(), seed=1)
     before = scores_of(agent)
     with pytest.raises(

@@ -1,18 +1,20 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from flower_mcepl import AgentData, ConfigError, DataError
 from flower_mcepl.agents.agent import data_facts
-from flower_mcepl.data.batches import BatchSource, DatasetBatches, TensorBatches, class_counts
+from flower_mcepl.data.batches import BatchSource, TensorBatches, batches_per_pass
 
 INPUTS, LABELS = torch.arange(10.0).view(10, 1), torch.arange(10)
+THIRDS = LABELS % 3
 
 
 def train_of(split: object) -> BatchSource:
@@ -31,6 +33,8 @@ def training(
 SPLITS: dict[str, object] = {
     "tensors": (INPUTS, LABELS),
     "list of tensors": [INPUTS, LABELS],
+    "arrays": (INPUTS.numpy(), LABELS.numpy()),
+    "list of examples": [(x, int(y)) for x, y in zip(INPUTS, LABELS, strict=True)],
     "dataset": TensorDataset(INPUTS, LABELS),
     "subset": Subset(TensorDataset(INPUTS.repeat(2, 1), LABELS.repeat(2)), range(10)),
     "loader": DataLoader(TensorDataset(INPUTS, LABELS), batch_size=3, shuffle=True),
@@ -64,9 +68,7 @@ def test_a_pass_shows_every_example_once(
     size: int, batch_size: int, passes: int, seed: int
 ) -> None:
     source = TensorBatches(torch.arange(size).view(size, 1), torch.arange(size))
-    per_pass = -(-size // batch_size)
-    if size > 1 and size % batch_size == 1 and batch_size > 1:
-        per_pass -= 1  # the single example left over joins the batch before
+    per_pass = batches_per_pass(size, batch_size)
     batches = training(source, steps=passes * per_pass, batch_size=batch_size, seed=seed)
     for start in range(0, len(batches), per_pass):
         one_pass = batches[start : start + per_pass]
@@ -76,6 +78,39 @@ def test_a_pass_shows_every_example_once(
             range(size)
         )
     assert all(torch.equal(inputs.squeeze(1), labels) for inputs, labels in batches)
+
+
+def cut_step_by_step(size: int, *, steps: int, batch_size: int, seed: int) -> list[list[int]]:
+    """Oracle: a pass is cut from its front; what is left decides each batch's size."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    batches = []
+    for _ in range(steps):
+        order = order or torch.randperm(size, generator=generator).tolist()
+        count = batch_size + (len(order) == batch_size + 1 > 2)
+        batches.append(order[:count])
+        order = order[count:]
+    return batches
+
+
+@given(
+    size=st.integers(1, 30),
+    batch_size=st.integers(1, 12),
+    steps=st.integers(0, 20),
+    seed=st.integers(0, 9),
+)
+def test_batches_are_cut_from_shuffled_passes(
+    size: int, batch_size: int, steps: int, seed: int
+) -> None:
+    batches = training(
+        TensorBatches(torch.zeros(size), torch.arange(size)),
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    assert [labels.tolist() for _, labels in batches] == cut_step_by_step(
+        size, steps=steps, batch_size=batch_size, seed=seed
+    )
 
 
 def test_the_order_comes_from_the_generator() -> None:
@@ -118,57 +153,13 @@ def test_ones_own_batch_source_is_taken_as_it_is() -> None:
 
 
 def test_classes_are_told_where_the_labels_lie_in_memory() -> None:
-    assert TensorBatches(INPUTS, LABELS % 3).classes == "0 1 2"
+    assert TensorBatches(INPUTS, THIRDS).classes == "0 1 2"
+    assert TensorBatches(INPUTS, THIRDS > 0).classes == "False True"
 
 
-class Labelled(Dataset[tuple[Tensor, int]]):
-    """As torchvision's: labels beside the examples, which are costly to draw."""
-
-    def __init__(self, targets: Any) -> None:
-        self.targets = targets
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        raise AssertionError("an example was drawn")
-
-
-THIRDS = LABELS % 3
-
-
-@pytest.mark.parametrize(
-    ("split", "counts"),
-    [
-        ((INPUTS, THIRDS), {0: 4, 1: 3, 2: 3}),
-        (TensorDataset(INPUTS, THIRDS), {0: 4, 1: 3, 2: 3}),
-        (Subset(TensorDataset(INPUTS, THIRDS), [0, 1, 3]), {0: 2, 1: 1}),
-        (Subset(Subset(TensorDataset(INPUTS, THIRDS), [0, 1, 3]), [1]), {1: 1}),
-        (DataLoader(Labelled([5, 5, 7])), {5: 2, 7: 1}),
-        (Labelled(torch.tensor([5, 5, 7])), {5: 2, 7: 1}),
-        (TensorBatches(INPUTS, THIRDS), {0: 4, 1: 3, 2: 3}),
-        ((INPUTS, THIRDS > 0), {0: 4, 1: 6}),
-        ((INPUTS, INPUTS.flatten()), None),  # numbers to be predicted, not classes
-        ((INPUTS, THIRDS.view(5, 2)), None),
-        (Labelled(["cat", "dog"]), None),
-        (Labelled([[1], [2, 3]]), None),
-        ((torch.zeros(101, 1), torch.arange(101)), None),
-        (TensorDataset(INPUTS), None),
-        (None, None),
-        ("data", None),
-    ],
-)
-def test_classes_are_counted_where_no_example_must_be_drawn(
-    split: object, counts: dict[int, int] | None
-) -> None:
-    assert class_counts(split) == counts
-
-
-def test_classes_of_a_hugging_face_data_set_are_counted_without_its_transform() -> None:
-    datasets = pytest.importorskip("datasets")
-    split = datasets.Dataset.from_dict({"img": [1, 2, 3], "label": [4, 4, 6]})
-    assert class_counts(split.with_transform(lambda batch: 1 / 0)) == {4: 2, 6: 1}
-    assert class_counts(split.rename_column("label", "fine")) is None
+@pytest.mark.parametrize("labels", [INPUTS.flatten(), THIRDS.view(10, 1), THIRDS.repeat(2, 1).T])
+def test_numbers_to_be_predicted_are_no_classes(labels: Tensor) -> None:
+    assert TensorBatches(INPUTS, labels).classes is None
 
 
 @pytest.mark.parametrize(("evaluate_on", "size"), [("test", 10), ("validation", 4)])
@@ -186,7 +177,10 @@ def test_one_split_is_evaluated_and_all_are_counted(evaluate_on: str, size: int)
     assert facts["train-counts"] == "0:4 1:3 2:3"
     assert facts["validation-counts"] == "0:1 1:1 2:1 3:1"
     assert facts["test-counts"].count(":") == 10
-    assert data_facts(AgentData.of(Labelled([7, 5]), validation, agent=4))["classes"] == "5 7"
+    listed = [(torch.zeros(1), label) for label in (7, 5)]
+    assert "classes" not in data_facts(AgentData.of(listed, validation, agent=4))
+    subset = Subset(TensorDataset(INPUTS, LABELS), [7, 5])
+    assert data_facts(AgentData.of(subset, validation, agent=4))["classes"] == "5 7"
 
 
 def test_a_split_that_is_evaluated_must_be_there() -> None:
@@ -218,66 +212,71 @@ class Stream(IterableDataset[Tensor]):
         yield INPUTS
 
 
-@pytest.mark.parametrize(
-    "split",
-    [
-        None,
-        3,
-        "data",
-        {"x": INPUTS},
-        (INPUTS,),
-        (INPUTS, LABELS, LABELS),
-        ([1], [2]),
-        INPUTS,
-        Stream(),
-        DataLoader(Stream()),
-    ],
-)
-def test_another_type_is_refused_and_named(split: object) -> None:
+class SizedStream(Stream):
+    def __len__(self) -> int:
+        return 10
+
+
+class Table:
+    """As a DataFrame of pandas: it has a length and columns."""
+
+    iloc = None
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, name: str) -> None: ...
+
+
+REFUSED: list[tuple[object, str, str]] = [
+    (None, "NoneType", "data function"),
+    (3, "int", "data function"),
+    ("data", "str", "."),
+    (INPUTS, r"tensor \[10, 1\] of float32", "."),
+    (INPUTS.numpy(), r"array \[10, 1\] of float32", "."),
+    ({"x": INPUTS}, r"dict of 1 \(x: tensor \[10, 1\] of float32\)", "Pass one of its entries"),
+    ((INPUTS,), r"tuple of 1 \(tensor", "."),
+    ((INPUTS, LABELS, LABELS), "tuple of 3 .*tensor", "."),
+    (([1], [2]), r"tuple of 2 \(list of 1 \(int\), list of 1 \(int\)\)", "torch.tensor"),
+    (([INPUTS[0], INPUTS[1]], LABELS[:2]), r"tuple of 2 \(list of 2 .*tensor", "torch.stack"),
+    ((INPUTS, "labels"), "tuple of 2 .*str", "."),
+    ([(INPUTS[:4], LABELS[:4]), (INPUTS[4:8], LABELS[4:8])], "list of 2 .*tensor", "torch.cat"),
+    ([(INPUTS[:4], LABELS[:4])] * 7, "list of 7 .*tensor.*, ...", "torch.cat"),
+    ([1, 2, 3], r"list of 3 \(int", "."),
+    (Stream(), "Stream", "stream"),
+    (SizedStream(), "SizedStream", "list of them"),
+    (iter([1]), "list_iterator", "stream"),
+    (Table(), "Table", "to_numpy"),
+]
+
+
+@pytest.mark.parametrize(("split", "what", "way_out"), REFUSED)
+def test_another_type_is_refused_with_what_came_and_the_way_out(
+    split: object, what: str, way_out: str
+) -> None:
     with pytest.raises(
-        DataError, match=rf"agent 4's training split must be .*got {type(split).__name__}"
+        DataError, match=rf"agent 4's training split must be .*got {what}.*{way_out}"
     ):
         train_of(split)
+    missing = "agent 4 has no test split"
+    refused = rf"agent 4's test split must be .*got {what}"
+    with pytest.raises(DataError, match=missing if split is None else refused):
+        AgentData.of((INPUTS, LABELS), split, agent=4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("label", [int, float, np.int64, torch.tensor, bool])
+def test_a_list_of_examples_is_a_dataset(size: int, label: Callable[[int], Any]) -> None:
+    source = train_of([(INPUTS[i], label(i % 2)) for i in range(size)])
+    ((inputs, labels),) = source.evaluation_batches(batch_size=5)
+    assert torch.equal(inputs, INPUTS[:size])
+    assert labels.tolist() == [i % 2 for i in range(size)]
 
 
 def test_inputs_and_labels_must_pair_up() -> None:
     with pytest.raises(DataError, match="agent 4's training split holds 10 inputs but 9 labels"):
         train_of((INPUTS, LABELS[:9]))
-
-
-@pytest.mark.parametrize("example", [(1, 2, 3), 5])
-def test_examples_that_are_no_pairs_are_refused(example: object) -> None:
-    class Odd(Dataset[object]):
-        def __len__(self) -> int:
-            return 2
-
-        def __getitem__(self, index: int) -> object:
-            return example
-
-    with pytest.raises(DataError, match=r"a batch must be a pair .*collate_fn"):
-        next(iter(DatasetBatches(Odd()).evaluation_batches(batch_size=2)))
-
-
-class Columns(Dataset[dict[str, int]]):
-    def __init__(self, *names: str) -> None:
-        self.names = names
-
-    def __len__(self) -> int:
-        return 3
-
-    def __getitem__(self, index: int) -> dict[str, int]:
-        return {name: index for name in self.names}
-
-
-@pytest.mark.parametrize("names", [("img", "label"), ("labels", "text")])
-def test_a_dict_of_inputs_and_labels_is_a_batch(names: tuple[str, str]) -> None:
-    ((inputs, labels),) = DatasetBatches(Columns(*names)).evaluation_batches(batch_size=3)
-    assert inputs.tolist() == labels.tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    "names", [("img", "fine_label"), ("label",), ("img", "mask", "label"), ("label", "labels", "x")]
-)
-def test_other_dicts_are_refused_with_their_columns(names: tuple[str, ...]) -> None:
-    with pytest.raises(DataError, match=f"one named 'label' or 'labels'; got {', '.join(names)}"):
-        next(iter(DatasetBatches(Columns(*names)).evaluation_batches(batch_size=3)))
+    with pytest.raises(DataError, match="agent 4's training split holds 3 inputs but 10 labels"):
+        train_of(((INPUTS, INPUTS[:3]), LABELS))
+    with pytest.raises(DataError, match="holds 10 inputs but one number for all labels"):
+        train_of((INPUTS, LABELS[0]))

@@ -22,7 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flower_mcepl.data.batches import _index_batches
+from flower_mcepl.data.batches import _index_batches, batches_per_pass
 from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.files.sealed import file_lock
 from flower_mcepl.record.figures import _images_a_round
@@ -927,6 +927,6 @@ def test_images_are_those_that_the_data_deal_out(
     size: int, batch: int, steps: int, epochs: int
 ) -> None:
     told = {"batch_size": batch, "local_steps": steps, "local_epochs": epochs}
-    taken = epochs * -(-size // batch) if epochs else steps
+    taken = epochs * batches_per_pass(size, batch) if epochs else steps
     dealt = _index_batches(size, steps=taken, batch_size=batch, generator=torch.Generator())
     assert _images_a_round({"num_examples": size, "parameters": told}) == sum(map(len, dealt))

@@ -11,7 +11,7 @@ from torch import Tensor
 from flower_mcepl.agents.tasks import Task, find_task
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig, field_keys, read_fields
-from flower_mcepl.data.batches import BatchSource
+from flower_mcepl.data.batches import BatchSource, batches_per_pass
 from flower_mcepl.errors import DataError, DivergedError, UnsupportedLayerError
 from flower_mcepl.streams import isolated_rng, torch_stream
 
@@ -88,7 +88,7 @@ class TrainingConfig:
         """Return the mini-batches of one round over a training split of that size."""
         if not self.local_epochs:
             return self.local_steps
-        return self.local_epochs * math.ceil(num_examples / self.batch_size)
+        return self.local_epochs * batches_per_pass(num_examples, self.batch_size)
 
     def _check_not_negative(self, *names: str) -> None:
         for name in names:
