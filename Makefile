@@ -49,7 +49,7 @@ demo: setup ## run the quickstart for real; results go under runs/
 test: setup ## run the fast tests, on all cores; the same examples every time
 	"$(PY)" -m pytest -n auto $(PYTEST_ARGS)
 
-test-slow: setup ## run the tests that train for long or start Flower itself
+test-slow: setup ## run the tests that train for long, start Flower, or play long in other processes
 	"$(PY)" -m pytest -m slow $(PYTEST_ARGS)
 
 explore: setup ## search for new examples that break a property, for EXPLORE_SECONDS

@@ -64,6 +64,7 @@ def test_every_test_begins_with_the_same_global_seeds(_: int) -> None:
     assert drawn == (0.8444218515250481, 0.5488135039273248, 0.49625658988952637)
 
 
+@pytest.mark.slow
 def test_a_find_is_an_exit_code_and_a_command_that_repeats_it(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
     (tmp_path / "torch.py").write_text("raise ImportError('takes seconds')\n")

@@ -105,6 +105,7 @@ print(run.path)
 """
 
 
+@pytest.mark.slow
 def test_its_names_work_in_simulate(installed: Path, tmp_path: Path) -> None:
     path = run(SIMULATION, site=installed, folder=tmp_path).strip()
     # without the package a record says whose masks it cannot read
@@ -164,6 +165,7 @@ def app(tmp_path: Path) -> Path:
     return app
 
 
+@pytest.mark.slow
 def test_its_names_work_in_studies_and_all_commands(
     installed: Path, tmp_path: Path, app: Path
 ) -> None:
@@ -191,6 +193,7 @@ def test_its_names_work_in_studies_and_all_commands(
     ]
 
 
+@pytest.mark.slow
 def test_a_setting_of_its_own_is_checked(installed: Path, tmp_path: Path, app: Path) -> None:
     code = """
 from flower_mcepl import ConfigError, TopologyError
@@ -247,6 +250,7 @@ print(*sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "own"),
     [

@@ -138,6 +138,7 @@ needs_proc = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_proc
 def test_records_commands_and_studies_work_on_windows(tmp_path: Path) -> None:
     app = write_app(tmp_path, "portable")
@@ -252,6 +253,7 @@ def record_of_many_letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("env", "encodings"),
     [({"PYTHONIOENCODING": "ascii"}, ("own", "cp1252")), (C_LOCALE, ("own",))],
