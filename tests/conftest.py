@@ -42,8 +42,8 @@ with contextlib.suppress(ImportError):
     torch.set_num_threads(1)
 
 
-# Imported modules stay for good; torch and Flower are half a million objects. Do not look
-# for garbage among them: not while they come, nor ever again (0.2 s each time).
+# Imported modules stay for good; torch and Flower are half a million objects. Do not
+# look for garbage among them: not while they come, nor ever again (0.2 s each time).
 gc.disable()
 
 

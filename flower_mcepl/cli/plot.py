@@ -33,6 +33,8 @@ def plot(
       agreement*.png         how far masks agree, beside the overlap of classes
       filters*.png           share of kept weights in every filter, layer by layer
 
+    Of another task it is that task's main metric, by its own name.
+
     Runs that differ by their seed alone are one line: their mean, and a band of one
     standard deviation over the seeds. For one record alone the band is over its agents.
     The last two need the agents' final states, which simulations leave; they are drawn

@@ -157,13 +157,13 @@ class _Teller:
 
 
 def _reached(run: Run) -> str:
-    mean, seconds = run.accuracy()["mean"], (run.summary or {}).get("seconds", 0.0)
-    accuracy = "no agent evaluated" if mean is None else f"accuracy {mean:.4f}{_of(run)}"
+    mean, seconds = run.result()["mean"], (run.summary or {}).get("seconds", 0.0)
+    accuracy = "no agent evaluated" if mean is None else f"{run.metric.name} {mean:.4f}{_of(run)}"
     return f"{accuracy}, {human_bytes(link_bytes(run))} over the links, {seconds:.1f} s"
 
 
 def _of(run: Run) -> str:
-    """Of how many agents an accuracy is, where it is not of all."""
+    """Of how many agents a mean is, where it is not of all."""
     return "" if len(run.last_evaluated()) == run.num_agents else f" of {run.coverage()}"
 
 

@@ -2,10 +2,29 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flower_mcepl.errors import ConfigError
+from flower_mcepl.record.metric import ACCURACY, MainMetric
 from flower_mcepl.record.reading import Run
+
+
+def one_metric(runs: Sequence[Run]) -> MainMetric:
+    """Main metric of several runs.
+
+    Raises
+    ------
+    ConfigError
+        If they have several: there is no table or picture of both.
+    """
+    metrics = list(dict.fromkeys(run.metric for run in runs))
+    if len(metrics) > 1:
+        raise ConfigError(
+            "runs side by side must have one main metric; got "
+            f"{' and '.join(metric.name for metric in metrics)}. Compare those of one task."
+        )
+    return metrics[0]
 
 
 def link_bytes(run: Run) -> int | None:
@@ -23,14 +42,14 @@ def sends_nothing(run: Run) -> bool:
     return [run.totals.get(key) for key in ("links_total", "uplink_total")] == [0, 0]
 
 
-def worst_tenth(accuracies: Iterable[float | None]) -> float | None:
-    """Mean of the lowest tenth of the accuracies, at least of one; None of none."""
-    known = sorted(accuracy for accuracy in accuracies if accuracy is not None)
+def worst_tenth(values: Iterable[float | None], metric: MainMetric = ACCURACY) -> float | None:
+    """Mean of the worst tenth of the agents' values, at least of one; None of none."""
+    known = metric.sorted(value for value in values if value is not None)
     return statistics.fmean(known[: math.ceil(len(known) / 10)]) if known else None
 
 
 def full_curve(run: Run) -> list[tuple[int, float]]:
-    """Mean accuracy by evaluated round, of rounds with no fewer agents than the last.
+    """Mean by evaluated round, of rounds with no fewer agents than the last.
 
     A mean over few survivors is no point of the curve of all.
     """
@@ -40,8 +59,9 @@ def full_curve(run: Run) -> list[tuple[int, float]]:
 
 
 def bytes_to(run: Run, target: float) -> int | None:
-    """Bytes over links up to the first round that reaches the target accuracy."""
-    reached = next((round for round, mean in full_curve(run) if mean >= target), None)
+    """Bytes over links up to the first round whose mean reaches the target."""
+    metric = run.metric
+    reached = next((t for t, mean in full_curve(run) if metric.reaches(mean, target)), None)
     return None if reached is None else bytes_by_round(run)[reached]
 
 

@@ -27,7 +27,10 @@ ROUNDS, RELAY, TRAFFIC = "rounds.jsonl", "relay.jsonl", "traffic.jsonl"
 STATUSES = ("finished", "incomplete", "interrupted", "failed")
 
 _COUNTERS = ("sent_bytes", "received_bytes", "uplink_bytes", "seconds")
-AGENT_KEYS = ("round", "agent", "accuracy", "loss", "num_examples", "density", *_COUNTERS)
+AGENT_KEYS = (
+    *("round", "agent", "accuracy", "loss", "num_examples", "density"),
+    *_COUNTERS,
+)
 TRAFFIC_KEYS = ("round", "links", "uplinks")
 RELAY_KEYS = (
     *("round", "answered", "agents", "failed", "missing"),

@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flower_mcepl.errors import RecordError
-from flower_mcepl.record.accuracy import accuracy_summary, last_evaluated, last_rows, of_agents
 from flower_mcepl.record.layout import AGENTS, CONFIG, RELAY, ROUNDS, SUMMARY, Row
+from flower_mcepl.record.metric import (
+    MainMetric,
+    last_evaluated,
+    last_rows,
+    metric_summary,
+    of_agents,
+)
 
 T = TypeVar("T")
 
@@ -130,25 +136,35 @@ class Run:
         """Traffic over each directed link during the whole run."""
         return self._part(SUMMARY, "links", list)
 
+    @property
+    def metric(self) -> MainMetric:
+        """Main metric of the run: what `result`, curves and pictures are of."""
+        return MainMetric.of(self.handshakes.values(), self.rounds)
+
+    def result(self) -> Row:
+        """Mean, spread and extremes of the main metric (`metric_summary`)."""
+        return metric_summary(self.rounds, self.metric)
+
     def accuracy(self) -> Row:
-        """Mean, spread and extremes over the agents (`accuracy_summary`)."""
-        return accuracy_summary(self.rounds)
+        """Mean, spread and extremes of the accuracy, whatever the main metric is."""
+        return metric_summary(self.rounds)
 
     def final(self) -> dict[int, Row]:
         """Last line of each agent, by agent."""
         return last_rows(self.rounds)
 
     def last_evaluated(self) -> dict[int, Row]:
-        """Lines of the agents that `accuracy` is of, by agent."""
-        return last_evaluated(self.rounds)
+        """Lines of the agents that `result` is of, by agent."""
+        return last_evaluated(self.rounds, self.metric)
 
     def coverage(self) -> str:
-        """Of how many agents the mean of `accuracy` is: ``"9 of 10 agents"``."""
+        """Of how many agents the mean of `result` is: ``"9 of 10 agents"``."""
         return of_agents(len(self.last_evaluated()), self.num_agents)
 
     def partial_rounds(self) -> dict[int, int]:
         """Evaluated rounds without all agents of the graph, and how many they have."""
-        counts = {t: len(last_evaluated(rows)) for t, rows in self.by_round().items()}
+        metric = self.metric
+        counts = {t: len(last_evaluated(rows, metric)) for t, rows in self.by_round().items()}
         return {round: count for round, count in counts.items() if 0 < count < self.num_agents}
 
     def by_round(self) -> dict[int, list[Row]]:
@@ -159,8 +175,9 @@ class Run:
         return dict(sorted(rows.items()))
 
     def curve(self) -> list[tuple[int, float, float, float, float]]:
-        """Accuracy by evaluated round: ``(round, mean, std, worst, best)``."""
-        points = ((number, accuracy_summary(rows)) for number, rows in self.by_round().items())
+        """Main metric by evaluated round: ``(round, mean, std, worst, best)``."""
+        metric = self.metric
+        points = ((t, metric_summary(rows, metric)) for t, rows in self.by_round().items())
         return [
             (t, s["mean"], s["std"], s["worst"], s["best"])
             for t, s in points

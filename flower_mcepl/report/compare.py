@@ -10,9 +10,11 @@ from flower_mcepl.record.figures import (
     bytes_to,
     full_curve,
     link_bytes,
+    one_metric,
     training_images,
     worst_tenth,
 )
+from flower_mcepl.record.metric import MainMetric
 from flower_mcepl.record.pools import pool
 from flower_mcepl.record.reading import Run
 
@@ -24,16 +26,17 @@ class Measures:
     """Figures of one finished run; None is what its record does not hold."""
 
     seed: Any
-    # mean over the agents of their personalized accuracies in the last evaluated round
-    accuracy: float | None
+    metric: MainMetric
+    # mean over the agents of their main metric in the last evaluated round
+    result: float | None
     agents: int  # that it is the mean of
     num_agents: int  # of the graph
     agent_sd: float | None  # population standard deviation over the agents
     worst_tenth: float | None  # mean of the worst tenth of the agents, at least one
-    # mean accuracy by evaluated round, of rounds with no fewer agents than the last
+    # mean main metric by evaluated round, of rounds with no fewer agents than the last
     curve: dict[int, float]
     link_bytes: int | None  # see `link_bytes`
-    # the same up to the first evaluated round whose mean accuracy reaches the target
+    # the same up to the first evaluated round whose mean reaches the target
     target_bytes: int | None
     # share of output filters without a kept weight at the end; None also where not
     # asked
@@ -67,13 +70,14 @@ class Row:
         return statistics.stdev(values) if len(values) > 1 else None
 
     def best(self) -> tuple[int, float] | None:
-        """Round of all seeds with the highest mean accuracy, and that accuracy."""
+        """Round of all seeds with the best mean of the main metric, and that mean."""
         common = set.intersection(*(set(run.curve) for run in self.runs))
         means = {
             round: statistics.fmean(run.curve[round] for run in self.runs)
             for round in sorted(common)
         }
-        return max(means.items(), key=lambda item: item[1]) if means else None
+        sign = 1 if self.runs[0].metric.higher_is_better else -1
+        return max(means.items(), key=lambda item: sign * item[1]) if means else None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Comparison:
     keys: tuple[str, ...]  # settings that are not the same in all of them
     rows: tuple[Row, ...]  # in the order of the records
     target: float | None
+    metric: MainMetric  # of all of them
     notes: tuple[str, ...] = ()  # which records were left out, and why
 
 
@@ -96,17 +101,19 @@ def compare(runs: Sequence[Run], *, target: float | None = None) -> Comparison:
     Raises
     ------
     ConfigError
-        If no run is finished, or `target` is no accuracy.
+        If no run is finished, the runs have several main metrics, or `target` is no
+        value of theirs.
     """
-    if target is not None and not 0 < target <= 1:
-        raise ConfigError(f"the target is an accuracy in (0, 1]; got {target}.")
     pooled = pool(runs)
+    metric = one_metric([run for one in pooled.pools for run in one.runs])
+    if target is not None and metric.bounded and not 0 < target <= 1:
+        raise ConfigError(f"the target is an {metric.name} in (0, 1]; got {target}.")
     lasso = LASSO in pooled.keys
     rows = [
         Row(one.settings, tuple(_measure(run, target, lasso) for run in one.runs))
         for one in pooled.pools
     ]
-    return Comparison(pooled.keys, tuple(rows), target, pooled.notes)
+    return Comparison(pooled.keys, tuple(rows), target, metric, pooled.notes)
 
 
 # --- one run ---
@@ -114,14 +121,15 @@ def compare(runs: Sequence[Run], *, target: float | None = None) -> Comparison:
 
 def _measure(run: Run, target: float | None, lasso: bool) -> Measures:
     assert run.summary is not None
-    last, totals = run.accuracy(), run.totals
+    last, totals, metric = run.result(), run.totals, run.metric
     return Measures(
         seed=run.seed,
-        accuracy=last["mean"],
+        metric=metric,
+        result=last["mean"],
         agents=last["agents"] or 0,
         num_agents=run.num_agents,
         agent_sd=last["std"],
-        worst_tenth=worst_tenth(row["accuracy"] for row in run.last_evaluated().values()),
+        worst_tenth=worst_tenth(map(metric.value, run.last_evaluated().values()), metric),
         curve={round: mean for round, mean in full_curve(run)},
         link_bytes=link_bytes(run),
         target_bytes=None if target is None else bytes_to(run, target),

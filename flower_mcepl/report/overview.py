@@ -1,4 +1,4 @@
-"""Picture of a run record: accuracy over the rounds, graph and bytes in one PNG.
+"""Picture of a run record: main metric over the rounds, graph and bytes in one PNG.
 
 Needs the extra ``report`` (matplotlib), which is imported only when something is drawn.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def plot_run(run: Run, out: Path | None = None) -> Path:
-    """Draw accuracy over the rounds, the graph and the bytes side by side into one PNG.
+    """Draw the main metric by round, the graph and the bytes side by side into one PNG.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def plot_run(run: Run, out: Path | None = None) -> Path:
     figure = new_figure(16, 5.8)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.05, 1.1, 1))
     figure.suptitle(plain(headline(run)), fontsize=14, fontweight="bold")
-    _draw_accuracy(left, run)
+    _draw_result(left, run)
     draw_graph(middle, run)
     title = "Payload so far" if run.summary is None else "Payload of the run"
     _draw_bytes(right, run.totals, title=title)
@@ -57,16 +57,19 @@ def plot_run(run: Run, out: Path | None = None) -> Path:
     return target
 
 
-def _draw_accuracy(axes: "Axes", run: Run) -> None:
+def _draw_result(axes: "Axes", run: Run) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set(title="Personalized accuracy", xlabel="round")
-    axes.set_ylabel(f"accuracy on the agent's own {run.evaluated_on} split")
-    axes.set_ylim(0, 1)
+    metric = run.metric
+    better = "" if metric.higher_is_better else f" ({metric.direction})"
+    axes.set(title=f"Personalized {metric.name}{better}", xlabel="round")
+    axes.set_ylabel(f"{metric.axis} on the agent's own {run.evaluated_on} split")
+    if metric.bounded:
+        axes.set_ylim(0, 1)
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    curve, result = run.curve(), run.accuracy()
+    curve, result = run.curve(), run.result()
     if not curve:
         say(axes, "no agent was evaluated")
         return
@@ -93,7 +96,7 @@ def _draw_accuracy(axes: "Axes", run: Run) -> None:
 
 def mean_label(run: Run) -> str:
     """Label of the line of means: of how many agents they are, and the last value."""
-    result, partial = run.accuracy(), run.partial_rounds()
+    result, partial = run.result(), run.partial_rounds()
     if not partial:
         return f"mean, at the end {result['mean']:.3f}"
     least, most = min(partial.values()), max(partial.values())
@@ -106,11 +109,13 @@ def mean_label(run: Run) -> str:
 
 def _tracks(run: Run) -> dict[int, tuple[list[float], list[float]]]:
     tracks: dict[int, tuple[list[float], list[float]]] = {}
+    metric = run.metric
     for row in run.rounds:
-        if row["accuracy"] is not None:
-            rounds, accuracies = tracks.setdefault(int(row["agent"]), ([], []))
+        value = metric.value(row)
+        if value is not None:
+            rounds, values = tracks.setdefault(int(row["agent"]), ([], []))
             rounds.append(row["round"])
-            accuracies.append(row["accuracy"])
+            values.append(value)
     if len({number for rounds, _ in tracks.values() for number in rounds}) == 1:
         for place, (rounds, _) in enumerate(tracks.values()):
             rounds[0] += 0.35 * (2 * (place + 0.5) / len(tracks) - 1)

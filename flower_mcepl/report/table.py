@@ -1,12 +1,13 @@
 """A run record as plain text: a table of the agents, and what the run cost in bytes."""
 
 import io
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flower_mcepl.config.extras import report_extra
-from flower_mcepl.record.accuracy import of_agents
 from flower_mcepl.record.layout import Row
+from flower_mcepl.record.metric import ACCURACY, of_agents
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.values import human_bytes
 
@@ -28,8 +29,9 @@ def agent_table(run: Run) -> str:
         from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    tested = f"{run.evaluated_on}\nimages"
-    for title in ("agent", "retention", "classes", "train\nimages", tested, "accuracy", "density"):
+    noun = examples(run)
+    tested, main = f"{run.evaluated_on}\n{noun}", run.metric.name
+    for title in ("agent", "retention", "classes", f"train\n{noun}", tested, main, "density"):
         table.add_column(title, justify="left" if title == "classes" else "right")
     for title in ("sent", "received"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -40,7 +42,7 @@ def agent_table(run: Run) -> str:
     Console(
         file=sink, width=100, color_system=None, force_terminal=False, force_jupyter=False
     ).print(table)
-    lines = [headline(run), "", *sink.getvalue().splitlines(), "", *_accuracy_lines(run), ""]
+    lines = [headline(run), "", *sink.getvalue().splitlines(), "", *_result_lines(run), ""]
     return "\n".join(line.rstrip() for line in [*lines, *_byte_lines(run.totals)]) + "\n"
 
 
@@ -54,7 +56,7 @@ def _agent_cells(run: Run) -> Iterator[list[str]]:
             _cell(handshake.get("classes")),
             _cell(handshake.get("num_examples")),
             _cell(row.get("num_examples")),
-            _cell(row.get("accuracy"), ".4f"),
+            _cell(run.metric.value(row), ".4f"),
             _cell(row.get("density"), ".4f"),
             human_bytes(row.get("sent_bytes")),
             human_bytes(row.get("received_bytes")),
@@ -79,26 +81,34 @@ def headline(run: Run) -> str:
     """Name of the run, how it ended, and how large it was."""
     status = run.status or "no summary (killed or still running)"
     agents = of_agents(len(run.final()), run.num_agents)
-    result = run.accuracy()
+    result = run.result()
     if result["mean"] is None or (len(run.final()) == result["agents"] == run.num_agents):
         return f"{run.name}: {status}, {agents}, {run.num_rounds} rounds"
     return (
         f"{run.name}: {status}, {run.num_agents} agents, {run.num_rounds} rounds; "
-        f"accuracy of {run.coverage()} after round {result['round']}"
+        f"{run.metric.name} of {run.coverage()} after round {result['round']}"
     )
 
 
-def _accuracy_lines(run: Run) -> Iterator[str]:
-    result = run.accuracy()
+def examples(run: Run) -> str:
+    """What the examples are called: images in a picture task, else examples."""
+    tasks = {facts.get("task", "classification") for facts in run.handshakes.values()}
+    return "images" if tasks <= {"classification", "segmentation"} else "examples"
+
+
+def _result_lines(run: Run) -> Iterator[str]:
+    result, metric = run.result(), run.metric
     if result["mean"] is None:
-        yield "personalized accuracy: no agent was evaluated"
+        yield f"personalized {metric.name}: no agent was evaluated"
         return
     on = "" if run.evaluated_on == "test" else f", on the {run.evaluated_on} split"
     yield (
-        f"personalized accuracy {result['mean']:.4f} ± {result['std']:.4f} (mean ± sd over "
-        f"{run.coverage()}, round {result['round']}{on}); "
+        f"personalized {metric.axis} {result['mean']:.4f} ± {result['std']:.4f} (mean ± sd over "
+        f"{run.coverage()}, round {result['round']}{on}{_better(run)}); "
         f"worst: agent {result['worst_agent']} with {result['worst']:.4f}"
     )
+    if further := ", ".join(_further_lines(run)):
+        yield f"also, means of that round: {further}"
     late = [
         f"{a} (round {r['round']})" for a, r in run.final().items() if r["round"] < result["round"]
     ]
@@ -106,6 +116,20 @@ def _accuracy_lines(run: Run) -> Iterator[str]:
         yield f"last evaluated in an earlier round, and not in the mean: agent {', '.join(late)}"
     if never := [str(agent) for agent in range(run.num_agents) if agent not in run.final()]:
         yield f"never evaluated: agent {', '.join(never)}"
+
+
+def _better(run: Run) -> str:
+    return "" if run.metric == ACCURACY else f", {run.metric.direction}"
+
+
+def _further_lines(run: Run) -> Iterator[str]:
+    """Means of the other metrics of the last evaluated round."""
+    rows = list(run.last_evaluated().values())
+    for name in dict.fromkeys(name for row in rows for name in row.get("metrics") or {}):
+        values = [row["metrics"][name] for row in rows if name in (row.get("metrics") or {})]
+        if name != run.metric.name:
+            fewer = "" if len(values) == len(rows) else f" of {len(values)} agents"
+            yield f"{name} {statistics.fmean(values):.4f}{fewer}"
 
 
 def _byte_lines(counts: Row) -> Iterator[str]:

@@ -5,19 +5,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flower_mcepl.record.accuracy import of_agents
+from flower_mcepl.record.metric import of_agents
 from flower_mcepl.record.values import human_bytes
 from flower_mcepl.report.compare import LASSO, Comparison, Row
 
 Column = tuple[str, Callable[[Row], str]]  # title and cell
 _EXPLAINED = (
-    "accuracy: mean over the agents of their personalized accuracy in the last evaluated round; "
+    "{main}: mean over the agents of their personalized {main} in the last evaluated round; "
     "then mean ± sample standard deviation over the seeds, of which one seed has none. All other "
     "columns are means over the seeds.",
     "sd over agents: population standard deviation. worst tenth: mean of the worst tenth of the "
     "agents, at least one.",
-    "best: the highest mean accuracy of any evaluated round; picked on the evaluated splits, so "
-    "it is no result.",
+    "best: the best mean {main} ({direction}) of any evaluated round; picked on the evaluated "
+    "splits, so it is no result.",
     "links: bytes of payload from agent to agent, or both ways between agents and server. busiest "
     "agent: all that it sent up, each frame once, and received.",
     "images: training images that an agent processed; told where every agent trained in every "
@@ -39,11 +39,13 @@ def cells(comparison: Comparison) -> Iterator[list[str]]:
 
 def footnotes(comparison: Comparison) -> list[str]:
     """Footnotes that a reader of the table needs."""
-    notes = list(_EXPLAINED)
+    metric = comparison.metric
+    words = {"{main}": metric.name, "{direction}": metric.direction}
+    notes = [_filled(note, words) for note in _EXPLAINED]
     if comparison.target is not None:
         notes.append(
-            f"to {comparison.target:g}: bytes over the links until the mean accuracy was first "
-            "that high."
+            f"to {comparison.target:g}: bytes over the links until the mean {metric.name} was "
+            "first that good."
         )
     if LASSO in comparison.keys:
         notes.append(
@@ -52,8 +54,9 @@ def footnotes(comparison: Comparison) -> list[str]:
         )
     if any(title == "agents" for title, _ in _columns(comparison)):
         notes.append(
-            "agents: of how many agents of the graph the accuracy is, at least; the others were "
-            "not evaluated in that round. best and links to a target leave out rounds with fewer."
+            f"agents: of how many agents of the graph the {metric.name} is, at least; the others "
+            "were not evaluated in that round. best and links to a target leave out rounds with "
+            "fewer."
         )
     return [*notes, *comparison.notes]
 
@@ -91,7 +94,7 @@ def _columns(comparison: Comparison) -> list[Column]:
     fewer: list[Column] = [("agents", _agents)] if partial else []
     return [
         ("seeds", lambda row: str(len(row.runs))),
-        ("accuracy", _accuracy),
+        (comparison.metric.name, _result),
         *fewer,
         ("sd over agents", lambda row: _number(row.mean("agent_sd"), ".4f")),
         ("worst tenth", lambda row: _number(row.mean("worst_tenth"), ".4f")),
@@ -106,9 +109,15 @@ def _columns(comparison: Comparison) -> list[Column]:
     ]
 
 
-def _accuracy(row: Row) -> str:
-    sd = row.sd("accuracy")
-    return _number(row.mean("accuracy"), ".4f") + ("" if sd is None else f" ± {sd:.4f}")
+def _filled(note: str, words: dict[str, str]) -> str:
+    for word, text in words.items():
+        note = note.replace(word, text)
+    return note
+
+
+def _result(row: Row) -> str:
+    sd = row.sd("result")
+    return _number(row.mean("result"), ".4f") + ("" if sd is None else f" ± {sd:.4f}")
 
 
 def _agents(row: Row) -> str:
@@ -132,15 +141,16 @@ def _reached(row: Row) -> str:
 
 def _numbers(row: Row) -> dict[str, Any]:
     best_round, best = row.best() or (None, None)
+    main = row.runs[0].metric.name.replace("-", "_")
     return {
         "seeds": len(row.runs),
-        "accuracy_mean": row.mean("accuracy"),
-        "accuracy_sd": row.sd("accuracy"),
+        f"{main}_mean": row.mean("result"),
+        f"{main}_sd": row.sd("result"),
         "agents": min(run.agents for run in row.runs),
         "num_agents": max(run.num_agents for run in row.runs),
         "agent_sd": row.mean("agent_sd"),
         "worst_tenth": row.mean("worst_tenth"),
-        "best_accuracy": best,
+        f"best_{main}": best,
         "best_round": best_round,
         "link_bytes": row.mean("link_bytes"),
         "target_bytes": row.mean("target_bytes"),

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, final
 
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.record.accuracy import accuracy_summary
 from flower_mcepl.record.layout import Row
+from flower_mcepl.record.metric import MainMetric, metric_summary
 from flower_mcepl.record.reading import Run, read_run
 
 SPREAD = ("mean", "std", "worst", "best")
@@ -19,7 +19,8 @@ class ScalarWriter:
 
     The step is the round. Written are ``accuracy/mean``, ``std``, ``worst``, ``best``
     over the agents, ``loss/mean``, ``agents/3`` (accuracy of agent 3), and
-    ``bytes/links`` and ``bytes/uplinks``, totals since the start.
+    ``bytes/links`` and ``bytes/uplinks``, totals since the start. Of another task its
+    main metric stands in place of the accuracy, and the others as ``mae/mean``.
 
     Parameters
     ----------
@@ -54,7 +55,7 @@ class ScalarWriter:
         for round in sorted(rounds.keys() - self._rounds):
             if round < newest or run.summary is not None:
                 self._rounds.add(round)
-                self._write_round(round, rounds[round])
+                self._write_round(round, rounds[round], run.metric)
         for row in run.relay[self._relay :]:
             for key, name in BYTES.items():
                 self._add(f"bytes/{name}", row.get(key), row)
@@ -66,16 +67,19 @@ class ScalarWriter:
         """Close the event file."""
         self._events.close()
 
-    def _write_round(self, round: int, rows: list[Row]) -> None:
-        whole = accuracy_summary(rows)
+    def _write_round(self, round: int, rows: list[Row], metric: MainMetric) -> None:
+        whole = metric_summary(rows, metric)
         last = max(rows, key=lambda row: float(row.get("seconds") or 0))
         for name in SPREAD:
-            self._add(f"accuracy/{name}", whole[name], last)
-        losses = [row["loss"] for row in rows if row.get("loss") is not None]
-        if losses:
-            self._add("loss/mean", sum(losses) / len(losses), last)
+            self._add(f"{metric.name}/{name}", whole[name], last)
+        further = dict.fromkeys(name for row in rows for name in row.get("metrics") or {})
+        for name in ("loss", *further):
+            values = [MainMetric(name).value(row) for row in rows]
+            known = [value for value in values if value is not None]
+            if known and name != metric.name:
+                self._add(f"{name}/mean", sum(known) / len(known), last)
         for row in rows:
-            self._add(f"agents/{row['agent']}", row["accuracy"], row)
+            self._add(f"agents/{row['agent']}", metric.value(row), row)
 
     def _add(self, tag: str, value: Any, row: Row) -> None:
         if value is not None:

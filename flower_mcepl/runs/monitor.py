@@ -9,8 +9,8 @@ from typing import Any, Generic
 from flower_mcepl.errors import first_line, same_reason
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, FrameT
-from flower_mcepl.record.accuracy import accuracy_summary, mean_loss, of_agents
 from flower_mcepl.record.layout import Row
+from flower_mcepl.record.metric import MainMetric, metric_summary, of_agents
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.values import human_bytes
 from flower_mcepl.record.writing import RunRecord
@@ -55,8 +55,13 @@ class RunMonitor(Generic[FrameT]):
         return [
             self._row(agent, (answer.late_of or round) - 1, answer)
             for agent, answer in answers.items()
-            if answer.metrics.keys() & {"accuracy", "loss"}
+            if "num-examples" in answer.metrics and "density" in answer.metrics
         ]
+
+    @property
+    def metric(self) -> MainMetric:
+        """Main metric of the run, as the agents tell it."""
+        return MainMetric.of(self._introduced.values(), self.rows)
 
     def close_round(
         self,
@@ -81,7 +86,8 @@ class RunMonitor(Generic[FrameT]):
         ]
         if losses:
             self.train_loss[round] = fmean(losses)
-        closed = _ClosedRound(round, answers, rows, refused, failed, missing, states)
+        new = self._introduce(answers)
+        closed = _ClosedRound(round, answers, rows, refused, failed, missing, states, new)
         for line in (*self._troubles(closed), *self._evaluation_errors(closed)):
             self.log(f"round {round}: {line}")
         for name, text in closed.whole_texts():
@@ -123,33 +129,32 @@ class RunMonitor(Generic[FrameT]):
         self._told.add(reason)
 
     def evaluations(self) -> dict[int, dict[str, Any]]:
-        """Mean, spread and extremes of the personal accuracies by evaluated round."""
+        """Mean, spread and extremes of the main metric by evaluated round."""
+        metric = self.metric
         by_round: dict[int, list[dict[str, Any]]] = {}
         for row in self.rows:
             by_round.setdefault(row["round"], []).append(row)
         result = {}
         for round, rows in sorted(by_round.items()):
-            s = accuracy_summary(rows)
-            of_round: dict[str, Any] = {
-                "accuracy": s["mean"],
-                "accuracy-std": s["std"],
-                "accuracy-worst": s["worst"],
-                "accuracy-best": s["best"],
-                "num-agents": s["agents"],
-            }
-            if s["mean"] is None:
-                of_round = {"loss": mean_loss(rows), "num-agents": len(rows)}
-            result[round] = of_round
+            s = metric_summary(rows, metric)
+            if s["mean"] is not None:
+                result[round] = {
+                    metric.name: s["mean"],
+                    f"{metric.name}-std": s["std"],
+                    f"{metric.name}-worst": s["worst"],
+                    f"{metric.name}-best": s["best"],
+                    "num-agents": s["agents"],
+                }
         return result
 
     def finish(self, status: str, **more: Any) -> dict[str, Any]:
         """Write the summary and return it."""
+        of = {"of": self.exchange.topology.num_agents}
         summary = {
             "num_rounds": self.num_rounds,
-            "accuracy": {
-                **accuracy_summary(self.rows),
-                "of": self.exchange.topology.num_agents,
-            },
+            "metric": self.metric.facts(),
+            "result": {**metric_summary(self.rows, self.metric), **of},
+            "accuracy": {**metric_summary(self.rows), **of},
             "bytes": self.exchange.ledger.totals(),
             "links": self.exchange.ledger.link_rows(),
             "seconds": time.perf_counter() - self._start,
@@ -182,6 +187,7 @@ class RunMonitor(Generic[FrameT]):
             "agent": agent,
             "accuracy": metrics.get("accuracy"),
             "loss": metrics.get("loss"),
+            "metrics": {name: value for name, value in metrics.items() if _is_further(name)},
             "num_examples": int(metrics["num-examples"]),
             "density": metrics["density"],
             "sent_bytes": ledger.sent(agent),
@@ -190,15 +196,20 @@ class RunMonitor(Generic[FrameT]):
             "seconds": self._agent_seconds[agent],
         }
 
-    def _write(self, record: RunRecord, closed: "_ClosedRound[FrameT]") -> None:
-        answers = closed.answers
+    def _introduce(self, answers: Mapping[int, Answer[FrameT]]) -> bool:
+        """Take note of the handshakes in a round's answers; say whether any is new."""
         introduced = {
             agent: {key.replace("-", "_"): value for key, value in a.facts.items()}
             for agent, a in answers.items()
             if a.introduces or agent not in self._introduced
         }
-        if any(self._introduced.get(agent) != facts for agent, facts in introduced.items()):
-            self._introduced.update(introduced)
+        new = any(self._introduced.get(agent) != facts for agent, facts in introduced.items())
+        self._introduced.update(introduced)
+        return new
+
+    def _write(self, record: RunRecord, closed: "_ClosedRound[FrameT]") -> None:
+        answers = closed.answers
+        if closed.introduces:
             record.amend_config(
                 agents=[self._introduced[agent] for agent in sorted(self._introduced)]
             )
@@ -246,16 +257,15 @@ class RunMonitor(Generic[FrameT]):
         parts += [f"no answer from {', '.join(map(str, closed.missing))}"] if closed.missing else []
         if closed.round in self.train_loss:
             parts.append(f"train loss {self.train_loss[closed.round]:.3f}")
-        s = accuracy_summary(closed.rows)
-        if closed.rows and s["mean"] is None:
-            parts.append(f"loss {mean_loss(closed.rows):.3f} of {len(closed.rows)} agents")
-        elif closed.rows:
+        metric = self.metric
+        s = metric_summary(closed.rows, metric)
+        if s["mean"] is not None:
             all_agents = self.exchange.topology.num_agents
             count = s["agents"] or 0
             fewer = "" if count == all_agents else f" of {of_agents(count, all_agents)}"
             parts.append(
-                f"accuracy{fewer} after round {s['round']}: {s['mean']:.3f} +/- {s['std']:.3f} "
-                f"(worst {s['worst']:.3f}, agent {s['worst_agent']})"
+                f"{metric.name}{fewer} after round {s['round']}: {s['mean']:.3f} +/- "
+                f"{s['std']:.3f} (worst {s['worst']:.3f}, agent {s['worst_agent']})"
             )
         totals = self.exchange.ledger.totals()
         parts.append(f"{human_bytes(totals['links_total'])} over the links")
@@ -282,6 +292,7 @@ class _ClosedRound(Generic[FrameT]):
     failed: Mapping[str, str]
     missing: Sequence[int]
     states: Mapping[str, str]  # of agents and nodes, where they changed
+    introduces: bool  # somebody with facts that are new
 
     def whole_texts(self) -> Iterator[tuple[str, str]]:
         """Whole text of every failure, with the name that it is of."""
@@ -298,3 +309,12 @@ class _ClosedRound(Generic[FrameT]):
             if answer.evaluation_error
         }
         return {"evaluation_errors": errors} if errors else {}
+
+
+# what an answer tells beside the metrics of a task; those of training are named train-*
+_NO_METRICS = ("accuracy", "loss", "num-examples", "density", "seconds")
+
+
+def _is_further(name: str) -> bool:
+    """Whether a metric has no column of its own in ``rounds.jsonl``."""
+    return name not in _NO_METRICS and not name.startswith("train-")

@@ -34,6 +34,15 @@ class SimulationResult:
     summary: dict[str, Any]  # as in summary.json
 
     @property
+    def result(self) -> float:
+        """Mean main metric over the agents, on their own splits, after the last round.
+
+        Not a number where no agent was evaluated.
+        """
+        mean = self.summary["result"]["mean"]
+        return math.nan if mean is None else float(mean)
+
+    @property
     def personalized_accuracy(self) -> float:
         """Mean accuracy over the agents, on their own splits, after the last round.
 

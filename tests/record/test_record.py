@@ -9,8 +9,8 @@ import pytest
 
 from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.exchange.ledger import TRAFFIC_COLUMNS
-from flower_mcepl.record.accuracy import accuracy_summary
 from flower_mcepl.record.layout import AGENT_KEYS, RELAY_KEYS, STATUSES, TRAFFIC_KEYS
+from flower_mcepl.record.metric import metric_summary
 from flower_mcepl.record.reading import read_run
 from flower_mcepl.record.writing import RunRecord
 
@@ -113,7 +113,7 @@ def test_what_a_record_says_is_read_in_one_place(tmp_path: Path) -> None:
     }
     assert list(run.by_round()) == [1, 2, 3]
     assert [row["agent"] for row in run.by_round()[2]] == [0, 1]
-    assert run.accuracy() == accuracy_summary(run.rounds)
+    assert run.accuracy() == metric_summary(run.rounds)
 
 
 def test_the_seed_of_a_run_without_a_run_config_is_that_of_the_config(tmp_path: Path) -> None:
@@ -397,10 +397,10 @@ def test_a_status_is_one_of_four_and_the_last_one_stays(tmp_path: Path) -> None:
     assert summary["status"] == "failed"
 
 
-def test_accuracy_summary() -> None:
+def test_metric_summary() -> None:
     rows = [agent_row(0, 1, 0.9), agent_row(0, 5, 0.2), agent_row(1, 5, 0.6), agent_row(2, 4, 0.2)]
     rows.append(agent_row(3, 5, math.nan))
-    assert accuracy_summary(rows) == {
+    assert metric_summary(rows) == {
         "mean": pytest.approx(0.4),
         "std": pytest.approx(np.std([0.2, 0.6])),
         "worst": 0.2,
@@ -412,5 +412,5 @@ def test_accuracy_summary() -> None:
     }
 
 
-def test_accuracy_summary_of_nobody() -> None:
-    assert set(accuracy_summary([]).values()) == {None}
+def test_metric_summary_of_nobody() -> None:
+    assert set(metric_summary([]).values()) == {None}

@@ -24,7 +24,7 @@ from flower_mcepl.report.final_masks import Masks, final_masks
 from flower_mcepl.report.plots.agreement import agreement_of, classes_of
 from flower_mcepl.report.plots.canvas import new_figure, plain, wrapped
 from flower_mcepl.report.plots.charts import _stacked, draw_by_bytes, draw_by_round, draw_spread
-from flower_mcepl.report.plots.curves import AGENTS, SEEDS, curve_of, final_accuracies
+from flower_mcepl.report.plots.curves import AGENTS, SEEDS, curve_of, final_values
 from flower_mcepl.report.plots.filter_charts import off_text
 from flower_mcepl.report.plots.filters import filter_densities
 from flower_mcepl.report.plots.gallery import (
@@ -358,7 +358,7 @@ def test_the_band_of_one_record_is_over_its_agents(study: Path) -> None:
     assert curve.sd[1] == pytest.approx(statistics.pstdev(accuracies))
     assert curve_of(Subject("x", (run,)), alone=False).sd is None
     last = [row["accuracy"] for row in lines(run.path) if row["round"] == 3]
-    assert list(final_accuracies(run).values()) == last
+    assert list(final_values(run).values()) == last
 
 
 def test_bytes_of_a_server_count_both_ways(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.record.accuracy import accuracy_summary
+from flower_mcepl.record.metric import metric_summary
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.values import human_bytes
 from flower_mcepl.record.writing import RunRecord
@@ -71,7 +71,7 @@ def synthetic(
         record.finish(
             "finished",
             num_rounds=rounds[-1] if rounds else 0,
-            accuracy=accuracy_summary(rows),
+            accuracy=metric_summary(rows),
             bytes=counts,
             links=used,
         )
@@ -135,7 +135,7 @@ def test_the_table_holds_the_numbers_of_the_record(tmp_path: Path) -> None:
     sent = human_bytes(run.final()[1]["sent_bytes"]).split()
     assert cells(table, 1) == ["1", "0.2", "0", "1", "683", "251", "0.7970", "0.3141", *sent, *sent]
     assert cells(table, 2)[:5] == ["2", "0.3", "0", "2", "336"]
-    result = accuracy_summary(run.rounds)
+    result = metric_summary(run.rounds)
     assert f"{result['mean']:.4f} ± {result['std']:.4f}" in table
     assert "worst: agent 9 with 0.7730" in table
     assert "finished, 10 agents, 3 rounds" in table

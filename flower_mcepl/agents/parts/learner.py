@@ -108,7 +108,9 @@ class Learner:
         return isolated_rng(self.seed, "first-batches", agent=self.agent)
 
     def _check_first(self, network: nn.Module, split: BatchSource, whose: str) -> Batch | None:
-        batches = split.evaluation_batches(batch_size=self.config.eval_batch_size)
+        # a split of one's own that only trains is checked as it does
+        cut = getattr(split, "evaluation_batches", None)
+        batches = () if cut is None else cut(batch_size=self.config.eval_batch_size)
         batch = next(iter(batches), None)
         if batch is None:  # training or evaluation will say so
             return None

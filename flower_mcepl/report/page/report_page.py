@@ -16,9 +16,9 @@ from flower_mcepl.report.tables import cells, footnotes, titles
 _SHORT = 24  # characters of a name or number that stays on one line, though it may have hyphens
 _DEFINED = (
     (
-        "personalized accuracy",
-        "the share of an agent's own test split (validation split, where the settings say so) "
-        "that its own model classifies correctly",
+        "personalized",
+        "of an agent's own model on its own test split (validation split, where the settings say "
+        "so). Accuracy: the share of it that is classified correctly",
     ),
     (
         "bytes",

@@ -61,9 +61,12 @@ def columns(panels: int) -> int:
     return panels if panels < 4 else 2 if panels == 4 else 3
 
 
-def accuracy_scale(scores: Iterable[float]) -> tuple[float, float]:
-    """Ends of the scale of colors."""
+def value_scale(scores: Iterable[float], *, bounded: bool) -> tuple[float, float]:
+    """Ends of the scale of colors; of values in 0..1 they are not close together."""
     known = list(scores)
+    if not bounded:
+        low, high = min(known, default=0.0), max(known, default=1.0)
+        return (low, high) if high > low else (low - 0.5, high + 0.5)
     low, high = min(known, default=0.0), max(known, default=1.0)
     # so that a difference of one point does not look like the whole scale
     low = max(0.0, min(low, high - 0.2))

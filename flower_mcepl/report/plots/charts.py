@@ -1,17 +1,18 @@
-"""Charts of accuracy: curves, and its spread over the agents."""
+"""Charts of the main metric: curves, and its spread over the agents."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flower_mcepl.record.metric import ACCURACY, MainMetric
 from flower_mcepl.record.values import human_bytes
 from flower_mcepl.report.plots.canvas import (
-    accuracy_scale,
     line_style,
     new_figure,
     png,
     say,
+    value_scale,
     wrapped,
 )
 from flower_mcepl.report.plots.curves import Curve
@@ -19,30 +20,34 @@ from flower_mcepl.report.plots.curves import Curve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ACCURACY = "personalized accuracy, mean over the agents"
+
+def _mean_of(metric: MainMetric) -> str:
+    better = "" if metric.higher_is_better else f"\n({metric.direction})"
+    return f"personalized {metric.axis}, mean over the agents{better}"
 
 
-def draw_by_round(curves: Sequence[Curve]) -> bytes:
-    """Draw accuracy against rounds, one line a curve."""
+def draw_by_round(curves: Sequence[Curve], metric: MainMetric = ACCURACY) -> bytes:
+    """Draw the main metric against rounds, one line a curve."""
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(9, 4.6 + _legend_height(curves))
     axes = figure.subplots()
-    axes.set(xlabel="round", ylabel=ACCURACY)
+    axes.set(xlabel="round", ylabel=_mean_of(metric))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     for place, curve in enumerate(curves):
         _draw_curve(axes, curve, curve.rounds, place)
-    _finish(axes, curves)
+    _finish(axes, curves, metric)
     return png(figure)
 
 
-def draw_by_bytes(curves: Sequence[Curve]) -> bytes:
-    """Draw accuracy against bytes over links, log scale; silent runs are level."""
+def draw_by_bytes(curves: Sequence[Curve], metric: MainMetric = ACCURACY) -> bytes:
+    """Draw the main metric by bytes over links, log scale; silent runs are level."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = new_figure(9, 4.6 + _legend_height(curves))
     axes = figure.subplots()
-    axes.set(xlabel="payload over all links since the start, logarithmic", ylabel=ACCURACY)
+    axes.set(xlabel="payload over all links since the start, logarithmic")
+    axes.set_ylabel(_mean_of(metric))
     sends = [place for place, curve in enumerate(curves) if any(curve.bytes)]
     for place, curve in enumerate(curves):
         if place not in sends:
@@ -58,18 +63,21 @@ def draw_by_bytes(curves: Sequence[Curve]) -> bytes:
     axes.xaxis.set_major_locator(LogLocator(subs=_ticks(max(counts) / min(counts)), numticks=12))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(lambda value, _: _short_bytes(value))
-    _finish(axes, curves)
+    _finish(axes, curves, metric)
     return png(figure)
 
 
-def draw_spread(spread: Sequence[tuple[str, Sequence[float]]]) -> bytes:
-    """Draw each agent's last accuracy as a dot over a box plot, a row a label."""
+def draw_spread(
+    spread: Sequence[tuple[str, Sequence[float]]], metric: MainMetric = ACCURACY
+) -> bytes:
+    """Draw each agent's last value as a dot over a box plot, a row a label."""
     labels = [wrapped(label) for label, _ in spread]
     figure = new_figure(
         9, 1.1 + (0.45 + 0.15 * max(label.count("\n") + 1 for label in labels)) * len(spread)
     )
     axes = figure.subplots()
-    low, high = accuracy_scale(value for _, values in spread for value in values)
+    every = [value for _, values in spread for value in values]
+    low, high = value_scale(every, bounded=metric.bounded)
     margin = 0.03 * (high - low)
     for place, (_, values) in enumerate(spread):
         color = line_style(place)["color"]
@@ -90,7 +98,7 @@ def draw_spread(spread: Sequence[tuple[str, Sequence[float]]]) -> bytes:
         rows = np.array(_stacked(dots, closer=0.013 * (high - low))) - place
         axes.plot(dots, rows, "o", ms=5.5, mfc=color, mec="white", mew=0.5, alpha=0.8, zorder=3)
     axes.set(
-        xlabel="personalized accuracy at the end, a dot for each agent",
+        xlabel=f"personalized {metric.axis} at the end, a dot for each agent",
         ylim=(0.5 - len(spread), 0.5),
     )
     axes.set_xlim(low - margin, high + margin)
@@ -127,14 +135,15 @@ def _draw_curve(
     axes.plot(x, mean, lw=2, ms=5, label=wrapped(curve.label), **style)  # type: ignore[arg-type]
 
 
-def _finish(axes: "Axes", curves: Sequence[Curve]) -> None:
+def _finish(axes: "Axes", curves: Sequence[Curve], metric: MainMetric) -> None:
     axes.grid(color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
     if not any(curve.rounds for curve in curves):
         say(axes, "no agent was evaluated")
         return
     low, high = axes.get_ylim()
-    axes.set_ylim(max(-0.02, low), min(1.02, high))
+    if metric.bounded:
+        axes.set_ylim(max(-0.02, low), min(1.02, high))
     over = {curve.over for curve in curves} - {None}
     title = f"bands: ± 1 sd over the {over.pop()}" if over else None
     axes.legend(

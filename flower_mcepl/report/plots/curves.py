@@ -1,4 +1,4 @@
-"""Numbers behind the curves: accuracy by round and bytes, and each agent's last one."""
+"""Numbers behind the curves: main metric by round and bytes, and each agent's last."""
 
 import statistics
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ SEEDS, AGENTS = "seeds", "agents"
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy at the evaluated rounds that all seeds have."""
+    """Main metric at the evaluated rounds that all seeds have."""
 
     label: str
     rounds: tuple[int, ...]
@@ -62,6 +62,7 @@ def _fewer(subject: Subject, rounds: tuple[int, ...]) -> str:
     return f" (in part of {min(counts)} of {of} agents)"
 
 
-def final_accuracies(run: Run) -> dict[int, float]:
-    """Accuracy of each agent in the last evaluated round, if it is in it."""
-    return {agent: float(row["accuracy"]) for agent, row in run.last_evaluated().items()}
+def final_values(run: Run) -> dict[int, float]:
+    """Main metric of each agent in the last evaluated round, if it is in it."""
+    values = {agent: run.metric.value(row) for agent, row in run.last_evaluated().items()}
+    return {agent: value for agent, value in values.items() if value is not None}

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flower_mcepl.config.extras import report_extra
+from flower_mcepl.record.figures import one_metric
+from flower_mcepl.record.metric import MainMetric
 from flower_mcepl.record.reading import Run
 from flower_mcepl.report.final_masks import Masks, final_masks
 from flower_mcepl.report.plots.agreement import agreement_of, classes_of
 from flower_mcepl.report.plots.charts import draw_by_bytes, draw_by_round, draw_spread
-from flower_mcepl.report.plots.curves import SEEDS, Curve, curve_of, final_accuracies
+from flower_mcepl.report.plots.curves import SEEDS, Curve, curve_of, final_values
 from flower_mcepl.report.plots.filter_charts import MOST_LAYERS, draw_filters, off_text
 from flower_mcepl.report.plots.filters import filter_densities
 from flower_mcepl.report.plots.graph import draw_graphs
@@ -94,21 +96,33 @@ def _curves(gallery: Gallery) -> None:
     ]
     if not curves:
         return
-    band = _band(curves)
+    band, metric = _band(curves), _metric(gallery)
+    title = metric.name[:1].upper() + metric.name[1:]
     caption = f"A line for each combination of settings, at the evaluated rounds. {band}"
     gallery.pictures.append(
-        Picture("accuracy-rounds.png", "Accuracy by round", caption, draw_by_round(curves))
+        Picture(
+            f"{metric.name}-rounds.png",
+            f"{title} by round",
+            caption,
+            draw_by_round(curves, metric),
+        )
     )
     if not any(any(curve.bytes) for curve in curves):
-        gallery.missing.append("accuracy by bytes: the records tell of no bytes over links")
+        gallery.missing.append(f"{metric.name} by bytes: the records tell of no bytes over links")
         return
     caption = (
         "The same against the bytes of payload that had gone over all links by then, or both ways "
         f"between agents and server. A level dotted line sends nothing. {band}"
     )
     gallery.pictures.append(
-        Picture("accuracy-bytes.png", "Accuracy by bytes", caption, draw_by_bytes(curves))
+        Picture(
+            f"{metric.name}-bytes.png", f"{title} by bytes", caption, draw_by_bytes(curves, metric)
+        )
     )
+
+
+def _metric(gallery: Gallery) -> MainMetric:
+    return one_metric([run for subject in gallery.subjects for run in subject.runs])
 
 
 def _band(curves: Sequence[Curve]) -> str:
@@ -123,7 +137,7 @@ def _band(curves: Sequence[Curve]) -> str:
 def _spread(gallery: Gallery) -> None:
     spread = []
     for subject in gallery.subjects:
-        values = [accuracy for run in subject.runs for accuracy in final_accuracies(run).values()]
+        values = [value for run in subject.runs for value in final_values(run).values()]
         if values:
             spread.append((subject.label, values))
         else:
@@ -131,12 +145,18 @@ def _spread(gallery: Gallery) -> None:
                 f"spread over the agents of {subject.label}: no agent was evaluated"
             )
     if spread:
+        metric = _metric(gallery)
         caption = (
-            "Every agent's last accuracy, of all seeds together. Black: median; box: quartiles; "
-            "whiskers: the outermost within 1.5 box widths of it."
+            f"Every agent's last {metric.name}, of all seeds together. Black: median; box: "
+            "quartiles; whiskers: the outermost within 1.5 box widths of it."
         )
         gallery.pictures.append(
-            Picture("spread.png", "Spread over the agents", caption, draw_spread(spread))
+            Picture(
+                "spread.png",
+                "Spread over the agents",
+                caption,
+                draw_spread(spread, metric),
+            )
         )
 
 
@@ -147,7 +167,7 @@ def _graphs(gallery: Gallery) -> None:
         for subject in gallery.subjects[_GRAPHS:]
     ]
     several = len(gallery.subjects) > 1
-    caption = "Agents and links, colored by last accuracy" + (
+    caption = f"Agents and links, colored by last {_metric(gallery).name}" + (
         " on one scale; the first seed of each." if several else "."
     )
     picture = draw_graphs([(subject.label, subject.run) for subject in shown])

@@ -1,4 +1,4 @@
-"""Picture of a run's communication graph, every agent in the color of its accuracy."""
+"""Picture of a run's communication graph, every agent in the color of its result."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ import numpy as np
 
 from flower_mcepl.record.figures import sends_nothing
 from flower_mcepl.record.reading import Run
-from flower_mcepl.report.plots.canvas import accuracy_scale, columns, new_figure, png, say, wrapped
-from flower_mcepl.report.plots.curves import final_accuracies
+from flower_mcepl.report.plots.canvas import columns, new_figure, png, say, value_scale, wrapped
+from flower_mcepl.report.plots.curves import final_values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # up to here nodes stand on a circle; above, a spring layout leaves more room for each
 _RING_LIMIT = 24
 _ARROW_LIMIT = 400  # more arrowheads than this hide the graph
-_NO_ACCURACY = (0.85, 0.85, 0.85, 1.0)
+_NO_VALUE = (0.85, 0.85, 0.85, 1.0)
 _UNIT_POINTS = 135  # what one unit of the graph panel measures in the picture
 
 
@@ -28,7 +28,10 @@ def draw_graphs(named: Sequence[tuple[str, Run]]) -> bytes:
     down = -(-len(named) // across)
     figure = new_figure(5.4 * across, 5.8 * down)
     panels = list(figure.subplots(down, across, squeeze=False).flat)
-    scale = accuracy_scale(score for _, run in named for score in final_accuracies(run).values())
+    scale = value_scale(
+        (score for _, run in named for score in final_values(run).values()),
+        bounded=all(run.metric.bounded for _, run in named),
+    )
     for axes in panels[len(named) :]:
         axes.set_axis_off()
     for axes, (name, run) in zip(panels, named, strict=False):
@@ -60,10 +63,12 @@ def draw_graph(axes: "Axes", run: Run, *, scale: tuple[float, float] | None = No
     if run.server is not None:
         _draw_server(axes, spots)
 
-    scores = final_accuracies(run)
-    colors = ScalarMappable(Normalize(*(scale or accuracy_scale(scores.values()))), "viridis")
+    scores = final_values(run)
+    colors = ScalarMappable(
+        Normalize(*(scale or value_scale(scores.values(), bounded=run.metric.bounded))), "viridis"
+    )
     for agent in agents:
-        fill = colors.to_rgba(np.asarray(scores[agent])) if agent in scores else _NO_ACCURACY
+        fill = colors.to_rgba(np.asarray(scores[agent])) if agent in scores else _NO_VALUE
         _draw_node(axes, spots[agent], str(agent), fill, points=points)
     if scores:
         # where the other panels have their axis and legend
@@ -72,7 +77,7 @@ def draw_graph(axes: "Axes", run: Run, *, scale: tuple[float, float] | None = No
             colors, cax=strip, orientation="horizontal", ticks=MaxNLocator(5)
         )
         bar.set_label(
-            "last accuracy (gray: none)" if len(scores) < len(agents) else "last accuracy"
+            f"last {run.metric.name}" + (" (gray: none)" if len(scores) < len(agents) else "")
         )
 
 
