@@ -29,7 +29,8 @@ NOTES = {
     "algorithm": "which method: see [algorithms](algorithms.md)",
     "num-agents": "agents in the graph; start as many nodes",
     "num-rounds": "rounds; a closing exchange follows the last one",
-    "seed": "of everything that is random: weights, scores, batches, graph, division of the data",
+    "seed": "whole number from 0 to 2^63 - 1, of everything that is random: weights, scores, "
+    "batches, graph, division of the data",
     "topology": "who hears whom: see [topologies](topologies.md)",
     "evaluate-on": 'split that accuracy and loss are of: `"test"`, or `"validation"` to choose '
     "settings by",

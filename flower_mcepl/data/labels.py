@@ -57,8 +57,8 @@ def labels_beside(
     ``drawn(indices)`` are the labels of examples that are drawn; up to `COMPARED` of
     them, spread over the whole, must be the same.
     """
-    try:
-        with isolated_rng(0, "class-counts"):
+    with isolated_rng(0, "class-counts"):
+        try:
             labels = _handed(dataset)
             if labels is None or labels.ndim != 1 or len(labels) != len(dataset):
                 return None
@@ -66,8 +66,8 @@ def labels_beside(
                 return None
             places = np.unique(np.linspace(0, len(labels) - 1, COMPARED).astype(np.int64))
             learned = _array(drawn(places.tolist())).reshape(-1)
-    except Exception:  # of other people's code; it comes again where the examples are used
-        return None
+        except Exception:  # of other people's code; it comes again where examples are used
+            return None
     return labels if np.array_equal(labels[places], learned) else None
 
 

@@ -179,7 +179,7 @@ def check_finite(values: Tensor, *, what: str, whose: str) -> None:
     """
     if not values.is_floating_point() or not values.numel():
         return
-    low, high = values.aminmax()  # both are NaN where one value is; needs no memory of that size
+    low, high = values.detach().aminmax()  # both are NaN where one value is; no copy
     if math.isfinite(low) and math.isfinite(high):
         return
     rows = (~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero().flatten()

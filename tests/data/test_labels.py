@@ -1,5 +1,6 @@
 """Class counts of the record: those of the labels that an agent learns, or none."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,9 @@ from torch.utils.data import (
     default_collate,
 )
 
-from flower_mcepl import AgentData
+from flower_mcepl import AgentData, ConfigError
 from flower_mcepl.data.batches import TensorBatches, class_counts
+from flower_mcepl.streams import isolated_rng
 
 INPUTS = torch.arange(10.0).view(10, 1)
 THIRDS = torch.arange(10) % 3
@@ -150,6 +152,22 @@ def test_counting_leaves_the_global_generators_alone() -> None:
     before = torch.get_rng_state()
     assert class_counts(Labelled([5, 5, 7])) == {5: 2, 7: 1}
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_counts_do_not_depend_on_what_another_thread_does() -> None:
+    errors: list[Exception] = []
+
+    def count() -> None:
+        try:
+            class_counts(Labelled([5, 5, 7]))
+        except ConfigError as error:
+            errors.append(error)
+
+    with isolated_rng(0, "x"):
+        thread = threading.Thread(target=count)
+        thread.start()
+        thread.join()
+    assert len(errors) == 1  # refused, where no counts at all would be another record
 
 
 def test_the_record_of_a_part_has_the_counts_of_the_part() -> None:
