@@ -184,7 +184,6 @@ def check_finite(values: Tensor, *, what: str, whose: str) -> None:
         return
     rows = (~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero().flatten()
     raise DataError(
-        f"the {what} of {whose} split must be finite; {len(rows)} of {len(values)} rows hold NaN "
-        f"or an infinite value, row {int(rows[0])} first. Leave these rows out, or fill them in "
-        "before."
+        f"{whose} split must hold finite {what}; {len(rows)} of {len(values)} examples hold values "
+        f"that are infinite or not a number, example {int(rows[0])} first. Remove or fill them."
     )

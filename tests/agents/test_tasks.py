@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import StackDataset
 
 from flower_mcepl import (
     AgentData,
@@ -238,7 +239,7 @@ def test_targets_that_do_not_fit_are_refused_before_round_1(
     task, inputs, targets, rule, way_out = REFUSED[kind]
     build, good_inputs, good_targets = KINDS[task]
     splits = {"training": (good_inputs, good_targets), "test": (good_inputs, good_targets)}
-    splits[split] = (inputs, targets)
+    splits[split] = StackDataset(inputs, targets)  # drawn, so that the task sees them first
     data = AgentData.of(splits["training"], splits["test"], agent=7)
     agent = make_agent(algorithm, 7, shared_module(build, seed=1), data, {"task": task}, seed=1)
     whose = f"agent 7's {split} split, task {task}"

@@ -221,17 +221,19 @@ def test_inputs_in_memory_that_are_not_finite_are_refused_with_their_rows(
     make: Callable[[Tensor], object], row: int, value: float
 ) -> None:
     split = make(spoiled([2, 4], value))
-    message = rf"2 of \d rows hold NaN or an infinite value, row {row} first.*fill them in"
+    message = rf"2 of \d examples hold .*, example {row} first\. Remove or fill them"
     for bad in ("train", "test"):
         with pytest.raises(DataError, match=message) as error:
             AgentData.of(*((split, GOOD) if bad == "train" else (GOOD, split)), agent=4)
-        assert f"inputs of agent 4's {bad}" in str(error.value)
+        assert f"agent 4's {bad}" in str(error.value)
+        assert "must hold finite inputs" in str(error.value)
 
 
 def test_labels_that_are_not_finite_are_refused_with_their_rows() -> None:
     for split in ((INPUTS, spoiled([5], NAN)), TensorDataset(INPUTS, spoiled([5], NAN))):
         with pytest.raises(
-            DataError, match=r"labels of agent 4's training split .*1 of 6 rows .*row 5 first"
+            DataError,
+            match=r"agent 4's training split must hold finite labels; 1 of 6 .*example 5 first",
         ):
             source_of(split)
 
@@ -265,7 +267,7 @@ def test_finite_is_what_each_number_is(values: list[float]) -> None:
     bad = [i for i, row in enumerate(tensor.tolist()) if not np.isfinite(row).all()]
     if bad:
         with pytest.raises(
-            DataError, match=f"{len(bad)} of {len(tensor)} rows.*row {bad[0]} first"
+            DataError, match=f"{len(bad)} of {len(tensor)} .*example {bad[0]} first"
         ):
             check_finite(tensor, what="inputs", whose="the")
     else:

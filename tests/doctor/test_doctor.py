@@ -430,10 +430,16 @@ def test_an_app_that_cannot_be_imported(tmp_path: Path) -> None:
 
 
 def test_training_that_diverges(app: Path) -> None:
-    found = findings(app, ["scale=inf"])
+    found = findings(app, ['algorithm="dsgd"', "dsgd.lr=3e38"])
     assert list(of_status(found, FAILED)) == ["local-step"]
-    assert "Lower score-lr" in found["local-step"].found
+    assert "Lower lr" in found["local-step"].found
     assert "traffic" not in found
+
+
+def test_data_that_are_not_finite(app: Path) -> None:
+    found = findings(app, ["scale=inf"])
+    assert list(of_status(found, FAILED)) == ["agent"]
+    assert "agent 0's training split must hold finite inputs" in found["agent"].found
 
 
 def test_a_disk_that_is_too_small_for_the_states(
