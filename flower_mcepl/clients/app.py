@@ -24,6 +24,7 @@ from flower_mcepl.clients.device import (
     torch_device,
 )
 from flower_mcepl.clients.guard import answer_to, check_mods
+from flower_mcepl.clients.kept import KeptAgents, size_of
 from flower_mcepl.clients.memory import Memory, in_simulation, open_memory
 from flower_mcepl.errors import FlowerMceplError, FrameError, names_agent
 from flower_mcepl.exchange.parcels import Answer, Parcel
@@ -41,8 +42,7 @@ ModelFn = Callable[[Context], nn.Module]
 AgentFn = Callable[[Context], Agent]
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
 
-AGENTS_KEPT = 32  # in one process, so that not every message builds its agent anew
-_agents: dict[tuple[object, ...], Agent] = {}  # those last used come last
+_agents = KeptAgents()  # of this process, so that not every message builds its agent anew
 
 
 @final
@@ -238,7 +238,7 @@ def _play(
     """Play the round; return what the agent answers, and what keeps its new state."""
     place = (context.run_id, app.id, agent_index(context))
     past = memory.recall(before=order.parcel.round)
-    used = _agents.pop(place, None)
+    used = _agents.take(place)
     agent = used if used is not None and past is not None else app.agent_fn(context)
     mail = open_mail(agent, max_staleness=order.max_staleness)
     parcel, damaged = _opened(order.parcel)
@@ -260,7 +260,8 @@ def _play(
         facts = introduction(agent, tell_classes=device_settings(context).tell_classes)
     answer = reply.answer(facts, _frame_array, fresh=past is None, introduces=introduces)
     future = Generation.of(agent, mail, run=order.run, round=parcel.round)
-    _keep(place, agent)
+    most = device_settings(context).agent_cache_bytes
+    _agents.keep(place, agent, size=size_of(agent, future.state), most=most)
     return answer, partial(_finish_round, memory, future, order)
 
 
@@ -285,11 +286,3 @@ def _finish_round(memory: Memory, future: Generation, order: Order[Array]) -> No
     if order.agents_dir and not order.parcel.train and in_simulation():
         save_state(future.state, Path(order.agents_dir) / agent_file(future.agent))
     memory.remember(future)
-
-
-def _keep(place: tuple[object, ...], agent: Agent) -> None:
-    for other in [other for other in _agents if other[0] != place[0]]:
-        del _agents[other]
-    _agents[place] = agent
-    while len(_agents) > AGENTS_KEPT:
-        del _agents[next(iter(_agents))]

@@ -47,7 +47,7 @@ CHECKPOINT, LOCK = "checkpoint", ".lock"  # in the run record
 RUN = "run"  # key of config.json: 16 hex digits that stand for the run, however often it is resumed
 _FILES = (ROUNDS, RELAY, TRAFFIC)
 # the same in config.json
-_FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", RUN})
+_FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", "agent_cache", RUN})
 
 
 def new_run_id() -> str:

@@ -11,6 +11,7 @@ import torch
 from flower_mcepl.agents.registry import algorithm_keys, find_algorithm, read_config
 from flower_mcepl.config.checks import check, refuse_unknown_keys
 from flower_mcepl.config.fields import RunConfig, field_keys, read_fields
+from flower_mcepl.config.sizes import read_bytes
 from flower_mcepl.data.batches import EVALUATED
 from flower_mcepl.data.splits import check_data_keys
 from flower_mcepl.errors import ConfigError
@@ -30,6 +31,9 @@ class DeviceSettings:
     # Context
     state_dir: str = field(default="", metadata=FREE)
     state_runs: int = field(default=2, metadata=FREE)  # runs whose states stay in state_dir
+    # bytes of built agents, networks and states, that a process keeps; the newest one
+    # always stays
+    agent_cache: str = field(default="1GB", metadata=FREE)
     # say in the handshake, and so in the record, which classes the agent holds, and how
     # many
     tell_classes: bool = field(default=True, metadata=FREE)
@@ -43,6 +47,7 @@ class DeviceSettings:
             'state-dir must be an absolute path, or "none" to keep the state in Flower\'s Context',
             self.state_dir,
         )
+        read_bytes(self.agent_cache, key="agent-cache")
         check(self.threads >= 0, "threads must be >= 0 (0: torch's own choice)", self.threads)
         try:
             torch.device("cpu" if self.device == "auto" else self.device)
@@ -50,6 +55,11 @@ class DeviceSettings:
             raise ConfigError(
                 f"device must be auto, cpu, cuda, cuda:N or mps; got {self.device!r} ({error})."
             ) from None
+
+    @property
+    def agent_cache_bytes(self) -> int:
+        """Bytes that `agent_cache` names."""
+        return read_bytes(self.agent_cache, key="agent-cache")
 
     def state_folder(self) -> Path | None:
         """Folder of the device's states; None if they stay in Flower's Context.
@@ -169,4 +179,5 @@ class RunSettings(RoundOptions):
 
 def recorded(settings: RunSettings, run_config: RunConfig) -> dict[str, Any]:
     """What the run record says of a run config, beside the options of the rounds."""
-    return {"run_config": dict(run_config), "seed": settings.seed}
+    cache = read_fields(DeviceSettings, run_config).agent_cache
+    return {"run_config": dict(run_config), "seed": settings.seed, "agent_cache": cache}

@@ -16,9 +16,11 @@ from flower_mcepl import ConfigError, StateError
 from flower_mcepl.agents import load_state
 from flower_mcepl.clients import app as client_app
 from flower_mcepl.clients import make_client_app, memory
+from flower_mcepl.clients.kept import KeptAgents, size_of
+from flower_mcepl.config.sizes import read_bytes
 from flower_mcepl.runs.settings import DeviceSettings
 from flower_mcepl.runs.store import StateStore
-from tests.fleet.agents import noisy_net, same_tensors
+from tests.fleet.agents import make_agent, noisy_net, same_tensors
 from tests.fleet.flower import state_of
 from tests.fleet.flower_messages import (
     RUN,
@@ -389,3 +391,50 @@ def test_what_is_stored_is_the_agents_whole_state(tmp_path: Path) -> None:
         "values",
         "flips",
     }
+
+
+# --- agents that a process keeps
+
+
+def test_agents_are_kept_within_a_number_of_bytes_and_the_newest_always() -> None:
+    kept, agents = KeptAgents(), [make_agent(i) for i in range(4)]
+    for index in range(3):
+        kept.keep((1, "app", index), agents[index], size=40, most=100)
+    assert [*kept] == [(1, "app", 1), (1, "app", 2)]
+    assert kept.take((1, "app", 0)) is None
+    assert kept.take((1, "app", 1)) is agents[1]
+    kept.keep((1, "app", 1), agents[1], size=40, most=100)  # used last
+    kept.keep((1, "app", 3), agents[3], size=60, most=100)
+    assert [*kept] == [(1, "app", 1), (1, "app", 3)]
+    kept.keep((1, "app", 2), agents[2], size=10**9, most=100)
+    assert [*kept] == [(1, "app", 2)]
+    kept.keep((2, "app", 0), agents[0], size=1, most=100)  # another run
+    assert [*kept] == [(2, "app", 0)]
+
+
+def test_an_agent_is_as_large_as_its_state_and_its_network() -> None:
+    agent = make_agent(0)
+    model = sum(t.nbytes for t in [*agent.model.parameters(), *agent.model.buffers()])
+    state = agent.state()
+    assert size_of(agent, state) == model + sum(a.nbytes for a in state.arrays.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1GB", 10**9),
+        ("512 MB", 512 * 10**6),
+        ("0", 0),
+        ("1.5kb", 1500),
+        ("7", 7),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_a_size_in_bytes(text: str, number: int) -> None:
+    assert read_bytes(text, key="agent-cache") == number
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1 GiB", "1e9", "much", "1GBB", "١GB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r'agent-cache must be a size such as "1GB"'):
+        DeviceSettings(agent_cache=text)

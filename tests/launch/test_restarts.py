@@ -251,7 +251,13 @@ def dying_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-SETTINGS = {"num-agents": 3, "num-rounds": 6, "checkpoint-every": 1, "evaluate-every": 3}
+SETTINGS = {
+    "num-agents": 3,
+    "topology": "ring",
+    "num-rounds": 6,
+    "checkpoint-every": 1,
+    "evaluate-every": 3,
+}
 
 
 def digests(record: Path) -> list[Any]:
@@ -293,7 +299,7 @@ def test_a_stopped_launcher_leaves_no_process(signum: int, dying_app: Path, tmp_
     mark = f"MCEPL_STOPPED={tmp_path}"
     key, _, value = mark.partition("=")
     command = [sys.executable, "-m", "flower_mcepl.launch", str(dying_app)]
-    command += ["--run-config", "num-agents=3 num-rounds=2000 checkpoint-every=1"]
+    command += ["--run-config", "num-agents=3 topology='ring' num-rounds=2000 checkpoint-every=1"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, key: value}
     ) as launcher:
