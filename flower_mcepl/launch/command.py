@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, final
 
 from flower_mcepl.errors import FlowerMceplError
-from flower_mcepl.launch.logs import excerpt, record_named_in, without_colors
+from flower_mcepl.launch.checks import check_plan
+from flower_mcepl.launch.logs import (
+    ShortTracebacks,
+    excerpt,
+    own_error,
+    ray_did_not_start,
+    record_named_in,
+    without_colors,
+)
 from flower_mcepl.launch.plan import Plan, format_run_config, plan_run
 from flower_mcepl.launch.restarts import has_checkpoint, status_of, with_resume
 from flower_mcepl.launch.run import RunOutcome, carry_out
@@ -30,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             num_supernodes=options.num_supernodes,
             federation_config=" ".join(options.federation_config),
         )
+        check_plan(plan)
         terminal.begin(plan)
         outcome = carry_out(
             plan,
@@ -117,6 +126,7 @@ class _Terminal:
     def __init__(self) -> None:
         self._started = time.monotonic()
         self._record: str | None = None  # path of the run record, once the log has told it
+        self._tracebacks = ShortTracebacks()
 
     def begin(self, plan: Plan) -> None:
         settings = f" ({' '.join(plan.run_config)})" if plan.run_config else ""
@@ -125,10 +135,20 @@ class _Terminal:
 
     def pass_on(self, line: str) -> None:
         self._record = record_named_in(line) or self._record
-        sys.stdout.write((line if sys.stdout.isatty() else without_colors(line)) + "\n")
+        for shown in self._tracebacks.feed(line):
+            sys.stdout.write((shown if sys.stdout.isatty() else without_colors(shown)) + "\n")
         sys.stdout.flush()
 
     def explain(self, outcome: RunOutcome) -> None:
+        if (why := own_error(outcome.log)) is not None:
+            self.say(why)
+            return
+        if ray_did_not_start(outcome.log) or ray_did_not_start(outcome.superlink_log):
+            self.say(
+                "Ray, which Flower simulates with, did not start. Too little memory or time is "
+                "the usual cause: end other work on this machine, or give each client more "
+                "(--federation-config client-resources-num-cpus=2); the cause, as Ray tells it:"
+            )
         self.say(f"{outcome.details}\n--- the run's log says ---\n{excerpt(outcome.log)}")
         if "Traceback" not in outcome.log:
             self.say(f"--- the SuperLink's log says ---\n{excerpt(outcome.superlink_log)}")

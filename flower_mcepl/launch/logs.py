@@ -1,9 +1,12 @@
 """Reading the logs of a run."""
 
 import re
+from typing import final
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _RECORD = re.compile(r"Run record: (.+?)\s*$")
+_OWN_ERROR = re.compile(r"flower_mcepl\.errors\.(\w+): (.*)")
+_RAY_START = re.compile(r'File "[^"]*ray/_private/(worker|node|services)\.py"')
 _LIMIT = 60  # lines of an excerpt; a third of them where nothing in the log says why
 
 
@@ -16,6 +19,43 @@ def record_named_in(line: str) -> str | None:
     """Path of the run record, if this line of the relay's log names it."""
     match = _RECORD.search(without_colors(line))
     return match[1] if match else None
+
+
+def own_error(log: str) -> str | None:
+    """Last error of flower_mcepl that ended a traceback, as ``Class: reason``."""
+    errors = [match for line in log.splitlines() if (match := _OWN_ERROR.match(line))]
+    return f"{errors[-1][1]}: {errors[-1][2]}" if errors else None
+
+
+def ray_did_not_start(log: str) -> bool:
+    """Whether a traceback of a log goes through the start of Ray."""
+    return "Traceback" in log and _RAY_START.search(log) is not None
+
+
+@final
+class ShortTracebacks:
+    """Lines of a log; of a traceback of flower_mcepl's own errors, the last one alone.
+
+    Their text says what is wrong and what to do; where they were raised does not.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[str] = []  # a traceback whose last line has not come
+
+    def feed(self, line: str) -> list[str]:
+        """Take in a line; return those to show now."""
+        plain = without_colors(line)
+        if plain.startswith("Traceback (most recent call last)"):
+            before, self._held = self._held, [line]
+            return before
+        if not self._held:
+            return [line]
+        self._held.append(line)
+        if not plain.strip() or plain[0] in " \t|+":
+            return []
+        held, self._held = self._held, []
+        match = _OWN_ERROR.match(plain)
+        return held if match is None else [f"{match[1]}: {match[2]}"]
 
 
 def excerpt(log: str) -> str:

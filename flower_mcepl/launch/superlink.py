@@ -18,6 +18,7 @@ from queue import Empty, SimpleQueue
 from typing import IO, Any, final
 
 from flower_mcepl.errors import STOP_REQUEST, ConfigError, LaunchError
+from flower_mcepl.launch.checks import refuse_unwritable
 from flower_mcepl.launch.guardian import start_guardian
 from flower_mcepl.launch.logs import excerpt, without_colors
 from flower_mcepl.launch.plan import Plan
@@ -45,8 +46,10 @@ _SOCKET_ROOM = 34
 @contextlib.contextmanager
 def private_superlink(signals: StopSignals) -> "Iterator[SuperLink]":
     """Private SuperLink; everything below it is ended while signals are held."""
+    temporary = _short_temporary_folder()
+    refuse_unwritable(Path(temporary), "the folder of temporary files (TMPDIR)")
     with tempfile.TemporaryDirectory(
-        prefix="mcepl-", dir=_short_temporary_folder(), ignore_cleanup_errors=True
+        prefix="mcepl-", dir=temporary, ignore_cleanup_errors=True
     ) as home:
         superlink = SuperLink(Path(home))
         try:
@@ -283,6 +286,7 @@ def private_environment(home: Path, inherited: Mapping[str, str]) -> dict[str, s
         "RAY_TMPDIR": str(home),
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
+        "HOME": inherited.get("HOME") or str(home),  # Ray and Flower need one
         STOP_REQUEST: str(home / STOP_FILE),
         "PYTHONIOENCODING": "utf-8",  # what we read; Flower's own lines are no ASCII
         "PATH": os.pathsep.join([*dict.fromkeys(programs), inherited.get("PATH", os.defpath)]),

@@ -249,9 +249,8 @@ def test_exit_code_and_both_frame_lines_follow_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def carry_out(
-        _: object, *, timeout: float | None, on_line: Callable[[str], object]
-    ) -> RunOutcome:
+    def carry_out(_: object, *, on_line: Callable[[str], object], **options: object) -> RunOutcome:
+        assert (options["timeout"], options["restarts"]) == (None, 2)
         on_line("\x1b[92mINFO \x1b[0m:      \t└── Run record: runs/a b")
         return RunOutcome(7, status, "the reason", "ERROR : what happened", 1.0)
 
