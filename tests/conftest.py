@@ -35,16 +35,21 @@ if hasattr(providers, "_get_local_constants"):
     _NO_CONSTANTS = providers.Constants()
     providers._get_local_constants = lambda: _NO_CONSTANTS
 
-with contextlib.suppress(ImportError):
-    import torch
-
-    # small tensors; and workers of one machine do not fight over its cores
-    torch.set_num_threads(1)
-
 
 # Imported modules stay for good; torch and Flower are half a million objects. Do not
 # look for garbage among them: not while they come, nor ever again (0.2 s each time).
 gc.disable()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load torch where tests run; the controller of several workers starts them at once."""
+    if config.getoption("tx", None) and not hasattr(config, "workerinput"):
+        return
+    with contextlib.suppress(ImportError):
+        import torch
+
+        # small tensors; and workers of one machine do not fight over its cores
+        torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
@@ -66,7 +71,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("the time to explore is up")
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    with contextlib.suppress(NameError):
+    if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
 
 
@@ -99,6 +104,14 @@ def pytest_terminal_summary(
         "Or put the line @reproduce_failure(...) that stands above on top of the test. Then add "
         "the example to the test, as an @example or on its own, and mend what it shows."
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_wait_for_the_disk() -> Iterator[None]:
+    """Let files reach the system's memory only: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,7 +16,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 # private: tests only
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    no_object_id_recompute,
+)
 
 # private: tests only
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -129,7 +132,9 @@ def _error(message: Message, code: int, reason: str) -> Message:
 
 
 def _travel(message: Message) -> Message:
-    objects = {key: bytes(part.deflate()) for key, part in get_all_nested_objects(message).items()}
-    arrived = inflate_object_from_contents(message.object_id, objects)
+    with no_object_id_recompute():  # else each part is deflated 14 times for its id
+        parts = get_all_nested_objects(message)
+        objects = {key: bytes(part.deflate()) for key, part in parts.items()}
+        arrived = inflate_object_from_contents(message.object_id, objects)
     arrived.metadata.__dict__["_message_id"] = message.metadata.message_id
     return arrived
