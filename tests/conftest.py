@@ -42,7 +42,7 @@ gc.disable()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load torch where tests run; the controller of several workers starts them at once."""
+    """Load torch where tests run; a controller starts its workers at once."""
     if config.getoption("tx", None) and not hasattr(config, "workerinput"):
         return
     with contextlib.suppress(ImportError):

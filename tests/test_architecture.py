@@ -3,12 +3,13 @@ packages, held by a fresh process.
 """
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -77,11 +78,20 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path, *, when: bool = EVERYWHERE, source: str | None = None) -> Iterator[str]:
+def imports(path: Path, *, when: bool = EVERYWHERE, source: str | None = None) -> Iterable[str]:
     """Names of the modules that a file imports: everywhere in it, or only as it is
     itself imported.
     """
-    pending: list[ast.AST] = [ast.parse(path.read_text() if source is None else source)]
+    return read_imports(path, when) if source is None else parsed_imports(path, when, source)
+
+
+@functools.cache
+def read_imports(path: Path, when: bool) -> tuple[str, ...]:
+    return tuple(parsed_imports(path, when, path.read_text()))
+
+
+def parsed_imports(path: Path, when: bool, source: str) -> Iterator[str]:
+    pending: list[ast.AST] = [ast.parse(source)]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import):
@@ -97,7 +107,8 @@ def imports(path: Path, *, when: bool = EVERYWHERE, source: str | None = None) -
                 yield module
             yield from (f"{module}.{alias.name}" for alias in node.names)
         elif not (when is AT_THE_TOP and runs_later(node)):
-            pending.extend(ast.iter_child_nodes(node))
+            children = ast.iter_child_nodes(node)
+            pending.extend(child for child in children if not isinstance(child, ast.expr))
 
 
 def runs_later(node: ast.AST) -> bool:
@@ -251,12 +262,31 @@ def loaded_after(*statements: str) -> list[set[str]]:
     return [set(line) for line in lines]
 
 
-def test_the_core_loads_nothing_heavy() -> None:
+@pytest.fixture(scope="module")
+def from_face_to_core() -> list[set[str]]:
+    """What is loaded with the package, its errors, its rooms, its names, its core."""
+    one_by_one = "; ".join(f"assert flower_mcepl.{room}" for room in ("topology", "wire", "runs"))
     core = [path for path in CORE if path.name != "__main__.py" and path not in COMMANDS]
     everything = "\n".join(f"import {module_name(path)}" for path in core)
     assert "import flower_mcepl.runs.simulation\n" in everything
-    (loaded,) = loaded_after(everything)
-    assert loaded & {*HEAVY, "typer"} == set()
+    return loaded_after(
+        "import flower_mcepl; flower_mcepl.__version__",
+        "from flower_mcepl import ConfigError, RunRecord, read_run",
+        f"import flower_mcepl; {one_by_one}",
+        "from flower_mcepl import *; simulate, MceplAgent",
+        everything,
+    )
+
+
+def test_the_package_itself_loads_nothing_but_its_errors(
+    from_face_to_core: list[set[str]],
+) -> None:
+    heavy = [modules & {*HEAVY, "numpy", "torch"} for modules in from_face_to_core[:4]]
+    assert heavy == [set(), set(), {"numpy", "torch"}, {"numpy", "torch"}]
+
+
+def test_the_core_loads_nothing_heavy(from_face_to_core: list[set[str]]) -> None:
+    assert from_face_to_core[-1] & {*HEAVY, "typer"} == set()
 
 
 def test_rooms_around_runs_load_nothing_heavy_before_a_run_needs_it() -> None:
@@ -378,18 +408,6 @@ def test_public_names_are_loaded_when_they_are_asked_for() -> None:
         assert getattr(flower_mcepl, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'Topologie'"):
         _ = flower_mcepl.Topologie
-
-
-def test_the_package_itself_loads_nothing_but_its_errors() -> None:
-    one_by_one = "; ".join(f"assert flower_mcepl.{room}" for room in ("topology", "wire", "runs"))
-    loaded = loaded_after(
-        "import flower_mcepl; flower_mcepl.__version__",
-        "from flower_mcepl import ConfigError, RunRecord, read_run",
-        f"import flower_mcepl; {one_by_one}",
-        "from flower_mcepl import *; simulate, MceplAgent",
-    )
-    heavy = [modules & {*HEAVY, "numpy", "torch"} for modules in loaded]
-    assert heavy == [set(), set(), {"numpy", "torch"}, {"numpy", "torch"}]
 
 
 def test_the_version_is_that_of_the_project() -> None:
