@@ -6,12 +6,14 @@ The fast suite says the same twice: its examples are drawn from each test's own 
 """
 
 import contextlib
+import functools
 import gc
 import os
 import random
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +110,12 @@ def pytest_terminal_summary(
 
 @pytest.fixture(autouse=True, scope="session")
 def no_wait_for_the_disk() -> Iterator[None]:
-    """Let files reach the system's memory only: no test cuts the power."""
+    """Let files reach the system's memory only, as no test cuts the power; and read
+    once for all records which versions are installed.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
+        patch.setattr(metadata, "version", functools.cache(metadata.version))
         yield
 
 

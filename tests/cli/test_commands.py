@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -135,41 +136,46 @@ def test_show_prints_the_table_of_a_record(record: Path) -> None:
 HEAVY = {"torch", "numpy", "flwr", "ray", "matplotlib", "networkx"}
 
 
-def loaded_by(*arguments: str | Path) -> set[str]:
-    """Heavy packages that a fresh interpreter holds when it has run a command."""
+def loaded_by(*commands: Sequence[str | Path]) -> list[set[str]]:
+    """Heavy packages that a fresh interpreter holds after each command, in turn."""
     code = f"""
 import sys
 from flower_mcepl.cli import main
-sys.argv = {["flower-mcepl", *map(str, arguments)]}
-try:
-    main()
-finally:
-    print("loaded", *({HEAVY} & set(sys.modules)))
+for arguments in {[list(map(str, command)) for command in commands]}:
+    sys.argv = ["flower-mcepl", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end
+    print("\\nloaded", *({HEAVY} & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return set(result.stdout.splitlines()[-1].split()[1:])
+    lines = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("loaded")]
+    assert len(lines) == len(commands)
+    return [set(line) for line in lines]
 
 
-@pytest.mark.parametrize("command", ["--version", "--help", "show", "compare"])
-def test_what_reads_records_loads_no_torch(command: str, record: Path) -> None:
-    arguments = {"show": [record], "compare": [record.parent, "--target", "0.01"]}
-    assert loaded_by(command, *arguments.get(command, [])) == set()
-
-
-def test_the_check_of_what_a_command_loads_can_fail(record: Path) -> None:
-    frame = record / "frames" / "00001-agent-0002.frame"
-    assert loaded_by("frame", frame) >= {"torch", "numpy"}
-
-
-def test_a_comparison_over_lasso_loads_torch_for_the_masks(record: Path, tmp_path: Path) -> None:
+def test_what_reads_records_loads_no_torch_but_over_lasso_for_the_masks(
+    record: Path, tmp_path: Path
+) -> None:
     for number in (0, 1):
         folder = Path(shutil.copytree(record, tmp_path / str(number)))
         config = json.loads((folder / "config.json").read_text())
         config["run_config"] = {"group-lasso": number / 100}
         (folder / "config.json").write_text(json.dumps(config))
     assert "filters off" in " ".join(run("compare", tmp_path).split())
-    assert loaded_by("compare", tmp_path) == {"torch", "numpy"}
+    *without, over_lasso, frame = loaded_by(
+        ["--version"],
+        ["--help"],
+        ["show", record],
+        ["compare", record.parent, "--target", "0.01"],
+        ["compare", tmp_path],
+        ["frame", record / "frames" / "00001-agent-0002.frame"],
+    )
+    assert without == [set()] * 4
+    assert over_lasso == {"torch", "numpy"}
+    assert frame >= {"torch", "numpy"}
 
 
 def test_the_version_is_printed() -> None:
