@@ -265,7 +265,7 @@ def _tell_time(check: Examination, trial: Trial, agent: Agent, device: DeviceSet
 
 def _evaluation(trial: Trial) -> Finding:
     with Examination("evaluation", remedy=_APP) as check:
-        told = ", ".join(f"{name} {value:.4g}" for name, value in trial.evaluation.items())
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in trial.evaluation.items())
         if trial.evaluation_error:
             check.warn(
                 f"{first_line(trial.evaluation_error)} A run trains all the same, but its agents "
@@ -273,9 +273,9 @@ def _evaluation(trial: Trial) -> Finding:
                 _APP,
             )
         elif "accuracy" not in trial.evaluation:
-            check.ok(f"no accuracy; {told or 'nothing is evaluated'}", **trial.evaluation)
+            check.ok(f"no accuracy; {shown or 'nothing is evaluated'}", **trial.evaluation)
         else:
-            check.ok(f"{told}, after the rounds above", **trial.evaluation)
+            check.ok(f"{shown}, after the rounds above", **trial.evaluation)
     return check.finding
 
 

@@ -45,7 +45,7 @@ class RunMonitor(Generic[FrameT]):
         self._warm: tuple[int, float] = (0, self._start)
         self._agent_seconds: dict[int, float] = {}
         self._introduced: dict[int, Mapping[str, Any]] = {}
-        self._told: set[str] = set()  # reasons of failures, in `same_reason`
+        self._logged: set[str] = set()  # reasons of failures, in `same_reason`
 
     def rows_of(self, round: int, answers: Mapping[int, Answer[FrameT]]) -> list[Row]:
         """Rows of ``rounds.jsonl`` from a round's answers, of the round before."""
@@ -116,7 +116,7 @@ class RunMonitor(Generic[FrameT]):
             if answer.evaluation_error:
                 agents.setdefault(same_reason(answer.evaluation_error), []).append(agent)
         for reason, numbers in agents.items():
-            if reason not in self._told:
+            if reason not in self._logged:
                 who = of_agents(len(numbers), len(closed.answers))
                 text = first_line(closed.answers[numbers[0]].evaluation_error)
                 yield f"{who} could not evaluate, and went on; agent {numbers[0]}: {text}"
@@ -124,9 +124,9 @@ class RunMonitor(Generic[FrameT]):
     def _keep_text(self, round: int, name: str, text: str) -> None:
         """Write the whole text of a failure to the record, once."""
         reason = same_reason(text)
-        if reason not in self._told and self.record is not None:
+        if reason not in self._logged and self.record is not None:
             self.record.log_failure(f"round {round}, {name}: {text}")
-        self._told.add(reason)
+        self._logged.add(reason)
 
     def evaluations(self) -> dict[int, dict[str, Any]]:
         """Mean, spread and extremes of the main metric by evaluated round."""

@@ -208,7 +208,8 @@ def how_to_resume(path: Path) -> str:
         )
     return (
         f"The run in {path} can go on after round {rounds[-1]}: flwr run . --run-config "
-        f"'resume=\"{path}\"' (without Flower: simulate(..., resume=...))."
+        f"'resume=\"{path}\"' with the settings it began with "
+        "(without Flower: simulate(..., resume=...))."
     )
 
 

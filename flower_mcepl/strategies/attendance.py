@@ -18,7 +18,8 @@ logger = getLogger("flwr")
 SAME_ROUNDS, SAME_AGENTS = 3, 2  # so many rounds in which so many fail for one reason end the run
 # How Ray says that a process is gone. It stays in the simulation's pool and fails every
 # message that it is given, at once: later rounds would go on with a few agents.
-_LOST_WORKER = re.compile(r"\bactor\b.*\b(died|dead|crashed)|ActorDied|WorkerCrashed", re.I | re.S)
+# Code 0 is none that an app's own exception gets.
+_LOST_WORKER = re.compile(r"error 0: .*\b(actor|worker)\b.*\b(died|dead|crashed)", re.I | re.S)
 ASK_TIMEOUT = 60.0  # seconds for a node to say who it is, where only an error message needs it
 RUNNING, LATE, GONE, FAILED = "running", "late", "gone", "failed"
 # what says that nothing came of a message, not why: `min_agents` is the rule for that
@@ -128,7 +129,7 @@ class Attendance:
         if len(here) < needed:
             raise RosterError(
                 f"round {round} needs {needed} agents, but {len(here)} took part; "
-                f"missing: {self._absent(here)}. {_told(failed)}. "
+                f"missing: {self._absent(here)}. {_listed(failed)}. "
                 "Mend these nodes; where they need longer for a round, raise the timeout "
                 "(run-config key round-timeout); or let the run go on with fewer (min_agents, "
                 "run-config key min-agents)."
@@ -145,7 +146,7 @@ class Attendance:
         if lost:
             raise LostWorkerError(
                 f"round {round}: a process of Flower's simulation died, and Flower gives its "
-                f"messages to no other. {_told(lost)}. Too little memory is the usual cause. "
+                f"messages to no other. {_listed(lost)}. Too little memory is the usual cause. "
                 "Resume the run: a new simulation has all its processes."
             )
 
@@ -159,7 +160,7 @@ class Attendance:
             raise RosterError(
                 f"several agents failed for the same reason in {SAME_ROUNDS} rounds up to round "
                 f"{round} ({counts[why]} of them in this one): "
-                f"{_told({n: w for n, w in failed.items() if same_reason(w) == why})}. Mend it, "
+                f"{_listed({n: w for n, w in failed.items() if same_reason(w) == why})}. Mend it, "
                 "and resume the run."
             )
 
@@ -248,15 +249,15 @@ class Attendance:
         )
 
 
-def _told(failed: Mapping[str, str]) -> str:
+def _listed(failed: Mapping[str, str]) -> str:
     """Reasons with the names that they are of; the same one is told once."""
     names: dict[str, list[str]] = {}
-    told: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for name, reason in sorted(failed.items()):
         names.setdefault(same_reason(reason), []).append(name)
-        told.setdefault(same_reason(reason), first_line(reason).rstrip("."))
-    texts = (f"{few(names[key])}: {reason}" for key, reason in told.items())
-    return "; ".join(texts) or "no reason given"
+        texts.setdefault(same_reason(reason), first_line(reason).rstrip("."))
+    parts = (f"{few(names[key])}: {reason}" for key, reason in texts.items())
+    return "; ".join(parts) or "no reason given"
 
 
 def few(names: Sequence[str]) -> str:

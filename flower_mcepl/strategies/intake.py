@@ -50,7 +50,7 @@ class Intake:
         self._check_agent = check_agent
         # nodes that were turned away; they may try again when a node has left
         self.refused: set[int] = set()
-        self._told: dict[str, str] = {}  # reasons of the last round, by name
+        self._logged: dict[str, str] = {}  # reasons of the last round, by name
 
     def take(
         self,
@@ -106,9 +106,9 @@ class Intake:
         reasons = {name: same_reason(reason) for name, reason in failed.items()}
         anew: dict[str, list[str]] = {}
         for name, reason in sorted(reasons.items()):
-            if self._told.get(name) != reason:
+            if self._logged.get(name) != reason:
                 anew.setdefault(reason, []).append(name)
-        self._told = reasons
+        self._logged = reasons
         for names in anew.values():
             text = first_line(failed[names[0]])
             logger.log(WARNING, "round %d: %s failed. %s", round, few(names), text)

@@ -111,9 +111,9 @@ def test_a_run_is_resumed_so_often(
     monkeypatch.setattr(module, "_carry_out_once", once)
     assert main([str(app), "--restarts", str(restarts)]) == (0 if ok else 1)
     assert len(plans) == min(losses, restarts) + 1
-    said = capsys.readouterr().err
-    assert said.count("goes on from its checkpoint in a new simulation") == len(plans) - 1
-    assert f"(restart 1 of {restarts})" in said or restarts == 0
+    printed = capsys.readouterr().err
+    assert printed.count("goes on from its checkpoint in a new simulation") == len(plans) - 1
+    assert f"(restart 1 of {restarts})" in printed or restarts == 0
 
 
 def test_the_command_that_resumes_a_run_is_printed(

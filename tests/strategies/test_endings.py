@@ -31,10 +31,11 @@ class FailingGrid(InProcessGrid):
     """Nodes answer some messages with an error, as Flower's simulation words it."""
 
     fails: dict[int, str]  # by node
+    code = 0
 
     def _reply(self, node: int, message: Message) -> Message:
         if node in self.fails:
-            return Message(Error(0, self.fails[node]), reply_to=message)
+            return Message(Error(self.code, self.fails[node]), reply_to=message)
         return super()._reply(node, message)
 
 
@@ -172,3 +173,46 @@ def test_a_lost_worker_ends_the_run_at_once(tmp_path: Path) -> None:
 def test_a_reason_is_the_same_but_for_its_numbers() -> None:
     assert same_reason("agent 3: out of 17 MB\nmore") == same_reason("agent 14: out of 9 MB")
     assert same_reason("agent 3: out of memory") != same_reason("agent 3: no such file")
+
+
+def test_the_same_failure_is_told_once_and_its_whole_text_kept_once(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    grid = failing_grid(7)
+    reason = f"agent {{}}: no room for {'x' * 300}\nsecond line"
+    fails = {1000 + agent: reason.format(agent) for agent in (4, 5, 6)}
+    steps = {2: lambda: grid.fails.update(fails), 4: grid.fails.clear}
+    gossip(grid, rounds=6, record=tmp_path, before=steps)
+    (line,) = [message for message in log.messages if "failed. " in message]  # of two rounds
+    assert line.startswith("round 2: agent 4, agent 5, agent 6 failed. error 0: agent 4: no room")
+    assert len(line) < 260
+    run = only_run(tmp_path)
+    assert {len(text) for text in run.relay[1]["failed"].values()} == {200}
+    assert run.relay[1]["states"]["agent 4"].startswith("failed: error 0: agent 4: no room")
+    kept = (run.path / "failures.txt").read_text()
+    assert kept == f"round 2, agent 4: error 0: {fails[1004]}\n\n"
+
+
+def test_of_many_agents_the_first_is_named_and_the_others_counted(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    grid = failing_grid(11)
+    fails = {1000 + agent: f"agent {agent}: no room" for agent in range(6, 11)}
+    gossip(
+        grid,
+        rounds=3,
+        record=tmp_path,
+        before={2: lambda: grid.fails.update(fails), 3: grid.fails.clear},
+    )
+    assert "round 2: agent 10 and 4 others failed. error 0: agent 10: no room" in log.messages
+
+
+def test_an_apps_own_dead_actor_is_no_lost_worker(tmp_path: Path) -> None:
+    grid = failing_grid(5)
+    grid.code = 2  # the app raised it
+    steps = {
+        2: lambda: grid.fails.update({1001: "RuntimeError: the actor is dead"}),
+        3: grid.fails.clear,
+    }
+    gossip(grid, rounds=4, record=tmp_path, before=steps)
+    assert only_run(tmp_path).status == "finished"

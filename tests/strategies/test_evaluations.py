@@ -101,8 +101,8 @@ def test_simulate_has_the_same_fence(tmp_path: Path) -> None:
 
 
 def test_a_loss_alone_is_an_evaluation(tmp_path: Path) -> None:
-    told = {"loss": 0.25, "num-examples": 4, "density": 1.0}
-    strategy = gossip(agent_grid(2, lambda i: agent_that(lambda: told, i)), record=tmp_path)
+    metrics = {"loss": 0.25, "num-examples": 4, "density": 1.0}
+    strategy = gossip(agent_grid(2, lambda i: agent_that(lambda: metrics, i)), record=tmp_path)
     run = only_run(tmp_path)
     assert {(row["accuracy"], row["loss"]) for row in run.rounds} == {(None, 0.25)}
     of_round = strategy.monitor.evaluations()[4]
