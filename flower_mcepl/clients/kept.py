@@ -7,7 +7,7 @@ from typing import final
 from torch import nn
 
 from flower_mcepl.agents import Agent
-from flower_mcepl.files.bundle import Bundle
+from flower_mcepl.agents.agent import AgentState
 
 Place = tuple[object, ...]  # run, app and agent
 
@@ -51,7 +51,7 @@ class KeptAgents:
         return sum(entry.size for entry in self._entries.values())
 
 
-def size_of(agent: Agent, state: Bundle) -> int:
+def size_of(agent: Agent, state: AgentState) -> int:
     """Size in bytes of an agent's tensors: its state and its network."""
     model = getattr(agent, "model", None)
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []

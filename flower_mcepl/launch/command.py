@@ -163,18 +163,13 @@ class _Terminal:
         if record is None or status_of(record) == "finished" or not has_checkpoint(record):
             return
         plan = Plan(options.app, 1, format_run_config(options.run_config), "")
-        entries = [
-            word for e in with_resume(plan, record).run_config for word in ("--run-config", e)
-        ]
-        others = [
-            *(["--num-supernodes", str(options.num_supernodes)] if options.num_supernodes else []),
-            *(
-                word
-                for entry in options.federation_config
-                for word in ("--federation-config", entry)
-            ),
-        ]
-        command = ["python", "-m", "flower_mcepl.launch", str(options.app), *entries, *others]
+        command = ["python", "-m", "flower_mcepl.launch", str(options.app)]
+        for entry in with_resume(plan, record).run_config:
+            command += ["--run-config", entry]
+        if options.num_supernodes:
+            command += ["--num-supernodes", str(options.num_supernodes)]
+        for entry in options.federation_config:
+            command += ["--federation-config", entry]
         self.say(f"go on with it by: {shlex.join(command)}")
 
     def say(self, text: str) -> None:

@@ -25,7 +25,13 @@ from flower_mcepl.record.reading import read_run
 from tests.fleet.flower import agent_grid, gossip
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
-CONFIG = '[tool.flwr.app]\n[tool.flwr.app.config]\nnum-agents = 3\nresume = ""\n'
+CONFIG = """
+[tool.flwr.app.config]
+num-agents = 3
+num-rounds = 5
+seed = 1
+resume = ""
+"""
 
 
 @pytest.fixture
