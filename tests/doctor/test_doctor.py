@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flower_mcepl.agents import ALGORITHMS
+from flower_mcepl.agents import ALGORITHMS, MceplAgent
 from flower_mcepl.cli import app as commands
 from flower_mcepl.cli import main
 from flower_mcepl.doctor import FAILED, OK, WARNING, Finding, Order, SuperLink, examine
@@ -287,6 +287,8 @@ def test_a_sound_run_has_all_figures(app: Path) -> None:
         step.values["train_seconds"]
     )
     assert "measured now on this machine" in step.found
+    assert found["evaluation"].status == OK
+    assert 0 <= found["evaluation"].values["accuracy"] <= 1
     traffic = found["traffic"].values
     assert traffic["up_bytes"] == found["frame"].values["delta_bytes"] > 0
     assert traffic["down_bytes"] == 2 * traffic["up_bytes"]
@@ -427,6 +429,21 @@ def test_an_app_that_cannot_be_imported(tmp_path: Path) -> None:
     )
     found = findings(app)
     assert of_status(found, FAILED) == {"client-app": "SystemExit: no licence"}
+
+
+def test_an_evaluation_that_fails_is_a_warning_before_the_run(
+    app: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(agent: MceplAgent) -> dict[str, float]:
+        return {"accuracy": 81.5, "loss": 1.0}
+
+    monkeypatch.setattr(MceplAgent, "evaluate", evaluate)
+    found = findings(app)
+    assert list(of_status(found, FAILED)) == []
+    assert found["evaluation"].status == WARNING
+    assert "got 81.5. Divide it" in found["evaluation"].found
+    assert "trains all the same" in found["evaluation"].found
+    assert "traffic" in found
 
 
 def test_training_that_diverges(app: Path) -> None:

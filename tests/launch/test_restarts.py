@@ -22,6 +22,9 @@ from flower_mcepl.launch.plan import Plan
 from flower_mcepl.launch.processes import ProcessFamily
 from flower_mcepl.launch.restarts import plan_of_resumption
 from flower_mcepl.record.reading import read_run
+from flower_mcepl.record.writing import RunRecord
+from flower_mcepl.studies import engines
+from flower_mcepl.studies.flower_app import FlowerApp
 from tests.fleet.flower import agent_grid, gossip
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
@@ -147,6 +150,23 @@ def test_a_negative_number_of_restarts_is_refused(
         main([str(app), "--restarts", "-1"])
     assert stop.value.code == 2
     assert "a number >= 0 is needed; got '-1'" in capsys.readouterr().err
+
+
+def test_a_study_takes_the_record_of_the_attempt_that_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attempt that broke off before the first checkpoint leaves one, too."""
+
+    def run(folder: Path, *, run_config: dict[str, Any], **_: Any) -> RunOutcome:
+        for name, status in (("first", "failed"), ("second", "finished")):
+            record = RunRecord.create(run_config["record-dir"], name=name, config={})
+            record.finish(status)
+        return RunOutcome(1, "finished:completed", "", "", 1.0)
+
+    monkeypatch.setattr(engines, "run_app", run)
+    app = FlowerApp(tmp_path, "client:app", {})
+    record = engines.run_in_flower(app, {}, tmp_path / "runs", lambda line: None)
+    assert record.name.endswith("second")
 
 
 # --- a launcher that asks, and one that is killed
