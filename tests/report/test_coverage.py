@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from flower_mcepl.cli.run import _reached
-from flower_mcepl.record.accuracy import accuracy_summary
 from flower_mcepl.record.figures import bytes_to, full_curve
+from flower_mcepl.record.metric import metric_summary
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.compare import compare
 from flower_mcepl.report.overview import mean_label, plot_run
-from flower_mcepl.report.plots.curves import curve_of, final_accuracies
+from flower_mcepl.report.plots.curves import curve_of, final_values
 from flower_mcepl.report.plots.subjects import subjects_of
 from flower_mcepl.report.table import agent_table, headline
 from flower_mcepl.report.tables import cells, footnotes, titles, write_csv
@@ -30,7 +30,7 @@ def survivors(path: Path, rounds: Rounds, *, num_agents: int = 4, seed: int = 1)
         for agent in agents:
             rows.append(row(agent, round))
         record.log_agents(rows[-len(agents) :])
-    record.finish("finished", num_rounds=max(rounds), accuracy=accuracy_summary(rows), bytes={})
+    record.finish("finished", num_rounds=max(rounds), accuracy=metric_summary(rows), bytes={})
     return read_run(path)
 
 
@@ -65,7 +65,7 @@ def test_an_agent_gone_since_round_3_is_not_in_the_mean_after_round_30(run: Run)
         "round": 30,
         "agents": 2,
     }
-    assert final_accuracies(run) == {1: pytest.approx(0.4), 2: pytest.approx(0.5)}
+    assert final_values(run) == {1: pytest.approx(0.4), 2: pytest.approx(0.5)}
 
 
 def test_headline_and_table_say_of_how_many(run: Run) -> None:
@@ -125,9 +125,9 @@ def test_best_and_target_leave_out_rounds_of_fewer_agents(tmp_path: Path) -> Non
     assert compare([run]).rows[0].best() == (5, pytest.approx(0.2))
 
 
-def test_a_loss_without_an_accuracy_is_told(tmp_path: Path) -> None:
+def test_a_loss_without_an_accuracy_is_what_the_run_is_judged_by(tmp_path: Path) -> None:
     record = RunRecord.create(name="x", config={}, path=tmp_path / "r")
-    record.log_agents([row(agent, 2) | {"accuracy": None} for agent in range(3)])
-    assert "no agent told an accuracy; mean loss 0.5000 over 3 agents" in agent_table(
-        read_run(record.path)
+    record.log_agents([row(i, 2) | {"accuracy": None, "metrics": {}} for i in range(3)])
+    assert "personalized loss 0.5000 ± 0.0000 (mean ± sd over 3 agents, round 2, lower is" in (
+        agent_table(read_run(record.path))
     )
