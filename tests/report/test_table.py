@@ -246,7 +246,7 @@ def test_the_picture_has_content_in_each_panel(tmp_path: Path, case: str) -> Non
 
 
 def test_the_same_record_gives_the_same_picture(tmp_path: Path) -> None:
-    run = synthetic(tmp_path / "run", agents=30)
+    run = synthetic(tmp_path / "run", agents=12)
     first, second = plot_run(run, tmp_path / "1.png"), plot_run(run, tmp_path / "2.png")
     assert first.read_bytes() == second.read_bytes()
 

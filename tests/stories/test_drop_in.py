@@ -1006,8 +1006,8 @@ def test_own_functions_train_a_masked_model_as_documented() -> None:
     (code,) = python_blocks("Your functions, a masked model")
     names: dict[str, Any] = {"Net": Net, "load_data": load_data, "test": test, "train": train}
     exec(code, names)
-    strategy = GossipStrategy(Topology.ring(10), evaluate_every=4, record=None)
-    strategy.start(Nodes(names["app"], 10), num_rounds=4)
+    strategy = GossipStrategy(Topology.ring(4), evaluate_every=4, record=None)
+    strategy.start(Nodes(names["app"], 4), num_rounds=4)
     losses = strategy.monitor.train_loss
     assert losses[4] < losses[1]
     assert {row["density"] for row in strategy.monitor.rows} != {1.0}
