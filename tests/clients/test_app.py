@@ -578,7 +578,9 @@ def test_a_validation_split_that_is_asked_for_must_be_there(splits: Any) -> None
 def test_inputs_that_are_not_finite() -> None:
     inputs, labels = split(0)
     app = make_client_app(model_fn, lambda context: ((inputs * float("nan"), labels), split(1)))
-    with pytest.raises(DataError, match="agent 4's training split must hold finite inputs; 24 of 24 examples"):
+    with pytest.raises(
+        DataError, match="agent 4's training split must hold finite inputs; 24 of 24 examples"
+    ):
         app(a_message(1), a_context(4))
 
 

@@ -24,7 +24,9 @@ from typer.testing import CliRunner
 import flower_mcepl
 from flower_mcepl import AgentData, ConfigError, MceplConfig, Topology, TopologyError, simulate
 from flower_mcepl.agents import ALGORITHMS, make_agent
+from flower_mcepl.agents.tasks.task import TASKS
 from flower_mcepl.cli import app as command_line
+from flower_mcepl.clients import make_client_app
 from flower_mcepl.config.fields import field_keys
 from flower_mcepl.data import DataSettings, Partition
 from flower_mcepl.record import RunRecord
@@ -188,6 +190,25 @@ def test_the_code_about_data_runs(tmp_path: Path) -> None:
     assert not train & test
 
 
+def test_the_code_about_tasks_runs() -> None:
+    (code,) = code_of("docs/tasks.md")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    app = make_client_app(
+        lambda context: Net(), lambda context: (a_split(1), a_split(2)), task=names["smooth"]
+    )
+    agent = app.agent_fn(a_context(algorithm="mcepl"))  # type: ignore[attr-defined]
+    assert agent.evaluate().keys() == {"f1", "loss", "num-examples", "density"}
+
+
+def test_the_page_of_tasks_names_them_all() -> None:
+    rows = {cells[0].split("`")[1]: cells for cells in table_cells("docs/tasks.md")[1:]}
+    assert set(rows) == set(TASKS)
+    for name, cells in rows.items():
+        assert re.findall(r"`([a-z0-9-]+)`", cells[4]) == [*TASKS[name].metrics]
+        assert re.findall(r"`([a-z0-9-]+)`", cells[4])[0] == TASKS[name].main
+
+
 def test_the_code_about_records_runs(tmp_path: Path) -> None:
     (code,) = code_of("docs/studies.md")
     net = Net()
@@ -207,7 +228,7 @@ def test_the_code_about_records_runs(tmp_path: Path) -> None:
 
 def test_no_page_has_code_that_no_test_runs() -> None:
     run_here = {f"docs/{page}.md" for page in ("getting-started", "algorithms", "topologies")}
-    run_here |= {"docs/data.md", "docs/studies.md"}
+    run_here |= {"docs/data.md", "docs/studies.md", "docs/tasks.md"}
     with_code = {name for name in NAMES if blocks(name, "python")}
     assert with_code - RUN_ELSEWHERE == run_here
 

@@ -35,8 +35,6 @@ def plan(*run_config: str) -> Plan:
         ("xyzzy=3", "got 'xyzzy'. Its keys: .*algorithm.*width"),
         ("num-rounds='many'", "run-config key num-rounds must be int; got 'many'"),
         ("num-agents=3", r"mean degree must be in \[0, 2\]; got 4"),
-        ("evaluate-every=0", "evaluate-every is a number of rounds and must be >= 1"),
-        ("algorithm='dis-pfl'", "Did you mean 'dispfl'"),
     ],
 )
 def test_a_wrong_setting_is_one_line_before_anything_starts(

@@ -841,7 +841,7 @@ def test_records_that_do_not_count_are_named(tmp_path: Path) -> None:
     RunRecord(stopped).finish("interrupted")
     going = RunRecord.create(tmp_path, name="going", config={"run_config": {"algorithm": "d"}})
     comparison = compare(find_records([tmp_path]))
-    assert [row.mean("accuracy") for row in comparison.rows] == [0.5, 1.0]
+    assert [row.mean("result") for row in comparison.rows] == [0.5, 1.0]
     notes = "\n".join(comparison.notes)
     for path, why in (
         (old, "newer record"),
@@ -912,7 +912,7 @@ def test_what_a_record_does_not_say_is_left_open(tmp_path: Path) -> None:
         comparison.rows if comparison.rows[0].settings["run"] is None else comparison.rows[::-1]
     )
     assert made.mean("images") is None
-    assert empty.mean("accuracy") is None
+    assert empty.mean("result") is None
     assert empty.best() is None
     assert "-" in next(iter(cells(comparison)))
 

@@ -1,0 +1,1 @@
+"""Regression over a table: ten practices predict the progression of diabetes."""

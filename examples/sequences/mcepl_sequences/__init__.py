@@ -1,0 +1,1 @@
+"""A recurrent classifier: ten agents read digits row by row."""
