@@ -15,6 +15,7 @@ ClassCounts = dict[int, int]
 """Number of examples by class."""
 
 MOST_CLASSES = 100  # more of them are not counted: no table or picture of them could be read
+DRAWN = 2000  # examples up to which all are drawn to be counted
 COMPARED = 8  # examples that are drawn to see whether they have the labels beside them
 
 
@@ -55,20 +56,34 @@ def labels_beside(
     """Labels that a dataset has beside its examples, if they are the examples' own.
 
     ``drawn(indices)`` are the labels of examples that are drawn; up to `COMPARED` of
-    them, spread over the whole, must be the same.
+    them, spread over the whole, must be the same. Where they are others, all are drawn
+    of a dataset of up to `DRAWN` examples.
     """
     with isolated_rng(0, "class-counts"):
         try:
             labels = _handed(dataset)
-            if labels is None or labels.ndim != 1 or len(labels) != len(dataset):
+            if labels is None and not hasattr(dataset, "targets"):
                 return None
-            if labels.dtype.kind not in "iub":
-                return None
-            places = np.unique(np.linspace(0, len(labels) - 1, COMPARED).astype(np.int64))
-            learned = _array(drawn(places.tolist())).reshape(-1)
+            if labels is not None and _are_of(dataset, labels, drawn):
+                return labels
+            return _classes(drawn([*range(len(dataset))])) if len(dataset) <= DRAWN else None
         except Exception:  # of other people's code; it comes again where examples are used
             return None
-    return labels if np.array_equal(labels[places], learned) else None
+
+
+def _are_of(
+    dataset: Any, labels: "np.ndarray[Any, Any]", drawn: Callable[[list[int]], Tensor]
+) -> bool:
+    if labels.ndim != 1 or len(labels) != len(dataset) or labels.dtype.kind not in "iub":
+        return False
+    places = np.unique(np.linspace(0, len(labels) - 1, COMPARED).astype(np.int64))
+    learned = _array(drawn(places.tolist())).reshape(-1)
+    return np.array_equal(labels[places], learned)
+
+
+def _classes(labels: Any) -> "np.ndarray[Any, Any] | None":
+    array = _array(labels).reshape(-1)
+    return array if array.dtype.kind in "iub" else None
 
 
 def _handed(dataset: Any) -> "np.ndarray[Any, Any] | None":

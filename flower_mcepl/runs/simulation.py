@@ -126,10 +126,9 @@ def simulate(
     exchange = _exchange(topology, server, evaluate_every, max_staleness, key_interval)
     _check_fleet(agents, exchange.topology, num_rounds)
     _check_server(agents[0], server)
-    if resume is None:
-        with torch_threads(threads):
-            for agent in agents:
-                agent.check()
+    with torch_threads(threads):  # a second thread of the process is refused here already
+        for agent in agents if resume is None else ():
+            agent.check()
     fleet = _Fleet(agents, max_staleness=max_staleness)
     config = {
         "seed": agents[0].seed,
