@@ -160,6 +160,13 @@ class RunSettings(RoundOptions):
         )
         settings = read_fields(cls, run_config)
         read_config(settings.algorithm, run_config, agent=0)
+        check(
+            "lr" not in run_config or "lr" in algorithm.keys() | app_keys,
+            f"algorithm {settings.algorithm} has no lr, and the plain key would change nothing; lr",
+            run_config.get("lr"),
+            "Remove it, set score-lr and finetune-lr of masks, or write it into a section such as "
+            "dsgd.lr.",
+        )
         graph = settings.graph()
         check(
             not (graph.directed and algorithm.agent.undirected_only),

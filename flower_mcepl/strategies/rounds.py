@@ -38,6 +38,7 @@ from flower_mcepl.strategies.attendance import Attendance
 from flower_mcepl.strategies.dispatch import Dispatch
 from flower_mcepl.strategies.initial import InitialArrays
 from flower_mcepl.strategies.intake import Intake
+from flower_mcepl.strategies.no_arrays import CentralEvaluation, NoArrays, place_of_models
 from flower_mcepl.strategies.reporting import report
 from flower_mcepl.strategies.roster import Roster
 from flower_mcepl.strategies.stopping import confirm_stop
@@ -151,10 +152,11 @@ class ExchangeStrategy(Strategy):
         `make_client_app` make their own weights from the run's seed and read none of
         these.
 
-        ``evaluate_fn`` gets no arrays and the result has none: there is no global
-        model. ``evaluate_metrics_clientapp`` holds, per evaluated round, the mean,
-        spread and worst of the personal accuracies; `monitor` and the run record hold
-        each agent's.
+        There is no global model: the result has no arrays, and ``evaluate_fn`` is no
+        longer called, with a warning, once it asks for them. Both say where the
+        agents' models are. ``evaluate_metrics_clientapp`` holds, per evaluated round,
+        the mean, spread and worst of the main metric; `monitor` and the run record
+        hold each agent's.
 
         Raises
         ------
@@ -184,7 +186,6 @@ class ExchangeStrategy(Strategy):
             with self._opened(num_rounds, timeout) as self._book:
                 result = self._run(
                     grid,
-                    ArrayRecord(),  # there is no global model
                     train_config or ConfigRecord(),
                     evaluate_config or ConfigRecord(),
                     evaluate_fn,
@@ -210,7 +211,6 @@ class ExchangeStrategy(Strategy):
     def _run(
         self,
         grid: Grid,
-        arrays: ArrayRecord,
         train_config: ConfigRecord,
         evaluate_config: ConfigRecord,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
@@ -220,13 +220,14 @@ class ExchangeStrategy(Strategy):
         That one begins with round 1 and asks its grid to wait for all answers of a
         round; this one may begin later, and takes late answers into the next round.
         """
-        result = Result()
+        arrays = NoArrays(place_of_models(self.record))
+        result, evaluation = Result(arrays=arrays), CentralEvaluation(evaluate_fn, arrays)
         num_rounds, first = self.monitor.num_rounds, self.book.first
         _log(f"Starting {type(self).__name__} strategy: {num_rounds} rounds")
         self.summary()
 
         def look(round: int) -> None:
-            if evaluate_fn and (metrics := evaluate_fn(round, arrays)) is not None:
+            if (metrics := evaluation(round)) is not None:
                 result.evaluate_metrics_serverapp[round] = metrics
 
         if first == 1:
