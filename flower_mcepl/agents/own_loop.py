@@ -1,17 +1,23 @@
 """MCE-PL in a training loop of the user's own, whose model becomes a `MaskedModel`."""
 
 from collections.abc import Callable, Mapping
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import nn
 
 from flower_mcepl.agents.parts.masked import MaskedAgent, MaskedConfig
+from flower_mcepl.config.checks import check
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError, DivergedError
 from flower_mcepl.masks.model import MaskedModel
 from flower_mcepl.streams import isolated_rng
 
+# what a MaskedConfig says of the training that the user's functions do
+_WITHOUT_EFFECT = (
+    *("batch_size", "eval_batch_size", "local_epochs", "local_steps", "momentum"),
+    "weight_decay",
+)
 OwnTrainFn = Callable[[MaskedModel, int], float]
 OwnEvaluateFn = Callable[[nn.Module], Mapping[str, float]]
 
@@ -57,6 +63,10 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
     ) -> None:
         super().__init__(index, module, data, config, seed=seed, device=device)
         self._train_fn, self._evaluate_fn = train_fn, evaluate_fn
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the configuration, and which of its fields have no effect here."""
+        return {**super().parameters(), "without_effect": list(_WITHOUT_EFFECT)}
 
     def check(self) -> None:
         """Check nothing: what the user's functions make of the data is theirs."""
@@ -106,4 +116,11 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
                 "the evaluate function must return loss and num-examples, and may return accuracy; "
                 f"{', '.join(missing)} is missing from {', '.join(metrics) or 'nothing'}. Add it."
             )
+        accuracy = metrics.get("accuracy", 0.0)
+        check(
+            0 <= accuracy <= 1,
+            f"agent {self.index}: the evaluate function's accuracy is a fraction in 0..1",
+            accuracy,
+            "Divide percents by 100.",
+        )
         return {**metrics, "density": self._density(masks)}

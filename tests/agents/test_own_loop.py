@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flower_mcepl import AgentData, MceplAgent, MceplConfig, shared_module
+from flower_mcepl import AgentData, ConfigError, MceplAgent, MceplConfig, shared_module
 from flower_mcepl.agents import OwnLoopAgent
 from tests.fleet.agents import SEED, make_agent, small_net, split
 
@@ -103,3 +103,20 @@ def test_the_network_under_the_mask_is_what_is_evaluated() -> None:
     kept = sum(int(mask.sum()) for mask in masks.values())
     assert 0 < kept < sum(mask.numel() for mask in masks.values())
     assert metrics["density"] == kept / sum(mask.numel() for mask in masks.values())
+
+
+def test_an_accuracy_in_percent_is_refused() -> None:
+    percent = {"accuracy": 33.3, "loss": 1.0, "num-examples": 3}
+    with pytest.raises(ConfigError, match=r"agent 0: .* fraction in 0\.\.1; got 33\.3\. Divide"):
+        own_loop(evaluate_fn=lambda model: percent).evaluate()
+    for accuracy in (0, 1, 0.333):
+        told = own_loop(evaluate_fn=lambda model, a=accuracy: {**percent, "accuracy": a}).evaluate()
+        assert told["accuracy"] == accuracy
+
+
+def test_the_record_says_which_parameters_have_no_effect() -> None:
+    parameters = own_loop().parameters()
+    assert parameters["without_effect"] == sorted(parameters["without_effect"])
+    assert set(parameters["without_effect"]) < set(parameters)
+    assert "finetune_lr" not in parameters["without_effect"]
+    assert "without_effect" not in built_in().parameters()
