@@ -40,9 +40,9 @@ class DispflAgent(SparseAgent[DispflConfig]):
        itself, whatever number of them holds a weight. A weight that has just grown back
        takes the neighbors' mean, or starts at zero.
 
-    Maskable are conv and linear weights; biases and norm layers are trained and
-    averaged as ordinary weights (the paper's code masks all parameters; its networks
-    have hardly any others). The first masks are ERK, drawn by each agent for itself
+    Biases and norm layers have no mask: they are trained and averaged as ordinary
+    weights (the paper's code masks all parameters; its networks have hardly any
+    others). The first masks are ERK, drawn by each agent for itself
     from weights that are common to all.
 
     Source: Dai et al. 2022, arXiv:2206.00187, algorithms 1 and 2; as in its published

@@ -270,7 +270,7 @@ def test_a_network_without_weights_under_a_mask_is_refused() -> None:
 
     with pytest.raises(
         UnsupportedLayerError,
-        match="algorithm dispfl needs conv or linear weights that train; all those of Sequential",
+        match="algorithm dispfl needs maskable weights that train; all those of Sequential",
     ):
         agent_of("dispfl", model_fn=only_norms_train)
 

@@ -600,7 +600,7 @@ def test_fedspa_without_weights_under_a_mask_is_refused() -> None:
         return model
 
     with pytest.raises(
-        UnsupportedLayerError, match="algorithm fedspa needs conv or linear weights that train"
+        UnsupportedLayerError, match="algorithm fedspa needs maskable weights that train"
     ):
         agent_of("fedspa", model_fn=only_norms_train)
 

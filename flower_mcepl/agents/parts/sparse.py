@@ -101,7 +101,7 @@ SparseT = TypeVar("SparseT", bound=SparseConfig)
 
 
 class SparseAgent(DenseAgent[SparseT]):
-    """An agent whose conv and linear weights live under a personal mask ``m_i``.
+    """An agent whose maskable weights live under a personal mask ``m_i``.
 
     Biases and norm layers do not. `train` takes the local steps under the mask, ``w =
     (w - η (clip(g) + μ w)) * m_i``, each round from momentum zero. Then the mask moves:
@@ -125,7 +125,7 @@ class SparseAgent(DenseAgent[SparseT]):
         self.masks = self._draw_masks(masked_names(module, self.weights))
         if not self.masks:
             raise UnsupportedLayerError(
-                f"algorithm {self.algorithm} needs conv or linear weights that train; all those "
+                f"algorithm {self.algorithm} needs maskable weights that train; all those "
                 f"of {type(module).__name__} are frozen (requires_grad is False). Leave it True "
                 "in the model function, or use an algorithm without masks."
             )
@@ -234,7 +234,7 @@ class SparseAgent(DenseAgent[SparseT]):
 
 
 def masked_names(module: nn.Module, weights: Mapping[str, Any]) -> list[str]:
-    """Names of the weights that get a mask: conv and linear, in the module's order."""
+    """Names of the weights that get a mask, in the module's order."""
     return [name for name in find_maskable(module) if name in weights]
 
 
