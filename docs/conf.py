@@ -34,6 +34,7 @@ CONTENTS = {
         "docs/algorithms",
         "docs/topologies",
         "docs/data",
+        "docs/tasks",
         "docs/studies",
         "docs/commands",
         "docs/results",
@@ -41,6 +42,8 @@ CONTENTS = {
     "Run it on devices": ["docs/deployment", "docs/resume", "docs/security"],
     "Examples": [
         "examples/quickstart/README",
+        "examples/regression/README",
+        "examples/sequences/README",
         "examples/drop_in/README",
         "examples/cifar10/README",
         "examples/deployment/README",
