@@ -162,7 +162,7 @@ class RunSettings(RoundOptions):
         read_config(settings.algorithm, run_config, agent=0)
         check(
             "lr" not in run_config or "lr" in algorithm.keys() | app_keys,
-            f"algorithm {settings.algorithm} has no lr, and the plain key would change nothing; lr",
+            f"algorithm {settings.algorithm} has no lr, so that the key would change nothing",
             run_config.get("lr"),
             "Remove it, set score-lr and finetune-lr of masks, or write it into a section such as "
             "dsgd.lr.",

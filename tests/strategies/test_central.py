@@ -32,7 +32,7 @@ def run_config(algorithm: str, **more: Any) -> dict[str, Any]:
         "num-agents": NUM_AGENTS,
         "num-rounds": 3,
         "evaluate-every": 2,
-        "lr": 0.05,
+        **({} if algorithm == "fedpm" else {"lr": 0.05}),
         "local-epochs": 1,
         **more,
     }
