@@ -69,9 +69,6 @@ def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
         raise file.error(
             ("engine",), f"engine must be one of {', '.join(ENGINES)}; got {engine!r}."
         )
-    target = file.data.get("target")
-    if target is not None and not 0 < target <= 1:
-        raise file.error(("target",), f"target is an accuracy in (0, 1]; got {target}.")
     if not name.strip():
         raise file.error(("name",), f"name must say something; got {name!r}.")
     try:
@@ -83,10 +80,25 @@ def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
         _check(file, app, combination, engine)
     configs = [_whole(app, combination.settings) for combination in combinations]
     _refuse_duplicates(file, combinations, configs)
+    target = file.data.get("target")
+    _check_target(file, target, configs)
     keys = varied(configs)
     runs = [_plan(app, *pair, keys) for pair in zip(combinations, configs, strict=True)]
     out = Path(file.data.get("out", Path("studies") / _folder_name(name)))
     return Study(path, name, app, engine, out.absolute(), target, keys, tuple(runs))
+
+
+def _check_target(
+    file: StudyFile, target: float | None, configs: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse a target that no run can reach: most main metrics are in 0..1."""
+    from flower_mcepl.agents.tasks.task import find_task
+
+    tasks = {str(config.get("task", "classification")) for config in configs}
+    if target is not None and not 0 < target <= 1:
+        for task in map(find_task, sorted(tasks)):
+            if task.unit == "fraction":
+                raise file.error(("target",), f"target is an {task.main} in (0, 1]; got {target}.")
 
 
 def _whole(app: FlowerApp, settings: Mapping[str, Any]) -> dict[str, Any]:

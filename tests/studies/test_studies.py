@@ -930,3 +930,14 @@ def test_images_are_those_that_the_data_deal_out(
     taken = epochs * batches_per_pass(size, batch) if epochs else steps
     dealt = _index_batches(size, steps=taken, batch_size=batch, generator=torch.Generator())
     assert _images_a_round({"num_examples": size, "parameters": told}) == sum(map(len, dealt))
+
+
+def test_a_target_is_a_value_of_the_tasks_main_metric(tmp_path: Path) -> None:
+    app = (Path(__file__).parents[2] / "examples" / "regression").as_posix()
+    file = tmp_path / "study.toml"
+    head = f"app = '{app}'\nengine = 'in-process'\ntarget = 1.5\n[grid]\nseed = [1]\n"
+    file.write_text(head, encoding="utf-8")
+    assert read_study(file).target == 1.5  # an rmse
+    file.write_text(head + "task = ['binary']\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"line 3: target is an accuracy in \(0, 1\]; got 1\.5"):
+        read_study(file)
