@@ -47,7 +47,7 @@ def agent_table(run: Run) -> str:
 
 
 def _agent_cells(run: Run) -> Iterator[list[str]]:
-    handshakes, last = run.handshakes, run.final()
+    handshakes, last, metric = run.handshakes, run.final(), run.metric
     for agent in sorted({*handshakes, *last}):
         handshake, row = handshakes.get(agent, {}), last.get(agent, {})
         yield [
@@ -56,7 +56,7 @@ def _agent_cells(run: Run) -> Iterator[list[str]]:
             _cell(handshake.get("classes")),
             _cell(handshake.get("num_examples")),
             _cell(row.get("num_examples")),
-            _cell(run.metric.value(row), ".4f"),
+            _cell(metric.value(row), ".4f"),
             _cell(row.get("density"), ".4f"),
             human_bytes(row.get("sent_bytes")),
             human_bytes(row.get("received_bytes")),

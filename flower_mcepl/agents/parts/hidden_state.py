@@ -35,6 +35,8 @@ def hidden_state(
     except ValueError:  # a batch norm refuses a batch of one, as training will
         return []
     names = _changed(before, attributes(used))
+    if not names:
+        return []
     reset = copy.deepcopy(used)
     for name in names:
         _set(reset, name, before)

@@ -64,5 +64,6 @@ def _fewer(subject: Subject, rounds: tuple[int, ...]) -> str:
 
 def final_values(run: Run) -> dict[int, float]:
     """Main metric of each agent in the last evaluated round, if it is in it."""
-    values = {agent: run.metric.value(row) for agent, row in run.last_evaluated().items()}
+    metric = run.metric
+    values = {agent: metric.value(row) for agent, row in run.last_evaluated().items()}
     return {agent: value for agent, value in values.items() if value is not None}
