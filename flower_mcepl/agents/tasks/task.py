@@ -12,6 +12,7 @@ from flower_mcepl.agents.tasks.network import call, described, one_output
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.registry import Registry
 from flower_mcepl.data.batches import BatchSource
+from flower_mcepl.data.pairs import parts_of
 from flower_mcepl.errors import ConfigError, DataError, DivergedError
 
 LOSS = "loss"
@@ -222,8 +223,7 @@ def check_finite(outputs: Tensor, inputs: Any, *, whose: str) -> None:
     """
     if math.isfinite(float(outputs.detach().sum())) or bool(outputs.isfinite().all()):
         return
-    tensors = inputs.values() if isinstance(inputs, Mapping) else inputs
-    for tensor in (inputs,) if isinstance(inputs, Tensor) else tensors:
+    for tensor in parts_of(inputs):
         bad = ~tensor.isfinite() if isinstance(tensor, Tensor) else torch.tensor(False)
         if bool(bad.any()):
             rows = int(bad.flatten(1).any(1).sum()) if bad.ndim > 1 else int(bad.sum())
