@@ -7,6 +7,9 @@ from flower_mcepl.agents.agent import CLASS_FACTS, Agent
 from flower_mcepl.errors import FingerprintError
 
 PARAMETERS = "parameters"  # key of `Agent.parameters`, which makes facts a handshake
+# Numbers of weights that each mask keeps, always: `Agent.layers` sorted by name. An
+# algorithm whose masks vary in size leaves it out.
+KEPT_BY_LAYER = "kept-by-layer"
 
 
 def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:

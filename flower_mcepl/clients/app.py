@@ -240,7 +240,7 @@ def _play(
     past = memory.recall(before=order.parcel.round)
     used = _agents.take(place)
     agent = used if used is not None and past is not None else app.agent_fn(context)
-    mail = open_mail(agent, max_staleness=order.max_staleness)
+    mail = open_mail(agent, max_staleness=order.max_staleness, run=order.run)
     parcel, damaged = _opened(order.parcel)
     if past is None:  # nothing has been learned yet that could be evaluated
         parcel = replace(parcel, evaluate=False)

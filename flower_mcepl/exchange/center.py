@@ -9,7 +9,7 @@ import torch
 
 from flower_mcepl.agents.agent import AgentState, Payload
 from flower_mcepl.agents.server import Server
-from flower_mcepl.errors import CorruptFrameError, ForeignFrameError, FrameError, ReplayedFrameError
+from flower_mcepl.errors import ForeignFrameError, FrameError, ReplayedFrameError
 from flower_mcepl.exchange.exchange import check_rounds
 from flower_mcepl.exchange.ledger import Ledger
 from flower_mcepl.exchange.mailbox import Mailbox
@@ -78,6 +78,7 @@ class Center(Generic[FrameT]):
         )
         self.ledger = Ledger()
         self._open, self._wrap = open_frame, wrap_frame
+        self._run = ""
         self._mailbox = Mailbox(
             owner=server.index,
             fingerprint=server.fingerprint,
@@ -93,6 +94,12 @@ class Center(Generic[FrameT]):
         self._inbox: dict[int, Payload] = {}  # of the round that is under way
         # the frame that all get, and its model's round
         self._for_all: tuple[int, Posted[FrameT]] | None = None
+
+    def begin(self, run: str) -> None:
+        """Take the id of the run, which frames then belong to."""
+        self._run = self._mailbox.run = run
+        for outbox in self._outboxes.values():
+            outbox.run = run
 
     def parcel(self, agent: int, *, round: int, closing: bool = False) -> Parcel[FrameT]:
         """Return the agent's parcel for ``round`` and count its frames as sent."""
@@ -196,12 +203,6 @@ class Center(Generic[FrameT]):
                     f"{self.server.algorithm}; agent {agent} sent {tensor.dtype}. Run the same "
                     "release on both sides."
                 )
-            if tensor.dtype != torch.bool and not bool(tensor.to_dense().isfinite().all()):
-                raise CorruptFrameError(
-                    f"the server takes finite values only; agent {agent} sent some in layer "
-                    f"{name!r} that are infinite or not a number. Look at why its training left "
-                    "the finite numbers."
-                )
         return payloads[agent]
 
     def _close(self, round: int) -> None:
@@ -246,6 +247,9 @@ class Center(Generic[FrameT]):
         place = server.index if server.shared else agent
         if place not in self._outboxes:
             self._outboxes[place] = Outbox(
-                owner=server.index, fingerprint=server.fingerprint, layers=server.layers_down
+                owner=server.index,
+                fingerprint=server.fingerprint,
+                layers=server.layers_down,
+                run=self._run,
             )
         return self._outboxes[place]

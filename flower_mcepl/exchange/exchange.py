@@ -23,6 +23,10 @@ class Exchange(Protocol[FrameT]):
     max_staleness: int
     key_interval: int
 
+    def begin(self, run: str) -> None:
+        """Take the id of the run, which frames then belong to; without it, to none."""
+        ...
+
     def parcel(self, agent: int, *, round: int, closing: bool = False) -> Parcel[FrameT]:
         """Parcel of the agent for ``round``; its frames count as sent."""
         ...

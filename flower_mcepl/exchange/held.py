@@ -16,6 +16,7 @@ from flower_mcepl.wire.payload import Reference, join_support, support_of, value
 from flower_mcepl.wire.support import pack, packed_bytes, unpack
 
 ABSENT, MASK, DENSE, SPARSE = range(4)  # what a layer's tensor is
+_ONES = np.array([byte.bit_count() for byte in range(256)], np.int64)  # bits of each byte
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,17 @@ class Held:
                 flips[name] = self.flips[begin:end].astype(np.int64) - start
             start += numel
         return Reference(self.round, tensors, flips, self.content)
+
+    def counts(self, layers: Mapping[str, tuple[int, ...]]) -> list[int]:
+        """Number of weights that each layer keeps, the layers sorted by name."""
+        counts, at = [], 0
+        for kind, name in zip(self.kinds, sorted(layers), strict=True):
+            numel = math.prod(layers[name])
+            size = packed_bytes(numel) if kind in (MASK, SPARSE) else 0
+            on = int(_ONES[self.bits[at : at + size]].sum())
+            counts.append(numel if kind == DENSE else on)
+            at += size
+        return counts
 
     def arrays(self) -> Arrays:
         """Return what must be saved; `from_arrays` takes it back."""

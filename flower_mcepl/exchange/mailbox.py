@@ -1,5 +1,6 @@
 """What one agent holds of its neighbors: the newest payload of each."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from flower_mcepl.errors import (
     ConfigError,
+    CorruptFrameError,
     ForeignFrameError,
-    MissingReferenceError,
+    FrameError,
     ReplayedFrameError,
     StateError,
 )
@@ -27,9 +29,11 @@ from flower_mcepl.wire import (
     check_frame,
     unpack_frame,
 )
+from flower_mcepl.wire.layout import most_bytes, name_frame
 
 # an array of this name tells that a sender's frames no longer fit what is held
 _DOUBTFUL = "doubtful"
+_KEPT = "kept"  # and one of this name how many weights its masks keep
 _decoded = DecodedFrames()
 
 
@@ -57,6 +61,8 @@ class Mailbox:
         Classes of weights that all agents know.
     first : Mapping[str, Tensor] | None (default: None)
         The common first payload; None leaves neighbors that were never heard of out.
+    run : str (default: "")
+        Id of the run that every frame must belong to, as in `decode_frame`.
 
     Raises
     ------
@@ -74,6 +80,7 @@ class Mailbox:
         dtype: torch.dtype | None = torch.bool,
         prior: Prior | None = None,
         first: Mapping[str, Tensor] | None = None,
+        run: str = "",
     ) -> None:
         if max_staleness < 0:
             raise ConfigError(
@@ -83,14 +90,24 @@ class Mailbox:
         self._owner = owner
         self._fingerprint = check_fingerprint(fingerprint)
         self._layers = {name: tuple(shape) for name, shape in layers.items()}
-        self._max_staleness = max_staleness
+        self._max_staleness, self.run = max_staleness, run
+        self._most_bytes = most_bytes(sum(map(math.prod, self._layers.values())))
         self._dtype, self._prior, self._first = dtype, prior, first
         self._held: dict[int, Held] = {}
         # what has just come and will be asked for at once
         self._unpacked: dict[int, Reference] = {}
-        self._doubtful: set[int] = set()  # senders whose frames no longer fit what is held of them
+        self._doubtful: set[int] = set()  # senders that a whole frame is wanted of
+        # sender -> weights that each of its masks keeps, as far as they were told
+        self._kept: dict[int, list[int]] = {}
 
-    def put(self, sender: int, frames: Sequence[FrameBytes], *, latest_round: int) -> None:
+    def put(
+        self,
+        sender: int,
+        frames: Sequence[FrameBytes],
+        *,
+        latest_round: int,
+        kept: Sequence[int] | None = None,
+    ) -> None:
         """Take in frames of one sender, oldest first.
 
         Each builds on the one before, or on what is held.
@@ -106,6 +123,9 @@ class Mailbox:
             The frames, as they came.
         latest_round : int
             The newest round they may come from.
+        kept : sequence of int | None (default: None)
+            How many weights each of the sender's masks keeps, the layers sorted by
+            name, as its handshake says; it holds for all that follows. None: no news.
 
         Raises
         ------
@@ -118,15 +138,19 @@ class Mailbox:
                 f"an agent takes frames of others only; agent {sender} was given one filed under "
                 "itself. Look at the routing."
             )
-        # A sender that lost its state begins its rounds anew, and its frames then build
-        # on payloads that nobody holds. Such a sender is doubtful: what is held of it
-        # stays in use while it is fresh enough, but the relay is no longer told of it
-        # (see `rounds`), so that a whole frame comes next, and that one is taken even
-        # where its round is not newer than the one held.
+        # Frames of a sender that lost its state build on payloads nobody holds, and
+        # one whose content is refused leaves a gap for those that build on it. Such a
+        # sender is doubtful: what is held of it stays in use while it is fresh enough,
+        # but the relay is no longer told of it (see `rounds`), so that a chain from a
+        # whole frame comes next. That frame may be as old as what is held, if the chain
+        # leads on to a newer one. Older news are never taken: no round comes twice.
+        if kept is not None:
+            self._kept[sender] = list(kept)
         held = self._held.get(sender)
         known = [] if held is None else [held.reference(self._layers)]
-        newest = -1
+        newest, doubtful = -1, sender in self._doubtful
         for data in frames:
+            self._check_size(sender, data)
             payload, header = check_frame(
                 data,
                 fingerprint=self._fingerprint,
@@ -135,19 +159,46 @@ class Mailbox:
                 sender=sender,
                 latest_round=latest_round,
                 prior=self._prior,
+                run=self.run,
             )
             newest = header.round
-            if known and newest <= known[0].round and sender not in self._doubtful:
+            is_new = held is None or newest > held.round
+            if not is_new and not doubtful:
                 continue
             key = DecodedFrames.key(data, header, known[0] if known else None)
-            reference, self._held[sender] = self._unpack(payload, header, known, key)
-            self._unpacked[sender], known = reference, [reference]
-            self._doubtful.discard(sender)
-        if frames and known and newest < known[0].round:
+            try:
+                reference, came = self._unpack(payload, header, known, key)
+                self._check_kept(sender, came)
+            except FrameError:
+                self._doubtful.add(sender)
+                raise
+            known = [reference]
+            if is_new:
+                self._held[sender], self._unpacked[sender] = came, reference
+                held, doubtful = came, False
+                self._doubtful.discard(sender)
+        if frames and held is not None and newest < held.round + doubtful:
             raise ReplayedFrameError(
                 f"agent {self._owner} takes only frames newer than what it holds of a sender; of "
-                f"sender {sender} it holds round {known[0].round} and round {newest} came. "
+                f"sender {sender} it holds round {held.round} and round {newest} came. "
                 "Nothing is lost: drop the older."
+            )
+
+    def _check_size(self, sender: int, data: FrameBytes) -> None:
+        if len(data) > self._most_bytes:
+            raise ForeignFrameError(
+                f"a frame of this network has at most {self._most_bytes} bytes; one of sender "
+                f"{sender} has {len(data)}. Give both agents the same model."
+            )
+
+    def _check_kept(self, sender: int, came: Held) -> None:
+        """Check that each mask keeps as many weights as its sender's retention says."""
+        due = self._kept.get(sender)
+        if due is not None and (counts := came.counts(self._layers)) != due:
+            raise ForeignFrameError(
+                f"{name_frame(sender, came.round)} must keep as many weights of each layer as "
+                f"its sender's retention says, {due!s:.200}; it keeps {counts!s:.200}. Look at "
+                "the sender."
             )
 
     def _unpack(
@@ -158,13 +209,10 @@ class Mailbox:
         if decoded is not None:
             return decoded.reference(self._layers), decoded
         first = [] if self._first is None else [Reference(0, self._first)]
-        try:
-            reference = unpack_frame(
-                payload, header, references=[*known, *first], prior=self._prior
-            ).as_reference()
-        except MissingReferenceError:
-            self._doubtful.add(header.sender)
-            raise
+        reference = unpack_frame(
+            payload, header, references=[*known, *first], prior=self._prior
+        ).as_reference()
+        _check_finite(reference.tensors, name_frame(header.sender, header.round))
         held = Held.of(reference, self._layers)
         _decoded.put(key, held)
         return reference, held
@@ -198,6 +246,10 @@ class Mailbox:
                 payloads[sender] = self._first
         return payloads
 
+    def doubts(self, sender: int) -> bool:
+        """Whether a whole frame of the sender is wanted."""
+        return sender in self._doubtful
+
     def rounds(self) -> dict[int, int]:
         """Round of each sender's payload that its next frame may build on."""
         return {
@@ -218,6 +270,7 @@ class Mailbox:
             if older_than - held.round <= self._max_staleness
         }
         self._doubtful &= self._held.keys()
+        self._kept = {s: kept for s, kept in self._kept.items() if s in self._held}
         self._unpacked = {}
 
     def arrays(self) -> Arrays:
@@ -228,7 +281,16 @@ class Mailbox:
             for name, array in held.arrays().items()
         }
         doubtful = sorted(self._doubtful & self._held.keys())
-        return {**held, **{f"{sender}/{_DOUBTFUL}": np.ones(1, np.uint8) for sender in doubtful}}
+        kept = {
+            f"{sender}/{_KEPT}": np.array(counts, np.int64)
+            for sender, counts in sorted(self._kept.items())
+            if sender in self._held
+        }
+        return {
+            **held,
+            **{f"{sender}/{_DOUBTFUL}": np.ones(1, np.uint8) for sender in doubtful},
+            **kept,
+        }
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Hold exactly what :meth:`arrays` gave.
@@ -241,6 +303,21 @@ class Mailbox:
         """
         self._held = restore_held(arrays, self._layers, f"the mailbox of agent {self._owner}")
         self._doubtful, self._unpacked = {s for s in self._held if f"{s}/{_DOUBTFUL}" in arrays}, {}
+        self._kept = {
+            s: [int(count) for count in arrays[f"{s}/{_KEPT}"].reshape(-1)]
+            for s in self._held
+            if f"{s}/{_KEPT}" in arrays
+        }
+
+
+def _check_finite(tensors: Mapping[str, Tensor], who: str) -> None:
+    """Refuse values from which an average would never recover."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.bool and not bool(tensor.to_dense().isfinite().all()):
+            raise CorruptFrameError(
+                f"values must be finite; {who} has some in layer {name!r} that are infinite or "
+                "not a number. Look at why its training left the finite numbers."
+            )
 
 
 def restore_held(

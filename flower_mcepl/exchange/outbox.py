@@ -36,6 +36,8 @@ class Outbox:
         The common first payload, which a whole frame may build on.
     precision : str (default: "float32")
         How floats travel, see `encode_frame`.
+    run : str (default: "")
+        Id of the run that its frames belong to, see `encode_frame`.
     """
 
     def __init__(
@@ -47,11 +49,12 @@ class Outbox:
         prior: Prior | None = None,
         first: Mapping[str, Tensor] | None = None,
         precision: str = "float32",
+        run: str = "",
     ) -> None:
         self._owner = owner
         self._fingerprint = check_fingerprint(fingerprint)
         self._layers = {name: tuple(shape) for name, shape in layers.items()}
-        self._prior, self._precision = prior, precision
+        self._prior, self._precision, self.run = prior, precision, run
         self._first = None if first is None else Reference(0, first)
         self._sent: dict[int, Held] = {}  # by round
 
@@ -113,6 +116,7 @@ class Outbox:
             reference=reference,
             prior=self._prior,
             precision=precision,
+            run=self.run,
         )
 
     def arrays(self) -> Arrays:

@@ -25,6 +25,8 @@ class Parcel(Generic[FrameT]):
     train: bool = True  # False in the closing parcel
     acknowledged: int | None = None  # round of the agent's newest frame that the relay has
     whole: bool = False  # send a whole frame, too
+    # of senders of a whole frame: weights that each of their masks keeps, as they said
+    kept: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Answer(Generic[FrameT]):
     # which round of which neighbor the agent holds
     held: Mapping[int, int] = field(default_factory=dict)
     refused: Sequence[str] = ()
-    lacking: Sequence[int] = ()  # neighbors whose frames build on some that the agent does not hold
+    lacking: Sequence[int] = ()  # neighbors of whom the agent wants a whole frame
     fresh: bool = False  # the agent began without a saved state
     raw: Sequence[bytes] = ()  # the frames' bytes, for those who keep them for study
     late_of: int | None = None  # the earlier round that it answers; None: the present one

@@ -1,10 +1,11 @@
 """The relay: which frames go to which agent. It never opens a frame."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic
 
 import numpy as np
 
+from flower_mcepl.agents.handshake import KEPT_BY_LAYER
 from flower_mcepl.exchange.exchange import check_rounds
 from flower_mcepl.exchange.ledger import Ledger
 from flower_mcepl.exchange.parcels import (
@@ -18,6 +19,10 @@ from flower_mcepl.exchange.parcels import (
 )
 from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.topology import Topology
+
+# Answers without the whole frame that was asked for, after which an agent is silent:
+# what it sends is kept for nobody, until a whole frame comes.
+OVERDUE = 3
 
 
 class Relay(Generic[FrameT]):
@@ -70,6 +75,14 @@ class Relay(Generic[FrameT]):
         # agent -> senders whose chain in its parcel began with a key
         self._began_whole: dict[int, set[int]] = {}
         self._broken: set[int] = set()  # senders of whom even such a chain could not be decoded
+        # (agent, sender) -> how often that was believed, and in which round last
+        self._believed: dict[tuple[int, int], tuple[int, int]] = {}
+        # agent -> round in which a whole frame was asked for; answers without one since
+        self._asked: dict[int, int] = {}
+        self._overdue: dict[int, int] = {}
+
+    def begin(self, run: str) -> None:
+        """Do nothing: a relay opens no frame, and need not know the run."""
 
     def parcel(self, agent: int, *, round: int, closing: bool = False) -> Parcel[FrameT]:
         """Return the agent's parcel for ``round`` and count its frames as sent."""
@@ -82,6 +95,9 @@ class Relay(Generic[FrameT]):
         self._began_whole[agent] = {j for j, chain in chains.items() if chain[0].is_key}
         for j, chain in chains.items():
             self.ledger.add_delivery(j, agent, shipments(chain, self._facts.get(j, {})))
+        whole = not closing and self._whole_is_due(agent, round)
+        if whole:
+            self._asked[agent] = round
         return Parcel(
             round,
             neighbors,
@@ -89,7 +105,8 @@ class Relay(Generic[FrameT]):
             evaluate=closing or previous % self.evaluate_every == 0,
             train=not closing,
             acknowledged=self._newest(agent),
-            whole=not closing and self._whole_is_due(agent, round),
+            whole=whole,
+            kept=self._kept_by(self._began_whole[agent]),
         )
 
     def take(self, agent: int, answer: Answer[FrameT], *, round: int) -> tuple[()]:
@@ -99,7 +116,8 @@ class Relay(Generic[FrameT]):
         newer ones.
         """
         self._facts[agent], self._held[agent] = answer.facts, answer.held
-        self._broken |= self._began_whole.pop(agent, set()) & set(answer.lacking)
+        undecoded = self._began_whole.pop(agent, set()) & set(answer.lacking)
+        self._broken |= {sender for sender in undecoded if self._believe(agent, sender, round)}
         self._keep(agent, answer.posts, round)
         return ()
 
@@ -111,13 +129,46 @@ class Relay(Generic[FrameT]):
         kept = self._posted.get(agent, [])
         if kept and kept[-1][0] >= round:
             return
+        whole = any(post.is_key for post in posts)
+        if self._is_silent(agent, round, whole=whole):
+            self._posted.pop(agent, None)
+            return
         # who lacks more than a few rounds gets the whole frame from now on
-        if any(post.is_key for post in posts):
+        if whole:
             kept = [
                 (r, post) for r, post in kept if not post.is_key and round - r <= self.max_staleness
             ]
             self._broken.discard(agent)
         self._posted[agent] = [*kept, *((round, post) for post in posts)]
+
+    def _is_silent(self, agent: int, round: int, *, whole: bool) -> bool:
+        """Whether the agent never sends the whole frame that it is asked for.
+
+        Deltas without end would be kept for ever, for whoever holds none of them.
+        """
+        if whole:
+            self._overdue.pop(agent, None)
+        elif self._asked.get(agent) == round:
+            self._overdue[agent] = self._overdue.get(agent, 0) + 1
+        return self._overdue.get(agent, 0) >= OVERDUE
+
+    def _believe(self, agent: int, sender: int, round: int) -> bool:
+        """Whether to believe that the agent could not decode a whole frame.
+
+        One agent that says so in every round must not make its neighbors send a whole
+        frame in each: what it says is believed in the first round, and then after ever
+        longer times, each twice the one before.
+        """
+        times, last = self._believed.get((agent, sender), (0, 0))
+        if times and round - last < 2**times:
+            return False
+        self._believed[agent, sender] = (times + 1, round)
+        return True
+
+    def _kept_by(self, senders: Iterable[int]) -> dict[int, list[int]]:
+        """Weights that the masks of each sender keep, where its handshake says so."""
+        told = {j: self._facts.get(j, {}).get(KEPT_BY_LAYER) for j in sorted(senders)}
+        return {j: kept for j, kept in told.items() if kept}
 
     def state(self, *, round: int) -> Bundle:
         """Everything that must survive ``round``, before any parcel of the next one."""
@@ -131,6 +182,9 @@ class Relay(Generic[FrameT]):
             "held": {agent: dict(held) for agent, held in self._held.items()},
             "began-whole": {agent: sorted(senders) for agent, senders in self._began_whole.items()},
             "broken": sorted(self._broken),
+            "believed": [[*pair, *when] for pair, when in self._believed.items()],
+            "asked": dict(self._asked),
+            "overdue": dict(self._overdue),
             "ledger": self.ledger.state(),
         }
         frames = {
@@ -160,6 +214,8 @@ class Relay(Generic[FrameT]):
             int(agent): set(senders) for agent, senders in facts["began-whole"].items()
         }
         self._broken = set(facts["broken"])
+        self._believed = {(a, j): (times, last) for a, j, times, last in facts["believed"]}
+        self._asked, self._overdue = by_number(facts["asked"]), by_number(facts["overdue"])
         self.ledger.restore(facts["ledger"])
 
     def _missing(self, agent: int, sender: int, previous: int) -> list[Posted[FrameT]]:
@@ -191,7 +247,7 @@ class Relay(Generic[FrameT]):
         posted = self._posted.get(agent, [])
         keys = [(r, post.num_bytes) for r, post in posted if post.is_key]
         if not keys or agent in self._broken:
-            return bool(posted)
+            return bool(posted) or agent in self._overdue
         last, size = keys[-1]
         if self.key_interval and round - last >= self.key_interval:
             return True

@@ -39,7 +39,7 @@ class Reply:
     metrics: dict[str, float]
     held: dict[int, int]  # which round of which neighbor the next frame may build on
     refused: list[str] = field(default_factory=list)  # which frames, and why
-    # neighbors whose frames build on some that are not held
+    # neighbors of whom a whole frame is wanted
     lacking: list[int] = field(default_factory=list)
     # what the frames hold, for those who watch a simulation
     payload: Payload = field(default_factory=dict)
@@ -72,8 +72,18 @@ class Reply:
         )
 
 
-def open_mail(agent: Agent, *, max_staleness: int) -> Mail:
-    """Return what ``agent`` begins with: nothing held, nothing sent."""
+def open_mail(agent: Agent, *, max_staleness: int, run: str = "") -> Mail:
+    """Mail that ``agent`` begins a run with: nothing held, nothing sent.
+
+    Parameters
+    ----------
+    agent : Agent
+        Whose it is.
+    max_staleness : int
+        As in `Mailbox`.
+    run : str (default: "")
+        Id of the run, which its frames belong to; empty: to none.
+    """
     first = agent.first_payload()
     only_masks = first is not None and all(tensor.dtype == torch.bool for tensor in first.values())
     inbox = Mailbox(
@@ -84,6 +94,7 @@ def open_mail(agent: Agent, *, max_staleness: int) -> Mail:
         dtype=torch.bool if only_masks else None,
         prior=agent.prior,
         first=first,
+        run=run,
     )
     outbox = Outbox(
         owner=agent.index,
@@ -92,6 +103,7 @@ def open_mail(agent: Agent, *, max_staleness: int) -> Mail:
         prior=agent.prior,
         first=first if only_masks or find_precision(agent.precision).of_differences else None,
         precision=agent.precision,
+        run=run,
     )
     return Mail(inbox, outbox)
 
@@ -172,11 +184,13 @@ def _take_in(
     refused, lacking = [], []
     for sender, frames in parcel.frames.items():
         try:
-            inbox.put(sender, frames, latest_round=latest_round)
+            inbox.put(sender, frames, latest_round=latest_round, kept=parcel.kept.get(sender))
         except MissingReferenceError:
-            lacking.append(sender)
+            pass
         except FrameError as error:
             refused.append(refusal(sender, error))
+        if inbox.doubts(sender):
+            lacking.append(sender)
     return refused, lacking
 
 

@@ -9,13 +9,14 @@ import json
 import math
 from typing import Any
 
-from flower_mcepl.agents.handshake import PARAMETERS
+from flower_mcepl.agents.handshake import KEPT_BY_LAYER, PARAMETERS
 from flower_mcepl.errors import AnswerError, CorruptFrameError
 from flower_mcepl.exchange.parcels import Answer, FrameT, Posted
 from flower_mcepl.messages import keys
 from flower_mcepl.messages.envelope import open_envelope
 from flower_mcepl.messages.limits import (
     LIMITS,
+    MOST_WEIGHTS,
     Fields,
     Limits,
     MakeRecord,
@@ -181,6 +182,8 @@ def _read_handshake(fields: Fields) -> dict[str, Any]:
     for key in _COUNTS:
         if key in fields:
             fields.number(key, most=_MOST)
+    if KEPT_BY_LAYER in fields:
+        fields.numbers(KEPT_BY_LAYER, most=MOST_WEIGHTS)
     fields.text("fingerprint", most=fields.limits.text)
     for key, value in fields.rest.items():
         rule = f"{key} must be a finite number, bool, text, or list of one of these"
@@ -198,8 +201,9 @@ def _read_metrics(fields: Fields) -> dict[str, float]:
         fields.check(bool(whole), rule, sorted(metrics))
         metrics = {**metrics, "loss": _loss(metrics.get("loss", math.nan))}
     for key, value in metrics.items():
-        fits = is_number(value) or (key == "loss" and value != value)
-        fields.check(fits, f"metric {key} must be a finite number", value)
+        fits = is_number(value) and abs(value) <= fields.limits.metric
+        rule = f"metric {key} must be a finite number up to {fields.limits.metric:g}"
+        fields.check(fits or (key == "loss" and value != value), rule, value)
     for key in _FRACTIONS:
         fields.check(0 <= metrics.get(key, 0) <= 1, f"{key} must be in 0..1", metrics.get(key))
     if "num-examples" in metrics:

@@ -1,6 +1,6 @@
 """Names in Flower's messages, in kebab-case, with a version; for this room alone."""
 
-MESSAGE_VERSION = 3  # raise it when a record or key changes its meaning
+MESSAGE_VERSION = 4  # raise it when a record or key changes its meaning
 
 # --- records of an order, relay to agent ---
 FRAMES = "frames"  # arrays; "3/0" is the first frame of agent 3, "3/1" the one that builds on it
@@ -24,6 +24,8 @@ WHOLE = "whole"  # send a whole frame, too
 INTRODUCE = "introduce"  # the relay does not know this node's handshake
 ACKNOWLEDGED = "acknowledged"  # round of the agent's newest frame that the relay has
 NEIGHBORS = "neighbors"  # list of agents
+# senders of a whole frame, and for each how many weights its masks keep, by layer
+KEPT_AGENTS, KEPT_COUNTS = "kept-agents", "kept-counts"
 CHECKPOINTS = "checkpoints"  # list of rounds that the relay could go back to
 STORE = "store"  # simulation only: keep the state after this round in AGENTS_DIR, too
 # simulation only: folder of the final states, and with STORE of each round's
@@ -41,7 +43,7 @@ NUMBER = "agent"
 FRESH = "fresh"  # the agent began without a saved state
 REFUSED = "refused"  # list of texts
 EVALUATION_ERROR = "evaluation-error"  # why an evaluation that was due is missing
-LACKING = "lacking"  # neighbors whose frames build on some that the agent does not hold
+LACKING = "lacking"  # neighbors of whom the agent wants a whole frame
 # which round of which neighbor is held
 HELD_AGENTS, HELD_ROUNDS = "held-agents", "held-rounds"
 BUILDS_ON = "builds-on"  # for each frame the round it builds on, -1 where it is whole

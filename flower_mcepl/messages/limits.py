@@ -41,9 +41,11 @@ class Limits:
     arrays: int = 100_000  # of one record: frames, or those that an app begins with
     path: int = 4_096  # characters
     setting: int = 1_000_000  # characters or bytes of a setting of the user's own
+    metric: float = 1e100  # magnitude of a metric; sums of squares stay finite
 
 
 LIMITS = Limits()
+MOST_WEIGHTS = 2**60  # of a layer, as in a frame
 _INT64 = 2**63
 
 

@@ -13,6 +13,7 @@ from flower_mcepl.exchange.parcels import FrameT, Parcel
 from flower_mcepl.messages import keys
 from flower_mcepl.messages.limits import (
     LIMITS,
+    MOST_WEIGHTS,
     Fields,
     Limits,
     MakeRecord,
@@ -24,7 +25,7 @@ from flower_mcepl.messages.limits import (
 _OWN = frozenset(
     {keys.VERSION, keys.RUN, keys.ROUND, keys.FUSE, keys.EVALUATE, keys.TRAIN, keys.MAX_STALENESS}
     | {keys.WHOLE, keys.INTRODUCE, keys.ACKNOWLEDGED, keys.NEIGHBORS, keys.CHECKPOINTS}
-    | {keys.STORE, keys.AGENTS_DIR, keys.LAYOUT}
+    | {keys.STORE, keys.AGENTS_DIR, keys.LAYOUT, keys.KEPT_AGENTS, keys.KEPT_COUNTS}
 )
 _PLACE = re.compile("(0|[1-9][0-9]{0,8})/(0|[1-9][0-9]{0,8})")  # sender / place in its chain
 _DTYPE = re.compile(r"[<>|][biufcmMOSUV][0-9]{0,9}(\[[^\]]{1,20}\])?")
@@ -103,6 +104,8 @@ class Order(Generic[FrameT]):
             order[keys.ACKNOWLEDGED] = parcel.acknowledged
         optional = {
             keys.NEIGHBORS: list(parcel.neighbors or ()),
+            keys.KEPT_AGENTS: list(parcel.kept),
+            keys.KEPT_COUNTS: [count for counts in parcel.kept.values() for count in counts],
             keys.CHECKPOINTS: list(self.checkpoints),
             keys.STORE: self.store,
             keys.AGENTS_DIR: self.agents_dir,
@@ -188,7 +191,19 @@ def _read_parcel(fields: Fields, frames: object) -> Parcel[Any]:
         train=fields.flag(keys.TRAIN),
         acknowledged=fields.round(keys.ACKNOWLEDGED) if keys.ACKNOWLEDGED in fields else None,
         whole=fields.flag(keys.WHOLE),
+        kept=_read_kept(fields),
     )
+
+
+def _read_kept(fields: Fields) -> dict[int, tuple[int, ...]]:
+    """Counts of each sender: all have as many layers."""
+    agents = fields.agents(keys.KEPT_AGENTS)
+    most = fields.limits.entries * max(1, len(agents))
+    counts = fields.numbers(keys.KEPT_COUNTS, most=MOST_WEIGHTS, entries=most)
+    layers, rest = divmod(len(counts), max(1, len(agents)))
+    rule = f"{keys.KEPT_COUNTS} must have as many entries for each of {keys.KEPT_AGENTS}"
+    fields.check(rest == 0 and bool(agents) == bool(counts), rule, counts)
+    return {agent: counts[i * layers : (i + 1) * layers] for i, agent in enumerate(agents)}
 
 
 def _read_chains(fields: Fields) -> dict[int, list[Any]]:

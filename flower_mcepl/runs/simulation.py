@@ -169,6 +169,7 @@ class _Fleet:
 
     def __init__(self, agents: Sequence[Agent], *, max_staleness: int) -> None:
         self._agents = agents
+        # frames of no run: equal seeds give equal bytes
         self._mails = [open_mail(agent, max_staleness=max_staleness) for agent in agents]
         self.indices = [agent.index for agent in agents]
 

@@ -184,6 +184,7 @@ class ExchangeStrategy(Strategy):
         self._dispatch = self._new_dispatch()
         try:
             with self._opened(num_rounds, timeout) as self._book:
+                self.exchange.begin(self._book.run)
                 result = self._run(
                     grid,
                     train_config or ConfigRecord(),

@@ -23,10 +23,11 @@ from flower_mcepl.wire.values import Codec
 
 # raise it when a field moves, or bit order, padding, layer order or a model's
 # frequencies change
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 
 MAGIC = b"MCPL"
 DIGEST_NBYTES = 8
+RUN_NBYTES = 8  # of a run's id; zeros: of no run
 DESCRIBED = 1  # flag: fingerprint, names and shapes follow the fixed header
 MAX_DIMS = 32  # what every supported numpy can hold
 MAX_NUMEL = 2**60  # bounds the strides, also of an empty layer: (0, 2**32 - 1, 2**32 - 1)
@@ -100,7 +101,7 @@ class FrameHeader:
     # round of the frame that this one builds on (0: the common first payload), None: it
     # is whole
     reference: int | None
-    model: str  # 16 hex digits, for fingerprint, layers and classes of weights together
+    model: str  # 16 hex digits, for run, fingerprint, layers and classes of weights together
     content: str  # 16 hex digits, for what the frame decodes to
     # of the shared frozen weights, 32 lower-case hex digits; None: not described
     fingerprint: str | None
@@ -126,6 +127,22 @@ def check_fingerprint(fingerprint: str) -> str:
     return fingerprint
 
 
+def check_run(run: str) -> str:
+    """Return the id of a run as it is; empty: of no run.
+
+    Raises
+    ------
+    ConfigError
+        Unless it is empty, or 16 lower-case hex digits.
+    """
+    if run and not re.fullmatch("[0-9a-f]{16}", run):
+        raise ConfigError(
+            f"the id of a run is 16 lower-case hex digits, or empty; got {run!r:.80}. Pass the id "
+            "unchanged."
+        )
+    return run
+
+
 def describe(fingerprint: str, layers: Mapping[str, Sequence[int]]) -> bytes:
     """The part of a frame that says for which weights it is; the names ascend."""
     parts = [bytes.fromhex(check_fingerprint(fingerprint))]
@@ -149,9 +166,14 @@ def describe(fingerprint: str, layers: Mapping[str, Sequence[int]]) -> bytes:
     return b"".join(parts)
 
 
-def model_digest(description: bytes, prior: Prior | None) -> bytes:
-    """8 bytes that stand for the weights, layers and classes that a frame presumes."""
-    return digest([description, b"" if prior is None else prior.digest])
+def model_digest(description: bytes, prior: Prior | None, run: str) -> bytes:
+    """8 bytes that stand for the run, weights, layers and classes a frame presumes.
+
+    `bind` covers them, and so a frame of one run is none of another: last week's cannot
+    be played again.
+    """
+    number = bytes.fromhex(check_run(run)).ljust(RUN_NBYTES, b"\0")
+    return digest([number, description, b"" if prior is None else prior.digest])
 
 
 def digest(parts: Iterable[bytes | memoryview]) -> bytes:
@@ -187,6 +209,14 @@ def varint(value: int) -> bytes:
         parts.append(value & 127 | 128)
         value >>= 7
     return bytes([*parts, value])
+
+
+def most_bytes(num_weights: int) -> int:
+    """Size in bytes above which nothing is a frame of so many weights.
+
+    It leaves room for a bit and a float64 a weight, and for names of many layers.
+    """
+    return 2**20 + 9 * num_weights
 
 
 def name_frame(sender: int, round: int) -> str:

@@ -62,6 +62,7 @@ def check_frame(
     sender: int | None,
     latest_round: int | None,
     prior: Prior | None,
+    run: str | None,
 ) -> tuple[memoryview, FrameHeader]:
     """Check all that `decode_frame` checks before it looks for the reference.
 
@@ -73,7 +74,7 @@ def check_frame(
     if fingerprint is not None:
         check_fingerprint(fingerprint)
     payload, header = open_frame(data, layers)
-    _expect_model(header, fingerprint=fingerprint, layers=layers, dtype=dtype, prior=prior)
+    _expect_model(header, fingerprint=fingerprint, layers=layers, dtype=dtype, prior=prior, run=run)
     _expect_origin(header, sender=sender, latest_round=latest_round)
     return payload, header
 
@@ -85,6 +86,7 @@ def _expect_model(
     layers: Mapping[str, tuple[int, ...]] | None,
     dtype: torch.dtype | None,
     prior: Prior | None,
+    run: str | None,
 ) -> None:
     who = name_frame(header.sender, header.round)
     if fingerprint is not None and header.fingerprint not in (None, fingerprint):
@@ -107,13 +109,13 @@ def _expect_model(
             f"{came.get(name, 'none')} instead of {wanted.get(name, 'none')}. Give both agents "
             "one model."
         )
-    if fingerprint is not None and layers is not None:
-        mine = model_digest(describe(fingerprint, layers), prior).hex()
+    if fingerprint is not None and layers is not None and run is not None:
+        mine = model_digest(describe(fingerprint, layers), prior, run).hex()
         if mine != header.model:
             raise ForeignFrameError(
-                "a frame must be of the receiver's frozen weights, layers and classes of weights, "
-                f"together {mine}; {who} has {header.model}. Give both agents the same model, "
-                "seed and algorithm."
+                "a frame must be of the receiver's run, frozen weights, layers and classes of "
+                f"weights, together {mine}; {who} has {header.model}. It may be of another run; if "
+                "not, give both agents the same model, seed and algorithm."
             )
     for entry in header.layers:
         if dtype is not None and (dtype == torch.bool) != (entry.precision is None):

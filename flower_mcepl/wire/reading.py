@@ -74,6 +74,7 @@ def decode_frame(
     latest_round: int | None = None,
     references: Sequence[Reference] = (),
     prior: Prior | None = None,
+    run: str | None = "",
 ) -> Frame:
     """Check a frame and unpack its tensors.
 
@@ -99,6 +100,9 @@ def decode_frame(
         sender, the first payload.
     prior : Prior | None (default: None)
         The classes of weights that the sender knew.
+    run : str | None (default: "")
+        Id of the run that it must belong to, 16 lower-case hex digits; empty: to none.
+        It is checked together with fingerprint and layers.
 
     Raises
     ------
@@ -114,6 +118,7 @@ def decode_frame(
         sender=sender,
         latest_round=latest_round,
         prior=prior,
+        run=run,
     )
     who = name_frame(header.sender, header.round)
     declared = sum(math.prod(entry.shape or ()) for entry in header.layers)

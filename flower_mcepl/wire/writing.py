@@ -82,6 +82,7 @@ def encode_frame(
     prior: Prior | None = None,
     precision: str = "float32",
     packed: bool = False,
+    run: str = "",
 ) -> bytes:
     """Frame one agent's payload.
 
@@ -112,6 +113,8 @@ def encode_frame(
         is, float32 comes out at the other end.
     packed : bool (default: False)
         Spend one bit on every weight of a mask, without range coding.
+    run : str (default: "")
+        Id of the run that it belongs to, 16 lower-case hex digits; empty: to none.
 
     Raises
     ------
@@ -127,6 +130,7 @@ def encode_frame(
         prior=prior,
         precision=precision,
         packed=packed,
+        run=run,
     ).data
 
 
@@ -140,6 +144,7 @@ def write_frame(
     prior: Prior | None = None,
     precision: str = "float32",
     packed: bool = False,
+    run: str = "",
 ) -> WrittenFrame:
     """The frame that `encode_frame` gives, with what its sender must know of it."""
     for word, value, most in (("sender", sender, U32), ("round", round, U32 - 1)):
@@ -172,7 +177,7 @@ def write_frame(
         sender,
         round,
         NO_REFERENCE if inside.builds_on is None else inside.builds_on,
-        model_digest(description, prior),
+        model_digest(description, prior, run),
         bytes(DIGEST_NBYTES),
         total,
     )

@@ -162,7 +162,7 @@ def test_agents_that_know_other_things_refuse_each_others_frames(other: dict[str
     one, two = make_agent(0), make_agent(1, **other)
     for sender, receiver in ((one, two), (two, one)):
         inbox = open_mail(receiver, max_staleness=5).inbox
-        with pytest.raises(ForeignFrameError, match="Give both agents"):
+        with pytest.raises(ForeignFrameError, match="ive both agents"):
             inbox.put(sender.index, [first_frame(sender)], latest_round=1)
         assert inbox.rounds() == {}
 

@@ -44,7 +44,7 @@ def run(*arguments: str | Path) -> str:
 def test_frame_explains_a_whole_frame(record: Path) -> None:
     text = run("frame", record / "frames" / "00001-agent-0002.frame")
     size = (record / "frames" / "00001-agent-0002.frame").stat().st_size
-    assert "agent 2, round 1, wire version 3" in text
+    assert "agent 2, round 1, wire version 4" in text
     assert "whole" in text
     assert f"{size} B" in text
     assert "frozen weights" in text

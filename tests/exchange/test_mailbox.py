@@ -3,7 +3,8 @@ refuses.
 """
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -382,6 +383,104 @@ def test_doubt_goes_with_what_is_forgotten() -> None:
     box.forget(older_than=6)
     box.put(1, [frame(1, 6)], latest_round=6)
     assert box.rounds() == {1: 6}
+
+
+@pytest.mark.parametrize("replay", [1, 2, 3, 4])
+def test_doubt_makes_no_older_frame_welcome(replay: int) -> None:
+    """A relay that holds back round 5 cannot make round 6 lead back to an older one."""
+    box = mailbox(9)
+    box.put(1, [frame(1, 4)], latest_round=4)
+    with pytest.raises(errors.MissingReferenceError):
+        box.put(1, chain(1, 5, 6, key=False), latest_round=6)
+    assert box.doubts(1)
+    for _ in range(2):
+        with pytest.raises(errors.ReplayedFrameError):
+            box.put(1, [frame(1, replay)], latest_round=6)
+    assert_holds(box, 1, 4)
+    box.put(1, [frame(1, 6)], latest_round=6)
+    assert_holds(box, 1, 6)
+    assert not box.doubts(1)
+
+
+# --- what a sender may send ---
+
+FLOATS_OF = {name: torch.ones(shape) for name, shape in LAYERS.items()}
+
+
+def kept_by(payload: Mapping[str, Tensor]) -> list[int]:
+    return [int(payload[name].sum()) for name in sorted(LAYERS)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_values_that_are_not_finite_leave_the_last_good_ones(value: float, sparse: bool) -> None:
+    box = mailbox(9, dtype=None)
+
+    def sent(round: int, one: float) -> bytes:
+        fc = FLOATS_OF["fc"].clone()
+        fc[17] = one
+        payload = {**FLOATS_OF, "fc": fc.to_sparse() if sparse else fc}
+        return encode_frame(payload, sender=1, round=round, fingerprint=FINGERPRINT)
+
+    box.put(1, [sent(3, 2.0)], latest_round=3)
+    with pytest.raises(errors.CorruptFrameError, match=r"values must be finite.*layer 'fc'"):
+        box.put(1, [sent(4, value)], latest_round=4)
+    assert box.rounds() == {}  # a whole frame is wanted: nothing builds on what was refused
+    assert box.doubts(1)
+    assert box.current([1], round=4)[1]["fc"].to_dense()[17] == 2
+    box.put(1, [sent(5, 3.0)], latest_round=5)
+    assert box.current([1], round=5)[1]["fc"].to_dense()[17] == 3
+
+
+@pytest.mark.parametrize("fraud", ["all", "none", "one more"])
+def test_masks_keep_as_many_weights_as_their_sender_said(fraud: str) -> None:
+    honest = masks(1, 4)
+    other = {
+        "all": {name: torch.ones_like(mask) for name, mask in honest.items()},
+        "none": {name: torch.zeros_like(mask) for name, mask in honest.items()},
+        "one more": {**honest, "fc": honest["fc"].clone().index_fill_(0, first_off(honest), True)},
+    }[fraud]
+    forged = encode_frame(other, sender=1, round=5, fingerprint=FINGERPRINT)
+    moved = {name: mask.roll(1, 0) for name, mask in honest.items()}  # as many, elsewhere
+    box, later = mailbox(9), mailbox(9)
+    box.put(1, [frame(1, 4)], latest_round=5, kept=kept_by(honest))
+    later.restore(box.arrays())  # what was said outlives the process
+    for receiver in (box, later):
+        with pytest.raises(errors.ForeignFrameError, match="as many weights of each layer"):
+            receiver.put(1, [forged], latest_round=5)
+        assert_holds(receiver, 1, 4)
+        receiver.put(
+            1,
+            [encode_frame(moved, sender=1, round=6, fingerprint=FINGERPRINT)],
+            latest_round=6,
+        )
+        assert receiver.rounds() == {1: 6}
+    # who introduces itself anew may say otherwise
+    box.put(
+        1,
+        [encode_frame(other, sender=1, round=7, fingerprint=FINGERPRINT)],
+        latest_round=7,
+        kept=kept_by(other),
+    )
+    assert box.rounds() == {1: 7}
+
+
+def first_off(mask: Mapping[str, Tensor]) -> Tensor:
+    return (~mask["fc"]).nonzero()[0]
+
+
+def test_masks_of_which_nothing_was_said_may_vary() -> None:
+    box = mailbox()
+    box.put(1, [frame(1, 4)], latest_round=5)
+    assert kept_by(masks(1, 4)) != kept_by(masks(1, 5))
+    box.put(1, [frame(1, 5)], latest_round=5)
+    assert_holds(box, 1, 5)
+
+
+def test_a_frame_larger_than_the_network_is_not_opened() -> None:
+    box = mailbox()
+    with pytest.raises(errors.ForeignFrameError, match=r"at most 1053616 bytes; .* has 1053617\."):
+        box.put(1, [bytes(2**20 + 9 * 560 + 1)], latest_round=5)
 
 
 # --- state ---

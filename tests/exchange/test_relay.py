@@ -476,3 +476,86 @@ def test_both_figures_for_comparison_cover_the_same_deliveries() -> None:
     assert (totals["fp32_total"], totals["paper_convention_bytes"]) == (8 * 400, 8 * 30 / 8)
     assert totals["bits_per_weight"] == pytest.approx(8 * 14 / 100)
     assert totals["header_total"] == 16 * 3
+
+
+# ---- one agent that says anything ----------------------------------------------------
+
+
+def answer(
+    agent: int, *frames: Frame, held: Mapping[int, int] | None = None, **more: object
+) -> Answer[Frame]:
+    return Answer(
+        {"agent": agent}, {}, [posted(frame) for frame in frames], held=held or {}, **more
+    )  # type: ignore[arg-type]
+
+
+def test_an_agent_that_lacks_everything_is_believed_ever_less() -> None:
+    """Its neighbors would else send a whole frame in every round."""
+    relay = Relay[Frame](Topology.complete(3))
+    asked: list[int] = []
+    for round in range(1, 65):
+        parcels = {agent: relay.parcel(agent, round=round) for agent in range(3)}
+        if parcels[0].whole:
+            asked.append(round)
+        for agent in (0, 1):
+            last = round - 1 if round > 1 else None
+            frames = [Frame(agent, round, 10, last)]
+            if parcels[agent].whole:
+                frames.append(Frame(agent, round, 9999, None))
+            held = {j: round - 1 for j in range(3) if j != agent and round > 1}
+            relay.take(agent, answer(agent, *frames, held=held), round=round)
+        relay.take(2, answer(2, Frame(2, round, 10, None), lacking=[0, 1]), round=round)
+    assert len(asked) <= 7  # 64 rounds; in the rounds after 1, 2, 4, 8, 16 and 32
+    assert len(asked) >= 4
+
+
+def test_who_lost_its_state_once_is_believed_at_once() -> None:
+    relay = Relay[Frame](Topology.complete(2))
+    for round in range(1, 4):
+        for agent in (0, 1):
+            relay.parcel(agent, round=round)
+            size, builds_on = (10, round - 1) if round > 1 else (99, None)
+            held = {1 - agent: round - 1}
+            frame = Frame(agent, round, size, builds_on)
+            relay.take(agent, answer(agent, frame, held=held), round=round)
+    assert not relay.parcel(0, round=4).whole
+    relay.parcel(1, round=4)
+    relay.take(0, answer(0, Frame(0, 4, 10, 3), held={1: 3}), round=4)
+    relay.take(1, answer(1, Frame(1, 4, 10, 3)), round=4)  # it holds nothing any more
+    parcel = relay.parcel(1, round=5)
+    assert [frame.builds_on for frame in parcel.frames[0]] == [None, 1, 2, 3]
+    relay.take(1, answer(1, Frame(1, 5, 10, 4), lacking=[0]), round=5)
+    assert relay.parcel(0, round=6).whole  # even the whole frame cannot be decoded there
+
+
+def test_an_agent_that_never_sends_a_whole_frame_is_silent() -> None:
+    relay = Relay[Frame](Topology.complete(2), max_staleness=50)
+    kept = []
+    for round in range(1, 30):
+        for agent in (0, 1):
+            relay.parcel(agent, round=round)
+            frame = Frame(agent, round, 1000, 99 if agent == 0 else None)
+            relay.take(agent, answer(agent, frame), round=round)
+        kept.append(len(relay._posted.get(0, [])))
+    assert max(kept) <= 4
+    assert kept[-1] == 0
+    assert relay.parcel(0, round=30).whole  # it may come back
+    relay.take(0, answer(0, Frame(0, 30, 1000, None)), round=30)
+    relay.take(1, answer(1, held={}), round=30)
+    assert [frame.round for frame in relay.parcel(1, round=31).frames[0]] == [30]
+
+
+def test_whole_frames_come_with_how_much_their_masks_keep() -> None:
+    relay = Relay[Frame](Topology.complete(3))
+    for agent, facts in enumerate([{"kept-by-layer": [3, 5]}, {"kept-by-layer": [4, 4]}, {}]):
+        relay.parcel(agent, round=1)
+        frame = posted(Frame(agent, 1, 99, 0))
+        relay.take(agent, Answer({"agent": agent, **facts}, {}, [frame]), round=1)
+    assert relay.parcel(2, round=2).kept == {0: [3, 5], 1: [4, 4]}
+    assert relay.parcel(0, round=2).kept == {1: [4, 4]}
+    frame = posted(Frame(0, 2, 9, 1))
+    held = {0: 1, 1: 1}
+    relay.take(0, Answer({"agent": 0, "kept-by-layer": [3, 5]}, {}, [frame]), round=2)
+    relay.take(2, Answer({"agent": 2}, {}, [], held=held), round=2)
+    parcel = relay.parcel(2, round=3)
+    assert ([f.round for f in parcel.frames[0]], parcel.kept) == ([2], {})

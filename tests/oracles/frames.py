@@ -66,6 +66,7 @@ def encode(
     fingerprint: str,
     reference: Reference | None = None,
     classes: Classes | None = None,
+    run: bytes = bytes(8),
 ) -> bytes:
     names = sorted(layers, key=str.encode)
     lines, raw, canonical, coder = b"", b"", b"", Encoder()
@@ -120,10 +121,10 @@ def encode(
     coded = coder.finish()
     description = describe(fingerprint, {name: layers[name].shape for name in names})
     middle = (b"" if builds_on else description) + lines + varint(len(coded))
-    head = b"MCPL" + bytes([3, 0 if builds_on else 1]) + len(names).to_bytes(2, "little")
+    head = b"MCPL" + bytes([4, 0 if builds_on else 1]) + len(names).to_bytes(2, "little")
     head += sender.to_bytes(4, "little") + round.to_bytes(4, "little")
     head += (0xFFFFFFFF if builds_on is None else builds_on).to_bytes(4, "little")
-    head += blake(description + (b"" if classes is None else prior_digest(classes)))
+    head += blake(run + description + (b"" if classes is None else prior_digest(classes)))
     tail = (40 + len(middle) + len(raw) + len(coded) + 8).to_bytes(4, "little") + middle
     body = head + exclusive_or(blake(canonical), blake(head + tail)) + tail + raw + coded
     return body + blake(body)
@@ -137,7 +138,7 @@ def decode(
     classes: Classes | None = None,
 ) -> dict[str, Layer]:
     """Read a frame that is known to be good; anything odd is an AssertionError."""
-    assert data[:5] == b"MCPL\x03"
+    assert data[:5] == b"MCPL\x04"
     flags, count, total = (
         data[5],
         int.from_bytes(data[6:8], "little"),

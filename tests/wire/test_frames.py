@@ -38,22 +38,22 @@ TENSORS = {"a": BITS, "b": torch.tensor(-1.5)}
 # The test vectors of docs/wire-format.md. If one changes, WIRE_VERSION must change,
 # too.
 GOLDEN = bytes.fromhex(
-    "4d43504c 03 01 0200 03000000 07000000 ffffffff 3c9b72e00a28a39f 9bcbe23c261dc945 59000000"
+    "4d43504c 04 01 0200 03000000 07000000 ffffffff 1a0dfd3752b8319b 875c70b67439ddbe 59000000"
     "000102030405060708090a0b0c0d0e0f 0100 61 02 03000000 03000000 0100 62 00"
-    "08 01 00 b180 0000c0bf ecdf9dac978bfbbd"
+    "08 01 00 b180 0000c0bf 407833930628c39a"
 )
 GOLDEN_DELTA = bytes.fromhex(
-    "4d43504c 03 00 0100 03000000 07000000 06000000 197397cca7b371c4 446ad9f12a0aa352 37000000"
-    "78 03 04 7cf00bfb 2fa27179cf00dc1a"
+    "4d43504c 04 00 0100 03000000 07000000 06000000 ed8bf705e822adf8 5d93b99a11ac9b56 37000000"
+    "78 03 04 7cf00bfb 3cc563410934c928"
 )
 GOLDEN_DIFFERENCES = bytes.fromhex(
-    "4d43504c 03 00 0100 03000000 07000000 06000000 3be562d0ae6c8053 f177fb005f58b444 39000000"
-    "05 00 0402813b 7fc000 bc98076eea0b2e68"
+    "4d43504c 04 00 0100 03000000 07000000 06000000 c52d60466914d5f3 3bc67e4362dabef8 39000000"
+    "05 00 0402813b 7fc000 3eb0d24c65940112"
 )
 GOLDEN_NAMED = bytes.fromhex(
-    "4d43504c 03 01 0100 03000000 07000000 ffffffff 3be562d0ae6c8053 b12d19b7081010e4 53000000"
+    "4d43504c 04 01 0100 03000000 07000000 ffffffff c52d60466914d5f3 7bb5ce911602cc8e 53000000"
     "000102030405060708090a0b0c0d0e0f 0100 76 01 03000000"
-    "07 05 6279746573 00 01fe03 e07cdb60de0713c4"
+    "07 05 6279746573 00 01fe03 cae8241cd2235255"
 )
 DESCRIPTION, LINES, PAYLOAD = 40, 72, 75  # where they begin in GOLDEN
 
@@ -64,6 +64,7 @@ def mask_of(numel: int, *on: int) -> Tensor:
     return mask
 
 
+RUN = "00112233445566ff"
 LAST, NEW = {"w": mask_of(24, 3, 10, 19, 22)}, {"w": mask_of(24, 3, 8, 10, 19, 20)}
 SIX = Reference(6, LAST, {"w": np.array([22])})
 CLASSES = Prior({"w": torch.tensor([0] * 19 + [1] * 5, dtype=torch.uint8)})
@@ -346,8 +347,8 @@ def test_golden_frame_never_drifts() -> None:
     assert encode(TENSORS, packed=True) == GOLDEN
     assert_same(decode_frame(GOLDEN).tensors, TENSORS)
     header = read_header(GOLDEN)
-    assert (header.version, header.sender, header.round, header.reference) == (3, 3, 7, None)
-    assert (header.model, header.content) == ("3c9b72e00a28a39f", "81814013501d2537")
+    assert (header.version, header.sender, header.round, header.reference) == (4, 3, 7, None)
+    assert (header.model, header.content) == ("1a0dfd3752b8319b", "81814013501d2537")
     assert (header.fingerprint, header.total, header.coded_bytes, header.header_bytes) == (
         FINGERPRINT,
         89,
@@ -421,12 +422,12 @@ def test_the_page_shows_the_same_bytes() -> None:
         assert frame[28:36] == oracle.exclusive_or(digest, around)
         assert f"that of `{content}`, which is `{digest.hex(' ')}`" in prose
         assert f"which is `{around.hex(' ')}`" in prose
-    assert GOLDEN[20:28] == oracle.blake(GOLDEN[40:72])
+    assert GOLDEN[20:28] == oracle.blake(bytes(8) + GOLDEN[40:72])
     classes = oracle.blake(bytes.fromhex("7700 1800000000000000" + 19 * "00" + 5 * "01"))
     assert classes.hex(" ") in prose
     described = FINGERPRINT + "01007701 18000000"
     assert bytes.fromhex(described).hex(" ") in prose
-    assert GOLDEN_DELTA[20:28] == oracle.blake(bytes.fromhex(described) + classes)
+    assert GOLDEN_DELTA[20:28] == oracle.blake(bytes(8) + bytes.fromhex(described) + classes)
 
 
 def test_golden_symbols_are_those_of_the_page() -> None:
@@ -856,9 +857,9 @@ def test_every_flipped_bit_is_refused_by_name(good: bytes, known: dict[str, Any]
         data[bit // 8] ^= 1 << bit % 8
         byte = bit // 8
         expected: type[errors.FrameError] = errors.CorruptFrameError
-        if byte < 4 or (byte == 4 and data[4] < WIRE_VERSION):
+        if byte < 4 or (byte == 4 and 0 < data[4] < WIRE_VERSION):
             expected = errors.ForeignFrameError
-        elif byte == 4:
+        elif byte == 4 and data[4]:
             expected = errors.FutureFrameError
         elif 36 <= byte < 40 and int.from_bytes(data[36:40], "little") > len(data):
             # it says more than came: nobody can tell the two apart
@@ -1105,17 +1106,18 @@ def test_header_is_checked_like_the_frame() -> None:
         (b"GET / HTTP/1.1", errors.ForeignFrameError),
         (forged(GOLDEN, 4, b"\x01"), errors.ForeignFrameError),
         (forged(GOLDEN, 4, b"\x02"), errors.ForeignFrameError),
-        (forged(GOLDEN, 4, b"\x04"), errors.FutureFrameError),
+        (forged(GOLDEN, 4, b"\x03"), errors.ForeignFrameError),
+        (forged(GOLDEN, 4, b"\x05"), errors.FutureFrameError),
     ):
         with pytest.raises(error):
             read_header(data)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_frames_of_older_versions_are_foreign(version: int) -> None:
     with pytest.raises(
         errors.ForeignFrameError,
-        match=rf"frames of version 3; one came of version {version}.*Update .* there",
+        match=rf"frames of version 4; one came of version {version}.*Update .* there",
     ):
         decode_frame(forged(GOLDEN, 4, bytes([version])))
 
@@ -1123,7 +1125,7 @@ def test_frames_of_older_versions_are_foreign(version: int) -> None:
 def test_newer_formats_are_future() -> None:
     longer = forged(GOLDEN, 4, bytes([WIRE_VERSION + 1])) + b"another layout"
     for data, what in (
-        (longer, "version 4"),
+        (longer, "version 5"),
         (GOLDEN[:4] + b"\xff", "version 255"),
         (forged(GOLDEN, 5, b"\x03"), "flags 0x03"),
         (forged(GOLDEN, LINES, b"\x06"), "coding 0x06 in layer 'a'"),
@@ -1167,7 +1169,7 @@ LIKE = {"a": (3, 3), "b": ()}
         (
             {"layers": LIKE, "fingerprint": FINGERPRINT, "prior": CLASSES},
             errors.ForeignFrameError,
-            "together [0-9a-f]{16}; .* has 3c9b72e00a28a39f. Give both agents the same model, "
+            "together [0-9a-f]{16}; .* has 1a0dfd3752b8319b. .*give both agents the same model, "
             "seed and algorithm",
         ),
     ],
@@ -1239,7 +1241,7 @@ def test_many_weights_in_few_bytes_need_the_layers() -> None:
         (
             {"prior": None, "fingerprint": FINGERPRINT},
             errors.ForeignFrameError,
-            "has 197397cca7b371c4",
+            "has ed8bf705e822adf8",
         ),
         (
             {"layers": None},
@@ -1251,7 +1253,7 @@ def test_many_weights_in_few_bytes_need_the_layers() -> None:
         (
             {"layers": {"w": (4, 6)}, "fingerprint": FINGERPRINT},
             errors.ForeignFrameError,
-            "has 197397cca7b371c4",
+            "has ed8bf705e822adf8",
         ),
     ],
 )
@@ -1328,9 +1330,10 @@ def test_model_digest_covers_weights_layers_and_classes() -> None:
         tensors: Mapping[str, Tensor] = NEW,
         fingerprint: str = FINGERPRINT,
         prior: Prior | None = None,
+        run: str = "",
     ) -> str:
         return read_header(
-            encode_frame(tensors, sender=0, round=1, fingerprint=fingerprint, prior=prior)
+            encode_frame(tensors, sender=0, round=1, fingerprint=fingerprint, prior=prior, run=run)
         ).model
 
     shaped, named = {"w": NEW["w"].reshape(4, 6)}, {"v": NEW["w"]}
@@ -1343,8 +1346,39 @@ def test_model_digest_covers_weights_layers_and_classes() -> None:
     ]
     models.append(model(prior=Prior({"w": torch.zeros(24, dtype=torch.uint8)})))
     models.append(model(prior=Prior({})))
+    models += [model(run="0" * 15 + "1"), model(run="1" + "0" * 15), model(prior=CLASSES, run=RUN)]
     assert len(set(models)) == len(models)
-    assert models[0] == model_digest(oracle.describe(FINGERPRINT, {"w": (24,)}), None).hex()
+    description = oracle.describe(FINGERPRINT, {"w": (24,)})
+    assert models[0] == model_digest(description, None, "").hex()
+    classes = oracle.prior_digest({"w": [0] * 19 + [1] * 5})
+    assert models[-1] == oracle.blake(bytes.fromhex(RUN) + description + classes).hex()
+
+
+def test_a_frame_of_one_run_is_foreign_to_every_other() -> None:
+    frame = encode(TENSORS, run=RUN)
+    known: dict[str, Any] = {"fingerprint": FINGERPRINT, "layers": LIKE}
+    assert_same(decode_frame(frame, **known, run=RUN).tensors, TENSORS)
+    assert_same(decode_frame(frame, **known, run=None).tensors, TENSORS)  # asked not to look
+    for run in ("", RUN[::-1]):
+        with pytest.raises(
+            errors.ForeignFrameError, match="It may be of another run; if not, give both"
+        ):
+            decode_frame(frame, **known, run=run)
+    with pytest.raises(errors.ForeignFrameError, match="It may be of another run"):
+        decode_frame(encode(TENSORS), **known, run=RUN)
+    # the id in the header cannot be edited: what it decodes to is bound to it
+    own = read_header(encode(TENSORS, run=RUN[::-1])).model
+    with pytest.raises(errors.CorruptFrameError, match="decodes to something else"):
+        decode_frame(forged(frame, 20, bytes.fromhex(own)), **known, run=RUN[::-1])
+    assert read_header(frame).content == read_header(encode(TENSORS)).content
+
+
+@pytest.mark.parametrize("run", ["0" * 15, "0" * 17, "F" * 16, "0x" + "0" * 14])
+def test_the_id_of_a_run_is_16_hex_digits(run: str) -> None:
+    with pytest.raises(errors.ConfigError, match="16 lower-case hex digits, or empty; got"):
+        encode(TENSORS, run=run)
+    with pytest.raises(errors.ConfigError, match="16 lower-case hex digits, or empty; got"):
+        decode_frame(GOLDEN, fingerprint=FINGERPRINT, layers=LIKE, run=run)
 
 
 def test_content_is_the_same_however_it_is_coded() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
+from flower_mcepl.agents.handshake import KEPT_BY_LAYER
 from flower_mcepl.agents.parts.groups import check_group, groups_of, state_of
 from flower_mcepl.agents.parts.learner import Learner
 from flower_mcepl.agents.parts.mask_states import heard_group, heard_means
@@ -205,13 +206,15 @@ class MaskedAgent(Agent, Generic[MaskedT]):
 
     def describe(self) -> dict[str, Any]:
         """Facts for the handshake: who this is, its weights, retention and data."""
+        kept = self._kept_by_layer()
         return {
             **super().describe(),
             "num-weights": self.model.num_weights,
-            "kept-weights": self._num_kept(),
+            "kept-weights": sum(kept.values()),
             "first-mask": self._first_mask_digest,
             "prior": self.prior.digest.hex() if self.prior else "",
             "retention": self._retention_text(),
+            **({KEPT_BY_LAYER: [kept[name] for name in sorted(kept)]} if self.layers else {}),
             **self.learner.task.facts(),
             **self.model.frozen.facts(),
             **data_facts(self.data),
@@ -309,11 +312,11 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             for name, shape in self._shapes.items()
         }
 
-    def _num_kept(self) -> int:
-        return sum(
-            maths.kept_weights(math.prod(shape), retention=self.model.retention[name])
+    def _kept_by_layer(self) -> dict[str, int]:
+        return {
+            name: maths.kept_weights(math.prod(shape), retention=self.model.retention[name])
             for name, shape in self._shapes.items()
-        )
+        }
 
     def _retention_text(self) -> str:
         ratios = {
