@@ -26,10 +26,13 @@
 """
 
 import re
+import unicodedata
 
-# Environment variable with the path of a file whose existence asks a run to stop, as
-# Ctrl-C does where there is a terminal; the run deletes it when its summary is written.
+# Environment variables with paths of files, for a launcher and its run. The existence
+# of the first asks a run to stop, as Ctrl-C does where there is a terminal; the run
+# deletes it when its summary is written. Into the second it writes its record's path.
 STOP_REQUEST = "FLOWER_MCEPL_STOP"
+RECORD_NOTE = "FLOWER_MCEPL_RECORD"
 
 
 class FlowerMceplError(Exception):
@@ -114,6 +117,24 @@ class ReplayedFrameError(FrameError):
 
 class MissingReferenceError(FrameError):
     """The frame builds on an earlier one that the receiver does not hold as it was."""
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    """Text of somebody else with control characters spelled out, for log and terminal.
+
+    They could forge lines of a log, or make a terminal do what nobody asked it to. So
+    could those that turn the direction of writing. With ``lines`` newlines and tabs
+    stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char
+        if (unicodedata.category(char)[0] != "C" and char not in "\u2028\u2029")
+        or (lines and char in "\n\t")
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 def first_line(reason: str, *, most: int = 200) -> str:

@@ -17,7 +17,6 @@ from flower_mcepl.launch.logs import (
     excerpt,
     own_error,
     ray_did_not_start,
-    record_named_in,
     without_colors,
 )
 from flower_mcepl.launch.plan import Plan, format_run_config, plan_run
@@ -46,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             restarts=options.restarts,
             on_line=terminal.pass_on,
             tell=terminal.say,
+            on_record=terminal.learn_record,
         )
     except KeyboardInterrupt as stop:
         signum = signal.Signals(getattr(stop, "signum", signal.SIGINT))
@@ -125,7 +125,7 @@ class _Terminal:
 
     def __init__(self) -> None:
         self._started = time.monotonic()
-        self._record: str | None = None  # path of the run record, once the log has told it
+        self._record: Path | None = None  # run record, once it is known
         self._tracebacks = ShortTracebacks()
 
     def begin(self, plan: Plan) -> None:
@@ -134,10 +134,12 @@ class _Terminal:
         self.say(f"running {plan.app}{settings} with {nodes}; Ctrl-C stops it cleanly")
 
     def pass_on(self, line: str) -> None:
-        self._record = record_named_in(line) or self._record
         for shown in self._tracebacks.feed(line):
             sys.stdout.write((shown if sys.stdout.isatty() else without_colors(shown)) + "\n")
         sys.stdout.flush()
+
+    def learn_record(self, record: Path) -> None:
+        self._record = record
 
     def explain(self, outcome: RunOutcome) -> None:
         if (why := own_error(outcome.log)) is not None:
@@ -159,7 +161,7 @@ class _Terminal:
 
     def say_how_to_resume(self, options: argparse.Namespace) -> None:
         """Print the command that goes on with the run, if there is a checkpoint."""
-        record = None if self._record is None else Path(self._record)
+        record = self._record
         if record is None or status_of(record) == "finished" or not has_checkpoint(record):
             return
         plan = Plan(options.app, 1, format_run_config(options.run_config), "")

@@ -4,7 +4,6 @@ import re
 from typing import final
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_RECORD = re.compile(r"Run record: (.+?)\s*$")
 _OWN_ERROR = re.compile(r"flower_mcepl\.errors\.(\w+): (.*)")
 _RAY_START = re.compile(r'File "[^"]*ray/_private/(worker|node|services)\.py"')
 _LIMIT = 60  # lines of an excerpt; a third of them where nothing in the log says why
@@ -13,12 +12,6 @@ _LIMIT = 60  # lines of an excerpt; a third of them where nothing in the log say
 def without_colors(text: str) -> str:
     """Return the text without the codes that color it in a terminal."""
     return _ANSI.sub("", text)
-
-
-def record_named_in(line: str) -> str | None:
-    """Path of the run record, if this line of the relay's log names it."""
-    match = _RECORD.search(without_colors(line))
-    return match[1] if match else None
 
 
 def own_error(log: str) -> str | None:

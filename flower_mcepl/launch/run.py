@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flower_mcepl.launch.logs import record_named_in, without_colors
+from flower_mcepl.launch.logs import without_colors
 from flower_mcepl.launch.plan import Plan, plan_run
 from flower_mcepl.launch.restarts import plan_of_resumption
 from flower_mcepl.launch.signals import StopSignals
@@ -33,7 +33,7 @@ class RunOutcome:
     superlink_log
         What the SuperLink and the processes below it printed.
     record
-        Folder of the run record, if the log names one.
+        Folder of the run record, if the run has one.
     """
 
     run_id: int
@@ -114,12 +114,19 @@ def carry_out(
     restarts: int,
     on_line: Callable[[str], object],
     tell: Callable[[str], object],
+    on_record: Callable[[Path], object] = lambda _: None,
 ) -> RunOutcome:
-    """Do what the plan says; see ``run_app``. ``tell`` gets a line a resumption."""
+    """Do what the plan says; see ``run_app``.
+
+    ``tell`` gets a line a resumption, ``on_record`` the path of the run record as soon
+    as it is known.
+    """
     started = time.monotonic()
     deadline = None if timeout is None else started + timeout
     for attempt in range(restarts + 1):
-        outcome = _carry_out_once(plan, started=started, deadline=deadline, on_line=on_line)
+        outcome = _carry_out_once(
+            plan, started=started, deadline=deadline, on_line=on_line, on_record=on_record
+        )
         following = None if outcome.ok else plan_of_resumption(plan, outcome.record)
         if following is None or attempt == restarts:
             break
@@ -138,21 +145,27 @@ def _carry_out_once(
     started: float,
     deadline: float | None,
     on_line: Callable[[str], object],
+    on_record: Callable[[Path], object],
 ) -> RunOutcome:
     lines: list[str] = []
     record: Path | None = None
 
     def take(line: str) -> None:
-        nonlocal record
         lines.append(without_colors(line))
-        if (named := record_named_in(line)) is not None:
-            record = Path(named)
-            superlink.hears_requests = True
+        learn()
         on_line(line)
+
+    def learn() -> None:
+        nonlocal record
+        if record is None and (record := superlink.record()) is not None:
+            on_record(record)
 
     with StopSignals() as signals, private_superlink(signals) as superlink:
         run_id = superlink.submit(plan)
-        status, details = superlink.follow(take, deadline=deadline)
+        try:
+            status, details = superlink.follow(take, deadline=deadline)
+        finally:
+            learn()
         return RunOutcome(
             run_id,
             status,

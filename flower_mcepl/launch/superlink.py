@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, final
 
-from flower_mcepl.errors import STOP_REQUEST, ConfigError, LaunchError
+from flower_mcepl.errors import RECORD_NOTE, STOP_REQUEST, ConfigError, LaunchError
 from flower_mcepl.launch.checks import refuse_unwritable
 from flower_mcepl.launch.guardian import start_guardian
 from flower_mcepl.launch.logs import excerpt, without_colors
@@ -28,7 +28,9 @@ from flower_mcepl.launch.signals import StopSignals
 TIMED_OUT = "timed-out"
 LOST = "lost"
 
-STOP_FILE = "stop"  # in the home of the SuperLink: its existence asks the run to stop
+# In the home of the SuperLink: the first asks the run to stop, the second is of the
+# run and names its record.
+STOP_FILE, NOTE_FILE = "stop", "record"
 _CONNECTION = "private"  # the name of our SuperLink in our own Flower settings
 _UNLESS_SET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -73,7 +75,6 @@ class SuperLink:
         self._process: subprocess.Popen[bytes] | None = None
         self._guardian: subprocess.Popen[bytes] | None = None
         self._open_run: int | None = None  # submitted, and not known to have ended
-        self.hears_requests = False  # the run's strategy looks for a request to stop
 
     def start(self) -> None:
         """Start the process and wait until it answers."""
@@ -150,7 +151,7 @@ class SuperLink:
     def _request_stop(self) -> None:
         """Ask the run's strategy to write its summary; then it deletes the request."""
         request = self._home / STOP_FILE
-        if not self.hears_requests:
+        if self.record() is None:  # no strategy of ours goes on that would look for it
             return
         request.touch()
         end = time.monotonic() + _STOP_TIMEOUT
@@ -175,6 +176,15 @@ class SuperLink:
         except subprocess.TimeoutExpired:
             self._guardian.kill()
             self._guardian.wait()
+
+    def record(self) -> Path | None:
+        """Run record, once the run has told where it is.
+
+        It tells so in a file: what a log says may be anybody's.
+        """
+        with contextlib.suppress(OSError):
+            return Path((self._home / NOTE_FILE).read_text(encoding="utf-8"))
+        return None
 
     def read_log(self) -> str:
         """Return what the SuperLink and the processes below it printed so far."""
@@ -288,6 +298,7 @@ def private_environment(home: Path, inherited: Mapping[str, str]) -> dict[str, s
         "no_proxy": no_proxy,
         "HOME": inherited.get("HOME") or str(home),  # Ray and Flower need one
         STOP_REQUEST: str(home / STOP_FILE),
+        RECORD_NOTE: str(home / NOTE_FILE),
         "PYTHONIOENCODING": "utf-8",  # what we read; Flower's own lines are no ASCII
         "PATH": os.pathsep.join([*dict.fromkeys(programs), inherited.get("PATH", os.defpath)]),
     }

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from flower_mcepl.agents.handshake import KEPT_BY_LAYER, PARAMETERS
-from flower_mcepl.errors import AnswerError, CorruptFrameError
+from flower_mcepl.errors import AnswerError, CorruptFrameError, visible
 from flower_mcepl.exchange.parcels import Answer, FrameT, Posted
 from flower_mcepl.messages import keys
 from flower_mcepl.messages.envelope import open_envelope
@@ -24,6 +24,7 @@ from flower_mcepl.messages.limits import (
     is_array,
     is_fact,
     is_number,
+    visible_fact,
 )
 
 _WHOLE = -1  # in the place of the round that a frame builds on
@@ -108,7 +109,8 @@ def from_records(records: Records, limits: Limits = LIMITS) -> Answer[Any]:
     content = fields.digest(keys.CONTENT) if posts else None
     evaluation_error = ""
     if keys.EVALUATION_ERROR in fields:
-        evaluation_error = fields.text(keys.EVALUATION_ERROR, most=limits.reason)
+        error = fields.text(keys.EVALUATION_ERROR, most=limits.reason)
+        evaluation_error = visible(error, lines=True)
     introduces = PARAMETERS in fields
     facts = _read_handshake(fields) if introduces else {}
     if not introduces:
@@ -120,7 +122,7 @@ def from_records(records: Records, limits: Limits = LIMITS) -> Answer[Any]:
         posts=tuple(post for post, _ in posts),
         content=content,
         held=held,
-        refused=refused,
+        refused=tuple(map(visible, refused)),
         lacking=lacking,
         fresh=fresh,
         raw=tuple(frame for _, frame in posts),
@@ -189,7 +191,7 @@ def _read_handshake(fields: Fields) -> dict[str, Any]:
         rule = f"{key} must be a finite number, bool, text, or list of one of these"
         fits = is_fact(value, most=fields.limits.text)
         fields.check(fits, f"{rule}, of at most {fields.limits.text} characters", value)
-    return facts
+    return {key: visible_fact(value) for key, value in facts.items()}
 
 
 def _read_metrics(fields: Fields) -> dict[str, float]:

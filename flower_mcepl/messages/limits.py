@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from flower_mcepl.errors import FlowerMceplError
+from flower_mcepl.errors import FlowerMceplError, visible
 
 Records = Mapping[str, Mapping[str, Any]]
 """A message's records by name: Flower's `RecordDict`, or plain dictionaries."""
@@ -32,7 +32,8 @@ class Limits:
     names: int = 100  # facts of a handshake, or metrics
     name: int = 200  # characters of such a name
     text: int = 10_000  # characters of a fact; a list of texts counts as one
-    reason: int = 1_000  # characters of why a frame was refused
+    reason: int = 1_000  # characters of why a frame was refused, or an evaluation failed
+    error: int = 20_000  # characters of why a node failed
     reasons: int = 1_000  # entries of such a list
     parameters: int = 200_000  # characters of an algorithm's parameters as JSON
     layout: int = 10_000_000  # characters of an app's array layout as JSON
@@ -179,14 +180,15 @@ class Fields:
         self.check(isinstance(value, dict) and is_json(value, depth=depth), rule, text)
         return dict(value)
 
-    def check_names(self, *, entries: int) -> None:
-        """Check how many fields are left, and how long their names are."""
+    def check_names(self, *, entries: int, printable: bool = True) -> None:
+        """Check how many fields are left, how long their names are, and printable."""
         self.check(
             len(self.rest) <= entries, f"{self.name} may have {entries} entries", len(self.rest)
         )
         for key in self.rest:
             rule = f"names in {self.name} must be texts of at most {self.limits.name} characters"
             self.check(_is_text(key, self.limits.name), rule, key)
+            self.check(not printable or key.isprintable(), f"{rule}, printable ones", key)
 
 
 def is_json(value: object, *, depth: int) -> bool:
@@ -215,6 +217,17 @@ def is_array(value: object, *, most: int) -> bool:
     """Whether a value is an array of Flower, or another carrier, of so many bytes."""
     data = getattr(value, "data", None)
     return isinstance(data, bytes) and len(data) <= most
+
+
+def visible_fact(value: object) -> object:
+    """Fact (see `is_fact`) or JSON with control characters made visible."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, list):
+        return [visible_fact(item) for item in value]
+    if isinstance(value, dict):
+        return {visible(str(key)): visible_fact(item) for key, item in value.items()}
+    return value
 
 
 def is_number(value: object) -> bool:

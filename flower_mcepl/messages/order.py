@@ -271,7 +271,7 @@ def _check_arrays(fields: Fields) -> None:
 
 def _check_settings(fields: Fields) -> None:
     """Check what the user says to the app."""
-    fields.check_names(entries=fields.limits.entries)
+    fields.check_names(entries=fields.limits.entries, printable=False)
     for key, value in fields.rest.items():
         rule = f"a setting ({key}) must be a number, text, bytes, bool or list of one of these"
         fits = is_setting(value, most=fields.limits.setting)

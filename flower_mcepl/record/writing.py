@@ -109,9 +109,13 @@ class RunRecord:
         self._append(TRAFFIC, [row], TRAFFIC_KEYS)
 
     def log_failure(self, text: str) -> None:
-        """Append the whole text of a failure to ``failures.txt``."""
+        """Append the whole text of a failure to ``failures.txt``.
+
+        Its lines after the first are indented: none looks like another failure.
+        """
         with _writing(self.path / FAILURES), open(self.path / FAILURES, "ab") as sink:
-            sink.write(f"{text.rstrip()}\n\n".encode(errors="backslashreplace"))
+            indented = text.rstrip().replace("\n", "\n    ")
+            sink.write(f"{indented}\n\n".encode(errors="backslashreplace"))
 
     def keep_frames(self, round: int, agent: int, frames: Sequence[bytes]) -> None:
         """Write an agent's frames of a round under ``frames/``, if they are kept."""

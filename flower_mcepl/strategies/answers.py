@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from flower_mcepl.errors import AnswerError, FlowerMceplError
+from flower_mcepl.errors import AnswerError, FlowerMceplError, visible
 from flower_mcepl.exchange.parcels import Answer
 from flower_mcepl.messages.answer import from_records
 from flower_mcepl.messages.envelope import open_envelope
+from flower_mcepl.messages.limits import LIMITS
 
 
 def read_answer(
@@ -40,9 +41,9 @@ def read_answer(
     except Exception as error:  # one node must not end the run, whatever it has found to send
         reason = str(error) if isinstance(error, FlowerMceplError) else repr(error)
         raise AnswerError(
-            f"{node} does not answer as an agent ({reason[:300]}); its records are "
-            f"{', '.join(content)[:300]}. Let its ClientApp be one of make_client_app, of the same "
-            "release of flower-mcepl as here."
+            f"{node} does not answer as an agent ({visible(reason[:300])}); its records are "
+            f"{visible(', '.join(content)[:300])}. Let its ClientApp be one of make_client_app, of "
+            "the same release of flower-mcepl as here."
         ) from error
 
 
@@ -78,8 +79,11 @@ def array_record(arrays: Mapping[str, Array]) -> ArrayRecord:
 
 
 def plain_reason(reason: str | None) -> str:
-    """Text of a client's exception, without what Flower and Ray wrap around it."""
-    text = reason or "no reason given"
+    """Text of a client's exception, without what Flower and Ray wrap around it.
+
+    It is cut, and its control characters are made visible.
+    """
+    text = visible((reason or "no reason given")[-LIMITS.error :], lines=True)
     wrapped = re.fullmatch(r"<class '.*?'>:<'(.*)'>", text, re.DOTALL)
     return (
         (wrapped[1] if wrapped else text)

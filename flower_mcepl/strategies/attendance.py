@@ -11,8 +11,8 @@ from flwr.serverapp import Grid
 
 from flower_mcepl.errors import LostWorkerError, RosterError, first_line, same_reason
 from flower_mcepl.messages.identity import question, read_identity
+from flower_mcepl.strategies.launcher import heed_stop_request
 from flower_mcepl.strategies.roster import Roster
-from flower_mcepl.strategies.stopping import heed_stop_request
 
 logger = getLogger("flwr")
 SAME_ROUNDS, SAME_AGENTS = 3, 2  # so many rounds in which so many fail for one reason end the run

@@ -38,10 +38,10 @@ from flower_mcepl.strategies.attendance import Attendance
 from flower_mcepl.strategies.dispatch import Dispatch
 from flower_mcepl.strategies.initial import InitialArrays
 from flower_mcepl.strategies.intake import Intake
+from flower_mcepl.strategies.launcher import announce_record, confirm_stop
 from flower_mcepl.strategies.no_arrays import CentralEvaluation, NoArrays, place_of_models
 from flower_mcepl.strategies.reporting import report
 from flower_mcepl.strategies.roster import Roster
-from flower_mcepl.strategies.stopping import confirm_stop
 
 logger = getLogger("flwr")
 WITHOUT_EVALUATE = "No evaluate function registered"  # what Flower says of such an app
@@ -185,6 +185,8 @@ class ExchangeStrategy(Strategy):
         try:
             with self._opened(num_rounds, timeout) as self._book:
                 self.exchange.begin(self._book.run)
+                if self.record is not None:
+                    announce_record(self.record.path)
                 result = self._run(
                     grid,
                     train_config or ConfigRecord(),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from flower_mcepl.strategies.stopping import heed_stop_request
+from flower_mcepl.strategies.launcher import heed_stop_request
 
 FLOOR = 60.0  # seconds: a deadline that was learned is never shorter
 QUANTILE = 0.95  # of the answer times: this share of the answers came within the learned time

@@ -71,6 +71,7 @@ class Reader:
             sender=agent.index,
             references=[*self.held.values()],
             prior=agent.prior,
+            run=None,
         )
         self.held[found.header.round] = found.as_reference()
         return found

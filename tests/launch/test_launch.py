@@ -249,9 +249,16 @@ def test_exit_code_and_both_frame_lines_follow_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def carry_out(_: object, *, on_line: Callable[[str], object], **options: object) -> RunOutcome:
+    def carry_out(
+        _: object,
+        *,
+        on_line: Callable[[str], object],
+        on_record: Callable[[Path], object],
+        **options: object,
+    ) -> RunOutcome:
         assert (options["timeout"], options["restarts"]) == (None, 2)
         on_line("\x1b[92mINFO \x1b[0m:      \t└── Run record: runs/a b")
+        on_record(Path("runs/a b"))
         return RunOutcome(7, status, "the reason", "ERROR : what happened", 1.0)
 
     monkeypatch.setattr("flower_mcepl.launch.command.carry_out", carry_out)

@@ -1,5 +1,6 @@
 """Runs that lose a process of the simulation, are stopped, or lose their launcher."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flower_mcepl.errors import STOP_REQUEST
+from flower_mcepl.errors import RECORD_NOTE, STOP_REQUEST
 from flower_mcepl.launch import RunOutcome, run_app
 from flower_mcepl.launch import run as module
 from flower_mcepl.launch.command import main
@@ -21,8 +22,11 @@ from flower_mcepl.launch.guardian import start_guardian
 from flower_mcepl.launch.plan import Plan
 from flower_mcepl.launch.processes import ProcessFamily
 from flower_mcepl.launch.restarts import plan_of_resumption
+from flower_mcepl.launch.run import carry_out
+from flower_mcepl.launch.superlink import SuperLink, private_environment
 from flower_mcepl.record.reading import read_run
 from flower_mcepl.record.writing import RunRecord
+from flower_mcepl.strategies.launcher import announce_record
 from flower_mcepl.studies import engines
 from flower_mcepl.studies.flower_app import FlowerApp
 from tests.fleet.flower import agent_grid, gossip
@@ -130,8 +134,8 @@ def test_the_command_that_resumes_a_run_is_printed(
 ) -> None:
     record = make_record(tmp_path / "record", cause="RosterError")
 
-    def once(plan: Plan, *, on_line: Callable[[str], object], **_: Any) -> RunOutcome:
-        on_line(f"INFO : Run record: {record}")
+    def once(plan: Plan, *, on_record: Callable[[Path], object], **_: Any) -> RunOutcome:
+        on_record(record)
         return RunOutcome(1, "finished:failed", "", "log", 1.0, "", record)
 
     monkeypatch.setattr(module, "_carry_out_once", once)
@@ -170,6 +174,56 @@ def test_a_study_takes_the_record_of_the_attempt_that_finished(
 
 
 # --- a launcher that asks, and one that is killed
+
+
+def test_a_run_tells_its_launcher_where_its_record_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(RECORD_NOTE, raising=False)
+    announce_record(tmp_path / "nobody asks")
+    superlink = SuperLink(tmp_path)
+    assert superlink.record() is None
+    monkeypatch.setenv(RECORD_NOTE, private_environment(tmp_path, {})[RECORD_NOTE])
+    announce_record(Path("runs/ä b"))
+    assert superlink.record() == Path("runs/ä b")
+
+
+def test_a_log_that_names_a_record_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Text of a device may reach the log."""
+    real = tmp_path / "real"
+
+    class Log:
+        def submit(self, plan: Plan) -> int:
+            return 7
+
+        def follow(self, take: Callable[[str], None], *, deadline: float | None) -> tuple[str, str]:
+            take("INFO : Run record: /elsewhere/forged")
+            return "finished:failed", ""
+
+        def record(self) -> Path:
+            return real
+
+        def read_log(self) -> str:
+            return ""
+
+    @contextlib.contextmanager
+    def superlink(_: object) -> Iterator[Log]:
+        yield Log()
+
+    monkeypatch.setattr(module, "private_superlink", superlink)
+    plan = Plan(tmp_path, 1, (), "")
+    learned: list[Path] = []
+    outcome = carry_out(
+        plan,
+        timeout=None,
+        restarts=0,
+        on_line=lambda _: None,
+        tell=lambda _: None,
+        on_record=learned.append,
+    )
+    assert (outcome.record, learned) == (real, [real])
 
 
 def test_a_request_to_stop_interrupts_a_run_and_is_confirmed(

@@ -5,6 +5,7 @@ and nothing believed unchecked.
 import copy
 import json
 import math
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from flower_mcepl import AnswerError, ConfigError
 from flower_mcepl.agents.array_layout import ArrayLayout
+from flower_mcepl.errors import visible
 from flower_mcepl.exchange.parcels import Answer, Parcel, Posted
 from flower_mcepl.messages import answer as answers
 from flower_mcepl.messages.identity import identity, is_question, question, read_identity
@@ -138,6 +140,13 @@ app_inputs = st.builds(
 )
 
 
+kept_counts = st.integers(1, 3).flatmap(
+    lambda layers: st.dictionaries(
+        numbers, st.tuples(*[st.integers(0, 2**60)] * layers), max_size=3
+    )
+)
+
+
 @st.composite
 def orders(draw: Any) -> Order[Carrier]:
     parcel = Parcel(
@@ -147,6 +156,7 @@ def orders(draw: Any) -> Order[Carrier]:
         *(draw(st.booleans()) for _ in range(2)),
         draw(st.none() | rounds),
         draw(st.booleans()),
+        draw(kept_counts),
     )
     return Order(
         parcel=parcel,
@@ -161,17 +171,19 @@ def orders(draw: Any) -> Order[Carrier]:
     )
 
 
+# control characters of an agent's texts are spelled out, see below
+printable = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), max_size=12)
 json_values = st.recursive(
-    st.none() | st.booleans() | int64 | finite | text,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    st.none() | st.booleans() | int64 | finite | printable,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(printable, inner, max_size=3),
     max_leaves=6,
 )
 handshakes = st.fixed_dictionaries(
-    {"fingerprint": text, "parameters": st.dictionaries(text, json_values, max_size=3)},
+    {"fingerprint": printable, "parameters": st.dictionaries(printable, json_values, max_size=3)},
     optional={
         "num-weights": st.integers(0, 2**63 - 1),
-        "classes": text,
-        "a-fact": lists_of(int64, finite, text, st.booleans()),
+        "classes": printable,
+        "a-fact": lists_of(int64, finite, printable, st.booleans()),
     },
 )
 evaluations = st.fixed_dictionaries(
@@ -201,7 +213,7 @@ def some_answers(draw: Any) -> Answer[Carrier]:
         posts=tuple(posts),
         content=draw(hex16) if posts else None,
         held=draw(st.dictionaries(numbers, rounds, max_size=3)),
-        refused=tuple(draw(st.lists(text, max_size=3))),
+        refused=tuple(draw(st.lists(printable, max_size=3))),
         lacking=tuple(draw(agents)),
         fresh=draw(st.booleans()),
         raw=tuple(raw),
@@ -223,6 +235,46 @@ def test_an_order_is_read_as_it_was_written(order: Order[Carrier]) -> None:
 def test_an_answer_is_read_as_it_was_written(answer: Answer[Carrier]) -> None:
     records = answers.to_records(answer)
     assert repr(answers.from_records(copy.deepcopy(records))) == repr(answer)
+
+
+HOSTILE = "ok\x1b]52;c;cm0gLXJm\x07\r\nINFO : forged\x9b2J\u202eabc\u2028x\x00"
+
+
+def test_control_characters_of_an_answer_are_spelled_out() -> None:
+    answer = Answer(
+        facts={
+            "agent": 3,
+            "fingerprint": HOSTILE,
+            "classes": [HOSTILE, "é 数"],
+            "parameters": {HOSTILE: [HOSTILE, {"a": HOSTILE}]},
+        },
+        metrics={},
+        refused=[HOSTILE],
+        introduces=True,
+        evaluation_error=HOSTILE,
+    )
+    came = answers.from_records(answers.to_records(answer))
+    spelled = visible(HOSTILE)
+    assert spelled == (r"ok\x1b]52;c;cm0gLXJm\x07\r\nINFO : forged\x9b2J\u202eabc\u2028x\x00")
+    assert came.facts == {
+        "agent": 3,
+        "fingerprint": spelled,
+        "classes": [spelled, "é 数"],
+        "parameters": {spelled: [spelled, {"a": spelled}]},
+    }
+    assert came.refused == (spelled,)
+    # an exception's text may have several lines; only the first is ever logged
+    assert came.evaluation_error == spelled.replace(r"\n", "\n")
+    with pytest.raises(AnswerError, match=r"names in agent must be texts .* printable ones"):
+        answers.from_records(answers.to_records(replace(answer, facts={**answer.facts, "a\nb": 1})))
+
+
+@given(st.text())
+def test_visible_text_is_printable(text: str) -> None:
+    spelled = visible(text)
+    assert all(unicodedata.category(char)[0] != "C" for char in spelled)
+    assert len(spelled.splitlines()) <= 1
+    assert visible(spelled) == spelled
 
 
 # --- whatever comes instead ---

@@ -190,7 +190,8 @@ def test_the_same_failure_is_told_once_and_its_whole_text_kept_once(
     assert {len(text) for text in run.relay[1]["failed"].values()} == {200}
     assert run.relay[1]["states"]["agent 4"].startswith("failed: error 0: agent 4: no room")
     kept = (run.path / "failures.txt").read_text()
-    assert kept == f"round 2, agent 4: error 0: {fails[1004]}\n\n"
+    indented = fails[1004].replace("\n", "\n    ")
+    assert kept == f"round 2, agent 4: error 0: {indented}\n\n"
 
 
 def test_of_many_agents_the_first_is_named_and_the_others_counted(

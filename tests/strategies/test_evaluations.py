@@ -78,7 +78,7 @@ def test_the_whole_reason_stands_once_in_the_record(tmp_path: Path) -> None:
     gossip(agent_grid(3, lambda i: agent_that(fail, i)), rounds=5, record=tmp_path)
     text = (only_run(tmp_path).path / "failures.txt").read_text()
     assert text == (
-        "round 3, agent 0, evaluation: ZeroDivisionError: no test images\nof any kind\n\n"
+        "round 3, agent 0, evaluation: ZeroDivisionError: no test images\n    of any kind\n\n"
     )
 
 

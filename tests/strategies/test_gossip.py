@@ -30,6 +30,7 @@ from flower_mcepl.clients import app as client_module
 from flower_mcepl.clients import make_agent_app, make_client_app
 from flower_mcepl.clients.app import agent_index
 from flower_mcepl.record.reading import Run
+from flower_mcepl.runs import book
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.strategies import reporting as module
 from flower_mcepl.strategies.answers import plain_reason
@@ -874,6 +875,14 @@ def test_flowers_wrapping_is_cut_off_a_reason(raw: str | None, plain: str) -> No
 
 # --- bad input: frames ---
 
+RUN = "00c0ffee00c0ffee"
+
+
+@pytest.fixture(autouse=True)
+def known_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The id of the run is what `rewritten` frames have."""
+    monkeypatch.setattr(book, "new_run_id", lambda: RUN)
+
 
 def rewritten(frame: bytes, **changes: Any) -> bytes:
     """A sound frame in place of another one, whole, with something changed."""
@@ -883,6 +892,7 @@ def rewritten(frame: bytes, **changes: Any) -> bytes:
         "round": header.round,
         "fingerprint": agent.fingerprint,
         "prior": agent.prior,
+        "run": RUN,
     }
     tensors = changes.pop("tensors", agent.outgoing())
     return encode_frame(tensors, **{**options, **changes})
@@ -920,6 +930,8 @@ HARMS = [
     (lambda frame: rewritten(frame, sender=9), "ForeignFrameError"),
     (lambda frame: rewritten(frame, fingerprint="0" * 32), "ForeignFrameError"),
     (lambda frame: rewritten(frame, prior=None), "ForeignFrameError"),
+    (lambda frame: rewritten(frame, run=RUN[::-1]), "ForeignFrameError"),
+    (lambda frame: rewritten(frame, run=""), "ForeignFrameError"),
     (other_shape, "ForeignFrameError"),
     (floats, "ForeignFrameError"),
     (lambda frame: rewritten(frame, round=1), "ReplayedFrameError"),
@@ -1027,6 +1039,7 @@ def test_a_delta_that_does_not_fit_is_mended_in_the_next_round(
                 fingerprint=agent.fingerprint,
                 reference=Reference(1, masks),
                 prior=agent.prior,
+                run=RUN,
             )
         )
     grid.tamper = tamper
