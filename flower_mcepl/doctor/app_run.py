@@ -11,6 +11,7 @@ from flower_mcepl.agents import CLASS_FACTS, Agent, find_algorithm
 from flower_mcepl.config.checks import closest
 from flower_mcepl.config.fields import read_fields
 from flower_mcepl.doctor.findings import Examination, Finding
+from flower_mcepl.doctor.frozen import check_frozen
 from flower_mcepl.doctor.machine import existing
 from flower_mcepl.doctor.trial import Trial, try_rounds
 from flower_mcepl.errors import ConfigError, first_line
@@ -175,6 +176,7 @@ def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
             return
         yield _data(facts, device)
         yield _weights(facts)
+        yield from check_frozen(facts)
         heard = () if agent.server_based else graph.in_neighbors(run.agent, round=1)
         with Examination("local-step", remedy=_APP) as check:
             with torch_threads(device.threads):

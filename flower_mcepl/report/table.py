@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flower_mcepl.config.extras import report_extra
+from flower_mcepl.record.frozen import frozen_line
 from flower_mcepl.record.layout import Row
 from flower_mcepl.record.metric import ACCURACY, of_agents
 from flower_mcepl.record.reading import Run
@@ -42,7 +43,9 @@ def agent_table(run: Run) -> str:
     Console(
         file=sink, width=100, color_system=None, force_terminal=False, force_jupyter=False
     ).print(table)
-    lines = [headline(run), "", *sink.getvalue().splitlines(), "", *_result_lines(run), ""]
+    lines = [headline(run), "", *sink.getvalue().splitlines(), "", *_result_lines(run)]
+    lines += [line for line in (frozen_line(run.handshakes.values()),) if line]
+    lines.append("")
     return "\n".join(line.rstrip() for line in [*lines, *_byte_lines(run.totals)]) + "\n"
 
 
