@@ -173,3 +173,8 @@ def load_state(path: Path) -> AgentState:
 def agent_file(agent: int) -> str:
     """Return the name of an agent's state in the run record."""
     return f"agent-{agent:04d}.safetensors"
+
+
+def best_file(agent: int) -> str:
+    """Return the name of an agent's best state in the run record."""
+    return f"agent-{agent:04d}-best.safetensors"

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_mcepl.agents import Agent, Task, agent_file, make_agent, save_state
+from flower_mcepl.agents.agent import best_file
 from flower_mcepl.agents.handshake import introduction
 from flower_mcepl.clients.device import (
     DataFn,
@@ -35,6 +36,7 @@ from flower_mcepl.messages.envelope import open_envelope
 from flower_mcepl.messages.identity import identity
 from flower_mcepl.messages.limits import LIMITS
 from flower_mcepl.messages.order import Order
+from flower_mcepl.runs.best import BestState
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.streams import torch_threads
 
@@ -240,7 +242,10 @@ def _play(
     past = memory.recall(before=order.parcel.round)
     used = _agents.take(place)
     agent = used if used is not None and past is not None else app.agent_fn(context)
-    mail = open_mail(agent, max_staleness=order.max_staleness, run=order.run)
+    keeper = BestState() if order.keep_best else None
+    mail = open_mail(
+        agent, max_staleness=order.max_staleness, run=order.run, keeper=keeper
+    )
     parcel, damaged = _opened(order.parcel)
     if past is None:  # nothing has been learned yet that could be evaluated
         parcel = replace(parcel, evaluate=False)
@@ -285,4 +290,6 @@ def _frame_array(frame: bytes) -> Array:
 def _finish_round(memory: Memory, future: Generation, order: Order[Array]) -> None:
     if order.agents_dir and not order.parcel.train and in_simulation():
         save_state(future.state, Path(order.agents_dir) / agent_file(future.agent))
+        if future.best is not None:
+            save_state(future.best, Path(order.agents_dir) / best_file(future.agent))
     memory.remember(future)

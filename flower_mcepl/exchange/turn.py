@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from flower_mcepl.agents import Agent
-from flower_mcepl.agents.agent import Payload
+from flower_mcepl.agents.agent import AgentState, Payload
 from flower_mcepl.errors import (
     AnswerError,
     DivergedError,
@@ -23,12 +23,28 @@ from flower_mcepl.wire import WrittenFrame
 from flower_mcepl.wire.values import find_precision
 
 
+class Keeper(Protocol):
+    """Keeper of an agent's best state."""
+
+    state: AgentState | None  # the best so far; None: there was no evaluation
+
+    def consider(
+        self, agent: Agent, evaluation: Mapping[str, float], *, round: int
+    ) -> Mapping[str, float]:
+        """Keep the agent's state of ``round`` if that is the best so far.
+
+        Return what the answer says of the one that is kept.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Mail:
-    """What an agent holds of its neighbors, and what it has sent."""
+    """What an agent holds of its neighbors, what it has sent, and its best state."""
 
     inbox: Mailbox
     outbox: Outbox
+    keeper: Keeper | None = None  # None: no best state is kept
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,9 @@ class Reply:
         )
 
 
-def open_mail(agent: Agent, *, max_staleness: int, run: str = "") -> Mail:
+def open_mail(
+    agent: Agent, *, max_staleness: int, run: str = "", keeper: Keeper | None = None
+) -> Mail:
     """Mail that ``agent`` begins a run with: nothing held, nothing sent.
 
     Parameters
@@ -83,6 +101,8 @@ def open_mail(agent: Agent, *, max_staleness: int, run: str = "") -> Mail:
         As in `Mailbox`.
     run : str (default: "")
         Id of the run, which its frames belong to; empty: to none.
+    keeper : Keeper, optional
+        Keeps the agent's best state.
     """
     first = agent.first_payload()
     only_masks = first is not None and all(tensor.dtype == torch.bool for tensor in first.values())
@@ -105,7 +125,7 @@ def open_mail(agent: Agent, *, max_staleness: int, run: str = "") -> Mail:
         precision=agent.precision,
         run=run,
     )
-    return Mail(inbox, outbox)
+    return Mail(inbox, outbox, keeper)
 
 
 def play_round(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
@@ -137,6 +157,8 @@ def _play(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
         mail.inbox.forget(older_than=previous)
     evaluation, evaluation_error = evaluate(agent) if parcel.evaluate else ({}, "")
     metrics.update(evaluation)
+    if evaluation and mail.keeper is not None:  # before training changes what was evaluated
+        metrics.update(mail.keeper.consider(agent, evaluation, round=previous))
     frames: Sequence[WrittenFrame] = ()
     payload: Payload = {}
     if parcel.train:

@@ -27,6 +27,7 @@ NEIGHBORS = "neighbors"  # list of agents
 # senders of a whole frame, and for each how many weights its masks keep, by layer
 KEPT_AGENTS, KEPT_COUNTS = "kept-agents", "kept-counts"
 CHECKPOINTS = "checkpoints"  # list of rounds that the relay could go back to
+KEEP_BEST = "keep-best"  # keep the state that was evaluated, if it is the best so far
 STORE = "store"  # simulation only: keep the state after this round in AGENTS_DIR, too
 # simulation only: folder of the final states, and with STORE of each round's
 AGENTS_DIR = "agents-dir"

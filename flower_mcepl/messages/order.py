@@ -26,6 +26,7 @@ _OWN = frozenset(
     {keys.VERSION, keys.RUN, keys.ROUND, keys.FUSE, keys.EVALUATE, keys.TRAIN, keys.MAX_STALENESS}
     | {keys.WHOLE, keys.INTRODUCE, keys.ACKNOWLEDGED, keys.NEIGHBORS, keys.CHECKPOINTS}
     | {keys.STORE, keys.AGENTS_DIR, keys.LAYOUT, keys.KEPT_AGENTS, keys.KEPT_COUNTS}
+    | {keys.KEEP_BEST}
 )
 _PLACE = re.compile("(0|[1-9][0-9]{0,8})/(0|[1-9][0-9]{0,8})")  # sender / place in its chain
 _DTYPE = re.compile(r"[<>|][biufcmMOSUV][0-9]{0,9}(\[[^\]]{1,20}\])?")
@@ -61,6 +62,8 @@ class Order(Generic[FrameT]):
         Whether the answer needs the agent's handshake: the relay does not know it.
     checkpoints : tuple of int
         Rounds that the relay could go back to.
+    keep_best : bool
+        Whether to keep the state that is evaluated, if it is the best so far.
     store : bool
         In simulation: whether to keep the state after this round in `agents_dir`, too.
     agents_dir : str, optional
@@ -76,6 +79,7 @@ class Order(Generic[FrameT]):
     max_staleness: int
     introduce: bool
     checkpoints: tuple[int, ...] = ()
+    keep_best: bool = False
     store: bool = False
     agents_dir: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -107,6 +111,7 @@ class Order(Generic[FrameT]):
             keys.KEPT_AGENTS: list(parcel.kept),
             keys.KEPT_COUNTS: [count for counts in parcel.kept.values() for count in counts],
             keys.CHECKPOINTS: list(self.checkpoints),
+            keys.KEEP_BEST: self.keep_best,
             keys.STORE: self.store,
             keys.AGENTS_DIR: self.agents_dir,
             keys.LAYOUT: None if app is None else app.layout.to_json(),
@@ -153,6 +158,7 @@ class Order(Generic[FrameT]):
             max_staleness=fields.round(keys.MAX_STALENESS),
             introduce=fields.flag(keys.INTRODUCE),
             checkpoints=fields.numbers(keys.CHECKPOINTS, most=limits.round),
+            keep_best=fields.flag(keys.KEEP_BEST) if keys.KEEP_BEST in fields else False,
             store=fields.flag(keys.STORE) if keys.STORE in fields else False,
             agents_dir=(
                 fields.text(keys.AGENTS_DIR, most=limits.path)

@@ -65,6 +65,10 @@ class MainMetric:
         """Whether a value is at least as good as a target."""
         return value >= target if self.higher_is_better else value <= target
 
+    def beats(self, value: float, other: float) -> bool:
+        """Whether a value is better than another; of equal ones neither is."""
+        return value > other if self.higher_is_better else value < other
+
     def sorted(self, values: Iterable[float]) -> list[float]:
         """Values from the worst to the best."""
         return sorted(values, reverse=not self.higher_is_better)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from flower_mcepl.record.metric import (
     metric_summary,
     of_agents,
 )
+from flower_mcepl.record.selection import best_states
 
 T = TypeVar("T")
 
@@ -31,6 +32,8 @@ class Run:
     summary: Row | None  # None: the run was killed, or is still going on
     agents: dict[int, Path]  # final state of each agent that left one
     truncated: bool = False  # an incomplete last line was dropped
+    # best state of each agent that left one, where the run kept them
+    best_agents: dict[int, Path] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -60,7 +63,8 @@ class Run:
     @property
     def evaluated_on(self) -> str:
         """Split of the agents' data that accuracy and loss are of."""
-        return str(self.setting("evaluate-on", "test"))
+        told = any("num_validation_examples" in facts for facts in self.handshakes.values())
+        return str(self.setting("evaluate-on", "validation" if told else "test"))
 
     @property
     def study(self) -> Row:
@@ -135,6 +139,15 @@ class Run:
     def links(self) -> list[Row]:
         """Traffic over each directed link during the whole run."""
         return self._part(SUMMARY, "links", list)
+
+    @property
+    def stopped_early(self) -> Row:
+        """Why the run stopped before its planned end; empty: it did not."""
+        return self._part(SUMMARY, "stopped_early", dict)
+
+    def best_states(self) -> list[Row]:
+        """Agent, round and value of every best state that was kept (`keep-best`)."""
+        return best_states(self.rounds)
 
     @property
     def metric(self) -> MainMetric:
@@ -220,8 +233,9 @@ def read_run(path: str | Path) -> Run:
         rounds=rounds,
         relay=relay,
         summary=read_object(folder / SUMMARY) if (folder / SUMMARY).is_file() else None,
-        agents=_agent_states(folder / AGENTS),
+        agents=_agent_states(folder / AGENTS, ""),
         truncated=cut_rounds or cut_relay,
+        best_agents=_agent_states(folder / AGENTS, "-best"),
     )
 
 
@@ -257,8 +271,8 @@ def _parse(text: bytes, where: str, keys: Sequence[str]) -> Row:
     return value
 
 
-def _agent_states(folder: Path) -> dict[int, Path]:
-    name = re.compile(r"agent-(\d+)\.safetensors")
+def _agent_states(folder: Path, kind: str) -> dict[int, Path]:
+    name = re.compile(rf"agent-(\d+){kind}\.safetensors")
     files = ((name.fullmatch(file.name), file) for file in folder.glob("agent-*"))
     return dict(sorted((int(match[1]), file) for match, file in files if match))
 

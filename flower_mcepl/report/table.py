@@ -44,7 +44,7 @@ def agent_table(run: Run) -> str:
         file=sink, width=100, color_system=None, force_terminal=False, force_jupyter=False
     ).print(table)
     lines = [headline(run), "", *sink.getvalue().splitlines(), "", *_result_lines(run)]
-    lines += [line for line in (frozen_line(run.handshakes.values()),) if line]
+    lines += [line for line in (_best_line(run), frozen_line(run.handshakes.values())) if line]
     lines.append("")
     return "\n".join(line.rstrip() for line in [*lines, *_byte_lines(run.totals)]) + "\n"
 
@@ -82,7 +82,7 @@ def _cell(value: Any, form: str = "") -> str:
 
 def headline(run: Run) -> str:
     """Name of the run, how it ended, and how large it was."""
-    status = run.status or "no summary (killed or still running)"
+    status = f"{run.status or 'no summary (killed or still running)'}{_stopped(run)}"
     agents = of_agents(len(run.final()), run.num_agents)
     result = run.result()
     if result["mean"] is None or (len(run.final()) == result["agents"] == run.num_agents):
@@ -90,6 +90,16 @@ def headline(run: Run) -> str:
     return (
         f"{run.name}: {status}, {run.num_agents} agents, {run.num_rounds} rounds; "
         f"{run.metric.name} of {run.coverage()} after round {result['round']}"
+    )
+
+
+def _stopped(run: Run) -> str:
+    """Why a run is shorter than planned, behind its status."""
+    if not (stopped := run.stopped_early):
+        return ""
+    return (
+        f" (stopped early, of {stopped.get('planned')} rounds: {run.metric.name} was best after "
+        f"round {stopped.get('best_round')})"
     )
 
 
@@ -119,6 +129,23 @@ def _result_lines(run: Run) -> Iterator[str]:
         yield f"last evaluated in an earlier round, and not in the mean: agent {', '.join(late)}"
     if never := [str(agent) for agent in range(run.num_agents) if agent not in run.final()]:
         yield f"never evaluated: agent {', '.join(never)}"
+
+
+def _best_line(run: Run) -> str:
+    """Line on the best states that the agents kept; empty where they kept none."""
+    best = run.best_states()
+    values = [entry["value"] for entry in best if entry["value"] is not None]
+    if not values:
+        return ""
+    rounds = [entry["round"] for entry in best]
+    span = (
+        f"round {rounds[0]}" if len(set(rounds)) == 1 else f"rounds {min(rounds)} to {max(rounds)}"
+    )
+    return (
+        f"best states kept: {run.metric.axis} {statistics.fmean(values):.4f} (mean over "
+        f"{of_agents(len(values), run.num_agents)}, {span}, on the {run.evaluated_on} split, by "
+        "which they were chosen)"
+    )
 
 
 def _better(run: Run) -> str:

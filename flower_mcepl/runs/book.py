@@ -1,14 +1,15 @@
 """The book of a run: record, checkpoints, progress and status, until its summary."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, final
 
-from flower_mcepl.errors import FlowerMceplError, IncompleteRunError, first_line
+from flower_mcepl.errors import ConfigError, FlowerMceplError, IncompleteRunError, first_line
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, FrameT
 from flower_mcepl.files.bundle import Bundle
+from flower_mcepl.record.selection import find_stall
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.checkpoint import ROUND
 from flower_mcepl.runs.monitor import RunMonitor
@@ -48,7 +49,15 @@ class RunBook(Generic[FrameT]):
         As in ``summary.json``, once the run has ended.
     """
 
-    def __init__(self, exchange: Exchange[FrameT], monitor: RunMonitor[FrameT], run: str) -> None:
+    def __init__(
+        self,
+        exchange: Exchange[FrameT],
+        monitor: RunMonitor[FrameT],
+        run: str,
+        *,
+        keep_best: bool = False,
+        patience: int = 0,
+    ) -> None:
         self.monitor, self.run = monitor, run
         self.record: RunRecord | None = None
         self.checkpoints: RunCheckpoints[FrameT] | None = None
@@ -57,11 +66,19 @@ class RunBook(Generic[FrameT]):
         self.unanswered: tuple[int, ...] | None = None
         self.summary: dict[str, Any] = {}
         self._exchange = exchange
+        self._patience, self._selects = patience, keep_best or patience > 0
 
     @property
     def first(self) -> int:
         """The first round that is still to be played."""
         return 1 if self.resumed is None else int(self.resumed.facts[ROUND]) + 1
+
+    def rounds(self) -> Iterator[int]:
+        """Rounds still to be played; early stopping brings the last one nearer."""
+        round = self.first
+        while round <= self.monitor.num_rounds:
+            yield round
+            round += 1
 
     def close_round(
         self,
@@ -89,8 +106,15 @@ class RunBook(Generic[FrameT]):
             What changed about agents or nodes since the round before.
         left : collection of int, optional
             Agents that were gone when the closing exchange began.
+
+        Raises
+        ------
+        ConfigError
+            If something is chosen by evaluations on a test split.
         """
         answers = dict(sorted(answers.items()))
+        if self._selects:
+            check_selection(answer.facts for answer in answers.values())
         # Before the new frames count: a row's bytes are those that led to the model
         # that it speaks of.
         rows = self.monitor.rows_of(round, answers)
@@ -111,6 +135,31 @@ class RunBook(Generic[FrameT]):
         if round > self.monitor.num_rounds:
             prompt = {agent for agent, answer in answers.items() if answer.late_of is None}
             self.unanswered = tuple(i for i in range(server) if i not in prompt and i not in left)
+        elif rows and self._patience:
+            self._look_for_stall(round)
+
+    def _look_for_stall(self, round: int) -> None:
+        """Let the next round be the last if the agents have learned no more for long.
+
+        Not this one: agents that are late would be left out of the closing exchange,
+        and no checkpoint would hold the last round.
+        """
+        metric = self.monitor.metric
+        stall = find_stall(self.monitor.rows, metric)
+        if stall is None or stall.evaluations < self._patience:
+            return
+        if round + 1 < self.monitor.num_rounds:
+            self.monitor.log(
+                f"stopping early: {metric.name} was best after round {stall.best_round} "
+                f"({stall.best:.4f}), and not better in {stall.evaluations} evaluations since "
+                f"(patience = {self._patience}). Round {round + 1} is the last."
+            )
+            self.monitor.stop_after(
+                round + 1,
+                patience=self._patience,
+                best_round=stall.best_round,
+                best=stall.best,
+            )
 
     def ending(self) -> tuple[str, FlowerMceplError | None]:
         """Status of a run whose rounds went by without an error, and what is to raise.
@@ -149,6 +198,8 @@ def open_book(
     record: Callable[[Mapping[str, Any]], RunRecord] | None = None,
     resume: Path | None = None,
     checkpoint_every: int = 0,
+    keep_best: bool = False,
+    patience: int = 0,
     keep_frames: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> Iterator[RunBook[FrameT]]:
@@ -173,6 +224,8 @@ def open_book(
         The record of a run that broke off, in place of ``record``.
     checkpoint_every : int (default: 0)
         Rounds between checkpoints; 0 writes none.
+    keep_best, patience : bool, int (default: False, 0)
+        As in `RoundOptions`.
     keep_frames : bool (default: False)
         Where the run is resumed: keep every frame, as in `RunRecord.create`.
     log : callable
@@ -189,7 +242,9 @@ def open_book(
     IncompleteRunError
         If agents did not answer the closing exchange.
     """
-    book = RunBook(exchange, RunMonitor(exchange, num_rounds, log=log), new_run_id())
+    monitor = RunMonitor(exchange, num_rounds, log=log)
+    book = RunBook(exchange, monitor, new_run_id(), keep_best=keep_best, patience=patience)
+    config = {**config, "keep_best": keep_best, "patience": patience}
     with contextlib.ExitStack() as held:
         if resume is not None:
             settings = _settings(exchange, config, num_rounds)
@@ -228,6 +283,28 @@ def open_book(
             raise error
         if book.checkpoints is not None:
             book.checkpoints.clear()
+
+
+def check_selection(handshakes: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse agents whose best states, or last round, would be chosen by test examples.
+
+    An agent that does not say on which split it is evaluated, as that of an app of
+    one's own, has to be believed.
+
+    Raises
+    ------
+    ConfigError
+        If one is evaluated on its test split.
+    """
+    for facts in handshakes:
+        if "num-test-examples" in facts:
+            raise ConfigError(
+                "keep-best and patience choose by the evaluation, which must not be that of the "
+                f"test split; agent {facts.get('agent')} is evaluated on its test split. Let the "
+                'data function give a validation split, set evaluate-on = "validation" '
+                '(AgentData.of(..., evaluate_on="validation")), and test the chosen states '
+                "afterwards (docs/data.md)."
+            )
 
 
 def _about(error: Exception | None) -> dict[str, Any]:

@@ -24,6 +24,8 @@ class Generation:
         What `Agent.state` gave.
     inbox, outbox : arrays by name
         What `Mailbox.arrays` and `Outbox.arrays` gave.
+    best : AgentState, optional
+        The best state so far, where one is kept.
     source : str (default: "")
         Where it was read, for messages.
     """
@@ -34,13 +36,20 @@ class Generation:
     state: AgentState
     inbox: Arrays
     outbox: Arrays
+    best: AgentState | None = None
     source: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, agent: Agent, mail: Mail, *, run: str, round: int) -> "Generation":
         """Take it from an agent and its mail."""
         return cls(
-            run, round, agent.index, agent.state(), mail.inbox.arrays(), mail.outbox.arrays()
+            run,
+            round,
+            agent.index,
+            agent.state(),
+            mail.inbox.arrays(),
+            mail.outbox.arrays(),
+            None if mail.keeper is None else mail.keeper.state,
         )
 
     def restore(self, agent: Agent, mail: Mail) -> None:
@@ -56,14 +65,19 @@ class Generation:
             agent.restore(self.state)
             mail.inbox.restore(self.inbox)
             mail.outbox.restore(self.outbox)
+            if mail.keeper is not None:
+                mail.keeper.state = self.best
         except StateError as error:
             raise StateError(f"{self.source}: {error}" if self.source else str(error)) from error
 
     def encode(self) -> bytes:
         """Bytes that `decode` takes back."""
         facts = {name: getattr(self, name) for name in ("run", "round", "agent")}
+        facts["facts"] = self.state.facts
         groups = {"agent": self.state.arrays, "inbox": self.inbox, "outbox": self.outbox}
-        return Bundle.joined({**facts, "facts": self.state.facts}, groups).encode()
+        if self.best is not None:
+            facts["best"], groups["best"] = self.best.facts, self.best.arrays
+        return Bundle.joined(facts, groups).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> "Generation":
@@ -83,6 +97,9 @@ class Generation:
                 Bundle(dict(saved.facts["facts"]), saved.group("agent")),
                 saved.group("inbox"),
                 saved.group("outbox"),
+                Bundle(dict(saved.facts["best"]), saved.group("best"))
+                if "best" in saved.facts
+                else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(

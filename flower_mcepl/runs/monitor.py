@@ -12,6 +12,7 @@ from flower_mcepl.exchange.parcels import Answer, FrameT
 from flower_mcepl.record.layout import Row
 from flower_mcepl.record.metric import MainMetric, metric_summary, of_agents
 from flower_mcepl.record.reading import Run
+from flower_mcepl.record.selection import BEST_ROUND, BEST_VALUE, best_columns, best_states
 from flower_mcepl.record.values import human_bytes
 from flower_mcepl.record.writing import RunRecord
 
@@ -25,7 +26,7 @@ class RunMonitor(Generic[FrameT]):
     exchange : Relay or Center
         Its ledger is what the record's byte counts come from.
     num_rounds : int
-        For the time left.
+        For the time left; `stop_after` lowers it.
     record : RunRecord or None
         Where to write; None writes nothing.
     log : callable
@@ -38,6 +39,8 @@ class RunMonitor(Generic[FrameT]):
     log: Callable[[str], None] = lambda line: None
     rows: list[Row] = field(default_factory=list)  # as in rounds.jsonl
     train_loss: dict[int, float] = field(default_factory=dict)  # mean over the agents, by round
+    # why the run stops before its planned end, as in the summary; empty: it does not
+    stopped_early: Row = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._start = time.perf_counter()
@@ -128,6 +131,11 @@ class RunMonitor(Generic[FrameT]):
             self.record.log_failure(f"round {round}, {name}: {text}")
         self._logged.add(reason)
 
+    def stop_after(self, round: int, **why: Any) -> None:
+        """Let ``round`` be the last one before the closing exchange."""
+        self.stopped_early = {"round": round, "planned": self.num_rounds, **why}
+        self.num_rounds = round
+
     def evaluations(self) -> dict[int, dict[str, Any]]:
         """Mean, spread and extremes of the main metric by evaluated round."""
         metric = self.metric
@@ -158,6 +166,8 @@ class RunMonitor(Generic[FrameT]):
             "bytes": self.exchange.ledger.totals(),
             "links": self.exchange.ledger.link_rows(),
             "seconds": time.perf_counter() - self._start,
+            **({"best": best} if (best := best_states(self.rows)) else {}),
+            **({"stopped_early": self.stopped_early} if self.stopped_early else {}),
             **more,
         }
         if self.record is not None:
@@ -166,7 +176,11 @@ class RunMonitor(Generic[FrameT]):
 
     def state(self) -> dict[str, Any]:
         """Return what must survive beside the record's lines, JSON-able."""
-        return {"agent-seconds": self._agent_seconds, "seconds": time.perf_counter() - self._start}
+        return {
+            "agent-seconds": self._agent_seconds,
+            "seconds": time.perf_counter() - self._start,
+            **({"stopped-early": self.stopped_early} if self.stopped_early else {}),
+        }
 
     def restore(self, state: Mapping[str, Any], run: Run) -> None:
         """Go on from where `state` was taken and ``run``, the record, ended."""
@@ -174,6 +188,8 @@ class RunMonitor(Generic[FrameT]):
             int(agent): seconds for agent, seconds in state["agent-seconds"].items()
         }
         self._start = time.perf_counter() - state["seconds"]
+        if stopped := state.get("stopped-early"):  # a decision stands, even with more rounds
+            self.stopped_early, self.num_rounds = dict(stopped), int(stopped["round"])
         self._introduced = {facts["agent"]: facts for facts in run.config.get("agents", [])}
         self.rows = list(run.rounds)
         self.train_loss = {
@@ -194,6 +210,7 @@ class RunMonitor(Generic[FrameT]):
             "received_bytes": ledger.received(agent),
             "uplink_bytes": ledger.uplinks[agent].bytes,
             "seconds": self._agent_seconds[agent],
+            **best_columns(metrics),
         }
 
     def _introduce(self, answers: Mapping[int, Answer[FrameT]]) -> bool:
@@ -312,7 +329,7 @@ class _ClosedRound(Generic[FrameT]):
 
 
 # what an answer tells beside the metrics of a task; those of training are named train-*
-_NO_METRICS = ("accuracy", "loss", "num-examples", "density", "seconds")
+_NO_METRICS = ("accuracy", "loss", "num-examples", "density", "seconds", BEST_ROUND, BEST_VALUE)
 
 
 def _is_further(name: str) -> bool:

@@ -46,6 +46,12 @@ class RoundOptions:
         A round goes on without its last agents after so many times the time that most
         answers took of late, but not before a minute; 0 always waits for the round's
         timeout. Late answers count when they come.
+    keep_best : bool (default: False)
+        Keep each agent's best state by the main metric beside its last one; the agents
+        must be evaluated on their validation splits.
+    patience : int (default: 0)
+        Stop when the mean over the agents of the main metric has not become better for
+        so many evaluations in succession, on their validation splits; 0: never.
     keep_frames : bool (default: False)
         Keep every frame in the run record, for study.
     checkpoint_every : int (default: 25)
@@ -67,6 +73,8 @@ class RoundOptions:
     min_agents: int = field(default=0, metadata=FREE)
     wait_timeout: float = field(default=120.0, metadata=FREE)
     timeout_factor: float = field(default=5.0, metadata=FREE)
+    keep_best: bool = False
+    patience: int = 0
     keep_frames: bool = field(default=False, metadata=FREE)
     checkpoint_every: int = field(default=25, metadata=FREE)
     resume: str | Path | None = field(default=None, metadata=FREE)
@@ -80,6 +88,7 @@ class RoundOptions:
         check(self.min_agents >= 0, "min-agents must be >= 0 (0: all)", self.min_agents)
         check(self.wait_timeout > 0, "wait-timeout must be > 0 seconds", self.wait_timeout)
         check(self.timeout_factor >= 0, "timeout-factor must be >= 0 (0: off)", self.timeout_factor)
+        check(self.patience >= 0, "patience must be >= 0 evaluations (0: off)", self.patience)
         check(
             self.checkpoint_every >= 0,
             "checkpoint-every is a number of rounds, or 0 for no checkpoints; it must be >= 0",
@@ -96,6 +105,8 @@ class RoundKeywords(TypedDict, total=False):
     min_agents: int
     wait_timeout: float
     timeout_factor: float
+    keep_best: bool
+    patience: int
     keep_frames: bool
     checkpoint_every: int
     resume: str | Path | None

@@ -46,6 +46,8 @@ from flower_mcepl.runs.store import StateStore
 CHECKPOINT, LOCK = "checkpoint", ".lock"  # in the run record
 RUN = "run"  # key of config.json: 16 hex digits that stand for the run, however often it is resumed
 _FILES = (ROUNDS, RELAY, TRAFFIC)
+# settings that records of earlier releases do not have
+_BEFORE = {"keep_best": False, "patience": 0}
 # the same in config.json
 _FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", "agent_cache", RUN})
 
@@ -259,7 +261,7 @@ def _check_same_run(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None
         for key in sorted({*old, *new} - free_keys(RunSettings, DeviceSettings)):
             _check_same(f"run-config key {key}", old.get(key), new.get(key))
     for key in sorted(now.keys() - _FREE):
-        _check_same(key, recorded.get(key), json.loads(to_json(now[key])))
+        _check_same(key, recorded.get(key, _BEFORE.get(key)), json.loads(to_json(now[key])))
     before, after = int(recorded.get("num_rounds", 0)), int(now["num_rounds"])
     check(
         after >= before,

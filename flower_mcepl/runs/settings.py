@@ -128,6 +128,14 @@ class RunSettings(RoundOptions):
             f"min-agents must be in 0..{self.num_agents} (num-agents)",
             self.min_agents,
         )
+        check(
+            self.evaluate_on == "validation" or not (self.keep_best or self.patience),
+            "keep-best and patience choose by the evaluation, and what was chosen by test "
+            'examples has no honest result on them: evaluate-on must be "validation"',
+            self.evaluate_on,
+            "Set it, with validation-fraction > 0 or a validation split from the data function; "
+            "test the chosen states afterwards (docs/data.md).",
+        )
         check(self.round_timeout > 0, "round-timeout must be > 0 seconds", self.round_timeout)
 
     @classmethod

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.agents import Agent, agent_file, save_state
+from flower_mcepl.agents.agent import best_file
 from flower_mcepl.agents.handshake import check_common_ground, introduction
 from flower_mcepl.agents.server import Server
+from flower_mcepl.config.checks import check
 from flower_mcepl.errors import ConfigError, RecordError, TopologyError
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.exchange.exchange import Exchange
@@ -16,7 +18,8 @@ from flower_mcepl.exchange.parcels import Parcel
 from flower_mcepl.exchange.relay import Relay
 from flower_mcepl.exchange.turn import Reply, open_mail, play_round
 from flower_mcepl.record.writing import RunRecord
-from flower_mcepl.runs.book import RunBook, open_book
+from flower_mcepl.runs.best import BestState
+from flower_mcepl.runs.book import RunBook, check_selection, open_book
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.store import StateStore
 from flower_mcepl.streams import torch_threads
@@ -61,6 +64,8 @@ def simulate(
     evaluate_every: int = 10,
     max_staleness: int = 5,
     key_interval: int = 0,
+    keep_best: bool = False,
+    patience: int = 0,
     threads: int = 1,
     tell_classes: bool = True,
     record: RunRecord | None = None,
@@ -86,6 +91,12 @@ def simulate(
         Number of training rounds; a closing exchange follows.
     evaluate_every, max_staleness, key_interval : int (default: 10, 5, 0)
         As in `GossipStrategy`; a server needs no ``key_interval``.
+    keep_best : bool (default: False)
+        Keep each agent's best state by the main metric in the record, too; the agents
+        must be evaluated on their validation splits.
+    patience : int (default: 0)
+        Stop when the mean over the agents of the main metric has not become better for
+        so many evaluations in succession, on their validation splits; 0: never.
     threads : int (default: 1)
         Threads of torch; float sums depend on it. 0 leaves torch's own choice.
     tell_classes : bool (default: True)
@@ -119,6 +130,9 @@ def simulate(
             f"checkpoints are part of a run record; got checkpoint_every {checkpoint_every} "
             "without one."
         )
+    if keep_best and record is None and resume is None:
+        raise ConfigError("best states are part of a run record; got keep_best without one.")
+    check(patience >= 0, "patience must be >= 0 evaluations (0: off)", patience)
     if record is not None and resume is not None:
         raise ConfigError(
             "a resumed run goes on in its own record; got another one, too. Leave out record."
@@ -126,10 +140,12 @@ def simulate(
     exchange = _exchange(topology, server, evaluate_every, max_staleness, key_interval)
     _check_fleet(agents, exchange.topology, num_rounds)
     _check_server(agents[0], server)
+    if keep_best or patience:
+        check_selection(agent.describe() for agent in agents)
     with torch_threads(threads):  # a second thread of the process is refused here already
         for agent in agents if resume is None else ():
             agent.check()
-    fleet = _Fleet(agents, max_staleness=max_staleness)
+    fleet = _Fleet(agents, max_staleness=max_staleness, keep_best=keep_best)
     config = {
         "seed": agents[0].seed,
         "threads": threads,
@@ -142,23 +158,29 @@ def simulate(
         record=None if record is None else lambda _: record,
         resume=None if resume is None else Path(resume),
         checkpoint_every=checkpoint_every,
+        keep_best=keep_best,
+        patience=patience,
         log=any_encoding(log),
     ) as book:
         if book.resumed is not None:
             fleet.go_back(book)
+
+        def play(round: int, *, closing: bool = False) -> None:
+            parcels = [exchange.parcel(i, round=round, closing=closing) for i in fleet.indices]
+            answers = {}
+            for agent, reply in fleet.play(parcels):
+                on_reply(round, agent.index, reply)
+                facts = introduction(agent, tell_classes=tell_classes)
+                answers[agent.index] = reply.answer(facts, bytes)
+            book.close_round(round, answers)
+
         with torch_threads(threads):
-            for round in range(book.first, num_rounds + 2):
-                closing = round > num_rounds
-                parcels = [exchange.parcel(i, round=round, closing=closing) for i in fleet.indices]
-                answers = {}
-                for agent, reply in fleet.play(parcels):
-                    on_reply(round, agent.index, reply)
-                    facts = introduction(agent, tell_classes=tell_classes)
-                    answers[agent.index] = reply.answer(facts, bytes)
-                book.close_round(round, answers)
-                if not closing and book.due(round):
+            for round in book.rounds():
+                play(round)
+                if book.due(round):
                     fleet.store(book, round)  # first, so that no exchange's side lacks the other
                     book.keep(round)
+            play(book.monitor.num_rounds + 1, closing=True)
         if book.record is not None:
             fleet.save(book.record.agents_dir, server)
     return SimulationResult(book.monitor.rows, book.summary)
@@ -167,10 +189,13 @@ def simulate(
 class _Fleet:
     """All agents, each with its mail, and their side of checkpoints."""
 
-    def __init__(self, agents: Sequence[Agent], *, max_staleness: int) -> None:
+    def __init__(self, agents: Sequence[Agent], *, max_staleness: int, keep_best: bool) -> None:
         self._agents = agents
         # frames of no run: equal seeds give equal bytes
-        self._mails = [open_mail(agent, max_staleness=max_staleness) for agent in agents]
+        self._mails = [
+            open_mail(agent, max_staleness=max_staleness, keeper=BestState() if keep_best else None)
+            for agent in agents
+        ]
         self.indices = [agent.index for agent in agents]
 
     def play(self, parcels: Sequence[Parcel[bytes]]) -> Iterator[tuple[Agent, Reply]]:
@@ -197,9 +222,11 @@ class _Fleet:
             stored.restore(agent, mail)
 
     def save(self, folder: Path, server: Server | None) -> None:
-        """Write the final states, each as one safetensors file."""
-        for agent in self._agents:
+        """Write the final and the best states, each as one safetensors file."""
+        for agent, mail in zip(self._agents, self._mails, strict=True):
             save_state(agent.state(), folder / agent_file(agent.index))
+            if mail.keeper is not None and mail.keeper.state is not None:
+                save_state(mail.keeper.state, folder / best_file(agent.index))
         if server is not None:
             save_state(server.state(), folder / SERVER_FILE)
 

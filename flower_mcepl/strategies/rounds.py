@@ -225,8 +225,8 @@ class ExchangeStrategy(Strategy):
         """
         arrays = NoArrays(place_of_models(self.record))
         result, evaluation = Result(arrays=arrays), CentralEvaluation(evaluate_fn, arrays)
-        num_rounds, first = self.monitor.num_rounds, self.book.first
-        _log(f"Starting {type(self).__name__} strategy: {num_rounds} rounds")
+        first = self.book.first
+        _log(f"Starting {type(self).__name__} strategy: {self.monitor.num_rounds} rounds")
         self.summary()
 
         def look(round: int) -> None:
@@ -238,13 +238,14 @@ class ExchangeStrategy(Strategy):
         else:
             self.attendance.wait_for_nodes(grid, first=True)
             self.attendance.identify(grid, timeout=self._timeout)
-        for round in range(first, num_rounds + 1):
+        for round in self.book.rounds():
             messages = self.configure_train(round, arrays, train_config, grid)
             self.aggregate_train(round, self._play(grid, messages, round))
             if self.book.due(round):
                 self.book.keep(round, self._own_state())
-            if round < num_rounds:
+            if round < self.monitor.num_rounds:
                 look(round)
+        num_rounds = self.monitor.num_rounds  # fewer than planned if the run stopped early
         messages = self.configure_evaluate(num_rounds, arrays, evaluate_config, grid)
         replies = self._play(grid, messages, num_rounds + 1)
         replies = self._close_without_evaluate(grid, replies, evaluate_config)
@@ -376,6 +377,7 @@ class ExchangeStrategy(Strategy):
             parcel=parcel,
             run=self.book.run,
             max_staleness=self.exchange.max_staleness,
+            keep_best=self.options.keep_best,
             introduce=not self.roster.has_met(node) or self.roster.agent_of(node) is None,
             checkpoints=() if checkpoints is None else tuple(checkpoints.rounds()),
             store=store,
@@ -438,6 +440,8 @@ class ExchangeStrategy(Strategy):
             record=None if self.record_root is None else self._new_record,
             resume=Path(options.resume) if options.resume else None,
             checkpoint_every=options.checkpoint_every,
+            keep_best=options.keep_best,
+            patience=options.patience,
             keep_frames=options.keep_frames,
             log=_log,
         ) as book:

@@ -92,6 +92,8 @@ def run_in_process(app: FlowerApp, config: Mapping[str, Any], folder: Path, log:
             evaluate_every=settings.evaluate_every,
             max_staleness=settings.max_staleness,
             key_interval=settings.key_interval,
+            keep_best=settings.keep_best,
+            patience=settings.patience,
             threads=device.threads,
             tell_classes=device.tell_classes,
             record=record,
