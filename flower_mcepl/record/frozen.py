@@ -25,8 +25,11 @@ def frozen_line(handshakes: Iterable[Mapping[str, Any]]) -> str:
 
 
 def is_much(facts: Mapping[str, Any]) -> bool:
-    """Whether an agent leaves so much at random that a person should know."""
-    return _share(facts) > MUCH
+    """Whether an agent leaves so much at random that a person should know.
+
+    Biases and norm layers have no name here and get no mask in any network.
+    """
+    return bool(facts.get("frozen_weights")) and _share(facts) > MUCH
 
 
 def _share(facts: Mapping[str, Any]) -> float:

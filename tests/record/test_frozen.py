@@ -23,6 +23,8 @@ def test_a_share_is_told_with_its_names_and_loudly_where_it_is_large() -> None:
         "WARNING: neither masked nor trained: up to 42.0% of the network's weights (a, b); they "
         "stay as they were drawn"
     )
+    # a small network may have many biases, for which no mask is meant
+    assert frozen_line([{"frozen_share": 0.2}]).startswith("neither masked nor trained: 20.0%")
 
 
 def test_the_doctor_tells_it() -> None:
