@@ -180,7 +180,7 @@ def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
         heard = () if agent.server_based else graph.in_neighbors(run.agent, round=1)
         with Examination("local-step", remedy=_APP) as check:
             with torch_threads(device.threads):
-                trial = try_rounds(agent, heard, max_staleness=run.settings.max_staleness)
+                trial = try_rounds(agent, heard, run.settings)
             _tell_time(check, trial, agent, device)
         yield check.finding
     if not check.failed:

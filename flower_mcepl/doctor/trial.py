@@ -11,7 +11,9 @@ from flower_mcepl.agents import Agent, OwnLoopAgent
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.turn import Mail, evaluate, open_mail
+from flower_mcepl.runs.best import BestState
 from flower_mcepl.runs.generation import Generation
+from flower_mcepl.runs.options import RoundOptions
 
 TIMED_ROUNDS = 3  # after one that warms up
 _LONGEST = 30.0  # seconds of training, after which no further round is begun
@@ -55,16 +57,16 @@ class _Seen:
     held: list[int] = field(default_factory=list)  # by a neighbor
 
 
-def try_rounds(agent: Agent, neighbors: Sequence[int], *, max_staleness: int) -> Trial:
+def try_rounds(agent: Agent, neighbors: Sequence[int], options: RoundOptions) -> Trial:
     """Let the agent train for some rounds, alone as nobody else answers, and evaluate.
 
     The first round warms up and gives the whole frame; at most three more follow, fewer
     where training is slow. The agent is of no further use.
     """
-    mail, neighbor = (
-        open_mail(agent, max_staleness=max_staleness),
-        _neighbor_of(agent, max_staleness),
-    )
+    max_staleness = options.max_staleness
+    keeper = BestState() if options.keep_best else None
+    mail = open_mail(agent, max_staleness=max_staleness, keeper=keeper)
+    neighbor = _neighbor_of(agent, max_staleness)
     seen = _Seen()
     for number in range(1, TIMED_ROUNDS + 2):
         _play(agent, mail, neighbor, neighbors, number, seen)
@@ -99,6 +101,8 @@ def _play(
     )
     neighbor.put(agent.index, [frame.data for frame in frames], latest_round=number)
     seen.sizes.append(sum(len(frame.data) for frame in frames))
+    if mail.keeper is not None:
+        mail.keeper.state = agent.state()  # as large as the best one will be
     seen.states.append(len(Generation.of(agent, mail, run="0" * 16, round=number).encode()) + _SEAL)
     seen.held.append(sum(array.nbytes for array in neighbor.arrays().values()))
 

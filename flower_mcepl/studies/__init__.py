@@ -2,6 +2,7 @@
 
 from flower_mcepl.record.pools import find_records
 from flower_mcepl.report.compare import Comparison, compare
+from flower_mcepl.studies.chosen import evaluate_best
 from flower_mcepl.studies.runner import Outcome, run_study
 from flower_mcepl.studies.study import PlannedRun, Study, read_study
 
@@ -11,6 +12,7 @@ __all__ = [
     "PlannedRun",
     "Study",
     "compare",
+    "evaluate_best",
     "find_records",
     "read_study",
     "run_study",

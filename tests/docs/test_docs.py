@@ -177,7 +177,9 @@ def test_the_code_about_topologies_runs() -> None:
 
 
 def test_the_code_about_data_runs(tmp_path: Path) -> None:
-    cached, divided = code_of("docs/data.md")
+    # tests/studies/test_chosen.py tries how a best state is tested
+    cached, chosen, divided = code_of("docs/data.md")
+    assert "evaluate_best" in chosen
     names: dict[str, Any] = {"cache": tmp_path / "cache"}
     exec(cached, names)
     first, second = names["data_fn"](a_context()), names["data_fn"](a_context())

@@ -38,6 +38,7 @@ from flower_mcepl.errors import ConfigError, DataError
 from flower_mcepl.exchange.parcels import Parcel
 from flower_mcepl.exchange.turn import open_mail, play_round
 from flower_mcepl.runs.generation import Generation
+from flower_mcepl.runs.options import RoundOptions
 from flower_mcepl.runs.settings import DeviceSettings
 from flower_mcepl.runs.simulation import simulate
 from flower_mcepl.runs.store import StateStore
@@ -299,7 +300,7 @@ def test_the_trial_measures_what_a_run_sends_and_stores(tmp_path: Path) -> None:
     """A fleet whose agents all hold the same data sends what the trial says, and its
     stored states are that large.
     """
-    trial = try_rounds(make_agent(0), (1, 2), max_staleness=5)
+    trial = try_rounds(make_agent(0), (1, 2), RoundOptions())
     sizes: list[int] = []
     agents = make_fleet(3)
     simulate(
@@ -328,6 +329,8 @@ def test_the_trial_measures_what_a_run_sends_and_stores(tmp_path: Path) -> None:
     # safetensors' header names arrays
     assert trial.state_bytes(2) == pytest.approx(stored.stat().st_size, rel=0.35)
     assert trial.state_bytes(2) > trial.state_bytes(0) > 9 * 228
+    with_best = try_rounds(make_agent(0), (1, 2), RoundOptions(keep_best=True))
+    assert with_best.state_bytes(0) - trial.state_bytes(0) > 9 * 228
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
