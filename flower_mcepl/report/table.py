@@ -98,8 +98,8 @@ def _stopped(run: Run) -> str:
     if not (stopped := run.stopped_early):
         return ""
     return (
-        f" (stopped early, of {stopped.get('planned')} rounds: {run.metric.name} was best after "
-        f"round {stopped.get('best_round')})"
+        f" (stopped early, of {stopped.get('planned')} rounds: no better {run.metric.name} in the "
+        f"{stopped.get('patience')} evaluations after round {stopped.get('best_round')})"
     )
 
 

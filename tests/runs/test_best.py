@@ -157,7 +157,7 @@ def test_a_run_stops_as_the_slow_rule_says(stopped: Any, tmp_path: Path) -> None
     mine, other = (plain_rows(r.path, "rounds.jsonl") for r in (stopped, whole))
     assert mine == other[: len(mine)]  # schedules and all else are those of the whole run
     assert len(mine) == 4 * last
-    told = f"finished (stopped early, of {ROUNDS} rounds: accuracy was best after round"
+    told = f"finished (stopped early, of {ROUNDS} rounds: no better accuracy in the 2 evaluations"
     assert told in headline(stopped)
     assert "stopped" not in headline(whole)
 
