@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from flower_mcepl.record.layout import Row
-from flower_mcepl.record.metric import MainMetric, last_rows, metric_summary
+from flower_mcepl.record.metric import MainMetric, last_rows
 
 # what an answer says of the state that the agent keeps as its best; columns of its row
 BEST_ROUND, BEST_VALUE = "keep-best-round", "keep-best-value"
@@ -42,14 +43,14 @@ def find_stall(rows: Iterable[Mapping[str, Any]], metric: MainMetric) -> Stall |
     A round's mean is that over the agents that answered, as everywhere in the record.
     A round in which no agent has a value of the metric does not count.
     """
-    by_round: dict[int, list[Mapping[str, Any]]] = {}
+    # not `metric_summary`, as this is asked again after every evaluation of a long run
+    by_round: dict[int, dict[int, float]] = {}
     for row in rows:
-        by_round.setdefault(int(row["round"]), []).append(row)
-    means = [(t, metric_summary(by_round[t], metric)["mean"]) for t in sorted(by_round)]
+        if (value := metric.value(row)) is not None:
+            by_round.setdefault(int(row["round"]), {})[row["agent"]] = value
     stall = None
-    for round, mean in means:
-        if mean is None:
-            continue
+    for round, values in sorted(by_round.items()):
+        mean = fmean(values.values())
         if stall is None or metric.beats(mean, stall.best):
             stall = Stall(round, mean, 0)
         else:

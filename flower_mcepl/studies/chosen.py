@@ -2,13 +2,8 @@
 
 from pathlib import Path
 
-from flower_mcepl.agents import load_state
-from flower_mcepl.config.fields import read_fields
 from flower_mcepl.errors import RecordError
 from flower_mcepl.record.reading import Run
-from flower_mcepl.runs.settings import DeviceSettings
-from flower_mcepl.streams import torch_threads
-from flower_mcepl.studies.engines import agent_of_node
 from flower_mcepl.studies.flower_app import read_app
 
 
@@ -32,6 +27,13 @@ def evaluate_best(run: Run, app: str | Path) -> dict[int, dict[str, float]]:
     StateError
         If a state is not of these agents.
     """
+    # here, as who plans or compares runs loads no torch
+    from flower_mcepl.agents import load_state
+    from flower_mcepl.config.fields import read_fields
+    from flower_mcepl.runs.settings import DeviceSettings
+    from flower_mcepl.streams import torch_threads
+    from flower_mcepl.studies.engines import agent_of_node
+
     if not run.best_agents:
         raise RecordError(
             f"best states are kept by a simulated run with keep-best = true; {run.path} has none. "

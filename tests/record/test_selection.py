@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flower_mcepl.record.metric import ACCURACY, MainMetric
+from flower_mcepl.record.metric import ACCURACY, MainMetric, metric_summary
 from flower_mcepl.record.selection import best_columns, best_states, find_stall
 
 RMSE = MainMetric("rmse", higher_is_better=False, unit="")
@@ -71,6 +71,18 @@ def test_the_order_of_the_lines_does_not_count(
     """Late answers stand behind those of later rounds."""
     rows = rows_of(history, metric.name)
     assert find_stall(data.draw(st.permutations(rows)), metric) == find_stall(rows, metric)
+
+
+@given(history=histories, metric=st.sampled_from([ACCURACY, RMSE]))
+def test_the_means_are_those_of_the_record(
+    history: list[dict[int, Any]], metric: MainMetric
+) -> None:
+    """To the bit: what the summary says of a stop stands in the run's curve, too."""
+    rows = rows_of(history, metric.name)
+    stall = find_stall(rows, metric)
+    if stall is not None:
+        of_round = [row for row in rows if row["round"] == stall.best_round]
+        assert metric_summary(of_round, metric)["mean"] == stall.best
 
 
 def test_the_best_states_are_those_that_the_agents_told_last() -> None:

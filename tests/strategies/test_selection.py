@@ -4,12 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 
 from flower_mcepl import ConfigError, RunRecord, Topology, read_run, simulate
 from flower_mcepl.agents import load_state
 from flower_mcepl.clients import app as client_module
-from flower_mcepl.clients import make_agent_app, memory
+from flower_mcepl.clients import make_agent_app, memory, neighbor_average_mod
 from flower_mcepl.clients.app import agent_index
 from flower_mcepl.record.reading import Run
 from flower_mcepl.runs.store import device_store
@@ -197,6 +200,44 @@ def test_an_agent_that_is_late_when_a_run_stops_takes_part_in_the_closing(
     assert [line["missing"] for line in run.relay][decided - 1 :] == [[3], [], []]
     assert run.relay[decided]["late"] == {"3": decided}
     assert len(run.last_evaluated()) == SIZE
+
+
+def counting_app() -> ClientApp:
+    """An app of FedAvg whose one number is that of the round, and is best at 3."""
+    app = ClientApp(mods=[neighbor_average_mod])
+
+    @app.train()
+    def train(msg: Message, context: Context) -> Message:
+        arrays = {"w": Array(np.asarray(msg.content["arrays"]["w"].numpy() + 1))}
+        metrics = MetricRecord({"train_loss": 0.0, "num-examples": 1})
+        return Message(
+            RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics}), reply_to=msg
+        )
+
+    @app.evaluate()
+    def evaluate(msg: Message, context: Context) -> Message:
+        loss = float((msg.content["arrays"]["w"].numpy() - 3) ** 2)
+        metrics = MetricRecord({"eval_loss": loss, "num-examples": 1})
+        return Message(RecordDict({"metrics": metrics}), reply_to=msg)
+
+    return app
+
+
+def test_an_app_of_ones_own_keeps_its_best_arrays(tmp_path: Path) -> None:
+    """By the loss, as it tells no accuracy; the run knows in round 6."""
+    grid = InProcessGrid(counting_app(), 3)
+    strategy = GossipStrategy(Topology.ring(3), record=tmp_path, wait_timeout=0.01, **OPTIONS)
+    initial = ArrayRecord({"w": Array(np.array(0, np.float32))})
+    strategy.start(grid, initial, num_rounds=ROUNDS, timeout=30.0)
+    assert strategy.record is not None
+    run = read_run(strategy.record.path)
+    assert (run.stopped_early["best_round"], run.stopped_early["round"]) == (3, 7)
+    for agent in range(3):
+        stored = state_of(grid.contexts[1000 + agent])
+        assert stored.best is not None
+        assert stored.best.facts["best"] == {"round": 3, "metric": "loss", "value": 0.0}
+        assert float(stored.best.arrays["arrays/w"]) == 3
+        assert float(stored.state.arrays["arrays/w"]) == 7
 
 
 def test_a_run_that_keeps_nothing_sends_nothing_of_it(tmp_path: Path) -> None:
