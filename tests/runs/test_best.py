@@ -1,5 +1,6 @@
 """Best states and early stopping in one process: what is kept, and when a run ends."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -285,3 +286,21 @@ def test_a_run_is_resumed_with_the_selection_it_began_with(
         simulate(**choosers(), **OPTIONS, checkpoint_every=1, record=record, on_reply=stumble)
     with pytest.raises(ConfigError, match=message):
         simulate(**choosers(), **{**OPTIONS, **now}, resume=record.path)
+
+
+def test_a_run_from_before_there_were_these_settings_is_resumed(tmp_path: Path) -> None:
+    def stumble(round: int, agent: int, reply: object) -> None:
+        if round == 2:
+            raise Interruption
+
+    record = RunRecord.create(tmp_path, name="old", config={})
+    options: dict[str, Any] = {"num_rounds": 3, "checkpoint_every": 1}
+    with pytest.raises(Interruption):
+        simulate(**choosers(), **options, record=record, on_reply=stumble)
+    config = json.loads((record.path / "config.json").read_text())
+    assert (config.pop("keep_best"), config.pop("patience")) == (False, 0)
+    (record.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="patience was 0 and is now 2"):
+        simulate(**choosers(), **options, patience=2, resume=record.path)
+    simulate(**choosers(), **options, resume=record.path)
+    assert read_run(record.path).status == "finished"
