@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from flower_mcepl.agents.parts.masked import MaskedAgent, MaskedConfig
+from flower_mcepl.agents.parts.own_metrics import further_metrics, plain_number
 from flower_mcepl.config.checks import check
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError, DivergedError
@@ -18,8 +19,9 @@ _WITHOUT_EFFECT = (
     *("batch_size", "eval_batch_size", "local_epochs", "local_steps", "momentum"),
     "weight_decay",
 )
+_READ = ("accuracy", "loss", "num-examples")  # of what the evaluate function returns
 OwnTrainFn = Callable[[MaskedModel, int], float]
-OwnEvaluateFn = Callable[[nn.Module], Mapping[str, float]]
+OwnEvaluateFn = Callable[[nn.Module], Mapping[str, Any]]
 
 
 @final
@@ -44,7 +46,7 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
     evaluate_fn : callable
         ``evaluate_fn(model)`` gets an ordinary module, the network under the mask, and
         returns ``loss`` and ``num-examples``, and ``accuracy`` (0..1) where there is
-        one.
+        one. Other metrics go into the record, too, if they are finite numbers.
     """
 
     algorithm = "mcepl"
@@ -110,17 +112,24 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
         masks = self._personal_masks()
         with isolated_rng(self.seed, "evaluation", agent=self.index):
             metrics = dict(self._evaluate_fn(self.model.bake(masks)))
-        missing = [key for key in ("loss", "num-examples") if key not in metrics]
+        own = {key: plain_number(metrics[key]) for key in _READ if key in metrics}
+        missing = [key for key in ("loss", "num-examples") if own.get(key) is None]
         if missing:
             raise ConfigError(
                 "the evaluate function must return loss and num-examples, and may return accuracy; "
-                f"{', '.join(missing)} is missing from {', '.join(metrics) or 'nothing'}. Add it."
+                f"{', '.join(missing)} is missing from {', '.join(metrics) or 'nothing'}, or no "
+                "number. Add it."
             )
-        accuracy = metrics.get("accuracy", 0.0)
+        accuracy = own.get("accuracy", 0.0)
         check(
-            0 <= accuracy <= 1,
+            accuracy is not None and 0 <= accuracy <= 1,
             f"agent {self.index}: the evaluate function's accuracy is a fraction in 0..1",
-            accuracy,
+            metrics.get("accuracy"),
             "Divide percents by 100.",
         )
-        return {**metrics, "density": self._density(masks)}
+        return {
+            **further_metrics(metrics, besides=_READ),
+            **{key: value for key, value in own.items() if value is not None},
+            "num-examples": int(metrics["num-examples"]),
+            "density": self._density(masks),
+        }

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flower_mcepl.cli.wide import print_holdings, wide_console
+from flower_mcepl.cli.wide import print_holdings, print_sizes, wide_console
 from flower_mcepl.config.checks import closest
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.launch.plan import flat, parse_run_config
@@ -29,7 +29,8 @@ def data(
 
     Nothing is trained or sent. The app's agents are built as for a run, so an
     impossible division is told here, too. Classes are counted where an app's labels lie
-    in tensors, or in a column of its data set.
+    in tensors, or in a column of its data set; without classes, as in a regression, the
+    sizes of the splits are shown.
 
     \b
     In the apps of examples/, the key partition says how the data are divided:
@@ -53,7 +54,9 @@ def data(
       flower-mcepl data examples/quickstart --out who.png \\
         --run-config 'partition="dirichlet:alpha=0.3" num-agents=20'
     """  # noqa: D301 (click's sign for lines that stay as they are)
-    from flower_mcepl.studies.engines import introductions  # loads torch
+    # these load torch
+    from flower_mcepl.studies.engines import introductions
+    from flower_mcepl.studies.own_client import own_client
 
     flower_app = read_app(app.resolve())
     settings = flat(parse_run_config(run_config or []))
@@ -61,13 +64,22 @@ def data(
         if key not in flower_app.config:
             known = closest(key, flower_app.config)
             raise ConfigError(f"{key!r} is not in the app's config. {known}")
-    holdings = holdings_of(introductions(flower_app, {**flower_app.config, **settings}))
-    if holdings is None:
+    if (own := own_client(flower_app)) is not None:
         raise ConfigError(
-            f"the data of {flower_app.name} do not tell their classes at little cost. Let its data "
-            "function return tensors (images, labels), or data sets with `targets` or a column "
-            "`label` of whole numbers."
+            f"{flower_app.client} of {flower_app.name} is {own.what}: its data are not known "
+            "beforehand, as its own functions read them. A run tells how many examples each "
+            "agent has: flower-mcepl show RUN."
         )
+    entries = introductions(flower_app, {**flower_app.config, **settings})
+    holdings = holdings_of(entries)
+    if holdings is None:
+        if out is not None:
+            raise ConfigError(
+                f"--out draws classes, and the data of {flower_app.name} tell none at little "
+                "cost. Leave it out for the sizes alone."
+            )
+        print_sizes(entries)
+        return
     console = wide_console()
     print_holdings(holdings, console)
     if out is not None:

@@ -5,9 +5,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flower_mcepl.agents.parts.own_metrics import further_metrics
 from flower_mcepl.errors import AnswerError
 
 NUM_EXAMPLES = "num-examples"  # the one name that FedAvg itself asks for
+_EXAMPLES = (NUM_EXAMPLES, "num_examples")
 _ACCURACY = re.compile(r"((eval|evaluation|test|val|validation)-)?(accuracy|acc)")
 _LOSS = re.compile(r"((eval|evaluation|test|val|validation)-)?(loss|log-?loss)")
 _TRAIN_LOSS = re.compile(r"((train|training)-)?(loss|log-?loss)")
@@ -26,9 +28,10 @@ def read_training(metrics: Mapping[str, Any]) -> dict[str, float]:
 def read_evaluation(
     metrics: Mapping[str, Any], *, accuracy: str | None, loss: str | None
 ) -> dict[str, float]:
-    """``accuracy``, ``loss`` and ``num-examples`` of an app's evaluate metrics.
+    """``accuracy``, ``loss``, ``num-examples`` and what else an app measures.
 
-    One of the first two is enough.
+    One of the first two is enough. Further metrics that are finite numbers keep their
+    names; others are left out (`further_metrics`).
 
     Parameters
     ----------
@@ -65,6 +68,7 @@ def read_evaluation(
             "Add it."
         )
     return {
+        **further_metrics(metrics, besides=(name, named, *_EXAMPLES)),
         **({} if name is None else {"accuracy": float(metrics[name])}),
         "loss": math.nan if named is None else float(metrics[named]),
         **examples,
@@ -95,7 +99,7 @@ def _find(
 
 
 def _num_examples(metrics: Mapping[str, Any]) -> dict[str, float]:
-    keys = [key for key in (NUM_EXAMPLES, "num_examples") if _is_number(metrics.get(key))]
+    keys = [key for key in _EXAMPLES if _is_number(metrics.get(key))]
     return {NUM_EXAMPLES: int(metrics[keys[0]])} if keys else {}
 
 

@@ -108,6 +108,12 @@ class NeighborAverageMod:
                 "neighbor_average_mod is for an ordinary ClientApp with train and evaluate "
                 "functions. Use one of the two."
             )
+        if getattr(app, "_call", None) is not None:  # private: how Flower marks such an app
+            raise ConfigError(
+                "ClientApp(client_fn=...) is of Flower's older API, whose records "
+                "neighbor_average_mod cannot fill. Move it over with the few lines of "
+                'docs/existing-apps.md, "Apps of the older API"; the NumPyClient stays as it is.'
+            )
         with naming_the_agent(context):
             order = Order.from_records(message.content)
         call = _Call(self, message, context, call_next, app, order.parcel.round, _input(order))

@@ -13,6 +13,7 @@ from flower_mcepl.config.fields import read_fields
 from flower_mcepl.doctor.findings import Examination, Finding
 from flower_mcepl.doctor.frozen import check_frozen
 from flower_mcepl.doctor.machine import existing
+from flower_mcepl.doctor.own_client import examine_own
 from flower_mcepl.doctor.trial import Trial, try_rounds
 from flower_mcepl.errors import ConfigError, first_line
 from flower_mcepl.launch.plan import flat
@@ -21,7 +22,8 @@ from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.runs.store import KEPT
 from flower_mcepl.streams import torch_threads
 from flower_mcepl.studies.engines import agent_of_node
-from flower_mcepl.studies.flower_app import FlowerApp, imported_component, read_app
+from flower_mcepl.studies.flower_app import FlowerApp, read_app
+from flower_mcepl.studies.own_client import own_client
 from flower_mcepl.topology import Topology
 
 _SETTINGS = "Correct it in --run-config, or in [tool.flwr.app.config] of the app's pyproject.toml."
@@ -64,7 +66,19 @@ def examine_run(
         adds ``num-partitions``.
     """
     with Examination("run-config", remedy=_SETTINGS) as check:
-        run = _read(folder, run_config, node_config, alone=alone)
+        app, config = _configured(folder, run_config)
+    if check.failed:
+        yield check.finding
+        return
+    own = None
+    with Examination("client-app", remedy=_APP) as client:
+        own = own_client(app)
+        client.ok(f"{app.client} was imported")
+    if own is not None:
+        yield from examine_own(app, own, node_config)
+        return
+    with Examination("run-config", remedy=_SETTINGS) as check:
+        run = _read(app, config, node_config, alone=alone)
         check.ok(
             _run_line(run),
             agent=run.agent,
@@ -78,19 +92,25 @@ def examine_run(
         graph = run.settings.graph()
         _judge_graph(check, run, graph)
     yield check.finding
-    if not check.failed:
+    if check.failed:
+        return
+    yield client.finding
+    if not client.failed:
         yield from _examine_agent(run, graph)
 
 
-def _read(
-    folder: Path, run_config: Mapping[str, Any], node_config: Mapping[str, Any], *, alone: bool
-) -> AppRun:
-    app = read_app(folder.resolve())
-    given = flat(run_config)
+def _configured(folder: Path, run_config: Mapping[str, Any]) -> tuple[FlowerApp, dict[str, Any]]:
+    """App, and its run config as Flower would hand it out."""
+    app, given = read_app(folder.resolve()), flat(run_config)
     for key in given:
         if key not in app.config:
             raise ConfigError(f"{key!r} is not in the app's config. {closest(key, app.config)}")
-    config = {**app.config, **given}
+    return app, {**app.config, **given}
+
+
+def _read(
+    app: FlowerApp, config: dict[str, Any], node_config: Mapping[str, Any], *, alone: bool
+) -> AppRun:
     settings = RunSettings.from_run_config(config, app_keys=app.config)
     read_fields(DeviceSettings, {**config, **node_config})
     agent = node_config.get("partition-id")
@@ -148,20 +168,6 @@ def _is_connected(graph: Topology, num_rounds: int) -> bool:
 
 
 def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
-    with Examination("client-app", remedy=_APP) as check:
-        own = _is_own_client(run.app)
-        if own:
-            check.warn(
-                f"{run.app.client} is a ClientApp of the app's own: no agent can be built of it "
-                "before a run",
-                "Nothing, if it is meant so, as with neighbor_average_mod; else use "
-                "make_client_app.",
-            )
-        else:
-            check.ok(f"{run.app.client} was imported")
-    yield check.finding
-    if check.failed or own:
-        return
     device = read_fields(DeviceSettings, {**run.config, **run.node_config})
     with contextlib.ExitStack() as held:
         with Examination("agent", remedy=_APP) as check:
@@ -190,16 +196,6 @@ def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
         yield _traffic(trial, len(heard), server=agent.server_based)
 
 
-def _is_own_client(app: FlowerApp) -> bool:
-    """Whether neither `make_client_app` nor `make_agent_app` made the clientapp."""
-    with imported_component(app) as client:
-        if not callable(client):
-            raise ConfigError(
-                f"a clientapp is a ClientApp; {app.client} is {type(client).__name__}."
-            )
-        return not hasattr(client, "agent_fn")
-
-
 def _data(facts: Mapping[str, Any], device: DeviceSettings) -> Finding:
     with Examination("data", remedy=_APP) as check:
         sizes = {
@@ -208,11 +204,7 @@ def _data(facts: Mapping[str, Any], device: DeviceSettings) -> Finding:
             if key.startswith("num-") and key.endswith("examples")
         }
         secret = not device.tell_classes
-        classes = (
-            "its classes stay secret (tell-classes)"
-            if secret
-            else f"classes {facts.get('classes', 'not known')}"
-        )
+        classes = _classes(facts, secret=secret)
         values = {
             key.replace("-", "_"): facts[key]
             for key in (*sizes, *(() if secret else CLASS_FACTS))
@@ -220,6 +212,14 @@ def _data(facts: Mapping[str, Any], device: DeviceSettings) -> Finding:
         }
         check.ok(f"{_sizes(sizes)}; {classes}" if sizes else "the agent does not tell", **values)
     return check.finding
+
+
+def _classes(facts: Mapping[str, Any], *, secret: bool) -> str:
+    if secret:
+        return "its classes stay secret (tell-classes)"
+    if "classes" in facts:
+        return f"classes {facts['classes']}"
+    return "its targets are no classes, or not counted at little cost"
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:

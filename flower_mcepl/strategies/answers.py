@@ -14,6 +14,12 @@ from flower_mcepl.messages.answer import from_records
 from flower_mcepl.messages.envelope import open_envelope
 from flower_mcepl.messages.limits import LIMITS
 
+# what an app says that looks for FedAvg's records in a message of this package
+_OF_FEDAVG = ("KeyError: 'arrays'", "KeyError: 'fitins.parameters'")
+_WITHOUT_MOD = (
+    "Is this a ClientApp for FedAvg? It needs mods=[neighbor_average_mod] (docs/existing-apps.md)."
+)
+
 
 def read_answer(
     node: str, content: RecordDict, known: Mapping[str, Any] | None = None
@@ -79,14 +85,20 @@ def array_record(arrays: Mapping[str, Array]) -> ArrayRecord:
 
 
 def plain_reason(reason: str | None) -> str:
-    """Text of a client's exception, without what Flower and Ray wrap around it.
+    """Class and text of a client's exception, without Flower's and Ray's wrapping.
 
-    It is cut, and its control characters are made visible.
+    The errors of this package stand alone: their text says all, the agent included. It
+    is cut, and its control characters are made visible.
     """
     text = visible((reason or "no reason given")[-LIMITS.error :], lines=True)
-    wrapped = re.fullmatch(r"<class '.*?'>:<'(.*)'>", text, re.DOTALL)
-    return (
-        (wrapped[1] if wrapped else text)
-        .rpartition("ClientAppException occurred. Message: ")[2]
-        .strip()
-    )
+    wrapped = re.fullmatch(r"<class '(.*?)'>:<'(.*)'>", text, re.DOTALL)
+    kind, text = (wrapped[1], wrapped[2]) if wrapped else ("", text)
+    trace, in_ray, text = text.rpartition("ClientAppException occurred. Message: ")
+    text = text.strip()
+    if in_ray:  # the class that counts is that of the cause, in the traceback
+        ending = f": {re.escape(text)}" if text else ""
+        raised = re.search(rf"^([\w.]+){ending}$", trace, re.MULTILINE)
+        kind = raised[1] if raised else ""
+    name = "" if kind.startswith("flower_mcepl.") else kind.rpartition(".")[2]
+    plain = ": ".join(part for part in (name, text) if part)
+    return f"{plain}. {_WITHOUT_MOD}" if plain in _OF_FEDAVG else plain

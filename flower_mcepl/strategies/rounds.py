@@ -40,6 +40,7 @@ from flower_mcepl.strategies.initial import InitialArrays
 from flower_mcepl.strategies.intake import Intake
 from flower_mcepl.strategies.launcher import announce_record, confirm_stop
 from flower_mcepl.strategies.no_arrays import CentralEvaluation, NoArrays, place_of_models
+from flower_mcepl.strategies.older_api import NotOfTheOlderApi
 from flower_mcepl.strategies.reporting import report
 from flower_mcepl.strategies.roster import Roster
 
@@ -48,7 +49,7 @@ WITHOUT_EVALUATE = "No evaluate function registered"  # what Flower says of such
 INITIAL = "initial"  # group of arrays in a checkpoint
 
 
-class ExchangeStrategy(Strategy):
+class ExchangeStrategy(NotOfTheOlderApi, Strategy):
     """Strategy that sends each agent its parcel and takes its answer.
 
     Parameters

@@ -182,7 +182,8 @@ def test_the_version_is_printed() -> None:
     assert run("--version") == f"flower-mcepl {flower_mcepl.__version__}\n"
 
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+QUICKSTART = EXAMPLES / "quickstart"
 
 
 def test_data_shows_who_would_hold_what(tmp_path: Path) -> None:
@@ -215,6 +216,23 @@ def test_data_reads_settings_from_a_file(tmp_path: Path) -> None:
     text = run("data", QUICKSTART, "--run-config", tmp_path / "two.toml")
     assert len([line for line in text.splitlines() if " / " in line]) == 3
     assert "training / test examples" in text
+
+
+def test_data_without_classes_shows_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    app = EXAMPLES / "regression"
+    lines = [line.split() for line in run("data", app).splitlines()]
+    assert lines[0] == "agent training examples test examples".split()
+    assert [row[0] for row in lines[2:]] == [str(agent) for agent in range(10)]
+    assert sum(int(row[1]) + int(row[2]) for row in lines[2:]) == 442  # scikit-learn's diabetes
+    picture = tmp_path / "who.png"
+    monkeypatch.setattr("sys.argv", ["flower-mcepl", "data", str(app), "--out", str(picture)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "tell none at little cost. Leave it out" in capsys.readouterr().err
+    assert not picture.exists()
 
 
 @pytest.mark.parametrize(

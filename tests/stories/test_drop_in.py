@@ -671,6 +671,8 @@ def test_what_metrics_are_called() -> None:
     assert read_evaluation(sklearn, accuracy=None, loss=None) == {
         "accuracy": 0.9,
         "loss": 0.3,
+        "precision": 0.1,
+        "recall": 0.2,
         "num-examples": 7,
     }
     assert (

@@ -855,7 +855,7 @@ def test_a_client_that_raises_in_the_middle(
 @pytest.mark.parametrize(
     ("raw", "plain"),
     [
-        ("<class 'KeyError'>:<''label''>", "'label'"),
+        ("<class 'KeyError'>:<''label''>", "KeyError: 'label'"),
         (
             "<class "
             "'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run()\n"
@@ -864,6 +864,24 @@ def test_a_client_that_raises_in_the_middle(
             "occurred. Message: agent 1'>",
             "agent 1",
         ),
+        (
+            "<class "
+            "'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run()\n"
+            '  File "app.py", line 3, in log_mod\n    print(reply["x"])\n'
+            "KeyError: 'x'\n\nThe above exception was the direct cause of ...\n"
+            "flwr.clientapp.client_app.ClientAppException: \nException ClientAppException "
+            "occurred. Message: 'x''>",
+            "KeyError: 'x'",
+        ),
+        (
+            "<class "
+            "'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run()\n"
+            "flower_mcepl.errors.AnswerError: agent 1: no\n\nThe above exception was ...\n"
+            "\nException ClientAppException occurred. Message: agent 1: no'>",
+            "agent 1: no",
+        ),
+        ("<class 'flower_mcepl.errors.AnswerError'>:<'agent 1: no'>", "agent 1: no"),
+        ("<class 'AssertionError'>:<''>", "AssertionError"),
         ("Node Unavailable", "Node Unavailable"),
         ("", "no reason given"),
         (None, "no reason given"),

@@ -1,0 +1,55 @@
+"""Further metrics of a user's own evaluate function, as far as a record holds them."""
+
+import math
+from collections.abc import Container, Mapping
+from functools import lru_cache
+from logging import getLogger
+from typing import Any
+
+from flower_mcepl.agents.tasks.task import TAKEN
+
+_MOST, _LONGEST = 50, 200  # metrics of one answer, characters of a name
+
+
+def further_metrics(
+    metrics: Mapping[str, Any], *, besides: Container[str | None]
+) -> dict[str, float]:
+    """Finite numbers among the metrics, but those named ``besides``.
+
+    What is left out, such as text, lists or a name that an answer has for something
+    else, is logged once in a process: an odd metric must not cost what was learned.
+    """
+    others = {name: value for name, value in metrics.items() if name not in besides}
+    fitting = {name: float(value) for name, value in others.items() if _fits(name, value)}
+    kept = dict([*fitting.items()][:_MOST])
+    if left := [name for name in others if name not in kept]:
+        _log_left_out(", ".join(str(name)[:_LONGEST] for name in left))
+    return kept
+
+
+def plain_number(value: Any) -> float | None:
+    """Float of a number, a NumPy scalar or a tensor of one element; None of others."""
+    if isinstance(value, bool | str | bytes):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
+def _fits(name: object, value: Any) -> bool:
+    number = plain_number(value)
+    if number is None:
+        return False
+    free = isinstance(name, str) and len(name) <= _LONGEST and name not in ("accuracy", *TAKEN)
+    return free and not str(name).startswith("train-") and math.isfinite(number)
+
+
+@lru_cache(maxsize=100)
+def _log_left_out(names: str) -> None:
+    getLogger("flwr").warning(
+        "the evaluate function's %s is left out of the record: it holds finite numbers, under "
+        "names that are not its own (accuracy, %s, train-...).",
+        names,
+        ", ".join(TAKEN),
+    )
