@@ -52,10 +52,8 @@ def read_evaluation(
     named = _find("loss", metrics, loss, _LOSS)
     if name is None and named is None:
         raise AnswerError(
-            f"an evaluation needs an accuracy or a loss; the app's evaluate metrics are "
-            f"{_names(metrics)}. Say which one it is: "
-            'NeighborAverageMod(accuracy="NAME"); where there is none, '
-            "NeighborAverageMod(evaluate=False)."
+            f"an evaluation needs an accuracy or a loss; the app's metrics are {_names(metrics)}. "
+            'Say which it is: NeighborAverageMod(accuracy="NAME"), or none: (evaluate=False).'
         )
     if name is not None and not 0 <= float(metrics[name]) <= 1:
         raise AnswerError(

@@ -22,9 +22,27 @@ MUCH_FROZEN = 0.1  # share of a network above which its random rest is warned of
 
 
 def shared_module(model_fn: Callable[[], nn.Module], *, seed: int) -> nn.Module:
-    """Build the network whose random weights all agents share, by the run's seed."""
+    """Build the network whose random weights all agents share, by the run's seed.
+
+    Raises
+    ------
+    ConfigError
+        If the model function returns something else than a torch module.
+    """
     with isolated_rng(seed, "weights"):
-        return model_fn()
+        module = model_fn()
+    _check_network(module)
+    return module
+
+
+def _check_network(module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            "masks lie over the weights of a torch network, and a model function returns one "
+            f"(torch.nn.Module); here came {type(module).__name__}. A model of another framework "
+            "keeps its own train and evaluate functions and gossips its arrays: "
+            "ClientApp(mods=[neighbor_average_mod]), see docs/existing-apps.md."
+        )
 
 
 class MaskedModel(nn.Module):
@@ -69,6 +87,7 @@ class MaskedModel(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
+        _check_network(module)
         self.fusion = fusion
         self.num_neighbors = 0  # of whom `neighbor_means` was heard
         self.layers = find_maskable(module)

@@ -14,10 +14,11 @@ from flower_mcepl.messages.answer import from_records
 from flower_mcepl.messages.envelope import open_envelope
 from flower_mcepl.messages.limits import LIMITS
 
-# what an app says that looks for FedAvg's records in a message of this package
-_OF_FEDAVG = ("KeyError: 'arrays'", "KeyError: 'fitins.parameters'")
+# what an app, or a mod before ours, says that looks for FedAvg's records
+_OF_FEDAVG = ("KeyError: 'arrays'", "KeyError: 'config'", "KeyError: 'fitins.parameters'")
 _WITHOUT_MOD = (
-    "Is this a ClientApp for FedAvg? It needs mods=[neighbor_average_mod] (docs/existing-apps.md)."
+    "That is a record of FedAvg's messages: the ClientApp needs mods=[neighbor_average_mod, ...], "
+    "before its other mods (docs/existing-apps.md)"
 )
 
 

@@ -2,7 +2,6 @@
 averaging in a plain loop.
 """
 
-import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -1042,7 +1041,7 @@ def test_own_functions_must_leave_a_gradient() -> None:
 
 
 def test_a_numpy_client_moves_over_as_documented() -> None:
-    (code,) = python_blocks("Apps of the older API")
+    code, _ = python_blocks("Apps of the older API")
 
     class Client:  # the two methods of flwr.client.NumPyClient that count
         def __init__(self, index: int) -> None:
@@ -1094,21 +1093,38 @@ def test_the_mods_line_in_the_docs_clips_and_adds_noise() -> None:
     assert move != pytest.approx(1.0, abs=1e-7)
 
 
-def test_the_readme_shows_exactly_what_differs_between_the_two_apps() -> None:
-    changed = []
-    for file in ("client_app.py", "server_app.py"):
+def shown_diff(page: Path) -> dict[str, list[str]]:
+    """Hunk lines by file name, of the one diff on a page."""
+    (text,) = re.findall(r"```diff\n(.*?)```", page.read_text(), re.DOTALL)
+    files = re.split(r"--- \S+\n\+\+\+ \S+/(\S+)\n", text)
+    return {name: hunks.splitlines() for name, hunks in zip(files[1::2], files[2::2], strict=True)}
+
+
+def patched(text: str, lines: Sequence[str]) -> str:
+    """Text with the hunks applied; each must fit in exactly one place."""
+    hunks = "\n".join(lines).split("\n@@")
+    for hunk in hunks:
+        body = hunk.splitlines()[1:]
         before, after = (
-            (EXAMPLE / side / f"drop_in_{side}" / file).read_text().splitlines()
-            for side in ("fedavg", "gossip")
+            "".join(f"{line[1:]}\n" for line in body if line[:1] in sides)
+            for sides in (("", " ", "-"), ("", " ", "+"))
         )
-        lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
-        changed += [line for line in lines if line[0] in "+-" and line[1:]]
-    (shown,) = re.findall(r"```diff\n(.*?)```", (EXAMPLE / "README.md").read_text(), re.DOTALL)
-    assert [line for line in shown.splitlines() if line[:1] in "+-" and line[1:]] == changed
-    own = [line for line in changed if " import " not in line]
-    assert [line[0] for line in own] == ["-", "+", "-", "+"]  # two lines; the rest are imports
-    tasks = {(EXAMPLE / side / f"drop_in_{side}" / "task.py").read_text() for side in SIDES}
-    assert len(tasks) == 1
+        assert text.count(before) == 1, hunk
+        text = text.replace(before, after)
+    return text
+
+
+@pytest.mark.parametrize("page", [EXAMPLE / "README.md", ROOT / "docs" / "existing-apps.md"])
+def test_the_diff_that_is_shown_makes_one_app_of_the_other(page: Path) -> None:
+    diff = shown_diff(page)
+    before, after = (EXAMPLE / side / f"drop_in_{side}" for side in SIDES)
+    files = {path.name for path in (*before.glob("*.py"), *after.glob("*.py"))}
+    for name in files:
+        text = (before / name).read_text()
+        if name in diff:
+            text = patched(text, diff[name])
+        assert text == (after / name).read_text(), name
+    assert set(diff) == {"client_app.py", "server_app.py"}
     settings = {
         (EXAMPLE / s / "pyproject.toml").read_text().partition("[tool.flwr.app.config]")[2]
         for s in SIDES

@@ -1,1 +1,1 @@
-"""An ordinary Flower app: digits with FedAvg."""
+"""Scikit-learn's digits on ten nodes."""

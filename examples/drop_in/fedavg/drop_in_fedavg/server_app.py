@@ -16,6 +16,7 @@ def main(grid: Grid, context: Context) -> None:
     torch.manual_seed(1)
     arrays = ArrayRecord(Net().state_dict())
     strategy = FedAvg()
-    strategy.start(
+    result = strategy.start(
         grid=grid, initial_arrays=arrays, num_rounds=context.run_config["num-server-rounds"]
     )
+    torch.save(result.arrays.to_torch_state_dict(), "final_model.pt")

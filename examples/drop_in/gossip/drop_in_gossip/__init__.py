@@ -1,1 +1,1 @@
-"""The same Flower app, gossiping: digits without a server's model."""
+"""Scikit-learn's digits on ten nodes."""
