@@ -55,7 +55,8 @@ class NeighborAverageMod:
         accuracy.
     accuracy, loss : str, optional
         Names of these in the app's evaluate metrics; by default a known name is looked
-        for (`read_evaluation`).
+        for (`read_evaluation`). Other evaluate metrics that are finite numbers go into
+        the record under their own names.
 
     Notes
     -----

@@ -5,12 +5,14 @@ evaluated is the masked network.
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from flower_mcepl import AgentData, ConfigError, MceplAgent, MceplConfig, shared_module
 from flower_mcepl.agents import OwnLoopAgent
+from flower_mcepl.agents.parts.own_metrics import _log_left_out
 from tests.fleet.agents import SEED, make_agent, small_net, split
 
 CONFIG = MceplConfig(batch_size=24, weight_decay=0.0, score_lr=1.0, finetune_lr=1.0)
@@ -120,3 +122,42 @@ def test_the_record_says_which_parameters_have_no_effect() -> None:
     assert set(parameters["without_effect"]) < set(parameters)
     assert "finetune_lr" not in parameters["without_effect"]
     assert "without_effect" not in built_in().parameters()
+
+
+def test_numbers_of_any_kind_are_kept_and_text_is_named_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _log_left_out.cache_clear()
+    metrics = {
+        "loss": torch.tensor(0.5),
+        "accuracy": np.float32(0.25),
+        "num-examples": np.int64(3),
+        "f1": torch.tensor([0.75]),
+        "per-class": [0.1, 0.2],
+        "note": "text",
+        "seconds": 3.0,
+        "sure": True,
+        "spread": float("inf"),
+    }
+    agent = own_loop(evaluate_fn=lambda model: metrics)
+    for _ in range(2):
+        found = agent.evaluate()
+        density = found.pop("density")
+        assert 0 < density < 1
+        assert found == {"loss": 0.5, "accuracy": 0.25, "num-examples": 3, "f1": 0.75}
+        assert {type(value) for value in found.values()} == {float, int}
+    (line,) = caplog.messages
+    assert "evaluate function's per-class, note, seconds, sure, spread is left out" in line
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"loss": "low", "num-examples": 3}, "loss is missing from loss, num-examples, or no"),
+        ({"loss": 1.0, "num-examples": 3, "accuracy": "high"}, "fraction in 0..1.*'high'"),
+        ({"loss": 1.0, "num-examples": 3, "accuracy": 87.5}, "fraction in 0..1.*87.5"),
+    ],
+)
+def test_what_must_be_a_number_is_one(metrics: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        own_loop(evaluate_fn=lambda model: metrics).evaluate()

@@ -16,7 +16,9 @@ from flwr.server.server import Server
 
 from flower_mcepl import ConfigError, RosterError, Topology, read_run, shared_module
 from flower_mcepl.agents.parts.own_metrics import _log_left_out
+from flower_mcepl.cli.data import data
 from flower_mcepl.clients import neighbor_average_mod
+from flower_mcepl.doctor.app_run import examine_run
 from flower_mcepl.record.reading import Run
 from flower_mcepl.strategies import GossipStrategy
 from tests.fleet.grid import InProcessGrid
@@ -206,6 +208,44 @@ def test_a_model_of_another_framework_is_refused_where_masks_are_needed() -> Non
 
     with pytest.raises(ConfigError, match=r"torch network.*here came KerasModel\..*\[neighbor_av"):
         shared_module(KerasModel, seed=1)  # type: ignore[arg-type]
+
+
+# --- before a run ---
+
+OLDER_CLIENT_APP = "from flwr.clientapp import ClientApp as A\nclient = A(lambda context: None)\n"
+CLIENTS = {  # text of the app, status and a word of what doctor and data call it
+    "turned": (turned(source("quickstart_jax")), "ok", "averaging by neighbor_average_mod"),
+    "plain": (source("quickstart_jax"), "warning", "without neighbor_average_mod"),
+    "older": (OLDER_CLIENT_APP, "warning", "older API (client_fn)"),
+}
+
+
+def write_app(folder: Path, kind: str) -> Path:
+    app, package = folder / kind, f"existing_{kind}_probe"
+    (app / package).mkdir(parents=True)
+    (app / package / "__init__.py").write_text(CLIENTS[kind][0])
+    (app / "pyproject.toml").write_text(
+        f"[project]\nname = '{kind}'\nversion = '1.0.0'\n"
+        "[tool.flwr.app]\npublisher = 'us'\n[tool.flwr.app.components]\n"
+        f"serverapp = '{package}:server'\nclientapp = '{package}:client'\n"
+        "[tool.flwr.app.config]\nlr = 0.5\n"
+    )
+    return app
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_doctor_and_data_say_what_an_app_of_its_own_is(kind: str, tmp_path: Path) -> None:
+    app, (_, status, words) = write_app(tmp_path, kind), CLIENTS[kind]
+    client, node = examine_run(app, {"lr": 0.25}, {"partition-id": 4}, alone=True)
+    # no graph, no rounds: nobody has said them
+    assert (client.check, client.status, node.found) == ("client-app", status, "agent 4")
+    assert words in client.found
+    with pytest.raises(ConfigError, match=rf"{re.escape(words)}: its data are not known before"):
+        data(app)
+    (wrong,) = examine_run(app, {"Lr": 1}, {"partition-id": 0}, alone=True)
+    assert "Known keys: lr" in wrong.found
+    *_, nobody = examine_run(app, {}, {}, alone=True)
+    assert (nobody.status, "counts from 0; got None" in nobody.found) == ("failed", True)
 
 
 # --- the older API ---
