@@ -132,8 +132,9 @@ def test_numbers_of_any_kind_are_kept_and_text_is_named_once(
         "loss": torch.tensor(0.5),
         "accuracy": np.float32(0.25),
         "num-examples": np.int64(3),
-        "f1": torch.tensor([0.75]),
+        "f1": torch.tensor(0.75),
         "per-class": [0.1, 0.2],
+        "one": np.array([0.5]),
         "note": "text",
         "seconds": 3.0,
         "sure": True,
@@ -147,7 +148,7 @@ def test_numbers_of_any_kind_are_kept_and_text_is_named_once(
         assert found == {"loss": 0.5, "accuracy": 0.25, "num-examples": 3, "f1": 0.75}
         assert {type(value) for value in found.values()} == {float, int}
     (line,) = caplog.messages
-    assert "evaluate function's per-class, note, seconds, sure, spread is left out" in line
+    assert "evaluate function's per-class, one, note, seconds, sure, spread is left out" in line
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from functools import lru_cache
 from logging import getLogger
 from typing import Any
 
+import numpy as np
+
 from flower_mcepl.agents.tasks.task import TAKEN
 
 _MOST, _LONGEST = 50, 200  # metrics of one answer, characters of a name
@@ -20,29 +22,27 @@ def further_metrics(
     else, is logged once in a process: an odd metric must not cost what was learned.
     """
     others = {name: value for name, value in metrics.items() if name not in besides}
-    fitting = {name: float(value) for name, value in others.items() if _fits(name, value)}
-    kept = dict([*fitting.items()][:_MOST])
-    if left := [name for name in others if name not in kept]:
+    fitting = [name for name, value in others.items() if _fits(name, value)][:_MOST]
+    if left := [name for name in others if name not in fitting]:
         _log_left_out(", ".join(str(name)[:_LONGEST] for name in left))
-    return kept
+    return {name: float(others[name]) for name in fitting}
 
 
 def plain_number(value: Any) -> float | None:
-    """Float of a number, a NumPy scalar or a tensor of one element; None of others."""
-    if isinstance(value, bool | str | bytes):
+    """Float of a number, a NumPy scalar or a tensor without dimensions; else None."""
+    if isinstance(value, bool | np.bool_ | str | bytes):
         return None
     try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None if np.ndim(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
 def _fits(name: object, value: Any) -> bool:
     number = plain_number(value)
-    if number is None:
-        return False
     free = isinstance(name, str) and len(name) <= _LONGEST and name not in ("accuracy", *TAKEN)
-    return free and not str(name).startswith("train-") and math.isfinite(number)
+    fits = free and not str(name).startswith("train-")
+    return fits and number is not None and math.isfinite(number)
 
 
 @lru_cache(maxsize=100)
