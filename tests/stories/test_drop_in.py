@@ -895,13 +895,13 @@ def test_a_pytorch_app_with_batch_norm() -> None:
     def train(msg: Message, context: Context) -> Message:
         model = net()
         model.load_state_dict(msg.content["arrays"].to_torch_state_dict(), strict=True)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         x, y = batch(context)
         for _ in range(1 + context.node_config["partition-id"]):
-            optimizer.zero_grad()
+            model.zero_grad()
             loss = nn.functional.cross_entropy(model(x), y)
             loss.backward()
-            optimizer.step()
+            for parameter in model.parameters():  # the first of torch's optimizers takes seconds
+                parameter.data.sub_(parameter.grad, alpha=0.5)
         metrics = MetricRecord({"train_loss": loss.item(), "num-examples": len(x)})
         return Message(
             RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}),
