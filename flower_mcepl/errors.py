@@ -128,13 +128,15 @@ def visible(text: str, *, lines: bool = False) -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(
-        char
-        if (unicodedata.category(char)[0] != "C" and char not in "\u2028\u2029")
-        or (lines and char in "\n\t")
-        else char.encode("unicode_escape").decode()
-        for char in text
-    )
+
+    def spelled(char: str) -> str:
+        kind = unicodedata.category(char)
+        controls = kind.startswith("C") or kind in ("Zl", "Zp")
+        if not controls or (lines and char in "\n\t"):
+            return char
+        return char.encode("unicode_escape").decode()
+
+    return "".join(map(spelled, text))
 
 
 def first_line(reason: str, *, most: int = 200) -> str:

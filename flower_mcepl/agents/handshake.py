@@ -23,6 +23,11 @@ def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:
     return {**facts, PARAMETERS: agent.parameters()}
 
 
+def common_ground(facts: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Facts of a handshake in which all agents must agree, in an order."""
+    return tuple(repr(facts.get(key)) for key, _, _ in _MUST_AGREE)
+
+
 def check_common_ground(
     mine: str, my_facts: Mapping[str, Any], other: str, other_facts: Mapping[str, Any]
 ) -> None:
@@ -43,13 +48,15 @@ def check_common_ground(
     both = f"{mine} and {other}"
     for key, what, way_out in _MUST_AGREE:
         one, two = my_facts.get(key), other_facts.get(key)
-        if one != two and not (key == "task" and None in (one, two)):  # a server has none
+        if one != two and not (key in _OF_TASKS and None in (one, two)):  # a server has none
             raise FingerprintError(f"{both} have different {what}: {one} and {two}. {way_out}")
 
 
+_OF_TASKS = ("task", "main-metric")
 _MUST_AGREE = (
     ("algorithm", "algorithms", "Run the same algorithm on all devices."),
     ("task", "tasks", "Set the same task on all devices."),
+    ("main-metric", "main metrics", "Use the same task, with the same main, on all devices."),
     (
         "num-weights",
         "models (numbers of maskable weights)",

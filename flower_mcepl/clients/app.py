@@ -26,7 +26,7 @@ from flower_mcepl.clients.device import (
 )
 from flower_mcepl.clients.guard import answer_to, check_mods
 from flower_mcepl.clients.kept import KeptAgents, size_of
-from flower_mcepl.clients.memory import Memory, in_simulation, open_memory
+from flower_mcepl.clients.memory import Memory, open_memory
 from flower_mcepl.errors import FlowerMceplError, FrameError, names_agent
 from flower_mcepl.exchange.parcels import Answer, Parcel
 from flower_mcepl.exchange.turn import open_mail, play_round, refusal
@@ -38,6 +38,7 @@ from flower_mcepl.messages.limits import LIMITS
 from flower_mcepl.messages.order import Order
 from flower_mcepl.runs.best import BestState
 from flower_mcepl.runs.generation import Generation
+from flower_mcepl.runs.simulated import in_simulation
 from flower_mcepl.streams import torch_threads
 
 ModelFn = Callable[[Context], nn.Module]
@@ -243,9 +244,7 @@ def _play(
     used = _agents.take(place)
     agent = used if used is not None and past is not None else app.agent_fn(context)
     keeper = BestState() if order.keep_best else None
-    mail = open_mail(
-        agent, max_staleness=order.max_staleness, run=order.run, keeper=keeper
-    )
+    mail = open_mail(agent, max_staleness=order.max_staleness, run=order.run, keeper=keeper)
     parcel, damaged = _opened(order.parcel)
     if past is None:  # nothing has been learned yet that could be evaluated
         parcel = replace(parcel, evaluate=False)

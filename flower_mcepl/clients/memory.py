@@ -1,7 +1,6 @@
 """Memory of an agent between two messages: the device's disk, or Flower's Context."""
 
 import contextlib
-import sys
 from collections.abc import Collection, Iterator
 from logging import getLogger
 from pathlib import Path
@@ -12,6 +11,7 @@ from flwr.app import Array, ArrayRecord, Context
 from flower_mcepl.messages.order import Order
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.settings import DeviceSettings
+from flower_mcepl.runs.simulated import in_simulation
 from flower_mcepl.runs.store import StateStore, device_store, forget_runs
 
 STATE = "mcepl-state"  # the record in Context.state
@@ -159,9 +159,3 @@ def open_memory(
                 keep_runs=settings.state_runs,
                 checkpoints=order.checkpoints,
             )
-
-
-def in_simulation() -> bool:
-    """Whether this process is a worker of Flower's Ray simulation, and no device."""
-    ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from flower_mcepl.errors import AnswerError
 from flower_mcepl.exchange.ledger import Shipment
+from flower_mcepl.wire.layout import most_bytes
 
 FrameT = TypeVar("FrameT")
 
@@ -71,6 +73,17 @@ def shipments(posts: Sequence[Posted[Any]], facts: Mapping[str, Any]) -> list[Sh
     return [
         Shipment(post.num_bytes, post.header_bytes, post.is_key, weights, kept) for post in posts
     ]
+
+
+def check_sizes(posts: Sequence[Posted[Any]], facts: Mapping[str, Any]) -> None:
+    """Raise AnswerError if a frame is larger than its sender's network allows."""
+    most = most_bytes(int(facts.get("num-weights", 0)))
+    for post in posts:
+        if post.num_bytes > most:
+            raise AnswerError(
+                f"a frame of this network has at most {most} bytes; agent {facts['agent']} sent "
+                f"one of {post.num_bytes}. Look at its device."
+            )
 
 
 def post_facts(post: Posted[Any]) -> list[Any]:

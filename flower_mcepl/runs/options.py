@@ -57,6 +57,14 @@ class RoundOptions:
     checkpoint_every : int (default: 25)
         Rounds between checkpoints in the run record, from which a run that broke off is
         resumed; 0 writes none.
+    agents : str (default: "")
+        File of lines with an agent's number and the public key of its SuperNode: no
+        other node is let in as that agent, and no other agent at all. Without it a
+        number belongs to the node that is the first to bear it, for the whole run.
+    takeover : bool (default: False)
+        Let another node be an agent whose node is not online: for SuperNodes without a
+        key file, which come back as another node. Anybody in the fleet could then pose
+        as a device that is offline.
     resume : str or Path, optional
         The run record of a run that broke off: go on from its last checkpoint, in the
         same record.
@@ -77,6 +85,8 @@ class RoundOptions:
     patience: int = 0
     keep_frames: bool = field(default=False, metadata=FREE)
     checkpoint_every: int = field(default=25, metadata=FREE)
+    agents: str = field(default="", metadata=FREE)
+    takeover: bool = field(default=False, metadata=FREE)
     resume: str | Path | None = field(default=None, metadata=FREE)
 
     def __post_init__(self) -> None:
@@ -109,4 +119,6 @@ class RoundKeywords(TypedDict, total=False):
     patience: int
     keep_frames: bool
     checkpoint_every: int
+    agents: str
+    takeover: bool
     resume: str | Path | None

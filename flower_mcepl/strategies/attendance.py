@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from flower_mcepl.errors import LostWorkerError, RosterError, first_line, same_reason
 from flower_mcepl.messages.identity import question, read_identity
+from flower_mcepl.runs.simulated import in_simulation
 from flower_mcepl.strategies.launcher import heed_stop_request
 from flower_mcepl.strategies.roster import Roster
 
@@ -21,7 +22,7 @@ SAME_ROUNDS, SAME_AGENTS = 3, 2  # so many rounds in which so many fail for one 
 # Code 0 is none that an app's own exception gets.
 _LOST_WORKER = re.compile(r"error 0: .*\b(actor|worker)\b.*\b(died|dead|crashed)", re.I | re.S)
 ASK_TIMEOUT = 60.0  # seconds for a node to say who it is, where only an error message needs it
-RUNNING, LATE, GONE, FAILED = "running", "late", "gone", "failed"
+RUNNING, LATE, GONE, FAILED, QUARANTINED = "running", "late", "gone", "failed", "quarantined"
 # what says that nothing came of a message, not why: `min_agents` is the rule for that
 _ABSENT = re.compile(r"error [345]:|no answer to the message")
 
@@ -70,8 +71,29 @@ class Attendance:
                     raise self._toofew(grid, nodes)
                 break
             time.sleep(0.2)
-        self.online = nodes
+        self._look(grid, nodes)
         return nodes
+
+    def newcomers(self, grid: Grid, *, until: float) -> list[int]:
+        """Nodes that come for an agent that is missing in the first round.
+
+        Empty when ``until`` (monotonic seconds) is over, and at once in a simulation,
+        to which none can come.
+        """
+        while not in_simulation() and time.monotonic() < until:
+            heed_stop_request()
+            nodes = sorted(grid.get_node_ids())
+            if new := sorted(set(nodes) - set(self.online)):
+                self._look(grid, nodes)
+                return new
+            time.sleep(0.2)
+        return []
+
+    def _look(self, grid: Grid, nodes: list[int]) -> None:
+        """Note who is online, and the keys of those that are new."""
+        self.online = nodes
+        if not self.roster.identities.knows(nodes):
+            self.roster.identities.look(grid.get_nodes())
 
     def identify(self, grid: Grid, *, timeout: float) -> None:
         """Ask the nodes who they are, before a run goes on from a checkpoint.
@@ -79,22 +101,35 @@ class Attendance:
         What each gets depends on it. They have ``timeout`` seconds, as for a round:
         these are their first messages, and processes start.
 
+        A node that cannot be the agent that it says it is is left out. For the right
+        ones the run waits as it does for nodes.
+
         Raises
         ------
         RosterError
-            If two say that they are the same agent, or too few agents are there.
+            If too few agents are there; it names who was left out, and why.
         """
-        agents = self._ask(grid, self.online, timeout=timeout)
-        for node, agent in sorted(agents.items()):
-            self.roster.expect(node, agent)
-        if len(set(agents.values())) < self.at_first:
-            raise RosterError(
-                f"{self.at_first} agents must be there for the run to go on, but of "
-                f"{len(self.online)} nodes {len(agents)} said within {timeout:g} s which agent "
-                f"they are; missing agents: {self._absent(agents.values())}. Look at the logs of "
-                "their nodes, or let the run go on with fewer (min_agents, run-config key "
-                "min-agents)."
-            )
+        until = time.monotonic() + timeout + self.wait_timeout
+        here, refused = set[int](), dict[str, str]()
+        nodes = self.online
+        while nodes:
+            for node, agent in sorted(self._ask(grid, nodes, timeout=timeout).items()):
+                try:
+                    self.roster.expect(node, agent)
+                    here.add(agent)
+                except RosterError as error:
+                    refused[f"node {node}"] = str(error)
+                    logger.log(WARNING, "%s", error)
+            if len(here) >= self.at_first:
+                return
+            nodes = self.newcomers(grid, until=until)
+        raise RosterError(
+            f"{self.at_first} agents must be there for the run to go on, but of "
+            f"{len(self.online)} nodes {len(here)} said within {timeout:g} s which agent "
+            f"they are; missing agents: {self._absent(here)}. {_listed(refused)}. Look at the "
+            "logs of their nodes, or let the run go on with fewer (min_agents, run-config key "
+            "min-agents)."
+        )
 
     def check(
         self,
@@ -137,9 +172,10 @@ class Attendance:
         self._check_reasons(round, failed)
 
     def gone(self) -> list[int]:
-        """Agents that no node that is online played, as of the last round."""
+        """Agents in quarantine or without a node online, as of the last round."""
         numbers = range(self.roster.num_agents)
-        return [agent for agent in numbers if self._states.get(f"agent {agent}") == GONE]
+        out = (GONE, QUARANTINED)
+        return [agent for agent in numbers if self._states.get(f"agent {agent}") in out]
 
     def _check_workers(self, round: int, failed: Mapping[str, str]) -> None:
         lost = {name: why for name, why in failed.items() if _LOST_WORKER.search(why)}
@@ -170,16 +206,21 @@ class Attendance:
         answered: Collection[int],
         failed: Mapping[str, str],
         busy: Collection[int],
+        barred: Collection[int] = (),
     ) -> dict[str, str]:
         """States of agents and nodes that changed since the last round; log them.
 
         An agent is ``late`` if its node owes an answer (also where an earlier one has
-        just come), ``running`` if it answered, ``failed`` with the reason, or ``gone``:
-        no node that is online plays it.
+        just come), ``running`` if it answered, ``quarantined`` if its node is among the
+        ``barred``, ``failed`` with the reason, or ``gone``: no node that is online
+        plays it.
         """
         states = {
-            f"agent {agent}": self._state(agent, answered, busy)
+            f"agent {agent}": self._state(agent, answered, busy, barred)
             for agent in range(self.roster.num_agents)
+        }
+        states |= {
+            f"node {node}": QUARANTINED for node in barred if self.roster.agent_of(node) is None
         }
         states |= {
             f"node {node}": LATE for node in sorted(busy) if self.roster.agent_of(node) is None
@@ -201,8 +242,16 @@ class Attendance:
         self._states = states
         return changes
 
-    def _state(self, agent: int, answered: Collection[int], busy: Collection[int]) -> str:
+    def _state(
+        self,
+        agent: int,
+        answered: Collection[int],
+        busy: Collection[int],
+        barred: Collection[int],
+    ) -> str:
         node = self.roster.node_of.get(agent)
+        if node in barred:
+            return QUARANTINED
         if node in busy:
             return LATE
         if agent in answered:

@@ -14,12 +14,15 @@ from flower_mcepl.errors import (
     first_line,
     same_reason,
 )
-from flower_mcepl.exchange.parcels import Answer
+from flower_mcepl.exchange.parcels import Answer, check_sizes
 from flower_mcepl.strategies.answers import plain_reason, read_answer
 from flower_mcepl.strategies.attendance import Attendance, few
 from flower_mcepl.strategies.waiting import Sent
 
 logger = getLogger("flwr")
+# Answers that are none of an agent, one after the other, after which a node gets no
+# message for so many rounds.
+BAD_ANSWERS, QUARANTINE = 3, 10
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,14 @@ class Replies:
 
     answers: dict[int, Answer[Array]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+
+    def merged(self, later: "Replies") -> "Replies":
+        """These and later ones of the same round; who answered has not failed."""
+        answers = {**self.answers, **later.answers}
+        failed = {**self.failed, **later.failed}
+        for agent in answers:
+            failed.pop(f"agent {agent}", None)
+        return Replies(answers, failed)
 
 
 @final
@@ -50,6 +61,8 @@ class Intake:
         self._check_agent = check_agent
         # nodes that were turned away; they may try again when a node has left
         self.refused: set[int] = set()
+        self._bad: dict[int, int] = {}  # node -> bad answers since its last good one
+        self._barred: dict[int, int] = {}  # node -> first round of which it gets a message again
         self._logged: dict[str, str] = {}  # reasons of the last round, by name
 
     def take(
@@ -58,7 +71,6 @@ class Intake:
         expired: Iterable[Sent],
         *,
         round: int,
-        first: bool,
     ) -> Replies:
         """Read the replies that came in ``round``.
 
@@ -70,26 +82,28 @@ class Intake:
             Messages that nobody can answer any more.
         round : int
             The present round.
-        first : bool
-            It is the run's first one: a node that does not fit ends it.
-
-        Raises
-        ------
-        RosterError, FingerprintError
-            If in the first round a node does not fit the graph or the others.
         """
         taken = Replies()
+        came: list[tuple[int, int, Answer[Array]]] = []
         for of_round, node, reply in sorted(replies, key=lambda entry: entry[:2]):
             try:
-                agent, answer = self._read(node, reply, round=of_round)
+                came.append((of_round, node, self._read(node, reply)))
             except AnswerError as error:
                 taken.failed[self._name(node)] = str(error)
+                if not reply.has_error():  # a node that says that it failed is no hostile one
+                    self._count_bad(node, round)
+        self._roster.found({node: answer.facts for _, node, answer in came})
+        for of_round, node, answer in came:
+            try:
+                agent = self._admit(node, answer, round=of_round)
+            except AnswerError as error:
+                taken.failed[self._name(node)] = str(error)
+                self._count_bad(node, round)
             except (RosterError, FingerprintError) as error:
-                if first:
-                    raise
                 self.refused.add(node)
                 taken.failed[f"node {node}"] = str(error)
             else:
+                self._bad.pop(node, None)
                 late_of = None if of_round == round else of_round
                 taken.answers[agent] = replace(answer, late_of=late_of)
         for sent in expired:
@@ -113,16 +127,40 @@ class Intake:
             text = first_line(failed[names[0]])
             logger.log(WARNING, "round %d: %s failed. %s", round, few(names), text)
 
-    def _read(self, node: int, reply: Message, *, round: int) -> tuple[int, Answer[Array]]:
+    def quarantined(self, round: int) -> set[int]:
+        """Nodes that get no message of ``round``, for what they answered of late."""
+        return {node for node, until in self._barred.items() if round < until}
+
+    def _count_bad(self, node: int, round: int) -> None:
+        """Count an answer that is none; after some in a row, quarantine."""
+        self._bad[node] = self._bad.get(node, 0) + 1
+        if self._bad[node] < BAD_ANSWERS:
+            return
+        self._bad[node] = BAD_ANSWERS - 1  # one more, and it is so again
+        self._barred[node] = round + 1 + QUARANTINE
+        logger.log(
+            WARNING,
+            "round %d: %s gave %d bad answers in a row and is in quarantine up to round %d",
+            round,
+            self._name(node),
+            BAD_ANSWERS,
+            round + QUARANTINE,
+        )
+
+    def _read(self, node: int, reply: Message) -> Answer[Array]:
         if reply.has_error():
             self._roster.doubt([node])
             reason = plain_reason(reply.error.reason)
             raise AnswerError(f"error {reply.error.code}: {reason}")
         played = self._roster.agent_of(node)
         known = {} if played is None else self._roster.facts(played)
-        agent, answer = read_answer(self._name(node), reply.content, known)
-        self._roster.admit(node, answer.facts, online=self._attendance.online)
+        return read_answer(self._name(node), reply.content, known)[1]
+
+    def _admit(self, node: int, answer: Answer[Array], *, round: int) -> int:
+        """Agent that the node is, as which its answer counts."""
+        agent = self._roster.admit(node, answer.facts, online=self._attendance.online)
         self._check_agent(agent, answer.facts)
+        check_sizes(answer.posts, answer.facts)
         if answer.fresh and round > 1:
             logger.log(
                 WARNING,
@@ -130,7 +168,7 @@ class Intake:
                 round,
                 agent,
             )
-        return agent, answer
+        return agent
 
     def _name(self, node: int) -> str:
         agent = self._roster.agent_of(node)

@@ -1,25 +1,28 @@
 """Roster: which Flower node is which agent."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from flower_mcepl.agents.handshake import check_common_ground
+from flower_mcepl.agents.handshake import check_common_ground, common_ground
 from flower_mcepl.errors import RosterError
+from flower_mcepl.strategies.identities import Identities
 
 
 class Roster:
     """Agents of the graph by Flower's node ids, which change with every restart.
 
-    Every answer carries a handshake; `admit` checks it. The first agent admitted sets
-    the fingerprint of the shared weights for all.
+    Every answer carries a handshake; `admit` checks it: against the others, who must
+    have the shared weights in common, and against what is known of the agent's node.
     """
 
-    def __init__(self, num_agents: int) -> None:
+    def __init__(self, num_agents: int, identities: Identities | None = None) -> None:
         self.num_agents = num_agents
+        self.identities = identities or Identities()
         self.node_of: dict[int, int] = {}  # agent -> node id
         self._agent_of: dict[int, int] = {}  # node id -> agent, former nodes included
         self._facts: dict[int, Mapping[str, Any]] = {}  # handshake of each agent
-        # node and handshake of the first agent
+        # node and handshake of an agent with what all must have in common
         self._founder: tuple[int, Mapping[str, Any]] | None = None
         self._met: set[int] = set()  # nodes whose handshake was checked, unless in doubt
 
@@ -42,10 +45,12 @@ class Roster:
         return {
             "facts": {agent: dict(facts) for agent, facts in self._facts.items()},
             "founder": founder,
+            "keys": self.identities.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Know the agents as in `state`; which nodes they are must be learned anew."""
+        self.identities.restore(state.get("keys", {}))
         self._facts = {int(agent): facts for agent, facts in state["facts"].items()}
         self._founder = (
             None if state["founder"] is None else (state["founder"][0], state["founder"][1])
@@ -57,12 +62,30 @@ class Roster:
         Raises
         ------
         RosterError
-            If the graph has no such agent, or another node says the same.
+            If the graph has no such agent, or it is another node.
         """
         if agent not in self._facts and 0 <= agent < self.num_agents:
             return  # it joins now: nothing is known that it could go on from
         self._check_place(node, agent, online={node, *self.node_of.values()})
-        self.node_of[agent], self._agent_of[node] = node, agent
+        self._seat(node, agent)
+
+    def found(self, handshakes: Mapping[int, Mapping[str, Any]]) -> None:
+        """Let most of the nodes say what all agents have in common.
+
+        Parameters
+        ----------
+        handshakes : mapping
+            Of the first nodes to answer, by node. Of equally many the lowest agent's
+            count. Once the common ground is found it stays.
+        """
+        if self._founder is not None or not handshakes:
+            return
+        counts = Counter(map(common_ground, handshakes.values()))
+        most = max(counts.values())
+        self._founder = min(
+            (entry for entry in handshakes.items() if counts[common_ground(entry[1])] == most),
+            key=lambda entry: int(entry[1]["agent"]),
+        )
 
     def absent(self, here: Collection[int]) -> list[int]:
         """Agents of the graph that are not among those ``here``."""
@@ -75,14 +98,11 @@ class Roster:
     def admit(self, node: int, facts: Mapping[str, Any], *, online: Iterable[int]) -> int:
         """Take the node in as the agent that its handshake names; return that agent.
 
-        A node may take over an agent whose former node is no longer online (a SuperNode
-        that restarted without a key of its own comes back under a new id).
-
         Raises
         ------
         RosterError
-            If the graph has no such agent, another node that is online plays it, or
-            this node plays another.
+            If the graph has no such agent, it is another node (`Identities`), or this
+            node plays another.
         FingerprintError
             If its model, frozen weights or first mask are not those of the agents
             already here.
@@ -95,8 +115,8 @@ class Roster:
                 f"node {node} is agent {played} and now says it is agent {agent}. A node plays "
                 "one agent: restart its SuperNode with one partition-id."
             )
-        if self._founder is None:
-            self._founder = node, facts
+        self.found({node: facts})
+        assert self._founder is not None
         first_node, first_facts = self._founder
         check_common_ground(
             f"agent {agent} (node {node})",
@@ -104,8 +124,7 @@ class Roster:
             f"agent {first_facts['agent']} (node {first_node})",
             first_facts,
         )
-        self.node_of[agent] = node
-        self._agent_of[node] = agent
+        self._seat(node, agent)
         self._facts[agent] = facts
         self._met.add(node)
         return agent
@@ -118,9 +137,8 @@ class Roster:
                 "(num-supernodes = num-agents), with partition-id from 0 upwards, or use a larger "
                 "graph."
             )
-        holder = self.node_of.get(agent)
-        if holder is not None and holder != node and holder in set(online):
-            raise RosterError(
-                f"nodes {holder} and {node} both say they are agent {agent}. "
-                "Give each SuperNode a partition-id of its own in --node-config."
-            )
+        self.identities.check(node, agent, online=set(online))
+
+    def _seat(self, node: int, agent: int) -> None:
+        self.node_of[agent], self._agent_of[node] = node, agent
+        self.identities.bind(node, agent)

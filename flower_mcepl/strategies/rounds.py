@@ -6,7 +6,9 @@ waiting (`dispatch`, `waiting`), reading replies (`intake`, `answers`).
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from logging import INFO, getLogger
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,9 @@ from flower_mcepl.runs.settings import RunSettings
 from flower_mcepl.strategies.answers import array_record
 from flower_mcepl.strategies.attendance import Attendance
 from flower_mcepl.strategies.dispatch import Dispatch
+from flower_mcepl.strategies.identities import Identities, read_agent_keys
 from flower_mcepl.strategies.initial import InitialArrays
-from flower_mcepl.strategies.intake import Intake
+from flower_mcepl.strategies.intake import Intake, Replies
 from flower_mcepl.strategies.launcher import announce_record, confirm_stop
 from flower_mcepl.strategies.no_arrays import CentralEvaluation, NoArrays, place_of_models
 from flower_mcepl.strategies.older_api import NotOfTheOlderApi
@@ -77,7 +80,8 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             raise ConfigError(f"min_agents must be in 0..{num_agents}; got {options.min_agents}.")
         self.record_root, self.name = record, name
         self.config = dict(config or {})
-        self.roster = Roster(num_agents)
+        keys = read_agent_keys(options.agents) if options.agents else None
+        self.roster = Roster(num_agents, Identities(keys, takeover=options.takeover))
         self.attendance = Attendance(
             self.roster,
             min_agents=options.min_agents,
@@ -241,7 +245,11 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             self.attendance.identify(grid, timeout=self._timeout)
         for round in self.book.rounds():
             messages = self.configure_train(round, arrays, train_config, grid)
-            self.aggregate_train(round, self._play(grid, messages, round))
+            replies = self._play(grid, messages, round)
+            if round == first:
+                self._take_in(round, replies, partial(self._newcomers, grid, train_config))
+            else:
+                self.aggregate_train(round, replies)
             if self.book.due(round):
                 self.book.keep(round, self._own_state())
             if round < self.monitor.num_rounds:
@@ -253,6 +261,14 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         self.aggregate_evaluate(num_rounds, replies)
         look(num_rounds)
         return result
+
+    def _newcomers(self, grid: Grid, config: ConfigRecord, until: float) -> list[Message]:
+        """Replies of nodes that come in the first round while some are missing."""
+        if not self._intake.refused:
+            return []  # nobody took a place that was another's
+        round = self.book.first
+        nodes = self.attendance.newcomers(grid, until=until)
+        return self._play(grid, self._train_messages(nodes, round, config), round) if nodes else []
 
     def _own_state(self) -> Bundle:
         """State of this side: who is who, and the initial arrays."""
@@ -291,15 +307,19 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             self.roster.doubt(left)
         self._dispatch.lose(online)
         unwanted = self._intake.refused | self._dispatch.busy()
+        unwanted |= self._intake.quarantined(server_round)
+        return self._train_messages([n for n in online if n not in unwanted], server_round, config)
+
+    def _train_messages(
+        self, nodes: Iterable[int], round: int, config: ConfigRecord
+    ) -> list[Message]:
         messages = []
-        for node in online:
-            if node in unwanted:
-                continue
+        for node in nodes:
             agent = self.roster.agent_of(node)
             parcel = (
-                Parcel[Array](server_round, None)
+                Parcel[Array](round, None)
                 if agent is None
-                else self.exchange.parcel(agent, round=server_round)
+                else self.exchange.parcel(agent, round=round)
             )
             messages.append(self._message(node, parcel, config, MessageType.TRAIN))
         return messages
@@ -320,6 +340,7 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         self.attendance.online = sorted(grid.get_node_ids())
         self._dispatch.lose(self.attendance.online)
         reachable = set(self.attendance.online) - self._dispatch.busy()
+        reachable -= self._intake.quarantined(server_round + 1)
         messages = []
         for agent, node in sorted(self.roster.node_of.items()):
             if node in reachable:
@@ -394,14 +415,24 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             ttl=self._dispatch.time_to_live(evaluating=self._evaluates(parcel.round)),
         )
 
-    def _take_in(self, round: int, replies: Iterable[Message]) -> None:
+    def _read(self, round: int, replies: Iterable[Message]) -> Replies:
         origins = [(*self._dispatch.origin(reply, round), reply) for reply in replies]
         if self._initial is not None:
             for _, node, reply in origins:
                 self._initial.note(node, sound=not reply.has_error())
+        return self._intake.take(origins, self._dispatch.expire(), round=round)
+
+    def _take_in(
+        self,
+        round: int,
+        replies: Iterable[Message],
+        newcomers: Callable[[float], list[Message]] = lambda until: [],
+    ) -> None:
         first = round == self.book.first
-        expired = self._dispatch.expire()
-        taken = self._intake.take(origins, expired, round=round, first=first)
+        taken = self._read(round, replies)
+        until = time.monotonic() + self.attendance.wait_timeout
+        while len(taken.answers) < self.attendance.at_first and (more := newcomers(until)):
+            taken = taken.merged(self._read(round, more))
         answers, failed = taken.answers, taken.failed
         busy = self._dispatch.busy()
         closing = round > self.monitor.num_rounds
@@ -410,7 +441,8 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         prompt = [agent for agent in answers if self.roster.node_of[agent] not in busy]
         missing = [agent for agent in self.roster.absent(prompt) if f"agent {agent}" not in failed]
         left = self.attendance.gone()  # as of the round before
-        states = self.attendance.changes(round, answers, failed, busy)
+        barred = self._intake.quarantined(round)
+        states = self.attendance.changes(round, answers, failed, busy, barred)
         self.book.close_round(
             round, answers, failed=failed, missing=missing, states=states, left=left
         )

@@ -312,6 +312,7 @@ def test_the_handshake_tells_who_this_is() -> None:
         "first-mask": agent._first_mask_digest,
         "num-weights": 36 + 192,
         "kept-weights": kept,
+        "kept-by-layer": [int(mask.sum()) for _, mask in sorted(agent.outgoing().items())],
         "retention": "conv 0.5, linear 0.25",
         "num-examples": 24,
         "num-test-examples": 24,

@@ -295,6 +295,6 @@ def test_options_of_rounds_have_one_list_of_names_and_types() -> None:
 def test_what_may_differ_when_a_run_is_resumed_decides_nothing_about_its_bits() -> None:
     assert free_keys(RunSettings, DeviceSettings) == {
         *("resume", "record-dir", "num-rounds", "min-agents", "checkpoint-every", "keep-frames"),
-        *("round-timeout", "wait-timeout", "timeout-factor"),
+        *("round-timeout", "wait-timeout", "timeout-factor", "agents", "takeover"),
         *("state-dir", "state-runs", "tell-classes", "agent-cache"),
     }

@@ -12,7 +12,7 @@ from flwr.app import Context, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flower_mcepl import ConfigError, FingerprintError, Topology, shared_module, simulate
+from flower_mcepl import ConfigError, RosterError, Topology, shared_module, simulate
 from flower_mcepl.agents import load_state, make_agent, make_server
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.record.reading import read_run
@@ -126,5 +126,5 @@ def test_server_refuses_an_algorithm_without_one() -> None:
 def test_an_agent_with_other_weights_than_the_server_is_refused(tmp_path: Path) -> None:
     config = run_config("fedavg", **{"record-dir": str(tmp_path)})
     strategy = make_strategy(server_context({**config, "seed": SEED + 1}), model_fn)
-    with pytest.raises(FingerprintError, match="the server"):
+    with pytest.raises(RosterError, match="agent 0 and the server have different frozen weights"):
         strategy.start(app_grid(NUM_AGENTS, **config))

@@ -682,7 +682,7 @@ def test_a_restarted_node_takes_over_its_agent_and_gets_the_frames_again() -> No
         grid.down.add(1002)
         grid.add_node(2002, 2)
 
-    strategy = gossip(grid, rounds=6, before={3: lose_1, 4: restart_2})
+    strategy = gossip(grid, rounds=6, before={3: lose_1, 4: restart_2}, takeover=True)
     assert strategy.roster.node_of == {0: 1000, 1: 1001, 2: 2002}
     got = {
         sent_round(m): sorted(down_frames(m)) for m in grid.log if m.metadata.dst_node_id == 2002
@@ -705,7 +705,7 @@ def test_a_restart_after_silence_loses_no_frame() -> None:
         grid.add_node(2002, 2)
 
     steps = {3: lambda: (grid.silent.add(1002), grid.down.add(1001)), 4: restart_2}
-    gossip(grid, rounds=6, before=steps, min_agents=1)
+    gossip(grid, rounds=6, before=steps, min_agents=1, takeover=True)
     got = {
         sent_round(m): sorted(down_frames(m)) for m in grid.log if m.metadata.dst_node_id == 2002
     }

@@ -2,6 +2,10 @@
 graph.
 """
 
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_mcepl import FingerprintError, MceplAgent, RosterError, Topology
+from flower_mcepl.strategies.identities import Identities
 from flower_mcepl.strategies.roster import Roster
 from tests.fleet.agents import make_agent, small_net
 from tests.fleet.flower import agent_grid, down_frames, gossip, state_facts
@@ -35,8 +40,8 @@ def test_nodes_become_the_agents_they_say_they_are() -> None:
     )
 
 
-def test_a_node_takes_over_from_one_that_left() -> None:
-    roster = Roster(2)
+def test_a_node_takes_over_from_one_that_left_where_that_is_allowed() -> None:
+    roster = Roster(2, Identities(takeover=True))
     roster.admit(77, facts(1), online=[77])
     assert roster.admit(78, facts(1), online=[78]) == 1
     assert (roster.agent_of(77), roster.agent_of(78)) == (None, 1)
@@ -116,21 +121,66 @@ def test_no_node_at_all() -> None:
         gossip(grid)
 
 
-def test_more_nodes_than_agents() -> None:
-    with pytest.raises(
-        RosterError,
-        match=r"node 1003 says it is agent 3, but the graph has agents 0\.\.2.*num-agents",
-    ):
-        gossip(agent_grid(4), Topology.ring(3))
+def test_a_node_more_than_the_graph_has_agents_is_turned_away(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    grid = agent_grid(4)
+    with caplog.at_level("WARNING", logger="flwr"):
+        strategy = gossip(grid, Topology.ring(3), incomplete=False)
+    assert re.search(
+        r"round 1: node 1003 failed\. node 1003 says it is agent 3, but the graph has agents "
+        r"0\.\.2.*num-agents",
+        caplog.text,
+    )
+    assert {row["agent"] for row in strategy.monitor.rows} == {0, 1, 2}
+    assert [m.metadata.dst_node_id for m in grid.log].count(1003) == 1
 
 
 def test_two_nodes_claim_one_agent() -> None:
     grid = agent_grid(3)
     grid.add_node(1003, 2)
     with pytest.raises(
-        RosterError, match=r"nodes 1002 and 1003 both say they are agent 2\. Give each SuperNode"
+        RosterError,
+        match=r"round 1 needs 4 agents, but 3 took part; missing: 3\. node 1003: nodes 1002 and "
+        r"1003 both say they are agent 2\. Give each SuperNode",
     ):
         gossip(grid, Topology.ring(4))
+
+
+@pytest.mark.parametrize("wrong", [1, 7])
+def test_a_wrong_number_in_round_1_is_turned_away_and_the_right_node_waited_for(
+    wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = agent_grid(3)
+    grid.down.add(1002)
+    grid.add_node(1005, wrong)
+    looks = itertools.count()
+
+    def node_ids(real: Callable[[], Iterable[int]] = grid.get_node_ids) -> Iterable[int]:
+        if next(looks) == 5:  # it takes a while
+            grid.down.clear()
+        return real()
+
+    monkeypatch.setattr(grid, "get_node_ids", node_ids)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    strategy = gossip(grid, Topology.ring(3), wait_timeout=60)
+    assert strategy.roster.node_of == {0: 1000, 1: 1001, 2: 1002}
+    others = gossip(agent_grid(3), Topology.ring(3))
+    assert [without_times(row) for row in strategy.monitor.rows] == [
+        without_times(row) for row in others.monitor.rows
+    ]
+
+
+def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "seconds"}
+
+
+def test_one_device_with_other_weights_does_not_speak_for_all() -> None:
+    """Also if it has the lowest number, or answers first."""
+    grid = agent_grid(4, lambda index: odd_one(index, 0, one_bit_off))
+    strategy = gossip(grid, min_agents=3, incomplete=None)
+    assert strategy.roster.absent(strategy.roster.node_of) == [0]
+    assert {row["agent"] for row in strategy.monitor.rows} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("partition", [None, -1, "2", 1.0])
@@ -174,7 +224,7 @@ def odd_one(index: int, odd: int, model_fn: Any) -> MceplAgent:
     ],
 )
 def test_other_weights_end_the_run_in_round_1(model_fn: Any, expected: str) -> None:
-    with pytest.raises(FingerprintError, match=expected):
+    with pytest.raises(RosterError, match=expected):
         gossip(agent_grid(3, lambda index: odd_one(index, 2, model_fn)))
 
 
@@ -203,7 +253,7 @@ def test_a_second_node_of_one_agent_is_turned_away_until_the_first_has_left() ->
         grid.add_node(2002, 2)
 
     steps = {3: agent_1_leaves_and_another_2_comes, 5: lambda: grid.down.add(1002)}
-    strategy = gossip(grid, rounds=6, before=steps, after=count)
+    strategy = gossip(grid, rounds=6, before=steps, after=count, takeover=True)
     assert asked == {1: 0, 2: 0, 3: 1, 4: 1, 5: 2, 6: 4}  # asked in 3, 5 and 6, and at the end
     got = [sorted(down_frames(m)) for m in grid.log if m.metadata.dst_node_id == 2002]
     # what the first node had of agent 1, the second one has not
