@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl import Agent, AgentData, MceplAgent, MceplConfig, decode_frame, shared_module
-from flower_mcepl.wire import Frame, Reference
+from flower_mcepl.wire import Frame, Reference, read_header
 
 SEED = 7
 
@@ -52,6 +52,11 @@ def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(
         torch.equal(left[name], right[name]) for name in left
     )
+
+
+def without_run(frame: bytes) -> tuple[bytes, str, bytes, bytes]:
+    """Parts of a frame that do not bind it to its run."""
+    return frame[:20], read_header(frame).content, frame[36:40], frame[40:-8]
 
 
 class Reader:

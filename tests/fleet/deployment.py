@@ -33,7 +33,8 @@ class Fleet:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = _free_ports(2 + len(NODES))
+        self.port = _free_ports(5 + len(NODES))
+        self._guests = 0
         programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self._started: list[subprocess.Popen[bytes]] = []
         self._env = {
@@ -83,7 +84,24 @@ class Fleet:
 
     def start_stranger(self) -> "subprocess.Popen[bytes]":
         """Start a SuperNode with a key of its own that nobody has registered."""
-        folder = self.folder / "stranger"
+        return self._start_other(self._make_other("stranger", "partition-id=1"))
+
+    def add_guest(self, name: str, node_config: str) -> None:
+        """Register one more SuperNode, start it, and wait until it is online."""
+        folder = self._make_other(name, node_config)
+        (folder / "state").mkdir()
+        env = {**self._env, "FLWR_HOME": str(self.folder / "operator")}
+        register = ["flwr", "supernode", "register", str(folder / "key.pub"), "fleet"]
+        subprocess.run([*register, "--name", name], env=env, check=True, capture_output=True)
+        self._start_other(folder)
+        self.wait_until(lambda: "SuperNode ID" in self.log(name), f"{name} online", of=None)
+
+    def public_key(self, name: str) -> str:
+        """Public key of a member, as in its .pub file."""
+        return (self.folder / name / "key.pub").read_text().strip()
+
+    def _make_other(self, name: str, node_config: str) -> Path:
+        folder = self.folder / name
         folder.mkdir()
         subprocess.run(
             ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", folder / "key"],
@@ -91,9 +109,14 @@ class Fleet:
         )
         (folder / "ca.crt").write_bytes((self.folder / "ca" / "ca.crt").read_bytes())
         (folder / "node.env").write_text(
-            f"SUPERLINK='127.0.0.1:{self.port}'\nRUNTIME_PORT={self.port + 1 + len(NODES)}\n"
-            "NODE_CONFIG='partition-id=1'\n"
+            f"SUPERLINK='127.0.0.1:{self.port}'\n"
+            f"RUNTIME_PORT={self.port + 1 + len(NODES) + self._guests}\n"
+            f"NODE_CONFIG='{node_config}'\n"
         )
+        self._guests += 1
+        return folder
+
+    def _start_other(self, folder: Path) -> "subprocess.Popen[bytes]":
         return self._spawn("supernode.sh", str(folder), log=folder / "log")
 
     def node_config(self, node: str) -> dict[str, Any]:

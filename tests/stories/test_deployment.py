@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from flower_mcepl import AgentData, RunRecord, Topology, read_run, simulate
 from flower_mcepl.agents import load_state
 from flower_mcepl.config.fields import field_keys
 from flower_mcepl.record.reading import Run
+from flower_mcepl.report.table import agent_table
 from flower_mcepl.runs.settings import DeviceSettings
 from flower_mcepl.studies.flower_app import imported_client, read_app
+from tests.fleet.agents import without_run
 from tests.fleet.deployment import NODES, SCRIPTS, Fleet
 from tests.fleet.flower import RecordingGrid, gossip
 from tests.fleet.study_app import write_app
@@ -59,13 +61,13 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
 
 
 def assert_same_exchange(real: Run, expected: Run) -> None:
-    """Every frame, byte for byte, and what came of it."""
+    """Every frame, but for what binds it to its run, and what came of it."""
     for key in ("frames", "lacking", "refused"):
         assert [line[key] for line in real.relay] == [line[key] for line in expected.relay], key
     rows = [sorted([row[c] for c in COLUMNS] for row in run.rounds) for run in (real, expected)]
     assert rows[0] == rows[1]
     frames = [
-        {file.name: file.read_bytes() for file in (run.path / "frames").iterdir()}
+        {file.name: without_run(file.read_bytes()) for file in (run.path / "frames").iterdir()}
         for run in (real, expected)
     ]
     assert frames[0] == frames[1]
@@ -82,8 +84,16 @@ def assert_same_states(fleet: Fleet, expected: Run) -> None:
         assert all(torch.equal(state.tensors[name], other.tensors[name]) for name in other.tensors)
 
 
-def simulated(fleet: Fleet, app: Path, folder: Path) -> Run:
+def simulated(
+    fleet: Fleet,
+    app: Path,
+    folder: Path,
+    topology: Topology | None = None,
+    *,
+    guests: Sequence[str] = (),
+) -> Run:
     """The fleet's last run under `simulate`: same run config, same node configs."""
+    nodes = (*NODES, *guests)
     real = read_run(fleet.record())
     config: dict[str, Any] = real.config["run_config"]
     with imported_client(read_app(app)) as client:
@@ -97,12 +107,12 @@ def simulated(fleet: Fleet, app: Path, folder: Path) -> Run:
                     run_config=config,
                 )
             )
-            for agent, node in enumerate(NODES)
+            for agent, node in enumerate(nodes)
         ]
     record = RunRecord.create(path=folder, name="oracle", config={}, with_frames=True)
     simulate(
         agents,
-        Topology.ring(len(NODES)),
+        topology or Topology.ring(len(NODES)),
         num_rounds=config["num-rounds"],
         evaluate_every=1,
         record=record,
@@ -214,6 +224,93 @@ def test_a_run_whose_superlink_was_killed_resumes(fleet: Fleet, tmp_path: Path) 
     assert real.config["resumptions"][0]["after_round"] >= 2
     assert_same_exchange(real, expected)
     assert_same_states(fleet, expected)
+    fleet.down()
+
+
+# One registered device of four is hostile, in every round in another way. Each row is
+# an entry of the table of what others say; after two bad answers comes a good one, so
+# that it stays out of quarantine. Nobody hears it, but it hears all: what the three
+# others do is then what they do under `simulate`.
+HOSTILE_CLIENT = """
+
+def spoil(reply, round):
+    import math
+    from flwr.app import Array, ArrayRecord, ConfigRecord
+    import numpy as np
+    agent, metrics = reply.content["agent"], reply.content["metrics"]
+    rows = {
+        2: lambda: agent.update({"parameters": "{}", "fingerprint": "x", "a-fact": b"bytes"}),
+        3: lambda: agent.update({"parameters": '{"a":' * 900 + "1" + "}" * 900}),
+        5: lambda: metrics.update({"train-loss": math.inf}),
+        6: lambda: metrics.update({"accuracy": 1e6}),
+        8: lambda: agent.update({"refused": ["x" * 20_000_000]}),
+        9: lambda: reply.content.update(
+            {"frame": ArrayRecord({"frame": Array(np.zeros(50_000_000, np.uint8))})}
+        ),
+        11: lambda: agent.update({"lacking": [0, 1, 2], "refused": ["\\x1b]52;c;x\\x07\\nINFO : forged"]}),
+        12: lambda: agent.update({"agent": 1}),
+    }
+    rows.get(round, lambda: None)()
+
+
+def misbehave(message, context, call_next):
+    reply = call_next(message, context)
+    if context.node_config.get("hostile") and not reply.has_error():
+        spoil(reply, message.content["order"]["server-round"])
+    return reply
+
+
+app = make_client_app(model_fn, data_fn, mods=[misbehave])
+"""
+HOSTILE_ROUNDS = {2, 3, 5, 6, 8, 9, 12}
+
+
+@pytest.mark.slow
+def test_a_hostile_device_and_an_impostor_harm_nobody(fleet: Fleet, tmp_path: Path) -> None:
+    app = small_app(tmp_path, "hostile")
+    (client,) = app.glob("*/client_app.py")
+    client.write_text(client.read_text() + HOSTILE_CLIENT)
+    graph = tmp_path / "graph.txt"
+    heard = [(i, j) for i in range(3) for j in range(3) if i != j] + [(i, 3) for i in range(3)]
+    matrix = [[int((i, j) in heard) for j in range(4)] for i in range(4)]
+    graph.write_text("\n".join(" ".join(map(str, row)) for row in matrix))
+    fleet.add_guest("guest-3", "partition-id=3 hostile=true")
+    fleet.add_guest("impostor", "partition-id=1")
+    keys = [fleet.public_key(name) for name in (*NODES, "guest-3")]
+    (tmp_path / "agents.txt").write_text(
+        "".join(f"{agent} {key}\n" for agent, key in enumerate(keys))
+    )
+    fleet.finish(
+        fleet.start_run(
+            app,
+            "num-rounds=13 num-agents=4 min-agents=3",
+            f'topology="file:path={graph}" agents="{tmp_path / "agents.txt"}"',
+        )
+    )
+
+    real = read_run(fleet.record())
+    bad = {
+        line["round"]
+        for line in real.relay
+        if "agent 3" in line["failed"]
+        or any("agent 1," in reason for reason in line["failed"].values())
+    }
+    assert HOSTILE_ROUNDS - {12} <= bad
+    assert any("by the file of agents' keys" in why for why in real.relay[0]["failed"].values())
+    log = (fleet.folder / "run.log").read_text(errors="replace")
+    assert "\\x1b]52;c;x\\x07\\nINFO : forged" in log
+    assert "\x1b]52" not in log
+    expected = simulated(
+        fleet, app, tmp_path / "oracle", Topology.from_file(graph), guests=["guest-3"]
+    )
+    for agent in range(3):
+        frames = [
+            [line["frames"][str(agent)] for line in run.relay[:-1]] for run in (real, expected)
+        ]
+        assert frames[0] == frames[1]
+        state, other = fleet.stored_state(agent).state, load_state(expected.agents[agent])
+        assert all(torch.equal(state.tensors[name], other.tensors[name]) for name in other.tensors)
+    assert "accuracy" in agent_table(real)
     fleet.down()
 
 

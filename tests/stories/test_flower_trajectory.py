@@ -12,8 +12,7 @@ from flower_mcepl import Topology, simulate
 from flower_mcepl.clients import make_agent_app
 from flower_mcepl.clients.app import agent_index
 from flower_mcepl.strategies import GossipStrategy
-from flower_mcepl.wire import read_header
-from tests.fleet.agents import Reader
+from tests.fleet.agents import Reader, without_run
 from tests.fleet.flower import state_of
 from tests.fleet.grid import InProcessGrid
 from tests.oracles.reference import (
@@ -86,11 +85,6 @@ def test_final_scores_and_masks_equal_the_recorded_ones(gossip: dict[str, Any]) 
             )
         for name, mask in recorded_masks("mask", NUM_ROUNDS, index).items():
             assert torch.equal(agent.model.masks()[name], mask)
-
-
-def without_run(frame: bytes) -> tuple[bytes, str, bytes, bytes]:
-    """Parts of a frame that do not bind it to its run."""
-    return frame[:20], read_header(frame).content, frame[36:40], frame[40:-8]
 
 
 def test_flower_gives_the_rows_and_frames_of_simulate(
