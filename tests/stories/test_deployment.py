@@ -247,7 +247,9 @@ def spoil(reply, round):
         9: lambda: reply.content.update(
             {"frame": ArrayRecord({"frame": Array(np.zeros(50_000_000, np.uint8))})}
         ),
-        11: lambda: agent.update({"lacking": [0, 1, 2], "refused": ["\\x1b]52;c;x\\x07\\nINFO : forged"]}),
+        11: lambda: agent.update(
+            {"lacking": [0, 1, 2], "refused": ["\\x1b]52;c;x\\x07\\nINFO : forged"]}
+        ),
         12: lambda: agent.update({"agent": 1}),
     }
     rows.get(round, lambda: None)()
@@ -289,14 +291,10 @@ def test_a_hostile_device_and_an_impostor_harm_nobody(fleet: Fleet, tmp_path: Pa
     )
 
     real = read_run(fleet.record())
-    bad = {
-        line["round"]
-        for line in real.relay
-        if "agent 3" in line["failed"]
-        or any("agent 1," in reason for reason in line["failed"].values())
-    }
-    assert HOSTILE_ROUNDS - {12} <= bad
-    assert any("by the file of agents' keys" in why for why in real.relay[0]["failed"].values())
+    failed = {line["round"]: line["failed"] for line in real.relay}
+    assert all("agent 3" in failed[round] for round in HOSTILE_ROUNDS - {12})
+    assert "agents' keys" in str(failed[12])
+    assert "by the file of agents' keys" in str(failed[1])
     log = (fleet.folder / "run.log").read_text(errors="replace")
     assert "\\x1b]52;c;x\\x07\\nINFO : forged" in log
     assert "\x1b]52" not in log
