@@ -74,7 +74,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     if torch := sys.modules.get("torch"):
-        torch.manual_seed(0)
+        # torch.manual_seed formats three call stacks for devices that are not there
+        torch.default_generator.manual_seed(0)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,12 @@
 """What a launcher refuses before anything starts, and how it shows errors."""
 
+import io
 import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,6 +17,7 @@ from flower_mcepl.launch.command import main
 from flower_mcepl.launch.logs import ShortTracebacks, own_error, ray_did_not_start
 from flower_mcepl.launch.plan import Plan
 from flower_mcepl.launch.superlink import private_environment
+from flower_mcepl.runs import check
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 TRACEBACK = [
@@ -25,6 +31,30 @@ def plan(*run_config: str) -> Plan:
     return Plan(QUICKSTART, 10, list(run_config), "")
 
 
+@pytest.fixture
+def looked_at_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that are checked in this process, where torch is loaded already."""
+
+    def run(command: list[str], *, input: str, **_: Any) -> "subprocess.CompletedProcess[str]":
+        assert command == [sys.executable, "-m", check.__name__]
+        out = io.StringIO()
+        with monkeypatch.context() as other:
+            other.setattr(sys, "stdin", io.StringIO(input))
+            other.setattr(sys, "stdout", out)
+            return subprocess.CompletedProcess(command, check.main(), out.getvalue(), "")
+
+    monkeypatch.setattr(checks, "subprocess", SimpleNamespace(run=run))
+
+
+def test_another_process_checks_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^run-config key num-rounds must be int; got 'many'"):
+        check_plan(plan("num-rounds='many'"))
+
+
+@pytest.mark.usefixtures("looked_at_here")
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
@@ -55,6 +85,7 @@ def test_the_command_says_it_in_one_line(
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.usefixtures("looked_at_here")
 def test_good_settings_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     check_plan(plan("num-rounds=3 topology='ring'", "dsgd.lr=0.5"))
