@@ -30,7 +30,7 @@ def counting_net() -> nn.Module:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_each_example_is_seen_exactly_local_epochs_times(algorithm: str) -> None:
-    @settings(max_examples=25)
+    @settings(max_examples=10)
     @given(size=st.integers(1, 14), batch_size=st.integers(1, 6), epochs=st.integers(1, 3))
     def holds(size: int, batch_size: int, epochs: int) -> None:
         numbers = torch.arange(float(size))[:, None].expand(size, 4).contiguous()

@@ -413,7 +413,7 @@ def test_the_order_of_the_nodes_does_not_matter(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(book, "new_run_id", lambda: "0" * 16)  # frames bear it
     topology = Topology.random_neighbors(4, degree=2, seed=3)
     frames, states = [], []
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         grid = ShuffledGrid(the_app(), 4, RUN_CONFIG, seed=seed)
         strategy = gossip(grid, topology, rounds=4)
         frames.append(
@@ -425,8 +425,8 @@ def test_the_order_of_the_nodes_does_not_matter(monkeypatch: pytest.MonkeyPatch)
         )
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in strategy.monitor.rows]
         states.append(([state_bytes(context) for context in grid.contexts.values()], rows))
-    assert frames[0] == frames[1] == frames[2]
-    assert states[0] == states[1] == states[2]
+    assert frames[0] == frames[1]
+    assert states[0] == states[1]
 
 
 # --- what the node config says ---

@@ -1,7 +1,5 @@
 """Decoded data on disk: made once, read by every later process, never half."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ from flower_mcepl import ConfigError, DataError
 from flower_mcepl.data.cache import TENSORS, cached_tensors
 from flower_mcepl.files.sealed import write_sealed
 from tests.fleet.agents import same_tensors
+from tests.fleet.twins import twin
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = {"data": "digits", "classes": [1, 2], "seed": 3, "version": 1}
 
 
@@ -171,27 +169,22 @@ def test_a_file_of_another_version_is_made_anew(
     assert "format version 99" in caplog.text
 
 
-WORKER = """
-import sys, time, torch
-from flower_mcepl.data.cache import cached_tensors
-
-def decode():
-    open(sys.argv[2], "w").close()
-    time.sleep(0.3)
-    return {"x": torch.ones(3)}
-
-print(float(cached_tensors(sys.argv[1], {}, decode)["x"].sum()))
-"""
-
-
 def test_of_many_processes_one_decodes(tmp_path: Path) -> None:
     """This one asks while another one decodes."""
     begun = tmp_path / "begun.txt"
-    command = [sys.executable, "-c", WORKER, tmp_path, begun]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as worker:
+
+    def decode() -> dict[str, torch.Tensor]:
+        begun.touch()
+        time.sleep(0.3)
+        return {"x": torch.ones(3)}
+
+    def ask() -> None:
+        assert float(cached_tensors(tmp_path, {}, decode)["x"].sum()) == 3.0
+
+    with twin(ask) as worker:
         while not begun.exists():
             assert worker.poll() is None
             time.sleep(0.01)
         tensors = cached_tensors(tmp_path, {}, lambda: pytest.fail("decoded again"))
         assert float(tensors["x"].sum()) == 3.0
-        assert worker.communicate()[0] == "3.0\n"
+        assert worker.wait() == 0

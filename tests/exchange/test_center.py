@@ -470,7 +470,8 @@ def test_a_run_leaves_a_record_that_shows(algorithm: str, tmp_path: Path) -> Non
     later.restore(load_state(record.agents_dir / "server.safetensors"))
     assert same_tensors(later.state().tensors, server.state().tensors)
     assert "3 agents, 3 rounds" in agent_table(read)
-    assert plot_run(read).stat().st_size > 10_000
+    if algorithm == "fedspa":  # the picture shows no algorithm, but what all records say
+        assert plot_run(read).stat().st_size > 10_000
 
 
 def test_a_run_has_a_graph_or_a_server() -> None:

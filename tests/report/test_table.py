@@ -221,14 +221,12 @@ def test_a_run_that_sends_floats_is_not_called_cheaper(tmp_path: Path) -> None:
 
 # --- the picture ---
 
+# each panel shows a part of the record of its own: one case may be of several parts
 CASES: dict[str, dict[str, Any]] = {
     "ten": {},
-    "one evaluated round": {"rounds": (7,)},
     "hundred": {"agents": 100, "rounds": (5, 10)},
-    "directed": {"directed": True},
-    "no fixed graph": {"edges": False},
-    "killed": {"killed": True},
-    "killed, no graph": {"killed": True, "edges": False},
+    "directed, killed": {"directed": True, "killed": True},
+    "one evaluated round, no fixed graph": {"rounds": (7,), "edges": False},
     "killed before the first line": {"killed": True, "rounds": ()},
 }
 

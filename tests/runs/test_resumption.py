@@ -5,8 +5,7 @@ what they do without one.
 import itertools
 import json
 import os
-import subprocess
-import sys
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from flower_mcepl.strategies import GossipStrategy, ServerStrategy
 from tests.fleet.agents import make_agent, make_fleet, same_tensors
 from tests.fleet.flower import sent_round
 from tests.fleet.grid import InProcessGrid
+from tests.fleet.twins import Twin
 from tests.oracles.baselines import agent_of, fleet_of, server_of
 
 SIZE, ROUNDS = 4, 5
@@ -419,25 +419,20 @@ def test_a_record_of_a_run_that_is_still_going_on_is_refused(tmp_path: Path) -> 
     assert met == [5]
 
 
-KILLED = """
-import os, sys
-from flower_mcepl import RunRecord, Topology, simulate
-from tests.fleet.agents import make_fleet
-def kill(round, agent, reply):
+def kill(round: int, agent: int, reply: object) -> None:
     if (round, agent) == (4, 2):
-        os.kill(os.getpid(), 9)
-record = RunRecord.create(sys.argv[1], name="killed", config={})
-options = {"num_rounds": 5, "evaluate_every": 2, "checkpoint_every": 2}
-simulate(make_fleet(4), Topology.ring(4), **options, record=record, on_reply=kill)
-"""
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_process_leaves_a_record_that_is_resumed(
     whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, check=False)
-    assert done.returncode == -9
+    def play() -> None:
+        record = RunRecord.create(tmp_path, name="killed", config={})
+        options = {"num_rounds": ROUNDS, "evaluate_every": 2, "checkpoint_every": 2}
+        simulate(**FLEETS["mcepl"](), **options, record=record, on_reply=kill)
+
+    assert Twin(play).wait() == -signal.SIGKILL
     (path,) = tmp_path.iterdir()
     assert (path / ".lock").exists()  # it holds nobody up
     simulate(**FLEETS["mcepl"](), num_rounds=ROUNDS, evaluate_every=2, resume=path)

@@ -25,6 +25,7 @@ from flower_mcepl.files.sealed import Kind, write_sealed
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.store import STATE, StateStore, device_store, forget_runs
 from tests.fleet.agents import SEED, make_agent, noisy_net, same_tensors
+from tests.fleet.twins import twin
 
 ROOT = Path(__file__).parents[2]
 RUN = "0123456789abcdef"
@@ -493,28 +494,19 @@ def test_what_cannot_be_removed_stays_and_is_told(
     assert sorted(path.name for path in tmp_path.iterdir()) == [runs[0], runs[2]]
 
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from flower_mcepl.runs.store import StateStore
-with StateStore(Path(sys.argv[1])).hold(0):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
 def test_two_processes_do_not_play_one_agent(tmp_path: Path) -> None:
     folder = tmp_path / RUN / "agent-0000"
     older_runs(tmp_path, [RUN])
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, folder],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
+    reading, writing = os.pipe()
+
+    def hold_on() -> None:
+        with StateStore(folder).hold(0):
+            os.write(writing, b"held")
+            signal.pause()
+
+    with twin(hold_on) as other:
+        os.close(writing)
+        assert os.read(reading, 9) == b"held"
         with pytest.raises(
             StateError,
             match=rf"one process at a time plays agent 0; process {other.pid} is at it in",
@@ -525,7 +517,7 @@ def test_two_processes_do_not_play_one_agent(tmp_path: Path) -> None:
         forget_runs(tmp_path, agent=0, keep=0)
         assert StateStore(folder).rounds(0) == [1]
         other.kill()  # however it ends, the lock is free
-        other.wait()
+        os.close(reading)
     with StateStore(folder).hold(0):
         pass
     forget_runs(tmp_path, agent=0, keep=0)

@@ -261,10 +261,10 @@ TOPOLOGIES = {
     [
         ("ring", 0, 0, Flipping),
         pytest.param("ring", 1, 0, Flipping, marks=pytest.mark.slow),  # as with seed 0
-        ("regular", 2, 0, Flipping),
+        pytest.param("regular", 2, 0, Flipping, marks=pytest.mark.slow),  # as the ring
         ("regular", 3, 4, Flipping),
         ("changing", 4, 0, Flipping),
-        ("ring", 0, 0, Drifting),
+        pytest.param("ring", 0, 0, Drifting, marks=pytest.mark.slow),  # as the changing one
         ("regular", 3, 4, Drifting),
         ("changing", 4, 0, Drifting),
     ],

@@ -1,4 +1,4 @@
-"""The small examples, whole: what they promise comes out of a study over them."""
+"""The small examples: with half of their agents, what they promise comes out, too."""
 
 from pathlib import Path
 
@@ -13,6 +13,8 @@ app = '{app}'
 out = '{out}'
 engine = 'in-process'
 [config]
+num-agents = 5
+topology = 'erdos-renyi:degree=2'
 num-rounds = 12
 evaluate-every = 12
 """

@@ -3,6 +3,7 @@ over their records.
 """
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.final_masks import final_masks
 from flower_mcepl.report.tables import cells, footnotes, markdown, titles, write_csv
 from flower_mcepl.strategies import GossipStrategy
-from flower_mcepl.studies import Study, compare, find_records, read_study, run_study
+from flower_mcepl.studies import Study, compare, find_records, read_study, run_study, runner
 from flower_mcepl.studies.engines import ENGINES, run_in_process
 from flower_mcepl.studies.flower_app import FlowerApp, imported_client
 from flower_mcepl.studies.lines import key_lines, line_of_error
@@ -48,6 +49,7 @@ from flower_mcepl.studies.runner import (
 from flower_mcepl.studies.sources import read_source, read_sources
 from tests.fleet.grid import InProcessGrid
 from tests.fleet.study_app import write_app, write_study
+from tests.fleet.twins import Twin
 
 
 @pytest.fixture(scope="module")
@@ -545,35 +547,29 @@ def test_tasks_run_side_by_side() -> None:
 
 # --- killed ---
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-
-from flower_mcepl.record.writing import RunRecord
-from flower_mcepl.studies import read_study, run_study, runner
-
-left = int(sys.argv[3])
-
-def killing(function):
-    def instead(*arguments, **options):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return instead
-
-for owner, name in [(RunRecord, "log_round"), (RunRecord, "amend_config"), (Path, "rename"),
-                    (Path, "rmdir"), (runner, "write_csv")]:
-    if name == sys.argv[2]:
-        setattr(owner, name, killing(getattr(owner, name)))
-run_study(read_study(Path(sys.argv[1])))
-"""
+PLACES = {
+    "log_round": RunRecord,
+    "amend_config": RunRecord,
+    "rename": Path,
+    "rmdir": Path,
+    "write_csv": runner,
+}
 
 
 def killed(path: Path, at: str, count: int) -> None:
-    command = [sys.executable, "-c", KILLED, str(path), at, str(count)]
-    assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    """A process that runs a study until it calls a function for the so-manieth time."""
+    real, calls = getattr(PLACES[at], at), itertools.count(1)
+
+    def killing(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    def play() -> None:
+        setattr(PLACES[at], at, killing)
+        run_study(read_study(path))
+
+    assert Twin(play).wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
