@@ -401,6 +401,12 @@ def test_bad_settings_are_refused_by_their_key(settings: dict[str, Any], message
         agent_of("dispfl", **settings)
 
 
+def test_a_config_made_by_hand_is_checked_too() -> None:
+    for density in (0.0, -0.5, 1.5, float("nan")):
+        with pytest.raises(ConfigError, match=rf"density must be in \(0, 1\]; got {density}"):
+            DispflConfig(density=density)
+
+
 def test_a_node_config_with_several_densities_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"density is one ratio, of this agent alone; got '0\.1, 0\.3'"

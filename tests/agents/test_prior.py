@@ -65,6 +65,13 @@ def levels(tensor: torch.Tensor, count: int) -> list[int]:
     ]
 
 
+def test_a_tensor_without_elements_or_sizes_has_the_lowest_level() -> None:
+    for tensor in (torch.zeros(0, 3), torch.zeros(2, 3)):
+        levels_of = module._levels(tensor, SCORE_CLASSES)
+        assert (levels_of.dtype, levels_of.shape) == (torch.uint8, tensor.shape)
+        assert not levels_of.any()
+
+
 def assert_classes(prior: Prior, name: str, expected: list[int]) -> None:
     found = prior.classes(name)
     assert found is not None

@@ -647,3 +647,46 @@ def test_an_incomplete_state_is_refused_and_changes_nothing(
         ):
             fresh.restore(state)
         assert same_tensors(before, fresh.state().tensors)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "groups"),
+    [("fedavg", ["weights"]), ("fedspa", ["weights"]), ("fedpm", ["alpha", "beta", "rounds"])],
+)
+def test_a_servers_state_without_a_whole_group_is_refused(
+    algorithm: str, groups: list[str]
+) -> None:
+    server, agents = run_of(algorithm, 1, **FULL)
+    serve(server, agents, 1)
+    for group in groups:
+        state, fresh = server.state(), server_of(algorithm, 1, **FULL)
+        for name in [name for name in state.tensors if name.startswith(f"{group}/")]:
+            del state.arrays[name]
+        with pytest.raises(StateError, match=f"the server is incomplete: its {group} must hold"):
+            fresh.restore(state)
+
+
+def test_momentum_is_zero_after_a_training_that_broke_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken, whole = (agent_of("fedavg", **{**FULL, "momentum": 0.9}) for _ in range(2))
+    start = broken.outgoing()
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, "_local_step", stumbling(broken._local_step, at=2))
+        with pytest.raises(ZeroDivisionError):
+            broken.train(round=1)
+    for agent in (broken, whole):
+        agent.fuse({7: start}, round=2)
+        agent.train(round=2)
+    assert same_tensors(broken.outgoing(), whole.outgoing())
+
+
+def stumbling(step: Callable[..., float], *, at: int) -> Callable[..., float]:
+    calls = iter(range(1, at))
+
+    def stumble(*arguments: Any, **options: Any) -> float:
+        if next(calls, None) is None:
+            raise ZeroDivisionError
+        return step(*arguments, **options)
+
+    return stumble

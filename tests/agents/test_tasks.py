@@ -24,7 +24,7 @@ from flower_mcepl import (
 )
 from flower_mcepl.agents import ALGORITHMS, Task, make_agent
 from flower_mcepl.agents.tasks import find_task
-from flower_mcepl.agents.tasks.kinds import CLASSIFICATION
+from flower_mcepl.agents.tasks.kinds import CLASSIFICATION, yes_or_no
 from flower_mcepl.agents.tasks.network import call, described, one_output
 from flower_mcepl.agents.tasks.task import TASKS
 
@@ -196,6 +196,16 @@ FITS = {
 }
 
 
+@pytest.mark.parametrize("of_outputs", [(N,), (N, 1)])
+@pytest.mark.parametrize("of_targets", [(N,), (N, 1)])
+def test_a_dimension_of_one_at_the_end_does_not_matter(
+    of_outputs: tuple[int, ...], of_targets: tuple[int, ...]
+) -> None:
+    labels = X[:, 0] > 0
+    fitted = yes_or_no(torch.zeros(of_outputs), labels.view(of_targets))
+    assert torch.equal(fitted, labels.float().view(of_outputs))
+
+
 @pytest.mark.parametrize("kind", FITS)
 def test_targets_of_one_meaning_are_taken(kind: str) -> None:
     task, targets = FITS[kind]
@@ -335,6 +345,13 @@ def test_what_came_is_described_by_type_shape_and_range() -> None:
     assert described((torch.zeros(2), "x")) == "tuple of float32 [2] with values 0..0, 'x'"
     assert described({"a": torch.zeros(0)}) == "dict of a: float32 [0]"
     assert described(object()) == "object"
+
+
+def test_of_a_sequence_the_first_four_are_described() -> None:
+    one = "float32 [1] with values 0..0"
+    for size, more in ((3, ""), (4, ""), (5, ", ..."), (9, ", ...")):
+        expected = ", ".join([one] * min(size, 4)) + more
+        assert described([torch.zeros(1)] * size) == f"list of {expected}"
 
 
 # --- tasks of one's own ---

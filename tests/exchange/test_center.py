@@ -211,6 +211,16 @@ def test_places_travel_as_changes_once_they_are_known() -> None:
         assert [header.reference for header in up] == [None, 1, 2]
 
 
+def test_a_frame_for_all_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who gets it may hold any older model or none."""
+    run = Run("fedspa")
+    monkeypatch.setattr(run.server, "shared", True, raising=False)
+    run.play(1, 2, 3, 4)
+    frames = [frame for parcel in run.parcels.values() for frame in parcel.frames.get(N, [])]
+    assert len(frames) == 3 * N
+    assert {read_header(frame, run.server.layers_down).reference for frame in frames} == {None}
+
+
 def test_masks_travel_as_changes_once_they_are_known() -> None:
     run = Run("fedpm")
     run.play(1, 2)

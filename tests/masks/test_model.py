@@ -376,6 +376,12 @@ def test_shape_name_and_role_change_the_fingerprint() -> None:
     assert len({*prints, fingerprint_of(extra)}) == 5
 
 
+def test_the_type_of_a_layer_without_weights_changes_the_fingerprint() -> None:
+    linear = nn.Linear(3, 4)
+    networks = [nn.Sequential(linear, layer) for layer in (nn.ReLU(), nn.Tanh(), nn.Identity())]
+    assert len({fingerprint_of(network) for network in networks}) == 3
+
+
 class Unmasked(nn.Module):
     """A weight like a linear layer's that no mask is put on."""
 
