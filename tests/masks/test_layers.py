@@ -5,7 +5,7 @@ from torch import nn
 
 from flower_mcepl.errors import UnsupportedLayerError
 from flower_mcepl.masks import layers
-from flower_mcepl.masks.layers import CONV, LINEAR, find_maskable, maskable
+from flower_mcepl.masks.layers import CONV, LINEAR, Frozen, find_maskable, maskable
 from tests.oracles import masks as oracles
 
 LAYERS = {
@@ -121,3 +121,12 @@ def test_a_lazy_weight_is_refused_by_name() -> None:
 def test_a_half_precision_weight_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedLayerError, match=r"weight has dtype torch.float16.*\.float\(\)"):
         find_maskable(nn.Linear(3, 2).half())
+
+
+@pytest.mark.parametrize(("count", "named"), [(1, "a"), (4, "a, b, c, d"), (5, "a, b, c, d, ...")])
+def test_the_handshake_names_the_first_four_of_what_is_frozen(count: int, named: str) -> None:
+    assert Frozen(0.5, tuple("abcdefgh"[:count])).facts() == {
+        "frozen-share": 0.5,
+        "frozen-weights": named,
+    }
+    assert Frozen(0.5).facts() == {"frozen-share": 0.5}
