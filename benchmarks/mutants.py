@@ -8,8 +8,18 @@ First the fast tests run once under coverage, which tells for every line which t
 over it (kept in ``--map``; ``--fresh`` makes it anew). Then every mutant is tried
 against those tests alone, in a process of its own. A mutant is killed when one of them
 fails or takes too long. The table names those that survive: each is a test to write, or
-a line without which nothing changes. Needs the packages of the extra ``dev`` and
-``coverage``.
+a line without which nothing changes. Needs the packages of the extra ``dev``.
+
+Of the first 95 mutants of ``exchange runs agents masks`` with seed 1, 90 were killed.
+Nothing that a test could see changes in the other five:
+
+- ``runs/resumption.py``, ``_synced_size``: a file that is missing has no bytes; a
+  checkpoint follows a round, with which all files of the record begin.
+- ``runs/resumption.py``, ``_last_answered``: a record without rounds; one that was
+  resumed has some.
+- ``masks/sparsity.py``, ``to_sparse``: ``check_invariants``; what it checks is right.
+- ``agents/array_layout.py``, ``_taken``: ``copy=False``; a copy is the same array.
+- ``agents/fedpm.py``, ``_draw``: ``<`` or ``<=``; a draw equals θ once in 2^24.
 """
 
 import argparse
@@ -29,8 +39,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MOST_TESTS = 30  # test functions tried against a mutant, the quickest first
-TIMEOUT = 180  # seconds; a mutant that takes longer is killed
+# test functions tried against a mutant, the quickest first; and those after them, where
+# it is still alive
+QUICKEST, MOST_TESTS = 30, 300
+TIMEOUT, TIMEOUT_A_TEST = 60, 4  # seconds; a mutant that takes longer is killed
 SWAPS: dict[type, type] = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt},
     **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is},
@@ -213,7 +225,7 @@ def is_killed(mutant: Mutant, tests: list[str]) -> bool:
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         os._exit(run_with(mutant, tests))
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + TIMEOUT + TIMEOUT_A_TEST * len(tests)
     while time.monotonic() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
@@ -231,8 +243,8 @@ def refuse_what_kills_anything(
     for mutant in mutants:
         if own := tests_for(mutant, lines.get(mutant.path, {})):
             source = (ROOT / mutant.path).read_text(encoding="utf-8")
-            if is_killed(replace(mutant, source=source), own[:MOST_TESTS]):
-                sys.exit(f"without a fault, one of these must not fail: {own[:MOST_TESTS]}")
+            if is_killed(replace(mutant, source=source), own[:QUICKEST]):
+                sys.exit(f"without a fault, one of these must not fail: {own[:QUICKEST]}")
             return
 
 
@@ -283,7 +295,8 @@ def main() -> None:
     survivors = []
     for number, mutant in enumerate(chosen, start=1):
         own = tests_for(mutant, tests.get(mutant.path, {}))
-        killed = bool(own) and is_killed(mutant, own[:MOST_TESTS])
+        parts = filter(None, (own[:QUICKEST], own[QUICKEST:MOST_TESTS]))
+        killed = any(is_killed(mutant, part) for part in parts)
         survivors += [] if killed else [mutant]
         state = "killed" if killed else "SURVIVED" if own else "SURVIVED (no test goes here)"
         print(

@@ -320,25 +320,6 @@ def test_a_run_may_break_off_again_and_again_and_between_checkpoints(
     assert [noted["after_round"] for noted in read_run(path).config["resumptions"]] == [2, 2]
 
 
-def test_a_run_breaks_off_before_anything_was_evaluated(tmp_path: Path) -> None:
-    """No line stands in rounds.jsonl yet."""
-    rare = {"num_rounds": ROUNDS, "evaluate_every": ROUNDS}
-    undisturbed = RunRecord.create(tmp_path, name="undisturbed", config={})
-    simulate(**FLEETS["mcepl"](), **rare, record=undisturbed)
-    record = RunRecord.create(tmp_path, name="broken", config={})
-
-    def stumble(round: int, agent: int, reply: object) -> None:
-        if round == 3:
-            raise Interruption
-
-    options = {**rare, "record": record, "checkpoint_every": 1, "on_reply": stumble}
-    with pytest.raises(Interruption):
-        simulate(**FLEETS["mcepl"](), **options)
-    assert read_run(record.path).rounds == []
-    simulate(**FLEETS["mcepl"](), **rare, resume=record.path)
-    assert_same_records(record.path, undisturbed.path)
-
-
 def test_a_damaged_checkpoint_costs_the_rounds_since_the_one_before(
     whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
