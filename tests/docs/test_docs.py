@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import io
@@ -76,15 +77,20 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_links_lead_to_something(name: str) -> None:
-    page = ROOT / name
-    for target in re.findall(r"\]\(([^)]+)\)", text_of(name)):
-        if not target.startswith("http"):
-            path, _, anchor = target.partition("#")
-            place = page.parent / path if path else page
-            assert place.is_dir() or place.stat().st_size > 0, target
-            assert not anchor or anchor in anchors(place), target
+def test_links_lead_to_something() -> None:
+    links = [(page, target) for page in PAGES for target in links_of(page)]
+    assert len(links) > 100
+    for page, target in links:
+        path, _, anchor = target.partition("#")
+        place = page.parent / path if path else page
+        assert place.is_dir() or (place.is_file() and place.stat().st_size > 0), (page, target)
+        assert not anchor or anchor in anchors(place), (page, target)
+
+
+def links_of(page: Path) -> list[str]:
+    """Where a page leads within the repository."""
+    targets = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    return [target for target in targets if not target.startswith("http")]
 
 
 def test_every_page_of_docs_is_reached_from_another_one() -> None:
@@ -262,16 +268,16 @@ def commands(page: str) -> Iterator[list[str]]:
                 yield shlex.split(line, comments=True)
 
 
+@functools.cache
 def help_of(command: str) -> str:
     result = CliRunner().invoke(command_line, [command, "--help"], env={"COLUMNS": "300"})
     assert result.exit_code == 0, f"flower-mcepl {command}: {result.output}"
     return result.output
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_commands_and_their_options_exist(name: str) -> None:
+def test_commands_and_their_options_exist() -> None:
     targets = re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE)
-    for words in commands(name):
+    for words in (words for name in NAMES for words in commands(name)):
         if words[:1] == ["flower-mcepl"]:
             explained = help_of(words[1])
             for option in (word for word in words if word.startswith("--")):
@@ -290,11 +296,10 @@ def app_of(words: list[str], page: str) -> Path | None:
     return next((folder for folder in folders if (folder / "pyproject.toml").is_file()), None)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_run_configs_name_keys_that_the_app_declares(name: str) -> None:
+def test_run_configs_name_keys_that_the_app_declares() -> None:
     """Flower takes no others."""
-    for words in commands(name):
-        app = app_of(words, name)
+    for page, words in ((name, words) for name in NAMES for words in commands(name)):
+        app = app_of(words, page)
         if app is None or app == ROOT or "--run-config" not in words:
             continue
         given = words[words.index("--run-config") + 1]
@@ -315,9 +320,9 @@ def test_contributing_names_targets_and_rooms_that_exist() -> None:
     assert drawn == {name.removesuffix(".py") for name in files - {"py.typed"}}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])
-def test_names_of_the_package_exist(name: str) -> None:
-    for dotted in set(re.findall(r"\bflower_mcepl(?:\.\w+)+(?!\.md)\b", text_of(name))):
+def test_names_of_the_package_exist() -> None:
+    text = "\n".join(text_of(name) for name in NAMES if name != "CHANGELOG.md")
+    for dotted in set(re.findall(r"\bflower_mcepl(?:\.\w+)+(?!\.md)\b", text)):
         if dotted.endswith((".md", ".py")):
             continue
         module, _, attribute = dotted.rpartition(".")

@@ -276,9 +276,17 @@ def break_off(
     return record.path
 
 
-CASES = [("mcepl", round) for round in range(2, ROUNDS + 2)] + [
-    ("fedavg", round) for round in range(2, ROUNDS + 2)
-]
+def every_round(first: int, last: int) -> list[Any]:
+    """Runs that break off in each round; around a server, those between are slow."""
+    rounds = range(first, last + 1)
+    middle = rounds[2:-1]
+    return [("mcepl", round) for round in rounds] + [
+        pytest.param("fedavg", round, marks=[pytest.mark.slow] if round in middle else [])
+        for round in rounds
+    ]
+
+
+CASES = every_round(2, ROUNDS + 1)
 
 
 @pytest.mark.parametrize(
@@ -494,7 +502,7 @@ def run_flower(
 @pytest.mark.parametrize(
     ("name", "round"),
     [
-        *((n, r) for n in ("mcepl", "fedavg") for r in range(1, ROUNDS + 1)),
+        *every_round(1, ROUNDS),
         ("dfedavgm", 1),
         ("dfedavgm", 4),
     ],
