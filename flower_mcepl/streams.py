@@ -59,7 +59,7 @@ def check_seed(seed: object) -> int:
         number = operator.index(seed)  # type: ignore[arg-type]
     except TypeError:
         number = -1
-    if isinstance(seed, bool) or not 0 <= number < SEEDS:
+    if isinstance(seed, bool | np.bool_) or not 0 <= number < SEEDS:
         raise ConfigError(
             f"seed must be a whole number in 0..2**63 - 1; got {seed!r}. Choose one, 0 say: there "
             "is no seed that means another one for each run."
