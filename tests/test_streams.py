@@ -20,7 +20,7 @@ from flower_mcepl import (
     shared_module,
     simulate,
 )
-from flower_mcepl.data import DataSettings, Partition, own_splits, own_tests
+from flower_mcepl.data import DataSettings, own_splits, own_tests
 from flower_mcepl.runs.settings import RunSettings
 from flower_mcepl.runs.simulation import SimulationResult
 from flower_mcepl.streams import (
@@ -138,29 +138,25 @@ SEEDED: dict[str, Callable[[Any], object]] = {
     },
     "random-regular": lambda seed: Topology.random_regular(6, degree=3, seed=seed),
     "random neighbors": lambda seed: Topology.random_neighbors(6, degree=3, seed=seed),
-    **{
-        f"partition {spec}": lambda seed, spec=spec: Partition.parse(spec).divide(
-            LABELS, num_agents=4, seed=seed
-        )
-        for spec in ("iid", "pathological:classes=3", "dirichlet:alpha=1", "shards:per-agent=2")
-    },
     "own splits": lambda seed: own_splits(LABELS, DataSettings(), seed=seed, agent=0),
     "own tests": lambda seed: own_tests(LABELS, LABELS, DataSettings(), seed=seed, agent=0),
 }
 
 
+BAD_SEEDS = (-1, 2**63, 2**64 + 1, True, 1.0, "1", None, np.bool_(True))
+GOOD_SEEDS = (0, 2**32, 2**32 + 5, 2**63 - 1)
+
+
 @pytest.mark.parametrize("place", SEEDED)
 def test_no_seed_is_out_of_range_wherever_one_is_given(place: str) -> None:
-    for seed in (-1, 2**63, 2**64 + 1, True, 1.0, "1", None, np.bool_(True)):
+    for seed in BAD_SEEDS:
         with pytest.raises(ConfigError, match=r"seed must be .*; got"):
             SEEDED[place](seed)
 
 
 @pytest.mark.parametrize("place", [place for place in SEEDED if place != "global generators"])
 def test_every_seed_in_range_is_taken_wherever_one_is_given(place: str) -> None:
-    if place.startswith("partition"):
-        pytest.importorskip("flwr_datasets")
-    for seed in (0, 2**32, 2**32 + 5, 2**63 - 1):
+    for seed in GOOD_SEEDS:
         SEEDED[place](seed)
 
 

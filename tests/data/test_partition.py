@@ -29,6 +29,7 @@ from flower_mcepl.runs.settings import RunSettings
 from flower_mcepl.streams import isolated_rng, torch_stream
 from flower_mcepl.studies import read_study
 from tests.fleet.study_app import write_study
+from tests.test_streams import BAD_SEEDS, GOOD_SEEDS
 
 if importlib.util.find_spec("flwr_datasets") is None:  # to import it takes seconds
     pytest.skip("needs the extra vision", allow_module_level=True)
@@ -64,7 +65,7 @@ def divided(
 @settings(max_examples=4)
 @given(num_agents=st.integers(1, 10), seed=st.integers(0, 2**40))
 def test_no_example_goes_to_two_agents(text: str, num_agents: int, seed: int) -> None:
-    labels = LABELS[:400]
+    labels = LABELS[:200]
     parts = divided(text, num_agents=num_agents, seed=seed, labels=labels)
     everything = np.concatenate(parts).tolist()
     assert len(parts) == num_agents
@@ -89,6 +90,18 @@ def test_parts_depend_on_the_seed_alone(text: str) -> None:
     ) or (
         "=deterministic" in text  # which draws the order within a part alone
     )
+
+
+@pytest.mark.parametrize(
+    "text", ["iid", "pathological:classes=3", "dirichlet:alpha=1", "shards:per-agent=2"]
+)
+def test_a_seed_is_taken_where_it_is_in_range(text: str) -> None:
+    """As everywhere (tests/test_streams.py), but with a package of slow import."""
+    for seed in GOOD_SEEDS:
+        divided(text, num_agents=2, seed=seed, labels=LABELS[:100])
+    for bad_seed in BAD_SEEDS:
+        with pytest.raises(ConfigError, match=r"seed must be .*; got"):
+            divided(text, seed=bad_seed)  # type: ignore[arg-type]
 
 
 def test_pathological_gives_so_many_classes() -> None:
