@@ -833,10 +833,10 @@ def test_classes_must_be_for_the_layer() -> None:
 # ---- damaged bytes -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", range(len(GOLDEN)))
-def test_every_truncation_is_called_truncated(length: int) -> None:
-    with pytest.raises(errors.TruncatedFrameError, match="sent again"):
-        decode_frame(GOLDEN[:length])
+def test_every_truncation_is_called_truncated() -> None:
+    for length in range(len(GOLDEN)):
+        with pytest.raises(errors.TruncatedFrameError, match="sent again"):
+            decode_frame(GOLDEN[:length])
 
 
 def test_truncation_names_sender_and_round() -> None:
@@ -902,23 +902,26 @@ def test_forged_frames_with_a_good_checksum_decode_to_what_was_encoded_or_are_re
     assert_same(frame.tensors, TENSORS)
 
 
-@pytest.mark.parametrize(
-    "edits",
-    [
+def test_no_edit_of_a_header_is_taken() -> None:
+    """Behind a good checksum, read by someone who expects nothing."""
+    references = [Reference(0, {})]
+    assert_same(decode_frame(GOLDEN, references=references).tensors, TENSORS)
+    taken = []
+    for edits in (
         [(60, 10), (64, 1)],  # 9 bits as 10
         [(60, 1), (64, 9)],  # the same bits in another shape
         [(58, ord("A"))],  # another name
         [(16, 0), (17, 0), (18, 0), (19, 0)],  # builds on the first payload
         *([(at, value)] for at in range(5, PAYLOAD) for value in (0, 1, 2, 255)),
-    ],
-)
-def test_no_edit_of_a_header_is_taken(edits: list[tuple[int, int]]) -> None:
-    """Behind a good checksum, read by someone who expects nothing."""
-    forgery, references = edited(GOLDEN, edits), [Reference(0, {})]
-    assert_same(decode_frame(GOLDEN, references=references).tensors, TENSORS)
-    if forgery != GOLDEN:
-        with pytest.raises(errors.FrameError):
+    ):
+        forgery = edited(GOLDEN, edits)
+        try:
             decode_frame(forgery, references=references)
+        except errors.FrameError:
+            continue
+        if forgery != GOLDEN:
+            taken.append(edits)
+    assert not taken
 
 
 def test_layers_coded_as_each_other_are_refused() -> None:

@@ -272,7 +272,7 @@ def test_garbage_leads_to_weights_of_the_layer(
 
 def test_tables_do_not_depend_on_the_machine() -> None:
     """Frequencies from the page's formulas: large sizes, where floats would round."""
-    for size, rare in ((2**31 - 1, 12345), (10**9 + 7, 1), (16, 1), (17, 1)):
+    for size, rare in ((2**31 - 1, 1234), (10**9 + 7, 1), (16, 1), (17, 1)):
         writer, slow = BitWriter(), oracle.Encoder()
         taken = np.sort(np.random.default_rng(0).choice(min(size, 10**6), rare, replace=False))
         write_positions(writer, ints(size), ints(rare), taken)
