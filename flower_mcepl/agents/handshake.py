@@ -25,7 +25,7 @@ def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:
 
 def common_ground(facts: Mapping[str, Any]) -> tuple[Any, ...]:
     """Facts of a handshake in which all agents must agree, in an order."""
-    return tuple(repr(facts.get(key)) for key, _, _ in _MUST_AGREE)
+    return (*(repr(facts.get(key)) for key, _, _ in _MUST_AGREE), _layers_of(facts))
 
 
 def check_common_ground(
@@ -50,6 +50,17 @@ def check_common_ground(
         one, two = my_facts.get(key), other_facts.get(key)
         if one != two and not (key in _OF_TASKS and None in (one, two)):  # a server has none
             raise FingerprintError(f"{both} have different {what}: {one} and {two}. {way_out}")
+    one, two = _layers_of(my_facts), _layers_of(other_facts)
+    if one != two:
+        raise FingerprintError(
+            f"{both} must both tell the sizes of as many masks ({KEPT_BY_LAYER}), or none; got "
+            f"{one} and {two}. Run the same release on all devices."
+        )
+
+
+def _layers_of(facts: Mapping[str, Any]) -> int | None:
+    """Number of masks whose sizes the handshake tells; None where it tells none."""
+    return len(facts[KEPT_BY_LAYER]) if KEPT_BY_LAYER in facts else None
 
 
 _OF_TASKS = ("task", "main-metric")

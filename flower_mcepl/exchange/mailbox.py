@@ -91,7 +91,9 @@ class Mailbox:
         self._fingerprint = check_fingerprint(fingerprint)
         self._layers = {name: tuple(shape) for name, shape in layers.items()}
         self._max_staleness, self.run = max_staleness, run
-        self._most_bytes = most_bytes(sum(map(math.prod, self._layers.values())))
+        self._most_bytes = most_bytes(
+            sum(map(math.prod, self._layers.values())), only_masks=dtype == torch.bool
+        )
         self._dtype, self._prior, self._first = dtype, prior, first
         self._held: dict[int, Held] = {}
         # what has just come and will be asked for at once
@@ -194,7 +196,12 @@ class Mailbox:
     def _check_kept(self, sender: int, came: Held) -> None:
         """Check that each mask keeps as many weights as its sender's retention says."""
         due = self._kept.get(sender)
-        if due is not None and (counts := came.counts(self._layers)) != due:
+        if due is None:
+            return
+        counts = came.counts(self._layers)
+        sizes = [math.prod(self._layers[name]) for name in sorted(self._layers)]
+        # no retention is 0: a layer that has weights keeps one at least
+        if counts != due or any(count == 0 < size for count, size in zip(due, sizes, strict=True)):
             raise ForeignFrameError(
                 f"{name_frame(sender, came.round)} must keep as many weights of each layer as "
                 f"its sender's retention says, {due!s:.200}; it keeps {counts!s:.200}. Look at "

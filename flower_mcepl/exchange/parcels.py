@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from flower_mcepl.agents.handshake import KEPT_BY_LAYER
 from flower_mcepl.errors import AnswerError
 from flower_mcepl.exchange.ledger import Shipment
 from flower_mcepl.wire.layout import most_bytes
@@ -77,7 +78,8 @@ def shipments(posts: Sequence[Posted[Any]], facts: Mapping[str, Any]) -> list[Sh
 
 def check_sizes(posts: Sequence[Posted[Any]], facts: Mapping[str, Any]) -> None:
     """Raise AnswerError if a frame is larger than its sender's network allows."""
-    most = most_bytes(int(facts.get("num-weights", 0)))
+    weights, only_masks = int(facts.get("num-weights", 0)), KEPT_BY_LAYER in facts
+    most = most_bytes(weights, only_masks=only_masks)
     for post in posts:
         if post.num_bytes > most:
             raise AnswerError(

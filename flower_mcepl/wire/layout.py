@@ -211,12 +211,13 @@ def varint(value: int) -> bytes:
     return bytes([*parts, value])
 
 
-def most_bytes(num_weights: int) -> int:
+def most_bytes(num_weights: int, *, only_masks: bool) -> int:
     """Size in bytes above which nothing is a frame of so many weights.
 
-    It leaves room for a bit and a float64 a weight, and for names of many layers.
+    It leaves room for a bit a weight, a float64 a weight where there are floats, and
+    for names of many layers.
     """
-    return 2**20 + 9 * num_weights
+    return 2**20 + (num_weights if only_masks else 9 * num_weights)
 
 
 def name_frame(sender: int, round: int) -> str:

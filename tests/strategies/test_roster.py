@@ -100,6 +100,16 @@ def test_another_first_mask_is_refused() -> None:
         roster.admit(78, {**facts(1), "first-mask": "bb"}, online=[77, 78])
 
 
+def test_masks_whose_sizes_only_some_tell() -> None:
+    """Who leaves them out could else send any mask."""
+    roster = Roster(2)
+    roster.admit(77, {**facts(0), "kept-by-layer": [3, 4]}, online=[77, 78])
+    for odd in ({}, {"kept-by-layer": [3]}):
+        with pytest.raises(FingerprintError, match="must both tell the sizes of as many masks"):
+            roster.admit(78, {**facts(1), **odd}, online=[77, 78])
+    roster.admit(78, {**facts(1), "kept-by-layer": [9, 9]}, online=[77, 78])
+
+
 # --- nodes that do not fit the graph ---
 
 
