@@ -55,7 +55,6 @@ class RunBook(Generic[FrameT]):
         monitor: RunMonitor[FrameT],
         run: str,
         *,
-        keep_best: bool = False,
         patience: int = 0,
     ) -> None:
         self.monitor, self.run = monitor, run
@@ -66,7 +65,7 @@ class RunBook(Generic[FrameT]):
         self.unanswered: tuple[int, ...] | None = None
         self.summary: dict[str, Any] = {}
         self._exchange = exchange
-        self._patience, self._selects = patience, keep_best or patience > 0
+        self._patience = patience
 
     @property
     def first(self) -> int:
@@ -106,15 +105,8 @@ class RunBook(Generic[FrameT]):
             What changed about agents or nodes since the round before.
         left : collection of int, optional
             Agents that were gone when the closing exchange began.
-
-        Raises
-        ------
-        ConfigError
-            If something is chosen by evaluations on a test split.
         """
         answers = dict(sorted(answers.items()))
-        if self._selects:
-            check_selection(answer.facts for answer in answers.values())
         # Before the new frames count: a row's bytes are those that led to the model
         # that it speaks of.
         rows = self.monitor.rows_of(round, answers)
@@ -243,7 +235,7 @@ def open_book(
         If agents did not answer the closing exchange.
     """
     monitor = RunMonitor(exchange, num_rounds, log=log)
-    book = RunBook(exchange, monitor, new_run_id(), keep_best=keep_best, patience=patience)
+    book = RunBook(exchange, monitor, new_run_id(), patience=patience)
     config = {**config, "keep_best": keep_best, "patience": patience}
     with contextlib.ExitStack() as held:
         if resume is not None:

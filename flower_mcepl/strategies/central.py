@@ -104,6 +104,7 @@ class ServerStrategy(ExchangeStrategy):
         return {"server": {"number": self.server.index, **self.server.parameters()}}
 
     def _check_agent(self, agent: int, facts: Mapping[str, Any]) -> None:
+        super()._check_agent(agent, facts)
         check_common_ground(f"agent {agent}", facts, "the server", self.server.describe())
 
     def _finish(self) -> None:

@@ -25,13 +25,13 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from flower_mcepl.errors import ConfigError
+from flower_mcepl.errors import ConfigError, RosterError
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Parcel
 from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.messages.order import Order
 from flower_mcepl.record.writing import RunRecord
-from flower_mcepl.runs.book import RunBook, open_book
+from flower_mcepl.runs.book import RunBook, check_selection, open_book
 from flower_mcepl.runs.monitor import RunMonitor
 from flower_mcepl.runs.options import RoundOptions
 from flower_mcepl.runs.settings import RunSettings
@@ -448,7 +448,12 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         )
 
     def _check_agent(self, agent: int, facts: Mapping[str, Any]) -> None:
-        """Raise FingerprintError for an agent that does not fit this strategy."""
+        """Raise RosterError or FingerprintError for an agent that does not fit."""
+        if self.options.keep_best or self.options.patience:
+            try:
+                check_selection([facts])
+            except ConfigError as error:
+                raise RosterError(str(error)) from error
 
     def _about(self) -> dict[str, Any]:
         """What else belongs into the record's config."""

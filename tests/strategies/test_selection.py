@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flower_mcepl import ConfigError, RunRecord, Topology, read_run, simulate
+from flower_mcepl import RosterError, RunRecord, Topology, read_run, simulate
 from flower_mcepl.agents import load_state
 from flower_mcepl.clients import app as client_module
 from flower_mcepl.clients import make_agent_app, memory, neighbor_average_mod
@@ -255,7 +255,7 @@ def test_a_run_that_keeps_nothing_sends_nothing_of_it(tmp_path: Path) -> None:
 def test_agents_that_are_evaluated_on_test_examples_end_the_run_in_round_1(
     setting: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="agent 0 is evaluated on its test split"):
+    with pytest.raises(RosterError, match="agent 0 is evaluated on its test split"):
         gossip(agent_grid(3), record=tmp_path, **setting)
     (path,) = tmp_path.iterdir()
     assert read_run(path).status == "failed"
