@@ -16,13 +16,14 @@ from flower_mcepl.clients import make_agent_app, memory, neighbor_average_mod
 from flower_mcepl.clients.app import agent_index
 from flower_mcepl.record.reading import Run
 from flower_mcepl.runs.store import device_store
-from flower_mcepl.strategies import GossipStrategy, ServerStrategy
+from flower_mcepl.strategies import GossipStrategy, ServerStrategy, waiting
 from tests.fleet.agents import same_tensors
 from tests.fleet.choosers import chooser_of, choosers
 from tests.fleet.flower import agent_grid, gossip, state_of
 from tests.fleet.grid import InProcessGrid
 from tests.oracles.baselines import server_of
 from tests.runs.test_resumption import Interruption, plain_rows
+from tests.strategies.test_late_answers import Clock
 
 ROUNDS, SIZE = 14, 4
 OPTIONS: dict[str, Any] = {"evaluate_every": 1, "keep_best": True, "patience": 2}
@@ -178,9 +179,10 @@ def test_an_agent_that_began_afresh_tells_of_the_best_state_that_it_has(tmp_path
 
 
 def test_an_agent_that_is_late_when_a_run_stops_takes_part_in_the_closing(
-    expected: Callable[[str], Run], tmp_path: Path
+    expected: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its answer is waited for in the last round, as in that of any run."""
+    monkeypatch.setattr(waiting, "time", Clock())
     grid = new_grid()
     decided = expected("mcepl").num_rounds - 1
 
@@ -192,7 +194,7 @@ def test_an_agent_that_is_late_when_a_run_stops_takes_part_in_the_closing(
             grid.deliver()
 
     strategy = GossipStrategy(Topology.ring(SIZE), record=tmp_path, wait_timeout=0.01, **OPTIONS)
-    strategy.start(grid, num_rounds=ROUNDS, timeout=1.0, evaluate_fn=be_late)
+    strategy.start(grid, num_rounds=ROUNDS, timeout=60.0, evaluate_fn=be_late)
     assert strategy.record is not None
     run = read_run(strategy.record.path)
     assert run.status == "finished"
