@@ -43,9 +43,9 @@ class RoundOptions:
     wait_timeout : float (default: 120.0)
         Seconds to wait in a round for these agents' nodes.
     timeout_factor : float (default: 5.0)
-        A round goes on without its last agents after so many times the time that most
-        answers took of late, but not before a minute; 0 always waits for the round's
-        timeout. Late answers count when they come.
+        A round goes on without its last agents after so many times the time that a
+        typical agent took of late, but not before a minute; 0 always waits for the
+        round's timeout. Late answers count when they come.
     keep_best : bool (default: False)
         Keep each agent's best state by the main metric beside its last one; the agents
         must be evaluated on their validation splits.

@@ -27,7 +27,7 @@ class Dispatch:
         self._in_flight = InFlight()
         # of the present round, by the id of the message answered
         self._arrivals: dict[str, Arrival] = {}
-        self._round = 0
+        self._round = self._first = 0
 
     def play(
         self,
@@ -38,6 +38,7 @@ class Dispatch:
         evaluating: bool,
         first: bool,
         last: bool,
+        closing: bool = False,
     ) -> list[Message]:
         """Send a round's messages and return the answers that came, late ones included.
 
@@ -55,6 +56,8 @@ class Dispatch:
             Processes start in it: its answer times say nothing.
         last : bool
             Wait for late answers, too: no later round could take them.
+        closing : bool (default: False)
+            It is no round but the exchange after the last one.
         """
         wanted = self._in_flight.send(
             grid,
@@ -63,20 +66,15 @@ class Dispatch:
             evaluating=evaluating,
             ttl=self.time_to_live(evaluating=evaluating),
         )
-        arrivals = self._in_flight.wait(
-            grid,
-            wanted | self._in_flight.owed() if last else wanted,
-            usual=self._patience.usual(evaluating=evaluating) or 0.0,
-            deadline=self._patience.deadline(evaluating=evaluating),
-            longest=self._timeout,
-        )
-        if not first:
-            self._learn(arrivals)
+        if first:
+            self._first = round
+        if last:
+            wanted |= self._in_flight.owed()
+        arrivals = self._wait(grid, wanted, evaluating=evaluating, patient=last or closing)
+        self._learn(arrivals)
         if round != self._round:
             self._round, self._arrivals = round, {}
-        self._arrivals |= {
-            arrival.reply.metadata.reply_to_message_id: arrival for arrival in arrivals
-        }
+        self._arrivals |= {arrival.message_id: arrival for arrival in arrivals}
         return [arrival.reply for arrival in arrivals]
 
     def origin(self, reply: Message, round: int) -> tuple[int, int]:
@@ -106,11 +104,35 @@ class Dispatch:
         """Drop, and return, what nobody can answer any more."""
         return self._in_flight.expire()
 
+    def _wait(
+        self, grid: Grid, wanted: set[str], *, evaluating: bool, patient: bool
+    ) -> list[Arrival]:
+        """Arrivals of a round.
+
+        Nodes that usually miss its deadline are not waited for, unless it is
+        ``patient``: then no later round could take what they answer.
+        """
+        patience, nodes = self._patience, self._in_flight.busy()
+        if patient:
+            deadline = patience.own_deadline(nodes, evaluating=evaluating)
+        else:
+            deadline = patience.deadline(evaluating=evaluating, among=nodes)
+            wanted = wanted - self._in_flight.owing(patience.slow(nodes, evaluating=evaluating))
+        return self._in_flight.wait(
+            grid,
+            wanted,
+            usual=patience.usual(evaluating=evaluating, among=nodes) or 0.0,
+            deadline=deadline,
+            longest=self._timeout,
+        )
+
     def _learn(self, arrivals: Sequence[Arrival]) -> None:
         for kind in (True, False):
-            times = [
-                arrival.seconds
+            times = {
+                arrival.sent.node: arrival.seconds
                 for arrival in arrivals
-                if arrival.sent.evaluating is kind and not arrival.reply.has_error()
-            ]
+                if arrival.sent.evaluating is kind
+                and arrival.sent.round != self._first
+                and not arrival.reply.has_error()
+            }
             self._patience.learn(times, evaluating=kind)

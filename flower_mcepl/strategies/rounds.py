@@ -285,6 +285,7 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             evaluating=self._evaluates(round),
             first=round == self.book.first,
             last=round == self.monitor.num_rounds,
+            closing=round > self.monitor.num_rounds,
         )
 
     def _evaluates(self, round: int) -> bool:

@@ -4,12 +4,15 @@ agent.
 
 import itertools
 import logging
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from flwr.app import Array, Message
+from flwr.app import Array, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity  # private, needed by Message()
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +20,7 @@ from flower_mcepl import ConfigError, RosterError, Topology, read_run
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.exchange.parcels import Answer, Posted
 from flower_mcepl.strategies import waiting
+from flower_mcepl.strategies.dispatch import Dispatch
 from flower_mcepl.strategies.waiting import FLOOR, Patience
 from tests.fleet.flower import RecordingGrid, agent_grid, down_frames, gossip, sent_round
 from tests.oracles.baselines import fleet_of, server_of
@@ -74,38 +78,69 @@ def delayed_grid(size: int, clock: Clock, takes: Callable[[int, int], float | No
 def test_patience_is_learned_from_rounds_of_the_same_kind() -> None:
     patience = Patience(600.0, 5.0)
     for seconds in (20.0, 30.0):
-        patience.learn([seconds / 2, seconds], evaluating=False)
+        patience.learn({1: seconds, 2: seconds}, evaluating=False)
         assert patience.deadline(evaluating=False) == 600.0  # too little is known
-    patience.learn([30.0], evaluating=False)
+    patience.learn({1: 40.0, 2: 30.0}, evaluating=False)
     assert patience.usual(evaluating=False) == 30.0
     assert patience.deadline(evaluating=False) == 150.0
     assert patience.deadline(evaluating=True) == 600.0
     for _ in range(3):
-        patience.learn([0.5], evaluating=True)
+        patience.learn({1: 0.5}, evaluating=True)
     assert patience.deadline(evaluating=True) == FLOOR
     for _ in range(30):  # what is long ago is forgotten
-        patience.learn([200.0], evaluating=False)
+        patience.learn({1: 200.0, 2: 200.0}, evaluating=False)
     assert patience.deadline(evaluating=False) == 600.0  # never longer than the timeout
 
 
 def test_patience_without_a_factor_is_the_timeout() -> None:
     patience = Patience(600.0, 0.0)
     for _ in range(9):
-        patience.learn([1.0], evaluating=False)
+        patience.learn({1: 1.0}, evaluating=False)
     assert patience.deadline(evaluating=False) == 600.0
 
 
-@given(
-    times=st.lists(st.lists(st.floats(0.0, 1e4), min_size=1, max_size=9), min_size=3, max_size=40)
+TIMES = st.lists(
+    st.dictionaries(st.integers(0, 6), st.floats(0.0, 1e4), min_size=1), min_size=1, max_size=25
 )
-def test_most_answers_of_late_came_within_the_usual_time(times: list[list[float]]) -> None:
-    patience = Patience(1e9, 2.0)
-    for round in times:
+
+
+def typical(rounds: list[dict[int, float]], among: set[int]) -> float | None:
+    """Upper median of the nodes' medians over the last rounds, by sorting."""
+    middles = []
+    for node in among:
+        times = sorted(round[node] for round in rounds[-waiting.WINDOW :] if node in round)
+        if times:
+            middles.append((times[(len(times) - 1) // 2] + times[len(times) // 2]) / 2)
+    return sorted(middles)[len(middles) // 2] if middles and len(rounds) >= 3 else None
+
+
+@given(rounds=TIMES, among=st.sets(st.integers(0, 6)), factor=st.floats(0.5, 9.0))
+def test_a_deadline_is_that_of_a_typical_node(
+    rounds: list[dict[int, float]], among: set[int], factor: float
+) -> None:
+    patience = Patience(5e3, factor)
+    for round in rounds:
         patience.learn(round, evaluating=False)
-    known = [seconds for round in times[-waiting.WINDOW :] for seconds in round]
-    usual = patience.usual(evaluating=False)
-    assert usual in known
-    assert sum(seconds <= usual for seconds in known) >= waiting.QUANTILE * len(known)
+    usual = typical(rounds, among)
+    assert patience.usual(evaluating=False, among=among) == usual
+    deadline = 5e3 if usual is None else min(5e3, max(FLOOR, factor * usual))
+    assert patience.deadline(evaluating=False, among=among) == deadline
+    late = {n for n in among if (own := typical([*rounds, {}, {}][:20], {n})) and own > deadline}
+    assert len(rounds) > 18 or patience.slow(among, evaluating=False) == late
+    assert deadline <= patience.own_deadline(among, evaluating=False) <= 5e3
+
+
+@given(
+    honest=st.lists(st.floats(10.0, 20.0), min_size=1, max_size=9),
+    slow=st.lists(st.floats(0.0, 1e9), max_size=8),
+)
+def test_fewer_than_half_of_the_nodes_do_not_stretch_a_deadline(
+    honest: list[float], slow: list[float]
+) -> None:
+    patience, times = Patience(1e6, 5.0), [*honest, *slow[: len(honest) - 1]]
+    for _ in range(9):
+        patience.learn(dict(enumerate(times)), evaluating=False)
+    assert patience.deadline(evaluating=False) <= 5.0 * 20.0
 
 
 def test_a_bad_factor_is_refused() -> None:
@@ -311,6 +346,104 @@ def test_failures_are_told_when_they_change(tmp_path: Path) -> None:
         {},
         {},
     ]
+
+
+# --- slow agents ---
+
+
+def spent_in_rounds(
+    clock: Clock, path: Path, takes: Callable[[int, int], float | None], size: int, rounds: int
+) -> tuple[list[float], list[dict[str, Any]]]:
+    """Seconds of each round but the first, and the lines of the rounds."""
+    grid = delayed_grid(size, clock, takes)
+    ends: list[float] = []
+    strategy = gossip(
+        grid,
+        Topology.ring(size),
+        rounds=rounds,
+        evaluate_every=99,
+        timeout=3600.0,
+        record=path,
+        after=lambda round: ends.append(clock.now),
+    )
+    assert strategy.record is not None
+    run = read_run(strategy.record.path)
+    assert run.status == "finished"  # the slow ones closed, too
+    return [end - begin for begin, end in itertools.pairwise(ends)], run.relay
+
+
+class ScriptedFleet:
+    """Grid of nodes that only take their time, as many seconds as they are told to."""
+
+    def __init__(self, clock: Clock, takes: Callable[[int], float]) -> None:
+        self.clock, self.takes = clock, takes
+        self._due: dict[str, tuple[float, Message]] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        for message in messages:
+            key = message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            seconds = self.takes(message.metadata.dst_node_id)
+            reply = Message(RecordDict(), reply_to=message)
+            self._due[key] = (self.clock.now + seconds, reply)
+        return list(self._due)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        keys = [key for key in message_ids if self._due[key][0] <= self.clock.now]
+        return [self._due.pop(key)[1] for key in keys]
+
+
+def test_one_slow_node_of_many_stretches_no_round(clock: Clock) -> None:
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    grid = ScriptedFleet(clock, lambda node: 200.0 if node == 7 else 20.0)
+    dispatch = Dispatch(timeout=3600.0, timeout_factor=5.0)
+    spent, answered, late = [], [], []
+    for round in range(1, 31):
+        began = clock.now
+        nodes = set(range(20)) - dispatch.busy()
+        messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in nodes]
+        replies = dispatch.play(cast(Grid, grid), messages, round=round, evaluating=False,
+                                first=round == 1, last=round == 30)  # fmt: skip
+        origins = [dispatch.origin(reply, round) for reply in replies]
+        late += [(node, at) for at, node in origins if at != round]
+        answered.append(len(origins))
+        spent.append(clock.now - began)
+    # rounds 1 to 4 teach what is usual: there the slow one is waited for
+    assert all(199.0 < seconds < 204.0 for seconds in spent[:4])
+    assert all(20.0 <= seconds < 22.0 for seconds in spent[4:-1])
+    # its answers count when they come; the last round waits for the one that is owed
+    assert len(late) >= 2
+    assert {node for node, _ in late} == {7}
+    assert min(answered) == 19
+    assert spent[-1] < 204.0
+    assert not dispatch.busy()
+
+
+@pytest.mark.parametrize(("size", "slow", "waited"), [(2, 1, True), (3, 1, False), (4, 2, True)])
+def test_half_of_a_fleet_is_waited_for(
+    clock: Clock, tmp_path: Path, size: int, slow: int, waited: bool
+) -> None:
+    """Of two agents none is typical, and of four with two slow ones neither kind is."""
+    spent, relay = spent_in_rounds(
+        clock, tmp_path, lambda node, round: 200.0 if node < 1000 + slow else 20.0, size, 10
+    )
+    limit = 200.0 if waited else 20.0
+    assert all(limit <= seconds < limit + 4.0 for seconds in spent[3:-1])
+    assert any(line["late"] for line in relay) is not waited
+
+
+def test_a_queue_that_moves_slowly_is_no_dead_agent(clock: Clock, tmp_path: Path) -> None:
+    """In simulation agents wait for a core: one after the other, and in round 7 all of
+    them ten times as long.
+    """
+    spent, relay = spent_in_rounds(
+        clock,
+        tmp_path,
+        lambda node, round: (node - 999) * (60.0 if round == 7 else 6.0),
+        8,
+        9,
+    )
+    assert [line["missing"] for line in relay] == [[]] * 10
+    assert max(spent) < 8 * 60.0 + 4.0
 
 
 # --- a server ---
