@@ -19,7 +19,7 @@ from flower_mcepl.cli.report import report
 from flower_mcepl.cli.run import run
 from flower_mcepl.cli.show import show
 from flower_mcepl.cli.tensorboard import tensorboard
-from flower_mcepl.errors import FlowerMceplError
+from flower_mcepl.errors import FlowerMceplError, visible
 from flower_mcepl.terminal import spell_unknown
 
 app = typer.Typer(
@@ -59,5 +59,5 @@ def main() -> None:
     try:
         app()
     except (FlowerMceplError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {visible(str(error), lines=True)}\n")
         sys.exit(1)

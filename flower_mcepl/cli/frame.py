@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flower_mcepl.errors import ConfigError, FrameError
+from flower_mcepl.errors import ConfigError, FrameError, visible
 from flower_mcepl.record.values import human_bytes
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _table(header: "FrameHeader") -> Table:
     )
     table.caption_justify = "left"
     for number, entry in enumerate(header.layers):
-        name = entry.name if entry.name is not None else f"layer {number}"
+        name = visible(entry.name) if entry.name is not None else f"layer {number}"
         shape = "?" if entry.shape is None else "x".join(map(str, entry.shape)) or "scalar"
         weights = "?" if entry.shape is None else f"{_numel(entry):,}"
         coded = entry.kind >= 2

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flower_mcepl.cli.wide import wide_console
+from flower_mcepl.errors import visible
 from flower_mcepl.studies.sources import read_sources
 
 
@@ -57,6 +58,6 @@ def plot(
     for file in write_gallery(gallery, source.folder / "plots" if out is None else out):
         console.print(str(file))
     for line in gallery.missing:
-        console.print(f"not drawn: {line}")
+        console.print(f"not drawn: {visible(line)}")
     for line in (*source.notes, *gallery.notes):
         console.print(line)

@@ -37,7 +37,11 @@ def tensorboard(
       flower-mcepl tensorboard runs/paper/2-ablation
       flower-mcepl tensorboard runs/20260131-141500-ring --follow
     """  # noqa: D301 (click's sign for lines that stay as they are)
-    folders = [run.path for run in find_records(records)]
+    runs = find_records(records)
+    folders = [run.path for run in runs]
+    for run in runs:
+        if run.damage:
+            sys.stderr.write(f"WARNING: {run.path.name}: {run.damage}\n")
     writers = [
         ScalarWriter(folder, out / name)
         for folder, name in zip(folders, _names(folders), strict=True)

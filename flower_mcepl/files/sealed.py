@@ -90,7 +90,12 @@ def set_aside(path: Path) -> Path | None:
 
 @contextlib.contextmanager
 def file_lock(
-    path: Path, *, wait: float, busy: str, error: type[FlowerMceplError] = StateError
+    path: Path,
+    *,
+    wait: float,
+    busy: str,
+    error: type[FlowerMceplError] = StateError,
+    remove: bool = False,
 ) -> Iterator[None]:
     """Lock that the operating system releases when its process ends, however it ends.
 
@@ -105,30 +110,60 @@ def file_lock(
         process's id.
     error : type of FlowerMceplError (default: StateError)
         What is then raised.
+    remove : bool (default: False)
+        Remove the file at the end, as the last thing done under the lock. Windows
+        removes no file that is open: there it stays.
 
     Raises
     ------
     StateError (or ``error``)
         If another process still holds it after `wait`: ``busy``.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(path, "a+b", buffering=0) as file:
-        deadline = time.monotonic() + wait
-        while not _lock(file):
-            if time.monotonic() >= deadline:
-                file.seek(0)
-                raise error(busy.replace("{process}", file.read().decode().strip() or "?"))
-            time.sleep(_LOOK_AGAIN)
+    with _open_locked(path, time.monotonic() + wait, busy, error) as file:
         file.truncate(0)
         file.write(str(os.getpid()).encode())
         try:
             yield
         finally:
+            if remove:
+                _remove_open(path)
             _unlock(file)
 
 
-def remove_lock(path: Path) -> None:
-    """Remove the file of a lock; Windows removes no file that is open."""
+def _open_locked(
+    path: Path, deadline: float, busy: str, error: type[FlowerMceplError]
+) -> IO[bytes]:
+    """Open and lock the file that stands at a path.
+
+    Whoever held it may have removed it meanwhile. A lock on the removed file keeps
+    nobody out, as the next process makes a new one; so it is taken for none.
+    """
+    while True:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.ExitStack() as opened:
+            try:
+                file = opened.enter_context(open(path, "a+b", buffering=0))
+            except FileNotFoundError:  # its folder was removed meanwhile
+                continue
+            while not _lock(file):
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    raise error(busy.replace("{process}", file.read().decode().strip() or "?"))
+                time.sleep(_LOOK_AGAIN)
+            if _stands_at(path, file):
+                opened.pop_all()
+                return file
+
+
+def _stands_at(path: Path, file: IO[bytes]) -> bool:
+    """Whether an open file is the one at a path, not one that was removed there."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_open(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except PermissionError:

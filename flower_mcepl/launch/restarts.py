@@ -54,6 +54,6 @@ def _cause(record: Path) -> str | None:
 def _summary(record: Path) -> dict[str, Any]:
     try:
         summary = json.loads((record / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return summary if isinstance(summary, dict) else {}

@@ -34,7 +34,10 @@ def link_bytes(run: Run) -> int | None:
     the relay serves.
     """
     links: int | None = run.totals.get("links_total")
-    return links if links is None or run.server is None else links + run.totals["uplink_total"]
+    if links is None or run.server is None:
+        return links
+    uplinks: int | None = run.totals.get("uplink_total")
+    return None if uplinks is None else links + uplinks
 
 
 def sends_nothing(run: Run) -> bool:

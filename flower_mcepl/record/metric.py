@@ -59,7 +59,10 @@ class MainMetric:
         value = row.get(self.name)
         if value is None:
             value = (row.get("metrics") or {}).get(self.name)
-        return float(value) if value is not None and math.isfinite(value) else None
+        # a name of somebody else's choice may be that of a column of another kind
+        if isinstance(value, bool | str | dict | list) or value is None:
+            return None
+        return float(value) if math.isfinite(value) else None
 
     def reaches(self, value: float, target: float) -> bool:
         """Whether a value is at least as good as a target."""

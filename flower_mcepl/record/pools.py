@@ -91,7 +91,8 @@ def pool(runs: Sequence[Run]) -> Pooled:
 
 def _finished(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     finished = [run for run in runs if run.finished]
-    notes = [
+    notes = [f"WARNING: {run.path.name}: {run.damage}" for run in finished if run.damage]
+    notes += [
         f"left out: {run.path.name}, which is {run.status or 'without a summary'}"
         for run in runs
         if not run.finished

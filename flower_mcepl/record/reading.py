@@ -1,8 +1,10 @@
-"""Reading of run records: of finished runs, killed ones and those that go on."""
+"""Reading of run records: of finished runs, killed ones and those that go on.
 
-import json
+Whoever wrote a record, what was read of it can be relied on: every field that is used
+has its type and range (`schema`), and no text holds a control character.
+"""
+
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +18,8 @@ from flower_mcepl.record.metric import (
     metric_summary,
     of_agents,
 )
+from flower_mcepl.record.parsing import read_lines, read_object
+from flower_mcepl.record.schema import CONFIG_FILE, RELAY_LINE, ROUNDS_LINE, SUMMARY_FILE
 from flower_mcepl.record.selection import best_states
 
 T = TypeVar("T")
@@ -38,21 +42,22 @@ class Run:
     @property
     def name(self) -> str:
         """What the run is called; the folder's name where the config does not say."""
-        return str(self.config.get("name", self.path.name))
+        return str(self.config.get("name") or self.path.name)
 
     @property
     def started(self) -> str:
         """Start of the run, UTC in ISO 8601; empty where the config does not say."""
-        return str(self.config.get("started", ""))
+        return str(self.config.get("started") or "")
 
     @property
     def settings(self) -> Row:
         """Run config of the run, by key."""
-        return self._part(CONFIG, "run_config", dict)
+        return _part(self.config, "run_config", dict)
 
     def setting(self, key: str, default: Any = None) -> Any:
         """Value of a key of the run config."""
-        return self.settings.get(key, default)
+        value = self.settings.get(key)
+        return default if value is None else value
 
     @property
     def seed(self) -> int | None:
@@ -69,22 +74,22 @@ class Run:
     @property
     def study(self) -> Row:
         """Study of the run: ``name`` and ``engine``, the run's ``label``."""
-        return self._part(CONFIG, "study", dict)
+        return _part(self.config, "study", dict)
 
     @property
     def versions(self) -> Row:
         """Versions of Python, the platform and packages, by name."""
-        return self._part(CONFIG, "versions", dict)
+        return _part(self.config, "versions", dict)
 
     @property
     def topology(self) -> Row:
         """Communication graph: ``num_agents``, ``directed``; if fixed, ``edges``."""
-        return self._part(CONFIG, "topology", dict)
+        return _part(self.config, "topology", dict)
 
     @property
     def server(self) -> int | None:
         """Number under which the server of a server-based algorithm is counted."""
-        number = self._part(CONFIG, "server", dict).get("number")
+        number = _part(self.config, "server", dict).get("number")
         return None if number is None else int(number)
 
     @property
@@ -93,16 +98,16 @@ class Run:
         return {
             int(entry["agent"]): {
                 "parameters": {},
-                **{key.replace("-", "_"): value for key, value in entry.items()},
+                **{k.replace("-", "_"): v for k, v in entry.items() if v is not None},
             }
-            for entry in self._part(CONFIG, "agents", list)
-            if "agent" in entry
+            for entry in _part(self.config, "agents", list)
+            if entry.get("agent") is not None
         }
 
     @property
     def status(self) -> str | None:
         """Status of the run; None as long as it has no summary."""
-        return None if self.summary is None else str(self.summary.get("status", "-"))
+        return None if self.summary is None else str(self.summary.get("status") or "-")
 
     @property
     def finished(self) -> bool:
@@ -118,14 +123,30 @@ class Run:
     @property
     def num_rounds(self) -> int:
         """Rounds of the run; without a summary, the last one that has a line."""
-        last = max((row["round"] for row in (*self.rounds, *self.relay)), default=0)
-        return int((self.summary or {}).get("num_rounds", last))
+        planned = (self.summary or {}).get("num_rounds")
+        if planned is not None:
+            return int(planned)
+        return max((row["round"] for row in (*self.rounds, *self.relay)), default=0)
+
+    @property
+    def damage(self) -> str:
+        """Which lines its files have lost; empty: none, as far as anybody can tell."""
+        kept = {ROUNDS: len(self.rounds), RELAY: len(self.relay)}
+        written = _part(self.summary, "lines", dict)
+        lost = [
+            f"{file} has lost {written[file] - count} of its {written[file]} lines"
+            for file, count in kept.items()
+            if (written.get(file) or 0) > count
+        ]
+        if self.truncated and not lost:
+            lost = ["its last line is incomplete"]
+        return "; ".join(lost)
 
     @property
     def totals(self) -> Row:
         """Byte counts of the summary; without one, those of the last lines."""
         if self.summary is not None:
-            return self._part(SUMMARY, "bytes", dict)
+            return _part(self.summary, "bytes", dict)
         if self.relay:  # written after every round, the agents' lines only after evaluated ones
             last = self.relay[-1]
             return {"links_total": last.get("link_bytes"), "uplink_total": last.get("uplink_bytes")}
@@ -138,12 +159,12 @@ class Run:
     @property
     def links(self) -> list[Row]:
         """Traffic over each directed link during the whole run."""
-        return self._part(SUMMARY, "links", list)
+        return _part(self.summary, "links", list)
 
     @property
     def stopped_early(self) -> Row:
         """Why the run stopped before its planned end; empty: it did not."""
-        return self._part(SUMMARY, "stopped_early", dict)
+        return _part(self.summary, "stopped_early", dict)
 
     def best_states(self) -> list[Row]:
         """Agent, round and value of every best state that was kept (`keep-best`)."""
@@ -197,82 +218,47 @@ class Run:
             if s["mean"] is not None
         ]
 
-    def _part(self, file: str, key: str, kind: type[T]) -> T:
-        """Object or list under a key of `file`; empty if it is absent or null."""
-        value = (self.config if file == CONFIG else self.summary or {}).get(key)
-        if value is not None and not isinstance(value, kind):
-            noun = "an object" if kind is dict else "a list"
-            raise RecordError(
-                f"{self.path / file} is damaged: {key} must be {noun}; got {value!r:.60}."
-            )
-        return kind() if value is None else value
+
+def _part(file: Row | None, key: str, kind: type[T]) -> T:
+    """Object or list under a key of a file; empty if it is absent or null."""
+    value: T | None = (file or {}).get(key)
+    return kind() if value is None else value
 
 
 def read_run(path: str | Path) -> Run:
     """Read a run record, of a finished, a killed or a running run.
 
     An incomplete last line, as a killed run leaves it, is dropped and shows in
-    ``Run.truncated``.
+    ``Run.truncated``; which lines are missing says ``Run.damage``.
 
     Raises
     ------
     RecordError
-        `path` is no run record, or one of its files is damaged; the message names file
-        and line.
+        `path` is no run record, or one of its files is damaged or holds a value of the
+        wrong type or range; the message names file and line.
     """
     folder = Path(path).absolute()
     if not (folder / CONFIG).is_file():
         raise RecordError(
             f"a run record is a folder with {CONFIG} and {ROUNDS}; {_what_it_is(folder)}"
         )
-    rounds, cut_rounds = _read_lines(folder / ROUNDS, ("round", "agent", "accuracy"))
-    relay, cut_relay = _read_lines(folder / RELAY, ("round",))
+    rounds, cut_rounds = read_lines(folder / ROUNDS, ROUNDS_LINE)
+    relay, cut_relay = read_lines(folder / RELAY, RELAY_LINE)
+    summary = folder / SUMMARY
     return Run(
         path=folder,
-        config=read_object(folder / CONFIG),
+        config=read_object(folder / CONFIG, CONFIG_FILE),
         rounds=rounds,
         relay=relay,
-        summary=read_object(folder / SUMMARY) if (folder / SUMMARY).is_file() else None,
+        summary=read_object(summary, SUMMARY_FILE) if summary.is_file() else None,
         agents=_agent_states(folder / AGENTS, ""),
         truncated=cut_rounds or cut_relay,
         best_agents=_agent_states(folder / AGENTS, "-best"),
     )
 
 
-def _read_lines(path: Path, keys: Sequence[str]) -> tuple[list[Row], bool]:
-    if not path.exists():
-        return [], False
-    # tail: what follows the last line's end, usually nothing
-    *lines, tail = path.read_bytes().split(b"\n")
-    rows = [
-        _parse(line, f"{path}, line {number}", keys) for number, line in enumerate(lines, start=1)
-    ]
-    if tail:
-        try:
-            rows.append(_parse(tail, str(path), keys))
-        except RecordError:
-            return rows, True
-    return rows, False
-
-
-def read_object(path: Path) -> Row:
-    """JSON object in a file of a run record."""
-    return _parse(path.read_bytes(), str(path), ())
-
-
-def _parse(text: bytes, where: str, keys: Sequence[str]) -> Row:
-    try:
-        value = json.loads(text.decode("utf-8"))
-    except ValueError as error:
-        raise RecordError(f"{where} is damaged: {error}") from error
-    if not isinstance(value, dict) or any(key not in value for key in keys):
-        needed = f" with {', '.join(keys)}" if keys else ""
-        raise RecordError(f"{where} is damaged: expected a JSON object{needed}, got {text[:60]!r}.")
-    return value
-
-
 def _agent_states(folder: Path, kind: str) -> dict[int, Path]:
-    name = re.compile(rf"agent-(\d+){kind}\.safetensors")
+    name = re.compile(rf"agent-([0-9]{{1,7}}){kind}\.safetensors")
     files = ((name.fullmatch(file.name), file) for file in folder.glob("agent-*"))
     return dict(sorted((int(match[1]), file) for match, file in files if match))
 

@@ -23,7 +23,7 @@ def best_states(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Agent, round and value of every best state, as each agent said last."""
     last = last_rows(row for row in rows if row.get("best_round") is not None)
     return [
-        {"agent": agent, "round": row["best_round"], "value": row["best_value"]}
+        {"agent": agent, "round": row["best_round"], "value": row.get("best_value")}
         for agent, row in last.items()
     ]
 

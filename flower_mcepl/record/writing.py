@@ -24,7 +24,7 @@ from flower_mcepl.record.layout import (
     TRAFFIC,
     TRAFFIC_KEYS,
 )
-from flower_mcepl.record.reading import read_object
+from flower_mcepl.record.parsing import read_raw
 from flower_mcepl.record.values import package_versions, to_json, utc_now
 
 
@@ -88,7 +88,7 @@ class RunRecord:
     def amend_config(self, **more: Any) -> None:
         """Add to ``config.json`` what is known later, such as ``agents``."""
         with _writing(self.path / CONFIG):
-            config = read_object(self.path / CONFIG)
+            config = read_raw(self.path / CONFIG)
             _replace(self.path / CONFIG, to_json({**config, **more}, indent=2))
 
     @property
@@ -137,15 +137,16 @@ class RunRecord:
             One of `STATUSES`.
         **summary
             The other fields; ``seconds`` counts from :meth:`create` where it is not
-            given.
+            given. ``lines`` is added: how many lines the files have by then, so that it
+            shows if one loses some.
         """
         if status not in STATUSES:
             raise ConfigError(f"a run ends with one of {', '.join(STATUSES)}; got {status!r}.")
         seconds = time.monotonic() - self._began
-        text = to_json(
-            {"status": status, "seconds": seconds, "ended": utc_now(), **summary}, indent=2
-        )
+        about = {"status": status, "seconds": seconds, "ended": utc_now(), **summary}
         with _writing(self.path / SUMMARY):
+            lines = {file: _count_lines(self.path / file) for file in (ROUNDS, RELAY)}
+            text = to_json({**about, "lines": lines}, indent=2)
             _replace(self.path / SUMMARY, text)
 
     def _append(self, file: str, rows: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> None:
@@ -192,6 +193,13 @@ def _claim(folder: Path) -> None:
             f"a run record needs a new or empty folder; {folder} is not empty. Choose another path."
         )
     open(folder / ROUNDS, "xb").close()  # exclusive: a second run with the same path stops here
+
+
+def _count_lines(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        return sum(1 for _ in file)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flower_mcepl.errors import FlowerMceplError
+from flower_mcepl.errors import FlowerMceplError, visible
 from flower_mcepl.record.reading import read_run
 from flower_mcepl.report.overview import plot_run
 from flower_mcepl.report.table import agent_table
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(agent_table(run))
         sys.stdout.write(f"\npicture: {plot_run(run, arguments.out)}\n")
     except (FlowerMceplError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {visible(str(error), lines=True)}\n")
         return 1
     return 0
 

@@ -62,8 +62,8 @@ def _draw_result(axes: "Axes", run: Run) -> None:
 
     metric = run.metric
     better = "" if metric.higher_is_better else f" ({metric.direction})"
-    axes.set(title=f"Personalized {metric.name}{better}", xlabel="round")
-    axes.set_ylabel(f"{metric.axis} on the agent's own {run.evaluated_on} split")
+    axes.set(title=f"Personalized {plain(metric.name)}{better}", xlabel="round")
+    axes.set_ylabel(plain(f"{metric.axis} on the agent's own {run.evaluated_on} split"))
     if metric.bounded:
         axes.set_ylim(0, 1)
     axes.grid(axis="y", color="0.9")

@@ -20,6 +20,8 @@ BYTE_NAMES = {
     "paper_convention_bytes": "paper's convention: 1 bit per kept weight",
 }
 
+_MOST_NAMED = 100  # agents of a list
+
 
 def agent_table(run: Run) -> str:
     """Agents' last evaluations, then what the run cost in bytes, as plain text."""
@@ -85,6 +87,7 @@ def headline(run: Run) -> str:
     status = f"{run.status or 'no summary (killed or still running)'}{_stopped(run)}"
     agents = of_agents(len(run.final()), run.num_agents)
     result = run.result()
+    status += f" [DAMAGED: {run.damage}]" if run.damage else ""
     if result["mean"] is None or (len(run.final()) == result["agents"] == run.num_agents):
         return f"{run.name}: {status}, {agents}, {run.num_rounds} rounds"
     return (
@@ -127,8 +130,10 @@ def _result_lines(run: Run) -> Iterator[str]:
     ]
     if late:
         yield f"last evaluated in an earlier round, and not in the mean: agent {', '.join(late)}"
-    if never := [str(agent) for agent in range(run.num_agents) if agent not in run.final()]:
-        yield f"never evaluated: agent {', '.join(never)}"
+    final = run.final()
+    if never := [str(agent) for agent in range(run.num_agents) if agent not in final]:
+        more = f", ... ({len(never)} agents)" if len(never) > _MOST_NAMED else ""
+        yield f"never evaluated: agent {', '.join(never[:_MOST_NAMED])}{more}"
 
 
 def _best_line(run: Run) -> str:
@@ -156,8 +161,9 @@ def _further_lines(run: Run) -> Iterator[str]:
     """Means of the other metrics of the last evaluated round."""
     rows = list(run.last_evaluated().values())
     for name in dict.fromkeys(name for row in rows for name in row.get("metrics") or {}):
-        values = [row["metrics"][name] for row in rows if name in (row.get("metrics") or {})]
-        if name != run.metric.name:
+        known = [(row.get("metrics") or {}).get(name) for row in rows]
+        values = [value for value in known if value is not None]
+        if values and name != run.metric.name:
             fewer = "" if len(values) == len(rows) else f" of {len(values)} agents"
             yield f"{name} {statistics.fmean(values):.4f}{fewer}"
 

@@ -39,7 +39,7 @@ class ScalarWriter:
 
     def __init__(self, record: Path, folder: Path) -> None:
         self.record = record
-        self._began = datetime.fromisoformat(read_run(record).started).timestamp()
+        self._began = _timestamp(read_run(record).started)
         self._rounds: set[int] = set()
         self._relay = 0
         writer = _event_writer()
@@ -85,6 +85,10 @@ class ScalarWriter:
         if value is not None:
             when = self._began + float(row.get("seconds") or 0)
             self._events.add_scalar(tag, value, global_step=int(row["round"]), walltime=when)
+
+
+def _timestamp(started: str) -> float:
+    return datetime.fromisoformat(started).timestamp() if started else 0.0
 
 
 def _event_writer() -> Any:

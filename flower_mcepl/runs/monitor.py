@@ -190,11 +190,14 @@ class RunMonitor(Generic[FrameT]):
         self._start = time.perf_counter() - state["seconds"]
         if stopped := state.get("stopped-early"):  # a decision stands, even with more rounds
             self.stopped_early, self.num_rounds = dict(stopped), int(stopped["round"])
-        self._introduced = {facts["agent"]: facts for facts in run.config.get("agents", [])}
-        self.rows = list(run.rounds)
-        self.train_loss = {
-            row["round"]: row["train_loss"] for row in run.relay if row["train_loss"] is not None
+        self._introduced = {
+            facts["agent"]: facts
+            for facts in run.config.get("agents") or []
+            if facts.get("agent") is not None
         }
+        self.rows = list(run.rounds)
+        losses = {row["round"]: row.get("train_loss") for row in run.relay}
+        self.train_loss = {round: loss for round, loss in losses.items() if loss is not None}
 
     def _row(self, agent: int, round: int, answer: Answer[FrameT]) -> Row:
         ledger, metrics = self.exchange.ledger, answer.metrics

@@ -25,8 +25,9 @@ from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import FrameT
 from flower_mcepl.files.bundle import Bundle
-from flower_mcepl.files.sealed import file_lock, remove_lock
+from flower_mcepl.files.sealed import file_lock
 from flower_mcepl.record.layout import CONFIG, FRAMES, RELAY, ROUNDS, SUMMARY, TRAFFIC
+from flower_mcepl.record.parsing import read_raw
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.values import package_versions, to_json, utc_now
 from flower_mcepl.record.writing import RunRecord
@@ -175,7 +176,9 @@ def reopen(
             f"a run can be resumed until it has finished, and the one in {path} has, after round "
             f"{run.num_rounds}. Start a new run (without resume)."
         )
-    _check_same_run(run.config, config)
+    _run_id(run)
+    recorded = read_raw(path / CONFIG)
+    _check_same_run(recorded, config)
     checkpoint = newest_checkpoint(path / CHECKPOINT, log)
     last = int(checkpoint.facts[ROUND])
     sizes: Mapping[str, int] = checkpoint.facts["files"]
@@ -184,7 +187,8 @@ def reopen(
     for file, size in sizes.items():
         os.truncate(path / file, size)
     for frame in (path / FRAMES).glob("*.frame"):
-        if int(frame.name.partition("-")[0]) > last:
+        number = frame.name.partition("-")[0]
+        if number.isdecimal() and int(number) > last:
             frame.unlink()
     (path / SUMMARY).unlink(missing_ok=True)
     set_damaged_aside(path / CHECKPOINT, after=last)
@@ -196,7 +200,7 @@ def reopen(
         "versions": package_versions(),
     }
     record.amend_config(
-        num_rounds=config["num_rounds"], resumptions=[*run.config.get("resumptions", []), noted]
+        num_rounds=config["num_rounds"], resumptions=[*(recorded.get("resumptions") or []), noted]
     )
     return Reopened(record, checkpoint, answered)
 
@@ -217,7 +221,7 @@ def how_to_resume(path: Path) -> str:
 
 def run_id_of(record: RunRecord) -> str:
     """Return the run id that its config holds."""
-    return str(read_run(record.path).config[RUN])
+    return _run_id(read_run(record.path))
 
 
 @contextlib.contextmanager
@@ -233,36 +237,40 @@ def only_writer(path: Path) -> Iterator[None]:
         raise RecordError(
             f"a run record is a folder with {CONFIG}; {path} has none. Check the path."
         )
-    lock = path / LOCK
     busy = (
         f"a record is written by one run at a time, and the run in {path} is still going on, in "
         f"process {{process}}. Wait for its end, or stop it first."
     )
-    with file_lock(lock, wait=0, busy=busy, error=RecordError):
-        try:
-            yield
-        finally:
-            remove_lock(lock)
+    with file_lock(path / LOCK, wait=0, busy=busy, error=RecordError, remove=True):
+        yield
+
+
+def _run_id(run: Run) -> str:
+    if not run.config.get(RUN):
+        raise RecordError(
+            f"{run.path / CONFIG} must say the id of its run (key {RUN}), and does not. "
+            "Put back the whole file, or start the run anew."
+        )
+    return str(run.config[RUN])
 
 
 def _last_answered(run: Run) -> int:
     """Agents that took part in the last round in which any did; 0: none."""
-    resumptions = run.config.get("resumptions", [])
-    if resumptions and resumptions[-1]["after_round"] == (
-        run.relay[-1]["round"] if run.relay else 0
-    ):
-        return int(resumptions[-1].get("answered", 0))  # broken off again before a round was over
+    resumptions = run.config.get("resumptions") or []
+    last = run.relay[-1]["round"] if run.relay else 0
+    if resumptions and resumptions[-1].get("after_round") == last:
+        return int(resumptions[-1].get("answered") or 0)  # broken off again before a round was over
     return next((int(line["answered"]) for line in reversed(run.relay) if line.get("answered")), 0)
 
 
 def _check_same_run(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old, new = recorded.get("run_config", {}), now.get("run_config", {})
+    old, new = recorded.get("run_config") or {}, now.get("run_config", {})
     if "run_config" in now:  # a run without Flower is told agents, not a run config
         for key in sorted({*old, *new} - free_keys(RunSettings, DeviceSettings)):
             _check_same(f"run-config key {key}", old.get(key), new.get(key))
     for key in sorted(now.keys() - _FREE):
         _check_same(key, recorded.get(key, _BEFORE.get(key)), json.loads(to_json(now[key])))
-    before, after = int(recorded.get("num_rounds", 0)), int(now["num_rounds"])
+    before, after = int(recorded.get("num_rounds") or 0), int(now["num_rounds"])
     check(
         after >= before,
         f"num-rounds may grow when a run is resumed, not shrink; it was {before}",

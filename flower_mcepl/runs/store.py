@@ -22,7 +22,6 @@ from flower_mcepl.files.sealed import (
     Kind,
     file_lock,
     read_sealed,
-    remove_lock,
     set_aside,
     write_sealed,
 )
@@ -52,8 +51,10 @@ class StateStore:
         self.folder = folder
         self._log = log or getLogger(__name__).warning
 
-    def hold(self, agent: int, *, wait: bool = False) -> AbstractContextManager[None]:
-        """Lock on an agent's files, which `save` needs.
+    def hold(
+        self, agent: int, *, wait: bool = False, remove: bool = False
+    ) -> AbstractContextManager[None]:
+        """Lock on an agent's files, which `save` needs; ``remove`` it at the end.
 
         Raises
         ------
@@ -66,7 +67,10 @@ class StateStore:
             "fleets share this machine, a state-dir."
         )
         return file_lock(
-            self.folder / f".agent-{agent:04d}.lock", wait=math.inf if wait else 0, busy=busy
+            self.folder / f".agent-{agent:04d}.lock",
+            wait=math.inf if wait else 0,
+            busy=busy,
+            remove=remove,
         )
 
     def rounds(self, agent: int) -> list[int]:
@@ -139,8 +143,10 @@ class StateStore:
             for name in os.listdir(self.folder):
                 if _FILE.fullmatch(name) or re.fullmatch(r"\.agent-\d{4,}-.*\.tmp", name):
                     (self.folder / name).unlink(missing_ok=True)
-                elif re.fullmatch(r"\.agent-\d{4,}\.lock", name):
-                    remove_lock(self.folder / name)
+                elif match := re.fullmatch(r"\.agent-(\d{4,})\.lock", name):
+                    # who holds it goes on, or removes it at the end
+                    with contextlib.suppress(StateError), self.hold(int(match[1]), remove=True):
+                        pass
 
     def _path(self, agent: int, round: int) -> Path:
         return self.folder / f"agent-{agent:04d}-round-{round:06d}.state"
@@ -207,7 +213,7 @@ def _telling_what_stays(folder: Path, log: Log | None) -> Iterator[None]:
 
 def _forget(folder: Path, agent: int) -> None:
     # another process may hold them
-    with contextlib.suppress(StateError), StateStore(folder).hold(agent):
+    with contextlib.suppress(StateError), StateStore(folder).hold(agent, remove=True):
         StateStore(folder).clear()
         for damaged in folder.glob("*.state*.damaged"):
             damaged.unlink()

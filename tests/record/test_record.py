@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ def relay_row(round: int) -> dict[str, Any]:
 
 def traffic_row(round: int) -> dict[str, Any]:
     return {"round": round, "links": [[0, 1, 2, 1, 90, 20]], "uplinks": [[0, 1, 0, 30, 10]]}
+
+
+LINK = {"sender": 0, "receiver": 1}
 
 
 def three_rounds(path: Path) -> RunRecord:
@@ -134,31 +138,90 @@ def test_a_run_without_a_summary_speaks_for_its_last_lines(tmp_path: Path) -> No
 def test_a_run_with_a_summary_speaks_for_its_end(tmp_path: Path) -> None:
     record = three_rounds(tmp_path / "run")
     for status in STATUSES:
-        record.finish(status, num_rounds=2, bytes={"links_total": 5}, links=[{"sender": 0}])
+        record.finish(status, num_rounds=2, bytes={"links_total": 5}, links=[LINK])
         run = read_run(record.path)
         assert (run.status, run.finished, run.num_rounds) == (status, status == "finished", 2)
-        assert (run.totals, run.links) == ({"links_total": 5}, [{"sender": 0}])
+        assert (run.totals, run.links) == ({"links_total": 5}, [LINK])
 
 
 @pytest.mark.parametrize(
-    ("file", "key", "value", "part", "noun"),
+    ("file", "value", "rule"),
     [
-        ("config.json", "run_config", [1], "settings", "an object"),
-        ("config.json", "agents", {"agent": 0}, "handshakes", "a list"),
-        ("config.json", "server", 4, "server", "an object"),
-        ("summary.json", "bytes", "many", "totals", "an object"),
-        ("summary.json", "links", {}, "links", "a list"),
+        ("config.json", {"run_config": [1]}, "run_config must be an object"),
+        ("config.json", {"agents": {"agent": 0}}, "agents must be a list"),
+        ("config.json", {"agents": [{"agent": True}]}, r"agents\[0\].agent must be a whole"),
+        ("config.json", {"agents": [{"main-metric": 1}]}, r"agents\[0\].main-metric must be text"),
+        ("config.json", {"topology": {"edges": [[0, 1], [2]]}}, r"topology.edges\[1\] must be a"),
+        ("config.json", {"server": 4}, "server must be an object"),
+        ("config.json", {"started": "once"}, "started must be a time in ISO 8601"),
+        ("summary.json", {"bytes": "many"}, "bytes must be an object"),
+        ("summary.json", {"links": [{"sender": 0}]}, r"links\[0\] must be an object with sender"),
+        (
+            "summary.json",
+            {"num_rounds": -1},
+            r"num_rounds must be a whole number in 0\.\.1000000000",
+        ),
+        ("rounds.jsonl, line 1", {"round": 1, "agent": 0, "loss": "low"}, "loss must be a number"),
+        ("rounds.jsonl, line 1", {"round": 1}, "it must be an object with round, agent"),
+        ("relay.jsonl, line 1", {"round": 1, "answered": None, "agents": 1.5}, "agents must be a"),
     ],
 )
-def test_a_part_of_the_wrong_kind_is_named(
-    tmp_path: Path, file: str, key: str, value: Any, part: str, noun: str
+def test_a_value_of_the_wrong_kind_is_named(
+    tmp_path: Path, file: str, value: Any, rule: str
 ) -> None:
     record = three_rounds(tmp_path / "run")
-    record.finish("finished")
-    (record.path / file).write_text(json.dumps({key: value}))
+    (record.path / file.partition(",")[0]).write_text(json.dumps(value) + "\n")
+    with pytest.raises(RecordError, match=rf"{file} is damaged: {rule}.*; got .*\.$"):
+        read_run(record.path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"x": NaN}', '{"num_rounds": -Infinity}', '{"x": ' + 60 * "[" + 60 * "]" + "}",
+     100_000 * "[", '{"agents": [{"num_examples": 1e999}]}', '{"seed": 1' + 400 * "0" + "}"],
+)  # fmt: skip
+def test_what_is_no_json_of_ours_is_refused(tmp_path: Path, text: str) -> None:
+    record = three_rounds(tmp_path / "run")
+    (record.path / "config.json").write_text(text)
+    with pytest.raises(RecordError, match=r"config\.json is damaged: "):
+        read_run(record.path)
+
+
+def test_texts_of_a_record_reach_no_terminal_as_they_are(tmp_path: Path) -> None:
+    record = three_rounds(tmp_path / "run")
+    record.amend_config(
+        name="\x1b]52;c;Zm9v\x07ring", agents=[{"agent": 0, "cl\x9bass": ["a\u202eb\n", "é"]}]
+    )
+    before = (record.path / "config.json").read_bytes()
     run = read_run(record.path)
-    with pytest.raises(RecordError, match=rf"{file} is damaged: {key} must be {noun}; got "):
-        getattr(run, part)
+    assert run.name == r"\x1b]52;c;Zm9v\x07ring"
+    assert run.handshakes[0] == {"parameters": {}, "agent": 0, r"cl\x9bass": [r"a\u202eb\n", "é"]}
+    record.amend_config(seed=7)  # writes what stood there, not what was shown
+    assert (record.path / "config.json").read_bytes() == before
+
+
+# --- lost lines ---
+
+
+@pytest.mark.parametrize(("file", "lines"), [("rounds.jsonl", 6), ("relay.jsonl", 3)])
+def test_lost_lines_are_noticed(tmp_path: Path, file: str, lines: int) -> None:
+    record = three_rounds(tmp_path / "run")
+    record.finish("finished")
+    assert read_run(record.path).damage == ""
+    whole = (record.path / file).read_bytes().splitlines(keepends=True)
+    for kept in range(lines):
+        (record.path / file).write_bytes(b"".join(whole[:kept]))
+        damage = f"{file} has lost {lines - kept} of its {lines} lines"
+        assert read_run(record.path).damage == damage
+    (record.path / file).unlink()
+    assert read_run(record.path).damage == f"{file} has lost {lines} of its {lines} lines"
+
+
+def test_an_incomplete_line_of_a_killed_run_is_damage(tmp_path: Path) -> None:
+    record = three_rounds(tmp_path / "run")
+    with open(record.path / "rounds.jsonl", "ab") as file:
+        file.write(b'{"round": 4, "ag')
+    assert read_run(record.path).damage == "its last line is incomplete"
 
 
 def test_every_line_is_on_disk_when_the_call_returns(tmp_path: Path) -> None:
@@ -260,6 +323,26 @@ def test_what_is_known_later_is_added_to_the_config(tmp_path: Path) -> None:
     record.amend_config(agents=[{"agent": 0}])
     record.amend_config(agents=[{"agent": 0}, {"agent": 1}])
     assert read_run(record.path).config == before | {"agents": [{"agent": 0}, {"agent": 1}]}
+
+
+def test_a_config_that_cannot_be_written_whole_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every moment of the writing, a reader has the old one or the new one."""
+    record = three_rounds(tmp_path / "run")
+    before = read_run(record.path).config
+    seen = []
+
+    def full(descriptor: int) -> None:
+        seen.append(read_run(record.path).config)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RecordError, match=r"cannot write the run record at .*config\.json"):
+        record.amend_config(agents=[{"agent": 0}])
+    assert seen == [before]
+    assert read_run(record.path).config == before
+    assert not [file for file in record.path.iterdir() if file.suffix == ".tmp"]
 
 
 # --- values ---

@@ -62,7 +62,9 @@ def classes_of(run: Run) -> dict[int, frozenset[str]]:
 
 
 def _class_order(classes: frozenset[str]) -> list[tuple[int, str]]:
-    return sorted((int(name) if name.isdigit() else -1, name) for name in classes)
+    return sorted(
+        (int(name) if name.isdecimal() and len(name) < 19 else -1, name) for name in classes
+    )
 
 
 def _mask_jaccard(masks: Sequence[Masks]) -> Matrix:

@@ -10,6 +10,7 @@ from flower_mcepl.record.values import human_bytes
 from flower_mcepl.report.plots.canvas import (
     line_style,
     new_figure,
+    plain,
     png,
     say,
     value_scale,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def _mean_of(metric: MainMetric) -> str:
     better = "" if metric.higher_is_better else f"\n({metric.direction})"
-    return f"personalized {metric.axis}, mean over the agents{better}"
+    return f"personalized {plain(metric.axis)}, mean over the agents{better}"
 
 
 def draw_by_round(curves: Sequence[Curve], metric: MainMetric = ACCURACY) -> bytes:
@@ -98,7 +99,7 @@ def draw_spread(
         rows = np.array(_stacked(dots, closer=0.013 * (high - low))) - place
         axes.plot(dots, rows, "o", ms=5.5, mfc=color, mec="white", mew=0.5, alpha=0.8, zorder=3)
     axes.set(
-        xlabel=f"personalized {metric.axis} at the end, a dot for each agent",
+        xlabel=f"personalized {plain(metric.axis)} at the end, a dot for each agent",
         ylim=(0.5 - len(spread), 0.5),
     )
     axes.set_xlim(low - margin, high + margin)

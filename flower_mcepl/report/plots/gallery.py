@@ -101,7 +101,7 @@ def _curves(gallery: Gallery) -> None:
     caption = f"A line for each combination of settings, at the evaluated rounds. {band}"
     gallery.pictures.append(
         Picture(
-            f"{metric.name}-rounds.png",
+            f"{_file_name(metric.name)}-rounds.png",
             f"{title} by round",
             caption,
             draw_by_round(curves, metric),
@@ -116,7 +116,10 @@ def _curves(gallery: Gallery) -> None:
     )
     gallery.pictures.append(
         Picture(
-            f"{metric.name}-bytes.png", f"{title} by bytes", caption, draw_by_bytes(curves, metric)
+            f"{_file_name(metric.name)}-bytes.png",
+            f"{title} by bytes",
+            caption,
+            draw_by_bytes(curves, metric),
         )
     )
 

@@ -1,5 +1,6 @@
 """Picture of a run's communication graph, every agent in the color of its result."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,15 @@ import numpy as np
 
 from flower_mcepl.record.figures import sends_nothing
 from flower_mcepl.record.reading import Run
-from flower_mcepl.report.plots.canvas import columns, new_figure, png, say, value_scale, wrapped
+from flower_mcepl.report.plots.canvas import (
+    columns,
+    new_figure,
+    plain,
+    png,
+    say,
+    value_scale,
+    wrapped,
+)
 from flower_mcepl.report.plots.curves import final_values
 
 if TYPE_CHECKING:
@@ -18,6 +27,7 @@ if TYPE_CHECKING:
 # up to here nodes stand on a circle; above, a spring layout leaves more room for each
 _RING_LIMIT = 24
 _ARROW_LIMIT = 400  # more arrowheads than this hide the graph
+_MOST_AGENTS = 2000  # their distances, all to all, must fit into memory
 _NO_VALUE = (0.85, 0.85, 0.85, 1.0)
 _UNIT_POINTS = 135  # what one unit of the graph panel measures in the picture
 
@@ -48,7 +58,8 @@ def draw_graph(axes: "Axes", run: Run, *, scale: tuple[float, float] | None = No
     from matplotlib.ticker import MaxNLocator
 
     links, directed, title = _links(run)
-    numbers = {*range(run.topology.get("num_agents", 0)), *run.final(), *sum(links, ())}
+    ends = itertools.chain.from_iterable(links)
+    numbers = {*range(run.topology.get("num_agents") or 0), *run.final(), *ends}
     agents = sorted(numbers - {run.server})
     axes.set_title(title)
     axes.set_aspect("equal", adjustable="datalim")
@@ -56,6 +67,9 @@ def draw_graph(axes: "Axes", run: Run, *, scale: tuple[float, float] | None = No
     axes.set_axis_off()
     if not agents:
         say(axes, "no graph recorded")
+        return
+    if len(agents) > _MOST_AGENTS:
+        say(axes, f"{len(agents):,} agents: too many to draw")
         return
     points = 22.0 if len(agents) <= 12 else min(18.0, 110 / math.sqrt(len(agents)))
     spots, points = _layout(agents, links, points=points)
@@ -77,7 +91,8 @@ def draw_graph(axes: "Axes", run: Run, *, scale: tuple[float, float] | None = No
             colors, cax=strip, orientation="horizontal", ticks=MaxNLocator(5)
         )
         bar.set_label(
-            f"last {run.metric.name}" + (" (gray: none)" if len(scores) < len(agents) else "")
+            f"last {plain(run.metric.name)}"
+            + (" (gray: none)" if len(scores) < len(agents) else "")
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 # as in handshakes; as we say
 SPLITS = {"train": "training", "validation": "validation", "test": "test"}
-_COUNTS = re.compile(r"(-?\d{1,18}:\d{1,18}( -?\d{1,18}:\d{1,18})*)?")
+_COUNTS = re.compile(r"(-?[0-9]{1,18}:[0-9]{1,12}( -?[0-9]{1,18}:[0-9]{1,12})*)?")
 
 
 @dataclass(frozen=True)

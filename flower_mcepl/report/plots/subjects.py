@@ -39,7 +39,9 @@ def subjects_of(runs: Sequence[Run]) -> tuple[list[Subject], tuple[str, ...]]:
         If there are several records, and none is finished.
     """
     if len(runs) == 1:
-        return [Subject(runs[0].name, tuple(runs))], ()
+        damage = runs[0].damage
+        notes = (f"WARNING: {runs[0].path.name}: {damage}",) if damage else ()
+        return [Subject(runs[0].name, tuple(runs))], notes
     pooled = pool(runs)
     labels = [
         str(one.settings[LABEL]) for one in pooled.pools if one.settings.get(LABEL) is not None
