@@ -38,7 +38,8 @@ NOTES = {
     "resume": "the record of a run that broke off, relative as `record-dir` is; the run goes on "
     "in there: see [resuming](resume.md)",
     "checkpoint-every": "rounds between [checkpoints](resume.md) in the run record; 0: none",
-    "state-dir": "folder of the agent's states on a device: see [deployment](deployment.md); "
+    "state-dir": "folder of the agent's states on a device, from its node config alone: see "
+    "[deployment](deployment.md); "
     '`""`: below the user\'s home; `"none"`: they stay in Flower\'s `Context`',
     "partition": "who holds which examples: see [data](data.md)",
     "train-fraction": "share of an agent's examples that it learns from",

@@ -9,7 +9,7 @@ from flwr.app import Context
 from flower_mcepl.config.fields import read_fields
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError, DataError
-from flower_mcepl.runs.settings import DeviceSettings, RunSettings
+from flower_mcepl.runs.settings import DeviceSettings, RunSettings, read_device
 from flower_mcepl.streams import isolated_rng
 
 DataFn = Callable[[Context], tuple[object, object]]
@@ -32,7 +32,7 @@ def agent_index(context: Context) -> int:
 
 def device_settings(context: Context) -> DeviceSettings:
     """Settings of the device; the node config's stand above the run config's."""
-    return read_fields(DeviceSettings, {**context.run_config, **context.node_config})
+    return read_device(context.run_config, context.node_config)
 
 
 def torch_device(context: Context) -> str:

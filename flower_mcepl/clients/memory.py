@@ -8,6 +8,8 @@ from typing import Protocol, final
 
 from flwr.app import Array, ArrayRecord, Context
 
+from flower_mcepl.errors import StateError
+from flower_mcepl.files.room import refuse_unusable
 from flower_mcepl.messages.order import Order
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.settings import DeviceSettings
@@ -15,6 +17,11 @@ from flower_mcepl.runs.simulated import in_simulation
 from flower_mcepl.runs.store import StateStore, device_store, forget_runs
 
 STATE = "mcepl-state"  # the record in Context.state
+_WHAT = "the device's folder of states (state-dir)"
+_WAY_OUT = (
+    "Give the SuperNode the right to write there and room on that disk, or another folder: "
+    "--node-config 'state-dir=\"/an/absolute/path\"'."
+)
 logger = getLogger("flwr")
 
 
@@ -92,7 +99,8 @@ class DiskMemory:
     def remember(self, generation: Generation) -> None:
         """Write the state; the first one of a run replaces those of the oldest runs."""
         first = not self._store.rounds(self._agent)
-        self._store.save(generation, checkpoints=self._checkpoints)
+        with _naming_the_disk(self._root):
+            self._store.save(generation, checkpoints=self._checkpoints)
         if first:
             forget_runs(self._root, agent=self._agent, keep=self._keep_runs, log=logger.warning)
 
@@ -140,7 +148,8 @@ def open_memory(
     Raises
     ------
     StateError
-        If another process plays the same agent.
+        If another process plays the same agent, or the device's folder of states cannot
+        be written or has no room: before the agent's first round, not after it.
     """
     run = order.run
     folder = settings.state_folder()
@@ -151,7 +160,12 @@ def open_memory(
         else:
             yield ContextMemory(context, run=run)
     else:
-        with device_store(folder, run=run, agent=agent).hold(agent):
+        store = device_store(folder, run=run, agent=agent)
+        with contextlib.ExitStack() as held:
+            with _naming_the_disk(folder):
+                if not store.rounds(agent):
+                    refuse_unusable(folder, _WHAT, error=StateError, way_out=_WAY_OUT)
+                held.enter_context(store.hold(agent))
             yield DiskMemory(
                 folder,
                 run=run,
@@ -159,3 +173,13 @@ def open_memory(
                 keep_runs=settings.state_runs,
                 checkpoints=order.checkpoints,
             )
+
+
+@contextlib.contextmanager
+def _naming_the_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StateError(
+            f"{_WHAT} must be a folder that can be written; {folder}: {error}. {_WAY_OUT}"
+        ) from error

@@ -9,7 +9,6 @@ from typing import Any
 
 from flower_mcepl.agents import CLASS_FACTS, Agent, find_algorithm
 from flower_mcepl.config.checks import closest
-from flower_mcepl.config.fields import read_fields
 from flower_mcepl.doctor.findings import Examination, Finding
 from flower_mcepl.doctor.frozen import check_frozen
 from flower_mcepl.doctor.machine import existing
@@ -18,7 +17,7 @@ from flower_mcepl.doctor.trial import Trial, try_rounds
 from flower_mcepl.errors import ConfigError, first_line
 from flower_mcepl.launch.plan import flat
 from flower_mcepl.record.values import human_bytes
-from flower_mcepl.runs.settings import DeviceSettings, RunSettings
+from flower_mcepl.runs.settings import DeviceSettings, RunSettings, read_device
 from flower_mcepl.runs.store import KEPT
 from flower_mcepl.streams import torch_threads
 from flower_mcepl.studies.engines import agent_of_node
@@ -112,7 +111,7 @@ def _read(
     app: FlowerApp, config: dict[str, Any], node_config: Mapping[str, Any], *, alone: bool
 ) -> AppRun:
     settings = RunSettings.from_run_config(config, app_keys=app.config)
-    read_fields(DeviceSettings, {**config, **node_config})
+    read_device(config, node_config)
     agent = node_config.get("partition-id")
     if type(agent) is not int or not 0 <= agent < settings.num_agents:
         raise ConfigError(
@@ -168,7 +167,7 @@ def _is_connected(graph: Topology, num_rounds: int) -> bool:
 
 
 def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
-    device = read_fields(DeviceSettings, {**run.config, **run.node_config})
+    device = read_device(run.config, run.node_config)
     with contextlib.ExitStack() as held:
         with Examination("agent", remedy=_APP) as check:
             agent = held.enter_context(agent_of_node(run.app, run.config, run.node_config))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flower_mcepl.config.fields import read_fields
 from flower_mcepl.doctor.findings import Examination, Finding
 from flower_mcepl.doctor.packages import check_extras, check_packages, check_python
 from flower_mcepl.doctor.superlink import SuperLink, check_superlink
@@ -55,7 +54,7 @@ def _examine_machine(
     config: Mapping[str, Any], node_config: Mapping[str, Any]
 ) -> Iterator[Finding]:
     from flower_mcepl.doctor import machine
-    from flower_mcepl.runs.settings import DeviceSettings
+    from flower_mcepl.runs.settings import DeviceSettings, read_device
 
     yield check_python()
     yield check_packages()
@@ -64,7 +63,7 @@ def _examine_machine(
     with Examination(
         "device-settings", remedy="Correct it in --node-config or --run-config."
     ) as check:
-        device = read_fields(DeviceSettings, {**config, **node_config})
+        device = read_device(config, node_config)
     if check.failed:
         yield check.finding
     yield machine.check_torch(device)

@@ -3,7 +3,6 @@
 import difflib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.errors import ConfigError, LaunchError
+from flower_mcepl.files.room import refuse_unusable
 from flower_mcepl.launch.plan import Plan, app_settings, flat, parse_run_config
 
-ROOM = 50_000_000  # bytes that must be free where a run writes
 # an app whose run config has all of these reads it by `RunSettings`
 _OWN_KEYS = frozenset({"algorithm", "num-agents", "num-rounds", "topology", "record-dir"})
 _LONGEST = 120.0  # seconds
@@ -52,18 +51,7 @@ def refuse_unknown(overrides: Mapping[str, Any], own: Mapping[str, Any], *, app:
 
 def refuse_unwritable(folder: Path, what: str) -> None:
     """Raise LaunchError for a folder that cannot be made or written, or has no room."""
-    folder = folder.expanduser().absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise LaunchError(
-            f"{what} must be a folder that can be written; {existing} cannot. Name another."
-        )
-    free = shutil.disk_usage(existing).free
-    if free < ROOM:
-        raise LaunchError(
-            f"{what} must have {ROOM // 10**6} MB of room; {existing} has {free // 10**6} MB. "
-            "Make room, or name another folder."
-        )
+    refuse_unusable(folder, what, error=LaunchError)
 
 
 def check_settings(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:

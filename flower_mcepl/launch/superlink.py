@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -31,6 +32,7 @@ LOST = "lost"
 # In the home of the SuperLink: the first asks the run to stop, the second is of the
 # run and names its record.
 STOP_FILE, NOTE_FILE = "stop", "record"
+_TOKEN_FILE = "ray-token"  # Ray's, of this run
 _CONNECTION = "private"  # the name of our SuperLink in our own Flower settings
 _UNLESS_SET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -78,6 +80,7 @@ class SuperLink:
 
     def start(self) -> None:
         """Start the process and wait until it answers."""
+        _write_token(self._home)
         self._guardian = start_guardian(self._home, self._mark)
         # between the choice of a port and its use, somebody else may take it
         for _attempt in range(3):
@@ -286,11 +289,14 @@ def private_environment(home: Path, inherited: Mapping[str, str]) -> dict[str, s
     programs come first.
     """
     loopback = "127.0.0.1,localhost"
+    # a cluster that the caller has named has rules of its own
+    ray = {} if inherited.get("RAY_ADDRESS") else _ray_alone(home)
     proxies = {name: inherited[name] for name in ("NO_PROXY", "no_proxy") if inherited.get(name)}
     no_proxy = ",".join([*dict.fromkeys(proxies.values()), loopback])
     programs = [str(Path(sys.executable).parent), sysconfig.get_path("scripts")]
     return {
         **_UNLESS_SET,
+        **ray,
         **inherited,
         "FLWR_HOME": str(home),
         "RAY_TMPDIR": str(home),
@@ -302,6 +308,27 @@ def private_environment(home: Path, inherited: Mapping[str, str]) -> dict[str, s
         "PYTHONIOENCODING": "utf-8",  # what we read; Flower's own lines are no ASCII
         "PATH": os.pathsep.join([*dict.fromkeys(programs), inherited.get("PATH", os.defpath)]),
     }
+
+
+def _ray_alone(home: Path) -> dict[str, str]:
+    """Settings by which a Ray of this machine alone answers nobody else.
+
+    It listens on loopback, and takes orders from who can read the token alone. The
+    first is meant for systems where Ray makes no clusters, and works on all; the second
+    is of Ray 2.52 and later.
+    """
+    return {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(home / _TOKEN_FILE),
+    }
+
+
+def _write_token(home: Path) -> None:
+    """Write a token that nobody can guess, for this account's eyes only."""
+    path = home / _TOKEN_FILE
+    with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(secrets.token_hex(32))
 
 
 def _program(name: str, env: Mapping[str, str]) -> str:

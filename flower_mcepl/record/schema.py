@@ -184,6 +184,7 @@ RELAY_LINE = _object(
         "train_loss": _number(),
         "link_bytes": _BYTES,
         "uplink_bytes": _BYTES,
+        "seconds": _SECONDS,
     },
     required=("round",),
 )

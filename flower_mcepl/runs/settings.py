@@ -28,8 +28,8 @@ class DeviceSettings:
     device: str = "auto"
     threads: int = 1  # of torch on the CPU; float sums depend on it. 0: torch's own choice
     # folder of a device's states; "": below the user's; "none": they stay in Flower's
-    # Context
-    state_dir: str = field(default="", metadata=FREE)
+    # Context. It comes from the device alone, never from a run config
+    state_dir: str = ""
     state_runs: int = field(default=2, metadata=FREE)  # runs whose states stay in state_dir
     # bytes of built agents, networks and states, that a process keeps; the newest one
     # always stays
@@ -162,6 +162,7 @@ class RunSettings(RoundOptions):
         """
         app_keys = set(app_keys)
         # first, as an algorithm that does not load has no keys
+        _refuse_state_dir(run_config)
         algorithm = find_algorithm(run_config.get("algorithm", cls.algorithm))
         refuse_unknown_keys(
             run_config, field_keys(cls, DeviceSettings) | algorithm_keys() | app_keys
@@ -190,6 +191,31 @@ class RunSettings(RoundOptions):
     def graph(self) -> Topology:
         """Return the communication graph of the run."""
         return Topology.parse(self.topology, num_agents=self.num_agents, seed=self.seed)
+
+
+def read_device(run_config: RunConfig, node_config: RunConfig) -> DeviceSettings:
+    """Settings of a device; the node config's stand above the run config's.
+
+    Raises
+    ------
+    ConfigError
+        If a value has the wrong type or is out of range, or the run config says where
+        the device keeps its states.
+    """
+    _refuse_state_dir(run_config)
+    return read_fields(DeviceSettings, {**run_config, **node_config})
+
+
+def _refuse_state_dir(run_config: RunConfig) -> None:
+    """Refuse a run config that says below which folder a device writes and deletes."""
+    check(
+        "state-dir" not in run_config,
+        "state-dir comes from the device alone, which writes and deletes below it; the run config "
+        "must not name it",
+        run_config.get("state-dir"),
+        "Remove it there, and set it where it is to differ from the default: flower-supernode "
+        "--node-config 'state-dir=\"/an/absolute/path\"'.",
+    )
 
 
 def recorded(settings: RunSettings, run_config: RunConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from flower_mcepl.launch import run_app
 from flower_mcepl.launch.logs import excerpt
 from flower_mcepl.record.reading import read_run
 from flower_mcepl.record.writing import RunRecord
-from flower_mcepl.runs.settings import DeviceSettings, RunSettings
+from flower_mcepl.runs.settings import DeviceSettings, RunSettings, read_device
 from flower_mcepl.runs.simulation import simulate
 from flower_mcepl.streams import torch_threads
 from flower_mcepl.studies.flower_app import FlowerApp, imported_client
@@ -130,7 +130,7 @@ def agent_of_node(
         If the settings are wrong, or the ClientApp is not made by `make_client_app` or
         `make_agent_app`.
     """
-    settings = read_fields(DeviceSettings, {**config, **node_config})
+    settings = read_device(config, node_config)
     with imported_client(app) as client:
         with torch_threads(settings.threads):
             agent = client.agent_fn(_context(next(_run_ids), config, node_config))

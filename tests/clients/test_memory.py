@@ -3,6 +3,7 @@ in a simulation's record.
 """
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from flower_mcepl.clients import app as client_app
 from flower_mcepl.clients import make_client_app, memory
 from flower_mcepl.clients.kept import KeptAgents, size_of
 from flower_mcepl.config.sizes import read_bytes
-from flower_mcepl.runs.settings import DeviceSettings
+from flower_mcepl.files import room
+from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.runs.store import StateStore
 from tests.fleet.agents import make_agent, noisy_net, same_tensors
 from tests.fleet.flower import state_of
@@ -188,13 +190,46 @@ def test_a_failure_after_the_round_leaves_the_disk_as_it_was(tmp_path: Path) -> 
         pass
 
 
-def test_a_full_disk_names_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_is_named_with_the_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(StateStore, "save", full)
-    with pytest.raises(Exception, match=r"agent 0: OSError: .*No space left on device"):
+    with pytest.raises(StateError, match=r"agent 0: .*state-dir.*No space left on device.*Give "):
         play(a_device(tmp_path), 1)
+
+
+def test_a_full_or_read_only_folder_is_told_before_the_agent_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: Any, **__: Any) -> None:
+        raise AssertionError("it began")
+
+    monkeypatch.setattr(client_app, "_play", train)
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StateError, match=r"agent 0: .*state-dir.* that can be written; .*file"):
+            play(a_device(folder), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with pytest.raises(StateError, match=r"agent 0: .*that can be written; .*--node-config"):
+            play(a_device(tmp_path), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "ROOM", 10**18)
+        with pytest.raises(StateError, match=r"must have 1000000000000 MB of room; .* has \d+ MB"):
+            play(a_device(tmp_path), 1)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_config_may_not_say_where_a_device_writes(tmp_path: Path) -> None:
+    context = a_context(0, **{"state-dir": str(tmp_path / "elsewhere")})
+    with pytest.raises(ConfigError, match=r"state-dir comes from the device alone.*--node-config"):
+        play(context, 1)
+    with pytest.raises(ConfigError, match="state-dir comes from the device alone"):
+        RunSettings.from_run_config({"state-dir": "none"})
+    assert not [*tmp_path.iterdir()]
 
 
 def test_two_nodes_that_play_one_agent_at_once_are_told(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flower_mcepl.errors import ConfigError, LaunchError
-from flower_mcepl.launch import checks
+from flower_mcepl.files import room
 from flower_mcepl.launch.checks import check_plan, refuse_unwritable
 from flower_mcepl.launch.command import main
 from flower_mcepl.launch.logs import ShortTracebacks, own_error, ray_did_not_start
@@ -110,7 +110,7 @@ def test_a_folder_that_is_a_file_or_read_only_is_refused(
 
 
 def test_a_full_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "ROOM", 10**18)
+    monkeypatch.setattr(room, "ROOM", 10**18)
     with pytest.raises(LaunchError, match=r"must have .* MB of room; .* Make room"):
         refuse_unwritable(tmp_path, "record-dir")
 

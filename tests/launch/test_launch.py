@@ -1,5 +1,6 @@
 """The launcher: choosing, parsing, cleaning up (fast); whole runs in Flower (slow)."""
 
+import contextlib
 import os
 import re
 import signal
@@ -221,8 +222,18 @@ def test_environment_is_private_and_quiet(tmp_path: Path) -> None:
     assert env["FLWR_TELEMETRY_ENABLED"] == "1"  # set by the caller, so it stays
     assert env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     assert env["no_proxy"] == env["NO_PROXY"] == "a.b,127.0.0.1,localhost"
+    assert (env["RAY_AUTH_MODE"], env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]) == ("token", "0")
+    assert env["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "ray-token")
     assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert env["PATH"].split(os.pathsep)[-1] == "/elsewhere"
+
+
+def test_a_cluster_that_the_caller_names_keeps_its_own_rules(tmp_path: Path) -> None:
+    env = private_environment(tmp_path, {"RAY_ADDRESS": "10.0.0.1:6379"})
+    assert not [key for key in env if key.startswith("RAY_AUTH")]
+    assert private_environment(tmp_path, {"RAY_AUTH_MODE": "disabled"})["RAY_AUTH_MODE"] == (
+        "disabled"
+    )
 
 
 # --- saying why
@@ -367,6 +378,69 @@ def test_run_that_ends_well(app: Path, tmp_path: Path, nothing_stays: None) -> N
     assert len(heard) == len(outcome.log.splitlines())
     # our folder is the SuperLink's
     assert (tmp_path / "written-by-server.txt").read_text() == "hello there"
+
+
+def listening(family: ProcessFamily) -> dict[int, tuple[str, bytes]]:
+    """Ports that a family listens on: the address in /proc's hex, and the program."""
+    sockets = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            local, state, inode = (line.split()[place] for place in (1, 3, 9))
+            if state == "0A":
+                sockets[f"socket:[{inode}]"] = local
+    found = {}
+    for pid in family.members():
+        with contextlib.suppress(OSError):
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                if local := sockets.get(os.readlink(descriptor)):
+                    address, _, port = local.partition(":")
+                    program = Path(f"/proc/{pid}/cmdline").read_bytes()
+                    found[int(port, 16)] = (address, program)
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_is_reached_from_nowhere_else_and_ray_asks_for_its_token(
+    app: Path, nothing_stays: None
+) -> None:
+    """All that listens does so on loopback; Ray answers nobody without the token."""
+    family = ProcessFamily(f"MCEPL_TEST_MARK={tempfile.gettempdir()}")
+    seen: dict[int, tuple[str, bytes]] = {}
+    answers: dict[str, int] = {}
+
+    def look(line: str) -> None:
+        if line.startswith("server sends"):
+            time.sleep(10)  # until the clients are at work
+            seen.update(listening(family))
+            (gcs,) = (port for port, (_, program) in seen.items() if b"gcs_server" in program)
+            (token,) = Path(tempfile.gettempdir()).glob("mcepl-*/ray-token")
+            assert token.stat().st_mode & 0o777 == 0o600
+            for name, text in (("right", token.read_text()), ("wrong", "0" * 64), ("none", "")):
+                answers[name] = ray_health(gcs, text)
+
+    outcome = run_app(app, run_config={"sleep": 30.0}, timeout=300, on_line=look)
+    assert outcome.ok, outcome
+    programs = b" ".join(program for _, program in seen.values())
+    for name in (b"flower-superlink", b"gcs_server", b"raylet"):
+        assert name in programs
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    assert {port: who for port, who in seen.items() if who[0] not in loopback} == {}
+    assert answers["right"] == 0
+    assert answers["wrong"] != 0
+    assert answers["none"] != 0
+
+
+def ray_health(port: int, token: str) -> int:
+    """Exit code of a question to Ray that needs the token."""
+    auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
+    code = (
+        "import sys; from ray._raylet import GcsClient\n"
+        f"GcsClient(address='127.0.0.1:{port}').internal_kv_keys(b'', None, timeout=10)"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "MCEPL_TEST_MARK"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**env, **auth}, capture_output=True, check=False
+    ).returncode
 
 
 @pytest.mark.slow

@@ -626,7 +626,6 @@ def test_a_resumed_run_needs_the_same_run_config(tmp_path: Path) -> None:
     free |= {
         "keep_frames": True,
         "tell_classes": False,
-        "state_dir": str(tmp_path / "states"),
         "state_runs": 1,
     }
     start(resume=resume, record_dir="elsewhere", **free)
