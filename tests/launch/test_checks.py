@@ -12,6 +12,7 @@ import pytest
 
 from flower_mcepl.errors import ConfigError, LaunchError
 from flower_mcepl.files import room
+from flower_mcepl.launch import checks
 from flower_mcepl.launch.checks import check_plan, refuse_unwritable
 from flower_mcepl.launch.command import main
 from flower_mcepl.launch.logs import ShortTracebacks, own_error, ray_did_not_start
