@@ -36,7 +36,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -50,9 +49,8 @@ from torch import nn
 
 from flower_mcepl import AgentData, MceplAgent, MceplConfig, Topology, read_run, shared_module
 from flower_mcepl.agents.handshake import introduction
-from flower_mcepl.errors import IncompleteRunError
+from flower_mcepl.errors import FrameError, IncompleteRunError
 from flower_mcepl.exchange.mailbox import Mailbox
-from flower_mcepl.exchange.parcels import Answer
 from flower_mcepl.exchange.turn import Mail, open_mail, play_round
 from flower_mcepl.messages.answer import to_records
 from flower_mcepl.messages.envelope import open_envelope
@@ -62,13 +60,17 @@ from flower_mcepl.record.sources import Source
 from flower_mcepl.report.page.report_page import report_page
 from flower_mcepl.report.table import agent_table
 from flower_mcepl.strategies import GossipStrategy
+from flower_mcepl.strategies.answers import frame_array
 from flower_mcepl.wire import FrameBytes
 
-AGENTS, HOSTILE, ROUNDS, SEED = 3, 2, 6, 7
+# the hostile one is the first agent, from which one might take what holds for all
+AGENTS, HOSTILE, ROUNDS, SEED = 3, 0, 6, 7
 HOSTILE_FROM = 2  # a node that does not fit the others in the first round ends the run
 RUN = "00c0ffee00c0ffee"
 LISTEN, SHOW, PRINT = 16, 4, 400  # of so many runs one is looked at in this way
 TRAFFIC = ("sent_bytes", "received_bytes", "uplink_bytes", "seconds")
+
+_NAMES = (f"agent {HOSTILE}", f"node {1000 + HOSTILE}")
 
 Records = dict[str, Any]
 """Records of an answer as plain dictionaries; frames are Flower's arrays."""
@@ -93,6 +95,13 @@ NUMBERS = (
     *(2**60, 2**60 + 1, 2**63 - 1, 2**63, -(2**63), 2**100, True, False),
     *(0.5, 1.0, 1.0000001, -0.0, 1e-320, 1e100, 1.1e100, -1e100, 1.7e308, 1e6),
     *(float("nan"), float("inf"), float("-inf")),
+)
+# of facts that a table or picture shows
+WORDS = ("metrics", "round", "[/x]", r"$\frac{$", "../../x", "_x", "²", "0:5", "loss", "test")
+SHOWN = (
+    *("main-metric", "metric-unit", "higher-is-better", "task", "classes", "retention"),
+    *("frozen-share", "frozen-weights", "num-examples", "num-validation-examples", "parameters"),
+    *("train-counts", "kept-by-layer"),
 )
 FACTS = (
     *("main-metric", "higher-is-better", "metric-unit", "task", "algorithm", "seed"),
@@ -200,7 +209,7 @@ class Mutants:
             record[key], record[other] = record.get(other), value
 
     def change_fact(self, records: Records) -> None:
-        """Say something else of oneself, or in a metric, of a type that may be right."""
+        """Say something else of oneself, or in a metric; its type may be right."""
         rng = self.rng
         if not isinstance(agent := records.get("agent"), dict):
             return
@@ -211,7 +220,10 @@ class Mutants:
         value: Any = rng.choice([rng.choice(TEXTS), rng.choice(NUMBERS)])
         if rng.random() < 0.3:
             value = [value] * rng.choice([0, 1, 2, 3, 50])
-        agent[rng.choice(FACTS)] = value
+        if isinstance(value, str) and rng.random() < 0.5:
+            value = rng.choice(WORDS)
+        key = rng.choice([rng.choice(FACTS), rng.choice(SHOWN)])
+        agent[key.replace("-", rng.choice("-_"))] = value
 
     def change_list(self, records: Records) -> None:
         """Say that one holds, lacks or refuses other things."""
@@ -234,8 +246,10 @@ class Mutants:
         """Damage a frame, forge one, or send that of another agent, round or run."""
         rng = self.rng
         record = records.get("frame")
-        names = [name for name in record or () if isinstance(record[name], Array)]
-        if not isinstance(record, dict) or not names:
+        if not isinstance(record, dict):
+            return
+        names = [name for name in record if isinstance(record[name], Array)]
+        if not names:
             return
         name = rng.choice(names)
         data, array = record[name].data, record[name]
@@ -426,10 +440,7 @@ class Fleet:
         reply = play_round(agent, mail, parcel)
         for introduces in (True, False):
             facts = introduction(agent, tell_classes=True) if introduces else {"agent": agent.index}
-            wrap = partial(np.frombuffer, dtype=np.uint8)
-            answer: Answer[Array] = reply.answer(
-                facts, lambda frame: Array(wrap(frame)), introduces=introduces
-            )
+            answer = reply.answer(facts, frame_array, introduces=introduces)
             self.answers[agent.index, parcel.round, introduces] = to_records(answer)
         return self.answers[agent.index, parcel.round, True]
 
@@ -550,10 +561,9 @@ def _one_run(
         if order.parcel.round < HOSTILE_FROM:
             return honest
         if rng.random() < 0.05:
-            return Error(
-                rng.choice([0, 1, 2, 3, 5, 10**6]), rng.choice(TEXTS) * rng.choice([1, 50])
-            )
-        honest = fleet.answers[index, order.parcel.round, order.introduce or rng.random() < 0.5]
+            code = rng.choice([1, 2, 3, 5, 10**6])  # 0 is Ray's, and ends a simulation
+            return Error(code, rng.choice(TEXTS) * rng.choice([1, 50]))
+        honest = fleet.answers[index, order.parcel.round, order.introduce or rng.random() < 0.7]
         return mutants.make(honest)
 
     lines.bad.clear()
@@ -586,10 +596,8 @@ def _listen(box: Mailbox | None, order: Order[Array]) -> None:
         try:
             frames += [open_envelope(array.data) for array in chain]
             box.put(sender, frames, latest_round=parcel.round - 1, kept=parcel.kept.get(sender))
-        except Exception as error:
-            from flower_mcepl.errors import FrameError
-
-            if sender != HOSTILE or not isinstance(error, FrameError):
+        except FrameError:
+            if sender != HOSTILE:
                 raise
 
 
@@ -612,7 +620,7 @@ def _fates(run: Run) -> Iterator[str]:
     for line in run.relay:
         if line["round"] < HOSTILE_FROM:
             continue
-        reasons = [why for name, why in line["failed"].items() if str(HOSTILE) in name]
+        reasons = [why for name, why in line["failed"].items() if name in _NAMES]
         yield _rule(reasons[0]) if reasons else "accepted" if not line["missing"] else "not asked"
 
 

@@ -25,7 +25,7 @@ def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:
 
 def common_ground(facts: Mapping[str, Any]) -> tuple[Any, ...]:
     """Facts of a handshake in which all agents must agree, in an order."""
-    return (*(repr(facts.get(key)) for key, _, _ in _MUST_AGREE), _layers_of(facts))
+    return tuple(repr(_compared(key, facts)) for key, _, _ in _MUST_AGREE)
 
 
 def check_common_ground(
@@ -47,30 +47,35 @@ def check_common_ground(
     """
     both = f"{mine} and {other}"
     for key, what, way_out in _MUST_AGREE:
-        one, two = my_facts.get(key), other_facts.get(key)
-        if one != two and not (key in _OF_TASKS and None in (one, two)):  # a server has none
+        one, two = _compared(key, my_facts), _compared(key, other_facts)
+        # a server has no task, and none of what goes with it
+        if one != two and not (key in _OF_TASK and "task" not in other_facts):
             raise FingerprintError(f"{both} have different {what}: {one} and {two}. {way_out}")
-    one, two = _layers_of(my_facts), _layers_of(other_facts)
-    if one != two:
-        raise FingerprintError(
-            f"{both} must both tell the sizes of as many masks ({KEPT_BY_LAYER}), or none; got "
-            f"{one} and {two}. Run the same release on all devices."
-        )
 
 
-def _layers_of(facts: Mapping[str, Any]) -> int | None:
-    """Number of masks whose sizes the handshake tells; None where it tells none."""
-    return len(facts[KEPT_BY_LAYER]) if KEPT_BY_LAYER in facts else None
+def _compared(key: str, facts: Mapping[str, Any]) -> Any:
+    """Fact as it is compared: of counts by layer, how many layers there are."""
+    fact = facts.get(key)
+    return len(fact) if key == KEPT_BY_LAYER and isinstance(fact, list) else fact
 
 
-_OF_TASKS = ("task", "main-metric")
+# What a run is judged by is the same for all: else the first agent would choose it.
+_OF_TASK = ("task", "main-metric", "higher-is-better", "metric-unit", KEPT_BY_LAYER)
 _MUST_AGREE = (
     ("algorithm", "algorithms", "Run the same algorithm on all devices."),
     ("task", "tasks", "Set the same task on all devices."),
-    ("main-metric", "main metrics", "Use the same task, with the same main, on all devices."),
+    *(
+        (key, f"tasks ({key})", "Set the same task on all devices.")
+        for key in ("main-metric", "higher-is-better", "metric-unit")
+    ),
     (
         "num-weights",
         "models (numbers of maskable weights)",
+        "Use the same model function and settings on all devices.",
+    ),
+    (
+        KEPT_BY_LAYER,
+        "models (numbers of layers)",
         "Use the same model function and settings on all devices.",
     ),
     (

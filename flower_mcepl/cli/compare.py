@@ -61,9 +61,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     settings = len(comparison.keys)
     for number, title in enumerate(titles(comparison)):
         if number < settings:
-            table.add_column(title)
+            table.add_column(Text(title))
         else:  # the words of a measure's name below each other
-            table.add_column(title.replace(" ", "\n"), justify="right")
+            table.add_column(Text(title.replace(" ", "\n")), justify="right")
     for row in cells(comparison):
         table.add_row(*map(Text, row))
     print_table(table)

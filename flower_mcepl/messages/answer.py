@@ -7,6 +7,8 @@ frames, and ``late_of`` is for the relay to say.
 
 import json
 import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 from flower_mcepl.agents.handshake import KEPT_BY_LAYER, PARAMETERS
@@ -30,13 +32,39 @@ from flower_mcepl.messages.limits import (
 _WHOLE = -1  # in the place of the round that a frame builds on
 _EVALUATION = ("accuracy", "loss", "num-examples", "density")
 _MEASURES = frozenset({"accuracy", "loss"})  # one of them is enough
-_COUNTS = ("num-weights", "kept-weights", "num-examples")  # of a handshake
+_COUNTS = (  # of a handshake
+    *("num-weights", "kept-weights"),
+    *("num-examples", "num-validation-examples", "num-test-examples"),
+)
 _FRACTIONS = ("accuracy", "density")
 _MOST = 2**63 - 1
 _OWN = frozenset(
     {keys.FRESH, keys.REFUSED, keys.LACKING, keys.HELD_AGENTS, keys.HELD_ROUNDS}
     | {keys.BUILDS_ON, keys.HEADER_BYTES, keys.CONTENT, keys.EVALUATION_ERROR}
 )
+# Facts of which log, record and pictures make use; the others are an algorithm's own.
+# Names of metrics become names of files and titles of axes.
+_METRIC = re.compile(r"[^\W_][\w .,%+@()-]{0,99}")
+_UNIT = re.compile(r"[^$\\\[\]]{0,40}")
+_TEXTS = (
+    *("algorithm", "task", "retention", "first-mask", "prior", "frozen-weights"),
+    *("train-counts", "validation-counts", "test-counts"),
+)
+_KNOWN: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(_TEXTS, ("text", lambda value: isinstance(value, str))),
+    "classes": ("text or a list", lambda value: isinstance(value, str | list)),
+    "seed": ("a whole number", lambda value: type(value) is int),
+    "higher-is-better": ("true or false", lambda value: isinstance(value, bool)),
+    "frozen-share": ("in 0..1", lambda value: is_number(value) and 0 <= value <= 1),
+    "main-metric": (
+        "a name of letters, digits, spaces and .,%+@()-",
+        lambda value: isinstance(value, str) and bool(_METRIC.fullmatch(value)),
+    ),
+    "metric-unit": (
+        "at most 40 characters, none of $\\[]",
+        lambda value: isinstance(value, str) and bool(_UNIT.fullmatch(value)),
+    ),
+}
 
 
 def to_records(
@@ -181,9 +209,8 @@ def _read_handshake(fields: Fields) -> dict[str, Any]:
     facts[PARAMETERS] = fields.json(
         PARAMETERS, most=fields.limits.parameters, depth=fields.limits.depth
     )
-    for key in _COUNTS:
-        if key in fields:
-            fields.number(key, most=_MOST)
+    for key in [key for key in fields.rest if key.replace("_", "-") in _COUNTS]:
+        fields.number(key, most=_MOST)
     if KEPT_BY_LAYER in fields:
         fields.numbers(KEPT_BY_LAYER, most=MOST_WEIGHTS)
     fields.text("fingerprint", most=fields.limits.text)
@@ -191,6 +218,9 @@ def _read_handshake(fields: Fields) -> dict[str, Any]:
         rule = f"{key} must be a finite number, bool, text, or list of one of these"
         fits = is_fact(value, most=fields.limits.text)
         fields.check(fits, f"{rule}, of at most {fields.limits.text} characters", value)
+        # the record makes no difference between - and _
+        known, is_right = _KNOWN.get(key.replace("_", "-"), ("", lambda value: True))
+        fields.check(is_right(value), f"{key} must be {known}", value)
     return {key: visible_fact(value) for key, value in facts.items()}
 
 

@@ -96,6 +96,10 @@ def _images_a_round(handshake: Mapping[str, Any]) -> int | None:
     parameters = handshake["parameters"]
     size, batch = handshake.get("num_examples"), parameters.get("batch_size")
     steps, epochs = parameters.get("local_steps"), parameters.get("local_epochs")
+    # parameters are an agent's own: whatever it said
+    counts = [count for count in (size, batch, steps, epochs) if count is not None]
+    if any(type(count) is not int or count < 0 for count in counts):
+        return None
     if not size or not batch or steps is None:
         return None
     if epochs:

@@ -56,13 +56,10 @@ class MainMetric:
 
     def value(self, row: Mapping[str, Any]) -> float | None:
         """Value in a line of ``rounds.jsonl``; None where there is no finite one."""
-        value = row.get(self.name)
-        if value is None:
-            value = (row.get("metrics") or {}).get(self.name)
-        # a name of somebody else's choice may be that of a column of another kind
-        if isinstance(value, bool | str | dict | list) or value is None:
-            return None
-        return float(value) if math.isfinite(value) else None
+        # no other column is a metric, whatever its name
+        held = row if self.name in ("accuracy", "loss") else row.get("metrics") or {}
+        value = held.get(self.name)
+        return float(value) if value is not None and math.isfinite(value) else None
 
     def reaches(self, value: float, target: float) -> bool:
         """Whether a value is at least as good as a target."""

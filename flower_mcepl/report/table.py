@@ -35,7 +35,7 @@ def agent_table(run: Run) -> str:
     noun = examples(run)
     tested, main = f"{run.evaluated_on}\n{noun}", run.metric.name
     for title in ("agent", "retention", "classes", f"train\n{noun}", tested, main, "density"):
-        table.add_column(title, justify="left" if title == "classes" else "right")
+        table.add_column(Text(title), justify="left" if title == "classes" else "right")
     for title in ("sent", "received"):
         table.add_column(title, justify="right", no_wrap=True)
     for cells in _agent_cells(run):

@@ -19,8 +19,11 @@ logger = getLogger("flwr")
 SAME_ROUNDS, SAME_AGENTS = 3, 2  # so many rounds in which so many fail for one reason end the run
 # How Ray says that a process is gone. It stays in the simulation's pool and fails every
 # message that it is given, at once: later rounds would go on with a few agents.
-# Code 0 is none that an app's own exception gets.
-_LOST_WORKER = re.compile(r"error 0: .*\b(actor|worker)\b.*\b(died|dead|crashed)", re.I | re.S)
+# Code 0 is none that an app's own exception gets. Looked for at the start alone: what
+# follows may be anybody's text, made to be searched for hours.
+_LOST_WORKER = re.compile(
+    r"error 0: .{0,300}?\b(actor|worker)\b.{0,300}?\b(died|dead|crashed)", re.I | re.S
+)
 ASK_TIMEOUT = 60.0  # seconds for a node to say who it is, where only an error message needs it
 RUNNING, LATE, GONE, FAILED, QUARANTINED = "running", "late", "gone", "failed", "quarantined"
 # what says that nothing came of a message, not why: `min_agents` is the rule for that
@@ -178,7 +181,7 @@ class Attendance:
         return [agent for agent in numbers if self._states.get(f"agent {agent}") in out]
 
     def _check_workers(self, round: int, failed: Mapping[str, str]) -> None:
-        lost = {name: why for name, why in failed.items() if _LOST_WORKER.search(why)}
+        lost = {name: why for name, why in failed.items() if _LOST_WORKER.match(why)}
         if lost:
             raise LostWorkerError(
                 f"round {round}: a process of Flower's simulation died, and Flower gives its "

@@ -5,6 +5,7 @@ of them has. Among equal bits, common zeros would count, of which sparse masks a
 and classes could not be measured by the same rule.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from flower_mcepl.record.reading import Run
 from flower_mcepl.report.final_masks import Masks
 
 Matrix = NDArray[np.float64]
+_NUMBER = re.compile("[0-9]{1,18}")  # of a class; anybody's text may stand in its place
 _COLUMNS = 1 << 16  # weights at a time: memory stays small whatever the model
 
 
@@ -62,9 +64,7 @@ def classes_of(run: Run) -> dict[int, frozenset[str]]:
 
 
 def _class_order(classes: frozenset[str]) -> list[tuple[int, str]]:
-    return sorted(
-        (int(name) if name.isdecimal() and len(name) < 19 else -1, name) for name in classes
-    )
+    return sorted((int(name) if _NUMBER.fullmatch(name) else -1, name) for name in classes)
 
 
 def _mask_jaccard(masks: Sequence[Masks]) -> Matrix:
