@@ -48,8 +48,8 @@ def check_common_ground(
     both = f"{mine} and {other}"
     for key, what, way_out in _MUST_AGREE:
         one, two = _compared(key, my_facts), _compared(key, other_facts)
-        # a server has no task, and none of what goes with it
-        if one != two and not (key in _OF_TASK and "task" not in other_facts):
+        # a server, which is no agent, has no task, and none of what goes with it
+        if one != two and not (key in _OF_TASK and "agent" not in other_facts):
             raise FingerprintError(f"{both} have different {what}: {one} and {two}. {way_out}")
 
 

@@ -17,7 +17,12 @@ histories = st.lists(st.dictionaries(st.integers(0, 3), values, max_size=4), max
 
 def rows_of(history: list[dict[int, Any]], name: str) -> list[dict[str, Any]]:
     return [
-        {"round": 10 * place, "agent": agent, "metrics": {name: value}, "loss": None}
+        {
+            "round": 10 * place,
+            "agent": agent,
+            "loss": None,
+            **({name: value} if name == "accuracy" else {"metrics": {name: value}}),
+        }
         for place, answers in enumerate(history, start=1)
         for agent, value in answers.items()
     ]
