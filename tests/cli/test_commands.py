@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -67,6 +68,56 @@ def test_frame_names_the_layers_of_a_delta_by_a_whole_frame_beside_it(
     assert "--like" in run("frame", alone)
     like = run("frame", alone, "--like", record / "frames" / "00001-agent-0001.frame")
     assert like.splitlines()[:4] == text.splitlines()[:4]
+
+
+def test_names_of_layers_in_a_frame_reach_no_terminal_as_they_are(tmp_path: Path) -> None:
+    layers = {"con\x1b]52;c;Zm9v\x07v\n": torch.ones(3, dtype=torch.bool)}
+    data = encode_frame(layers, sender=0, round=1, fingerprint="0" * 32)
+    (tmp_path / "evil.frame").write_bytes(data)
+    text = run("frame", tmp_path / "evil.frame")
+    assert r"con\x1b]52;c;Zm9v\x07v\n" in text
+    assert all(char.isprintable() or char == "\n" for char in text)
+
+
+@pytest.fixture
+def no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pictures be composed and not drawn, which takes most of their time."""
+    figure = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(figure.Figure, "savefig", lambda *args, **options: None)
+
+
+@pytest.mark.usefixtures("no_pixels")
+def test_every_command_says_that_a_record_has_lost_lines(record: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    damaged = Path(shutil.copytree(record, tmp_path / "damaged"))
+    for file in ("rounds.jsonl", "relay.jsonl"):
+        lines = (damaged / file).read_text().splitlines(keepends=True)
+        (damaged / file).write_text("".join(lines[:-2]))
+    said = "rounds.jsonl has lost 2 of its 3 lines; relay.jsonl has lost 2 of its 5 lines"
+    assert f"[DAMAGED: {said}]" in run("show", damaged).splitlines()[0]
+    for command in ("compare", "plot", "tensorboard"):
+        out = () if command == "compare" else ("--out", tmp_path / command)
+        assert f"WARNING: damaged: {said}" in run(command, damaged, *out)
+    assert "WARNING" not in run("compare", record)
+    page = tmp_path / "page.html"
+    run("report", damaged, "--out", page)
+    assert page.read_text().count(said) == 2  # in the notes and the run's own headline
+
+
+@pytest.mark.usefixtures("no_pixels")
+def test_a_metric_is_no_path(record: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(record, tmp_path / "a" / "copy"))
+    lines = [json.loads(line) for line in (copy / "rounds.jsonl").read_text().splitlines()]
+    config = json.loads((copy / "config.json").read_text())
+    for agent in config["agents"]:
+        agent["main_metric"] = "../../$\\frac"
+    for line in lines:
+        line["metrics"] = {"../../$\\frac": 0.5}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run("plot", copy, "--out", tmp_path / "b" / "pictures")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    assert (tmp_path / "b" / "pictures" / "frac-rounds.png").exists()
 
 
 def test_frame_takes_no_names_from_another_model(record: Path, tmp_path: Path) -> None:
