@@ -327,8 +327,8 @@ def _ray_alone(home: Path) -> dict[str, str]:
 def _write_token(home: Path) -> None:
     """Write a token that nobody can guess, for this account's eyes only."""
     path = home / _TOKEN_FILE
-    with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(secrets.token_hex(32))
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(secrets.token_hex(32).encode())
 
 
 def _program(name: str, env: Mapping[str, str]) -> str:

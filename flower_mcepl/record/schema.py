@@ -37,19 +37,21 @@ def _refuse_unless(holds: bool, value: Any, place: str, rule: str) -> None:
 
 
 def _whole(most: int) -> Check:
+    rule = f"a whole number in 0..{most}"
+
     def check(value: Any, place: str) -> None:
-        fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
-        _refuse_unless(fits, value, place, f"a whole number in 0..{most}")
+        # no bool, which is an int, too
+        _refuse_unless(type(value) is int and 0 <= value <= most, value, place, rule)
 
     return check
 
 
 def _number(least: float = -MOST, most: float = MOST) -> Check:
+    rule = f"a number in {least:g}..{most:g}"
+
     def check(value: Any, place: str) -> None:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        _refuse_unless(
-            fits and least <= value <= most, value, place, f"a number in {least:g}..{most:g}"
-        )
+        fits = type(value) in (int, float) and least <= value <= most
+        _refuse_unless(fits, value, place, rule)
 
     return check
 
@@ -82,9 +84,11 @@ def _scalar_or_list(value: Any, place: str) -> None:
 
 
 def _list(item: Check, *, exactly: int | None = None) -> Check:
+    rule = f"a list{f' of {exactly}' if exactly else ''}"
+
     def check(value: Any, place: str) -> None:
         fits = isinstance(value, list) and exactly in (None, len(value))
-        _refuse_unless(fits, value, place, f"a list{f' of {exactly}' if exactly else ''}")
+        _refuse_unless(fits, value, place, rule)
         for number, one in enumerate(value):
             item(one, f"{place}[{number}]")
 
@@ -99,11 +103,11 @@ def _object(
 ) -> Check:
     """Check of an object: known fields by name, in kebab-case too; others alike."""
     known = fields or {}
+    rule = f"an object{' with ' if required else ''}{', '.join(required)}"
 
     def check(value: Any, place: str) -> None:
-        _refuse_unless(isinstance(value, dict), value, place, "an object")
-        absent = [key for key in required if value.get(key) is None]
-        _refuse_unless(not absent, value, place, f"an object with {', '.join(required)}")
+        fits = isinstance(value, dict) and all(value.get(key) is not None for key in required)
+        _refuse_unless(fits, value, place, rule)
         for key, item in value.items():
             field = known.get(key.replace("-", "_"), others)
             if field is not None and item is not None:
