@@ -19,7 +19,6 @@ Each find names its run: ``--only RUN`` with the same seed repeats it.
 """
 
 import argparse
-import copy
 import hashlib
 import itertools
 import json
@@ -139,7 +138,7 @@ class Mutants:
 
         Without ``frames`` the record of frames, and what tells of them, stays as it is.
         """
-        mutant = copy.deepcopy(records)
+        mutant = copied(records)
         ways: list[Callable[[Records], None]] = [
             *[self.change_record] * 1,
             *[self.change_field] * 4,
@@ -147,7 +146,7 @@ class Mutants:
             *[self.change_list] * 2,
             *([self.change_frame] * 3 if frames and records.get("frame") else []),
         ]
-        kept = copy.deepcopy(_about_frames(records))
+        kept = copied(_about_frames(records))
         for _ in range(self.rng.choice([1, 1, 2, 3])):
             self.rng.choice(ways)(mutant)
         if not frames:
@@ -289,6 +288,13 @@ class Mutants:
             ]
         )
         return sealed(frame) if rng.random() < 0.6 else frame
+
+
+def copied(value: Any) -> Any:
+    """Copy of tables and lists; arrays in them are the same."""
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list) else value
 
 
 def _about_frames(records: Records) -> Records:

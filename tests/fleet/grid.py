@@ -86,7 +86,7 @@ class InProcessGrid(Grid):
             self.log.append(message)
             node = message.metadata.dst_node_id
             if node in self.contexts and node not in self.down:
-                reply = self._reply(node, self.tamper(_travel(message)))
+                reply = self._reply(node, self.tamper(travel(message)))
                 self.answered(message.metadata.message_id, node, reply)
         return [message.metadata.message_id for message in messages]
 
@@ -110,7 +110,7 @@ class InProcessGrid(Grid):
     def _work(self, node: int, message: Message) -> Message:
         context = copy.deepcopy(self.contexts[node])
         try:
-            reply = _travel(self.app(message, context))
+            reply = travel(self.app(message, context))
             self.contexts[node] = context
         except Exception as error:
             reply = Message(Error(2, f"{type(error)}:<'{error}'>"), reply_to=message)
@@ -131,7 +131,8 @@ def _error(message: Message, code: int, reason: str) -> Message:
     return reply
 
 
-def _travel(message: Message) -> Message:
+def travel(message: Message) -> Message:
+    """The message as it arrives: in bytes, and back."""
     with no_object_id_recompute():  # else each part is deflated 14 times for its id
         parts = get_all_nested_objects(message)
         objects = {key: bytes(part.deflate()) for key, part in parts.items()}
