@@ -232,7 +232,7 @@ class Mutants:
         numbers = [rng.choice([0, 1, 2, 3, 10**6]) for _ in range(rng.choice([1, 2, 3]))]
         key = rng.choice(["lacking", "held-agents", "builds-on", "header-bytes", "refused"])
         if key == "refused":
-            agent[key] = [rng.choice(TEXTS)] * rng.choice([1, 3, 1000, 1001])
+            agent[key] = [rng.choice([ESCAPES, rng.choice(TEXTS)])] * rng.choice([1, 3, 1001])
         elif key == "held-agents":
             agent[key] = numbers
             agent["held-rounds"] = [rng.choice([0, 1, 2, 5, 10**9]) for _ in numbers]
@@ -584,7 +584,7 @@ def _one_run(
     outcome.counts.update(_fates(run))
     if number % SHOW == 0:
         outcome.shown += 1
-        _show(run, page=number % PRINT == 0)
+        _show(run, page=number % PRINT == PRINT - SHOW)
 
 
 def _boxes() -> dict[int, Mailbox]:

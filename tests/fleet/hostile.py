@@ -74,7 +74,7 @@ def tiny_agent(index: int, algorithm: str = "mcepl") -> Agent:
 
 
 def settings(algorithm: str) -> dict[str, Any]:
-    steps = {"score-lr": 1.0, "finetune-lr": 1.0} if algorithm == "mcepl" else {}
+    steps = {"score-lr": 10.0, "finetune-lr": 1.0} if algorithm == "mcepl" else {}
     return {"batch-size": 8, **steps}
 
 
