@@ -56,9 +56,9 @@ class MainMetric:
 
     def value(self, row: Mapping[str, Any]) -> float | None:
         """Value in a line of ``rounds.jsonl``; None where there is no finite one."""
-        # no other column is a metric, whatever its name
-        held = row if self.name in ("accuracy", "loss") else row.get("metrics") or {}
-        value = held.get(self.name)
+        value = row.get(self.name)
+        if not isinstance(value, int | float):  # no column, or one that is no metric
+            value = (row.get("metrics") or {}).get(self.name)
         return float(value) if value is not None and math.isfinite(value) else None
 
     def reaches(self, value: float, target: float) -> bool:
