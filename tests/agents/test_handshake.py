@@ -13,6 +13,10 @@ from tests.fleet.agents import make_agent
 # what differs, and the words that say what to do
 DIFFERENCES = {
     "algorithm": ("different algorithms", "Run the same algorithm"),
+    "main-metric": (r"tasks \(main-metric\)", "Set the same task"),
+    "higher-is-better": (r"tasks \(higher-is-better\)", "Set the same task"),
+    "metric-unit": (r"tasks \(metric-unit\)", "Set the same task"),
+    "kept-by-layer": ("numbers of layers", "same model function"),
     "num-weights": ("numbers of maskable weights", "same model function"),
     "fingerprint": ("frozen weights", "same seed, model function and torch release"),
     "first-mask": ("common first masks", "same first_retention"),
@@ -42,3 +46,21 @@ def test_agents_with_other_classes_of_weights_are_refused() -> None:
     assert facts()["prior"] != independent["prior"]
     with pytest.raises(FingerprintError, match="classes of weights for the wire"):
         check_common_ground("agent 0", facts(), "agent 1", independent)
+
+
+def test_counts_of_kept_weights_may_differ_but_not_how_many_layers_there_are() -> None:
+    kept = facts()["kept-by-layer"]
+    other = facts(**{"kept-by-layer": [count + 1 for count in kept]})
+    check_common_ground("agent 0", facts(), "agent 1", other)
+    fewer = facts(**{"kept-by-layer": kept[1:]})
+    with pytest.raises(FingerprintError, match=r"numbers of layers\): 2 and 1\."):
+        check_common_ground("agent 0", facts(), "agent 1", fewer)
+
+
+def test_a_server_has_no_task_and_an_agent_must_say_its_own() -> None:
+    server = {key: facts()[key] for key in ("algorithm", "num-weights", "fingerprint")}
+    plain = {key: fact for key, fact in facts().items() if key not in ("first-mask", "prior")}
+    check_common_ground("agent 0", plain, "the server", server)
+    silent = {key: fact for key, fact in facts().items() if key != "main-metric"}
+    with pytest.raises(FingerprintError, match=r"main-metric\): None and accuracy"):
+        check_common_ground("agent 0", silent, "agent 1", facts())

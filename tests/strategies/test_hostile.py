@@ -129,6 +129,16 @@ def test_an_error_reply_is_silence(code: int, text: str, times: int) -> None:
     assert as_silent(play(from_round_2(lambda records: Error(code, text * times))))
 
 
+def test_a_text_that_was_made_to_be_searched_for_hours_is_an_error_as_any_other() -> None:
+    text = "error 0: " * 700 + "actor " * 2000
+    assert as_silent(play(from_round_2(lambda records: Error(0, text))))
+
+
+def test_a_name_of_a_record_is_no_lost_worker() -> None:
+    change = lambda records: {**records, "error 0: the worker died": {}, "agent": {}}  # noqa: E731
+    assert as_silent(play(from_round_2(change)))
+
+
 # --- frames ---
 
 

@@ -928,6 +928,13 @@ def test_images_are_those_that_the_data_deal_out(
     assert _images_a_round({"num_examples": size, "parameters": told}) == sum(map(len, dealt))
 
 
+@pytest.mark.parametrize("odd", ["8", [8], -8, 8.0, True, {}])
+def test_images_are_not_known_of_an_agent_with_odd_parameters(odd: Any) -> None:
+    for key in ("batch_size", "local_steps", "local_epochs"):
+        told = {"batch_size": 8, "local_steps": 1, "local_epochs": 0, key: odd}
+        assert _images_a_round({"num_examples": 24, "parameters": told}) is None
+
+
 def test_a_target_is_a_value_of_the_tasks_main_metric(tmp_path: Path) -> None:
     app = (Path(__file__).parents[2] / "examples" / "regression").as_posix()
     file = tmp_path / "study.toml"
