@@ -16,6 +16,8 @@ from flower_mcepl.record.selection import BEST_ROUND, BEST_VALUE, best_columns, 
 from flower_mcepl.record.values import human_bytes
 from flower_mcepl.record.writing import RunRecord
 
+_LOGGED = 20  # refusals of an agent in a round, or agents that it lacks, that are logged
+
 
 @dataclass
 class RunMonitor(Generic[FrameT]):
@@ -104,12 +106,15 @@ class RunMonitor(Generic[FrameT]):
     def _troubles(self, closed: "_ClosedRound[FrameT]") -> Iterator[str]:
         for number, reasons in closed.refused.items():
             who = "the server" if number == self.exchange.topology.num_agents else f"agent {number}"
-            yield from (f"{who} refused a frame. {reason}" for reason in reasons)
+            yield from (f"{who} refused a frame. {reason}" for reason in reasons[:_LOGGED])
+            if len(reasons) > _LOGGED:
+                yield f"{who} refused {len(reasons) - _LOGGED} more frames; relay.jsonl has why"
         for agent, answer in closed.answers.items():
             if answer.lacking:
                 yield (
                     f"agent {agent} lacks what the frames of these agents build on, and gets it "
-                    f"next: {', '.join(map(str, answer.lacking))}"
+                    f"next: {', '.join(map(str, answer.lacking[:_LOGGED]))}"
+                    + (" ..." if len(answer.lacking) > _LOGGED else "")
                 )
 
     def _evaluation_errors(self, closed: "_ClosedRound[FrameT]") -> Iterator[str]:

@@ -391,6 +391,15 @@ def test_text_with_control_characters_reaches_no_log_record_or_terminal(
     assert all(map(is_plain, shown(tmp_path)))
 
 
+def test_a_thousand_refusals_are_some_lines_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "flwr")
+    play(agent(refused=["x" * 1000] * 1000, lacking=[*range(10_000)]))
+    told = [line for line in caplog.messages if "agent 0 refused" in line]
+    assert len(told) == 3 * 21
+    assert told[20] == "round 2: agent 0 refused 980 more frames; relay.jsonl has why"
+    assert max(map(len, caplog.messages)) < 1200
+
+
 @settings(max_examples=8)
 @given(rng=st.randoms(use_true_random=False))
 def test_the_record_of_such_a_run_is_read_and_shown(
