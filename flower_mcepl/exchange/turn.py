@@ -217,5 +217,8 @@ def _take_in(
 
 
 def refusal(sender: int | str, error: FrameError) -> str:
-    """Say whose frame was refused and why, as the relay logs and records it."""
-    return f"{type(error).__name__}, frame of agent {sender}: {error}"
+    """Whose frame was refused and why, as the relay logs and records it.
+
+    A frame may name layers of its own, at any length, which stand in the error.
+    """
+    return f"{type(error).__name__}, frame of agent {sender}: {error!s:.900}"

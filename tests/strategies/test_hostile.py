@@ -512,6 +512,21 @@ def test_a_server_takes_no_value_that_is_not_finite(value: float) -> None:
     assert (ended.server, ended.honest) == (silent.server, silent.honest)
 
 
+def test_a_frame_with_long_names_of_layers_is_a_short_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "flwr")
+    tensors = {ESCAPES + "x" * 60_000: torch.ones(3)}
+    frame = encode_frame(
+        tensors, sender=HOSTILE, round=2, fingerprint=tiny_agent(HOSTILE).fingerprint, run=RUN
+    )
+    change = lambda r: forged(r, lambda _: frame)  # noqa: E731
+    play(server_twist(change), algorithm="fedavg")
+    (told,) = [line for line in caplog.messages if "the server refused a frame" in line]
+    assert len(told) < 1100
+    assert told.isprintable()
+
+
 def test_fedpm_takes_no_floats_where_masks_are_due() -> None:
     change = lambda r: forged(r, lambda _: float_frame("fedpm", 1.0))  # noqa: E731
     ended = play(server_twist(change), algorithm="fedpm")
