@@ -64,7 +64,7 @@ from flower_mcepl.wire import FrameBytes
 
 # the hostile one is the first agent, from which one might take what holds for all
 AGENTS, HOSTILE, ROUNDS, SEED = 3, 0, 6, 7
-HOSTILE_FROM = 2  # a node that does not fit the others in the first round ends the run
+HOSTILE_FROM = 1  # the first round whose answer is twisted
 RUN = "00c0ffee00c0ffee"
 LISTEN, SHOW, PRINT = 16, 4, 400  # of so many runs one is looked at in this way
 TRAFFIC = ("sent_bytes", "received_bytes", "uplink_bytes", "seconds")
