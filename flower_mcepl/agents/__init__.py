@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from flower_mcepl.agents.own_loop import OwnLoopAgent
     from flower_mcepl.agents.parts.averaging import MixingAgent
     from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
-    from flower_mcepl.agents.parts.masked import MaskedAgent, MaskedConfig
+    from flower_mcepl.agents.parts.masked import MaskedAgent
+    from flower_mcepl.agents.parts.masked_config import MaskedConfig
     from flower_mcepl.agents.parts.sparse import SparseAgent, SparseConfig
 
 __all__ = [
@@ -66,7 +67,7 @@ __all__ = [
 _LATER = {
     "DenseAgent": "parts.dense",
     "MaskedAgent": "parts.masked",
-    "MaskedConfig": "parts.masked",
+    "MaskedConfig": "parts.masked_config",
     "MceplAgent": "mcepl",
     "MceplConfig": "mcepl",
     "MixingAgent": "parts.averaging",

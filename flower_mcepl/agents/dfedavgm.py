@@ -9,17 +9,20 @@ from torch import Tensor
 from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.averaging import MixingAgent
 from flower_mcepl.agents.parts.dense import SgdConfig
+from flower_mcepl.agents.parts.sharing import SharingConfig
 from flower_mcepl.config.checks import check
 from flower_mcepl.wire import PRECISIONS
 
 
 @dataclass(frozen=True, kw_only=True)
-class DfedavgmConfig(SgdConfig):
+class DfedavgmConfig(SgdConfig, SharingConfig):
     """Parameters of DFedAvgM (arXiv:2104.11375).
 
     The step size is tuned on the quickstart's digits (10 agents of 3 classes on a ring,
     validation split, two seeds, 30 rounds): of 0.005, 0.01, 0.02, 0.05 and 0.1 the best
-    (0.1 on one seed only). K and θ are common choices.
+    (0.1 on one seed only). K and θ are common choices. With ``share`` less than all
+    weights the others are personal, as the head of FedPer (Arivazhagan et al. 2019,
+    arXiv:1912.00818).
 
     Raises
     ------

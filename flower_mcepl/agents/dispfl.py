@@ -9,12 +9,13 @@ from torch import Tensor
 
 from flower_mcepl.agents.agent import Payload
 from flower_mcepl.agents.algorithm import Algorithm
+from flower_mcepl.agents.parts.sharing import SharingConfig
 from flower_mcepl.agents.parts.sparse import SparseAgent, SparseConfig, held_masks
 from flower_mcepl.masks.sparsity import from_sparse, overlap_mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class DispflConfig(SparseConfig):
+class DispflConfig(SparseConfig, SharingConfig):
     """Parameters of Dis-PFL; the defaults are those of the paper's CIFAR-10 runs.
 
     Source: Dai et al. 2022, arXiv:2206.00187, section 5.1.
@@ -57,7 +58,8 @@ class DispflAgent(SparseAgent[DispflConfig]):
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
         """Average each weight over its holders, and go on under the new mask."""
         payloads = [inbox[sender] for sender in sorted(inbox)]  # float sums depend on the order
-        for name, w in self.weights.items():
+        for name in self.shared:
+            w = self.weights[name]
             received = [payload[name].to(w) for payload in payloads]
             if name in self.masks:
                 pairs = [(w, self._held[name]), *(from_sparse(tensor) for tensor in received)]
@@ -68,7 +70,7 @@ class DispflAgent(SparseAgent[DispflConfig]):
 
     def outgoing(self) -> dict[str, Tensor]:
         """Return the trained weights: sparse under a mask, whose places they tell."""
-        return self._sparse({name: w.detach() for name, w in self.weights.items()})
+        return self._sparse({name: self.weights[name].detach() for name in self.shared})
 
 
 DISPFL = Algorithm(DispflAgent, DispflConfig, final_masks=held_masks)

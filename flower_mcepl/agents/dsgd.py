@@ -11,11 +11,15 @@ from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.averaging import MixingAgent
 from flower_mcepl.agents.parts.dense import SgdConfig
 from flower_mcepl.agents.parts.groups import Shapes
+from flower_mcepl.agents.parts.sharing import SharingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DsgdConfig(SgdConfig):
+class DsgdConfig(SgdConfig, SharingConfig):
     """Parameters of DSGD; one mini-batch a round, no momentum, as published.
+
+    With ``share`` less than all weights the others are personal, as the head of FedPer
+    (Arivazhagan et al. 2019, arXiv:1912.00818).
 
     Source: Lian et al. 2017, arXiv:1705.09056, algorithm 1.
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
 from flower_mcepl.agents.algorithm import Algorithm
+from flower_mcepl.agents.parts.frozen_weights import FrozenWeightsConfig
 from flower_mcepl.agents.parts.groups import Shapes, check_group, groups_of, state_of
 from flower_mcepl.agents.parts.learner import Learner
 from flower_mcepl.agents.parts.training import (
-    TrainingConfig,
     descent_direction,
     finite_loss,
     gradients_of,
@@ -28,11 +28,12 @@ from flower_mcepl.errors import DivergedError
 from flower_mcepl.masks.layers import find_frozen, find_maskable
 from flower_mcepl.masks.model import fingerprint
 from flower_mcepl.masks.placement import call_with, kept_in_eval, slots_of, train_mode
+from flower_mcepl.masks.weight_init import with_weights
 from flower_mcepl.streams import torch_stream
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedpmConfig(TrainingConfig):
+class FedpmConfig(FrozenWeightsConfig):
     """Parameters of FedPM; epochs and reset are those of the published code.
 
     Source: Isik et al. 2023, arXiv:2209.15328.
@@ -86,7 +87,8 @@ class FedpmAgent(Agent):
     Notes
     -----
     The frozen weights are those of the model function; the paper's are signed
-    constants.
+    constants, as with ``weight_init = "signed-constant"``, there of Kaiming's scale
+    ``sqrt(2/fan_in)``.
 
     Source: Isik et al. 2023, arXiv:2209.15328, algorithm 1; standard normal scores as
     in its published code.
@@ -113,6 +115,7 @@ class FedpmAgent(Agent):
             device,
         )
         self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
+        module = with_weights(module, config.weight_init, seed=seed)
         specs = find_maskable(module)
         self.fingerprint = fingerprint(module, specs)
         self.layers = {name: tuple(spec.shape) for name, spec in specs.items()}
@@ -289,6 +292,7 @@ class FedpmServer(Server):
     def __init__(
         self, module: nn.Module, num_agents: int, config: FedpmConfig, *, seed: int
     ) -> None:
+        module = with_weights(module, config.weight_init, seed=seed)
         super().__init__(module, num_agents, seed=seed)
         self.reset_rounds = config.reset_rounds
         self.layers = self.layers_down = {

@@ -10,6 +10,7 @@ PARAMETERS = "parameters"  # key of `Agent.parameters`, which makes facts a hand
 # Numbers of weights that each mask keeps, always: `Agent.layers` sorted by name. An
 # algorithm whose masks vary in size leaves it out.
 KEPT_BY_LAYER = "kept-by-layer"
+SHARE = "share"  # patterns of the layers that agents send, where those are not all
 
 
 def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:
@@ -68,6 +69,7 @@ _MUST_AGREE = (
         (key, f"tasks ({key})", "Set the same task on all devices.")
         for key in ("main-metric", "higher-is-better", "metric-unit")
     ),
+    (SHARE, "layers that they share (None: all)", "Set the same share on all devices."),
     (
         "num-weights",
         "models (numbers of maskable weights)",

@@ -1,15 +1,19 @@
 """MCE-PL: personal masks over shared random weights, fused with neighbors' masks."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.mask_states import final_masks
-from flower_mcepl.agents.parts.masked import MaskedAgent, MaskedConfig
+from flower_mcepl.agents.parts.masked import MaskedAgent
+from flower_mcepl.agents.parts.masked_config import MaskedConfig
 from flower_mcepl.agents.parts.training import (
     descent_direction,
     finite_loss,
@@ -17,6 +21,14 @@ from flower_mcepl.agents.parts.training import (
     train_locally,
 )
 from flower_mcepl.config.checks import check
+from flower_mcepl.config.ratios import per_layer
+from flower_mcepl.data.batches import AgentData
+from flower_mcepl.errors import ConfigError
+from flower_mcepl.masks import formulas as maths
+
+SCORE_FORMS = ("signed", "magnitude")
+SCORE_GRADIENTS = ("raw", "normalized")
+LR_LAYERS = "score-lr-layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +44,14 @@ class MceplConfig(MaskedConfig):
     """
 
     score_lr: float = 10.0  # η > 0: step size on the scores
+    # η > 0 of single layers, by name or pattern, the exact name first: "fc*=0.0001"
+    score_lr_layers: str = ""
+    # "raw": g as it is (paper); "normalized": g / sqrt(mean(g²)) per layer, before
+    # weight decay and momentum; a score_lr of 0.0005 then suits
+    score_gradient: str = "raw"
+    # "signed": z (paper); "magnitude": s = |z|, and a step that would leave s below
+    # zero bounces off it
+    score_form: str = "signed"
     group_lasso: float = 0.0  # λ >= 0; the paper's published code has none
 
     def __post_init__(self) -> None:
@@ -40,6 +60,33 @@ class MceplConfig(MaskedConfig):
         check(
             self.score_lr > 0, "score-lr must be > 0", self.score_lr, "The reference value is 10."
         )
+        self._check_one_of("score_gradient", SCORE_GRADIENTS)
+        self._check_one_of("score_form", SCORE_FORMS)
+        for name, lr in self._lr_of_layers().items():
+            check(math.isfinite(lr) and lr > 0, f"key {LR_LAYERS}, {name}, must be > 0", lr)
+
+    def lr_by_layer(self, names: Iterable[str]) -> dict[str, float]:
+        """Step size of each layer: an exact name wins over a pattern, both over all.
+
+        Raises
+        ------
+        ConfigError
+            If a key of ``score_lr_layers`` fits no layer.
+        """
+        names, of_layers = list(names), self._lr_of_layers()
+        for key in of_layers:
+            if not any(fnmatchcase(name, key) for name in names):
+                raise ConfigError(
+                    f"the key {key!r} of {LR_LAYERS} fits no layer; use names or patterns of: "
+                    f"{', '.join(names)}."
+                )
+        fitting = {
+            name: [lr for key, lr in of_layers.items() if fnmatchcase(name, key)] for name in names
+        }
+        return {name: of_layers.get(name, [*fitting[name], self.score_lr][0]) for name in names}
+
+    def _lr_of_layers(self) -> dict[str, float]:
+        return per_layer(LR_LAYERS, self.score_lr_layers, noun="STEP", example="fc*=0.0001")
 
 
 @final
@@ -68,9 +115,24 @@ class MceplAgent(MaskedAgent[MceplConfig]):
 
     algorithm = "mcepl"
 
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        data: AgentData,
+        config: MceplConfig,
+        *,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(index, module, data, config, seed=seed, device=device)
+        self._lr = config.lr_by_layer(self.model.layers)
+        for z in self.model.scores.values():
+            self._settle(z)
+
     def train(self, *, round: int) -> dict[str, float]:
         """Take the local steps on the scores; ``train-loss`` is their mean loss."""
-        self.model.train()
+        self._begin(round)
         step = partial(self._local_step, round=round)
         return train_locally(
             step, self.data.train, self.config, seed=self.seed, agent=self.index, round=round
@@ -86,8 +148,15 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         metrics = self.learner.evaluate(self.model.bake(masks), self.data)
         return {**metrics, "density": self._density(masks)}
 
-    # Two gradients: the steps follow that of the loss with weight decay and momentum,
-    # while the fine-tuning step takes the last one as it is (group lasso included).
+    # Two gradients: the steps follow that of the loss, normalized or not, with weight
+    # decay and momentum, while the fine-tuning step takes the last one as it is (group
+    # lasso included).
+    #
+    # What is the same of signed scores z and magnitudes s = |z|: their gradients differ
+    # by the sign of z alone, so without momentum, fine-tuning and running mean s is |z|
+    # after every step, bit for bit, and so is every mask. A velocity belongs to one
+    # side of zero: where z changes sides, its velocity goes on and carries z further
+    # away from zero, whereas s keeps running against the wall, as its gradient says.
     def _local_step(self, inputs: Any, labels: Tensor, *, round: int) -> float:
         loss = self.learner.loss(self.model, inputs, labels)
         objective = (
@@ -100,15 +169,25 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         )
         scores = self.model.scores
         self.gradient = gradients_of(objective, scores)
-        score_lr = self.config.score_lr * self.config.lr_factor(round)
+        factor = self.config.lr_factor(round)
         with torch.no_grad():
             for name, z in scores.items():
-                g, velocity = self.gradient[name], self.velocity
+                g, velocity = self._scaled(self.gradient[name]), self.velocity
                 z.add_(
                     descent_direction(name, z, g, velocity=velocity, config=self.config),
-                    alpha=-score_lr,
+                    alpha=-self._lr[name] * factor,
                 )
+                self._settle(z)
         return value
+
+    def _scaled(self, g: Tensor) -> Tensor:
+        raw = self.config.score_gradient == "raw"
+        return g if raw else maths.normalized_gradient(g)
+
+    @torch.no_grad()
+    def _settle(self, z: Tensor) -> None:
+        if self.config.score_form == "magnitude":
+            z.copy_(maths.reflected(z))
 
 
 MCEPL = Algorithm(MceplAgent, MceplConfig, final_masks=final_masks)

@@ -6,7 +6,8 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from flower_mcepl.agents.parts.masked import MaskedAgent, MaskedConfig
+from flower_mcepl.agents.parts.masked import MaskedAgent
+from flower_mcepl.agents.parts.masked_config import MaskedConfig
 from flower_mcepl.agents.parts.own_metrics import further_metrics, plain_number
 from flower_mcepl.config.checks import check
 from flower_mcepl.data.batches import AgentData
@@ -83,7 +84,7 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
         DivergedError
             If it leaves scores that are not finite.
         """
-        self.model.train()
+        self._begin(round)
         with isolated_rng(self.seed, "local-steps", agent=self.index, round=round):
             loss = float(self._train_fn(self.model, round))
         scores = self.model.scores

@@ -75,7 +75,7 @@ def read_config(
     """Return one agent's parameters of the named algorithm.
 
     A key in the algorithm's section of the run config counts in place of the plain one,
-    and a cosine schedule without ``lr-rounds`` lasts ``num-rounds``.
+    and a schedule without ``lr-rounds`` or ``fusion-rounds`` lasts ``num-rounds``.
 
     Raises
     ------
@@ -83,8 +83,10 @@ def read_config(
         If there is no such algorithm, or one of its settings is out of range.
     """
     own = with_section(run_config, algorithm)
-    if own.get("lr-schedule") == "cosine" and not own.get("lr-rounds") and "num-rounds" in own:
-        own["lr-rounds"] = own["num-rounds"]
+    for of in ("lr", "fusion"):
+        falls = own.get(f"{of}-schedule", "constant") != "constant"
+        if falls and not own.get(f"{of}-rounds") and "num-rounds" in own:
+            own[f"{of}-rounds"] = own["num-rounds"]
     return find_algorithm(algorithm).read_config(own, agent=agent, node_config=node_config)
 
 

@@ -37,8 +37,10 @@ def ratios_of(
     return ratios, own[0]
 
 
-def per_layer(key: str, value: Any) -> dict[str, float]:
-    """Read ratios by layer, ``"conv1.weight=0.6, fc*=0.95"``; empty for none."""
+def per_layer(
+    key: str, value: Any, *, noun: str = "RATIO", example: str = "conv1.weight=0.6, fc*=0.95"
+) -> dict[str, float]:
+    """Read numbers by layer, ``"conv1.weight=0.6, fc*=0.95"``; empty for none."""
     ratios: dict[str, float] = {}
     for part in str(value).split(",") if value != "" else []:
         name, _, ratio = part.partition("=")
@@ -49,9 +51,8 @@ def per_layer(key: str, value: Any) -> dict[str, float]:
             number, name = 0.0, ""
         if not name or name in ratios or not isinstance(value, str):
             raise ConfigError(
-                f"run-config key {key} must be NAME=RATIO, each layer once, separated by commas, "
-                "such as "
-                f'"conv1.weight=0.6, fc*=0.95"; got {value!r}.'
+                f"run-config key {key} must be NAME={noun}, each layer once, separated by commas, "
+                f'such as "{example}"; got {value!r}.'
             )
         ratios[name] = number
     return ratios

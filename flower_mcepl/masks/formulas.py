@@ -154,6 +154,31 @@ def neighbor_step(
     return z - finetune_lr * g * n
 
 
+def normalized_gradient(g: Float[Tensor, "*layer"]) -> Float[Tensor, "*layer"]:
+    """Divide a gradient by its root mean square, ``g / sqrt(mean(g²))``.
+
+    A gradient that is zero everywhere stays zero. The squares are taken of ``g /
+    max(|g|)``, so that none of them under- or overflows, however small or large the
+    loss.
+
+    Source: REFERENCE, "The candidate, exactly"; the layer-wise scale as in LARS (You et
+    al. 2017, arXiv:1708.03888), without its factor ``‖w‖``.
+    """
+    largest = g.abs().max() if g.numel() else torch.ones((), device=g.device)
+    unit = g / torch.where(largest == 0, torch.ones_like(largest), largest)
+    rms = unit.square().mean().sqrt()  # at least 1 / sqrt(numel) where any is not zero
+    return unit / torch.where(rms == 0, torch.ones_like(rms), rms)
+
+
+def reflected(z: Float[Tensor, "*layer"]) -> Float[Tensor, "*layer"]:
+    """Magnitude of scores: those below zero bounce off it, ``|z|``.
+
+    Zero itself, which has no sign and so neither gradient nor lift from neighbors,
+    becomes the smallest normal number.
+    """
+    return z.abs().clamp_min(torch.finfo(z.dtype).tiny)
+
+
 def group_lasso(rows: Float[Tensor, "filters weights"]) -> Float[Tensor, ""]:
     """Sum of norms ``Σ ‖z_filter‖₂``; one row per neuron or output filter.
 

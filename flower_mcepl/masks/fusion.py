@@ -51,7 +51,7 @@ class Fusion:
     rank : callable
         ``rank(z, n) -> y``: the aggregation tensor, whose largest magnitudes are the
         mask; differentiable in ``z``. The default is
-        ``y = z + mean(|z|) * sign(z) * n``.
+        ``y = z + mean(|z|) * sign(z) * n``. ``n`` comes times the fusion strength c.
     blend : callable, optional
         ``blend(m, n, num_neighbors=k) -> x``: what the frozen weights are multiplied by
         in place of the own mask ``m``, a float tensor. The gradient passes it as if it

@@ -62,6 +62,8 @@ class MaskedModel(nn.Module):
         Fraction of weights that stays, per layer; see `resolve_retention`.
     fusion : Fusion (default: that of MCE-PL)
         How the neighbors' masks count.
+    fusion_strength : float (default: 1.0)
+        Factor c on what was heard, where the rule ranks with it: ``rank(z, c * n)``.
     generator : torch.Generator
         Source of the initial scores (uniform in ±1/sqrt(fan_in)).
 
@@ -84,11 +86,12 @@ class MaskedModel(nn.Module):
         *,
         retention: Retention = 0.3,
         fusion: Fusion = MCEPL,
+        fusion_strength: float = 1.0,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
         _check_network(module)
-        self.fusion = fusion
+        self.fusion, self.fusion_strength = fusion, fusion_strength
         self.num_neighbors = 0  # of whom `neighbor_means` was heard
         self.layers = find_maskable(module)
         self.retention = resolve_retention(retention, self.layers)
@@ -130,15 +133,20 @@ class MaskedModel(nn.Module):
     def set_neighbor_means(
         self, means: Mapping[str, Tensor] | None, *, num_neighbors: int = 1
     ) -> None:
-        """Set ``n`` for all layers, and of how many masks it is; None: of nobody."""
+        """Set ``n`` by layer, and of how many masks it is; None: of nobody.
+
+        Layers that are missing are personal: nobody's masks count in them.
+        """
         self.num_neighbors = 0 if means is None else num_neighbors
         for name, z in self.scores.items():
-            value = None if means is None else means[name].to(z.device, z.dtype)
-            setattr(self, _slot("mean", name), value)
+            n = None if means is None else means.get(name)
+            setattr(self, _slot("mean", name), None if n is None else n.to(z.device, z.dtype))
 
     @torch.no_grad()
     def hear(self, payloads: Sequence[Mapping[str, Tensor]]) -> None:
         """Take in the neighbors' masks as ``n``, by the rule of fusion.
+
+        All payloads hold the same layers; the others are personal.
 
         Raises
         ------
@@ -149,17 +157,17 @@ class MaskedModel(nn.Module):
         means = {
             name: self._heard([payload[name].to(mask.device) for payload in payloads], mask)
             for name, mask in own.items()
+            if name in payloads[0]
         }
         self.set_neighbor_means(means or None, num_neighbors=len(payloads))
 
     def aggregation(self) -> dict[str, Tensor]:
         """Return the aggregation tensor ``y`` by layer, differentiable in scores."""
         means = self.neighbor_means
-        result = {}
-        for name, z in self.scores.items():
-            n = means[name]
-            result[name] = z if n is None else check_formula(self.fusion.rank(z, n), z, name="rank")
-        return result
+        return {
+            name: z if (n := means[name]) is None else self._ranked(z, n)
+            for name, z in self.scores.items()
+        }
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
@@ -215,6 +223,10 @@ class MaskedModel(nn.Module):
         for name, mask in (self.live_masks() if masks is None else masks).items():
             baked.get_parameter(name).mul_(mask)
         return baked
+
+    def _ranked(self, z: Tensor, n: Tensor) -> Tensor:
+        strong = n if self.fusion_strength == 1 else self.fusion_strength * n
+        return check_formula(self.fusion.rank(z, strong), z, name="rank")
 
     def _heard(self, masks: Sequence[Tensor], own: Tensor) -> Tensor:
         n = self.fusion.hear(masks, own)

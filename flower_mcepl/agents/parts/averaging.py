@@ -66,7 +66,7 @@ def sent_degree(payload: Payload) -> int:
 
 
 class MixingAgent(DenseAgent[ConfigT]):
-    """A dense agent that averages its weights with those of its neighbors.
+    """A dense agent that averages its shared weights with those of its neighbors.
 
     W needs the degrees of both ends of a link, and an agent learns of the graph only by
     its inbox. So every payload says the sender's degree: the number of neighbors in its
@@ -93,7 +93,7 @@ class MixingAgent(DenseAgent[ConfigT]):
         device: str = "cpu",
     ) -> None:
         super().__init__(index, module, data, config, seed=seed, device=device)
-        self.layers = {**self.shapes, DEGREE: (1,)}
+        self.layers = {**self.shared, DEGREE: (1,)}
         self._degree = 0  # number of neighbors in the last inbox; 0: unknown
 
     @abc.abstractmethod
@@ -103,19 +103,24 @@ class MixingAgent(DenseAgent[ConfigT]):
     @torch.no_grad()
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
         """Average with the neighbors: ``x_i`` moves by ``Σ_j W_ij (x_j - x_i)``."""
-        pull = metropolis_pull(self.mixed_weights(), inbox, degree=max(self._degree, len(inbox)))
-        for name, x in self.weights.items():
-            x.add_(pull[name])
+        own = self._shared_weights()
+        pull = metropolis_pull(own, inbox, degree=max(self._degree, len(inbox)))
+        for name in self.shared:
+            self.weights[name].add_(pull[name])
         self._degree = len(inbox)
 
     def outgoing(self) -> dict[str, Tensor]:
         """Return ``x_i`` and the agent's degree."""
-        weights = {name: x.detach().cpu().clone() for name, x in self.mixed_weights().items()}
+        weights = {name: x.detach().cpu().clone() for name, x in self._shared_weights().items()}
         return {**weights, DEGREE: torch.tensor([float(self._degree)])}
 
     def first_payload(self) -> dict[str, Tensor]:
         """Return the common initial weights, and a degree of 0: unknown."""
-        return {**self._initial, DEGREE: torch.zeros(1)}
+        return {**{name: self._initial[name] for name in self.shared}, DEGREE: torch.zeros(1)}
+
+    def _shared_weights(self) -> dict[str, Tensor]:
+        mixed = self.mixed_weights()
+        return {name: mixed[name] for name in self.shared}
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         return {**super()._groups(), "mixing": {"degree": torch.tensor([self._degree])}}

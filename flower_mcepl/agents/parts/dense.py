@@ -1,7 +1,6 @@
 """Dense weights: the agent's own copy of the network, trained by SGD."""
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from flower_mcepl.agents.agent import Agent, AgentState, data_facts
 from flower_mcepl.agents.parts.groups import Shapes, check_group, groups_of, state_of
 from flower_mcepl.agents.parts.learner import Learner
+from flower_mcepl.agents.parts.sharing import num_elements, share_fact, shared_shapes
 from flower_mcepl.agents.parts.training import (
     TrainingConfig,
     descent_direction,
@@ -65,9 +65,9 @@ ConfigT = TypeVar("ConfigT", bound=SgdConfig)
 class DenseAgent(Agent, Generic[ConfigT]):
     """An agent that trains all weights of its own copy of the common network.
 
-    Biases and norm layers are included, and all of it goes out, unless a subclass says
-    otherwise. One local step is ``v = momentum * v + (clip(g) + μ * x)``,
-    ``x = x - η * v``.
+    Biases and norm layers are included, and all of it goes out but for what ``share``
+    leaves personal, unless a subclass says otherwise. One local step is
+    ``v = momentum * v + (clip(g) + μ * x)``, ``x = x - η * v``.
     Buffers, such as the running statistics of batch norm, follow the agent's own data
     and are never sent. Parameters that the module has frozen (``requires_grad=False``)
     keep their initial values.
@@ -130,7 +130,8 @@ class DenseAgent(Agent, Generic[ConfigT]):
         }
         self.velocity: dict[str, Tensor] = {}
         self.shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
-        self.layers = self.shapes  # all weights go out, unless the algorithm says otherwise
+        self.shared = shared_shapes(config, self.shapes)  # the others are personal
+        self.layers = self.shared  # they go out, unless the algorithm says otherwise
 
     def train(self, *, round: int) -> dict[str, float]:
         """Take the local steps; the metrics hold the mean loss of the steps.
@@ -153,8 +154,8 @@ class DenseAgent(Agent, Generic[ConfigT]):
         return metrics
 
     def outgoing(self) -> dict[str, Tensor]:
-        """Return copies of all weights."""
-        return {name: x.detach().cpu().clone() for name, x in self.weights.items()}
+        """Return copies of all shared weights."""
+        return {name: self.weights[name].detach().cpu().clone() for name in self.shared}
 
     def first_payload(self) -> dict[str, Tensor] | None:
         """Return None: of whom nothing was heard, nothing is known."""
@@ -172,6 +173,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         """Facts for the handshake: who this is, its weights and its data."""
         return {
             **super().describe(),
+            **share_fact(self.config),
             "num-weights": self.num_weights(),
             "kept-weights": self.num_kept(),
             **self.learner.task.facts(),
@@ -238,11 +240,11 @@ class DenseAgent(Agent, Generic[ConfigT]):
         return 1.0
 
     def num_weights(self) -> int:
-        """Return the number of weights that train."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        """Return the number of shared weights."""
+        return num_elements(self.shared)
 
     def num_kept(self) -> int:
-        """Return the number of weights that the agent holds."""
+        """Return the number of shared weights that the agent holds."""
         return self.num_weights()
 
 

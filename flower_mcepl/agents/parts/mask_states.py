@@ -14,6 +14,8 @@ from flower_mcepl.masks.layers import CONV, LINEAR, LayerSpec
 from flower_mcepl.masks.model import MaskedModel
 from flower_mcepl.masks.retention import resolve_retention
 
+STRENGTH = "fusion-strength"  # fact of a state, where it is not 1
+
 
 # A state travels to and from the agent with every message of a simulation, so what was
 # heard is kept small: where n is the plain mean of masks, as in all rules of this
@@ -49,7 +51,11 @@ def final_masks(state: AgentState, parameters: Mapping[str, Any]) -> Masks | str
         return "the record lacks the agents' retention ratios, without which scores make no mask"
     groups = groups_of(state)
     rank = FUSIONS.find(parameters.get("fusion", "mcepl")).rank
-    means = heard_means(groups, int(state.facts.get("num-neighbors", 0)))
+    strength = float(state.facts.get(STRENGTH, 1.0))
+    means = {
+        name: n if strength == 1 else strength * n
+        for name, n in heard_means(groups, int(state.facts.get("num-neighbors", 0))).items()
+    }
     kinds = {
         name: LayerSpec(name, CONV if z.dim() > 2 else LINEAR, z.shape)
         for name, z in groups["scores"].items()

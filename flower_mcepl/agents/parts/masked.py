@@ -6,8 +6,7 @@ Their agents differ in how they train and evaluate, and in the rule of fusion.
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,100 +15,18 @@ from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
 from flower_mcepl.agents.handshake import KEPT_BY_LAYER
 from flower_mcepl.agents.parts.groups import check_group, groups_of, state_of
 from flower_mcepl.agents.parts.learner import Learner
-from flower_mcepl.agents.parts.mask_states import heard_group, heard_means
+from flower_mcepl.agents.parts.mask_states import STRENGTH, heard_group, heard_means
+from flower_mcepl.agents.parts.masked_config import MaskedConfig
 from flower_mcepl.agents.parts.prior import shared_prior
-from flower_mcepl.agents.parts.training import TrainingConfig
-from flower_mcepl.config.checks import check
-from flower_mcepl.config.fields import RunConfig, read_fields
-from flower_mcepl.config.ratios import per_layer, ratios_of
+from flower_mcepl.agents.parts.sharing import num_elements, share_fact, shared_shapes
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import StateError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.fusion import FUSIONS
 from flower_mcepl.masks.model import MaskedModel
-from flower_mcepl.masks.retention import Retention, check_retentions, resolve_retention
+from flower_mcepl.masks.retention import resolve_retention
+from flower_mcepl.masks.weight_init import with_weights
 from flower_mcepl.streams import torch_stream
-
-SCORE_INITS = ("shared", "independent")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskedConfig(TrainingConfig):
-    """Parameters of scores, masks and fusion; the defaults are those of the paper.
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of range.
-    """
-
-    # r in (0, 1]
-    retention: Retention = field(default_factory=lambda: {"conv": 0.3, "linear": 0.9})
-    # of the common first mask, equal on all agents; None: as retention
-    first_retention: Retention | None = None
-    finetune_lr: float = 10.0  # η_f >= 0: step size of the fine-tuning step; 0 leaves the step out
-    fusion: str = "mcepl"  # how neighbors' masks count: a name in flower_mcepl.masks.FUSIONS
-    # "shared": all agents start from equal scores; "independent": each from its own
-    score_init: str = "shared"
-    # β in [0, 1): evaluate at the scores' running mean z̄ = β z̄ + (1 - β) z; 0: at z
-    score_averaging: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_not_negative("finetune_lr")
-        FUSIONS.find(self.fusion)
-        check(
-            self.score_init in SCORE_INITS,
-            f"score-init must be one of {', '.join(SCORE_INITS)}",
-            self.score_init,
-        )
-        check(
-            0 <= self.score_averaging < 1, "score-averaging must be in [0, 1)", self.score_averaging
-        )
-        for retention in (self.retention, self.first_retention):
-            if retention is not None:
-                check_retentions(retention)
-
-    @classmethod
-    def keys(cls) -> set[str]:
-        """Return the run-config keys: the fields, with ratios by kind and layer."""
-        ratios = {"retention-conv", "retention-linear", "retention-layers"}
-        return super().keys() - {"retention", "first-retention"} | ratios
-
-    @classmethod
-    def from_run_config(
-        cls, run_config: RunConfig, *, agent: int, node_config: RunConfig | None = None
-    ) -> Self:
-        """Read the settings of one agent from Flower's run config.
-
-        ``retention-conv`` and ``retention-linear`` are one ratio, or several separated
-        by commas that the agents take in turn: agent i gets number ``i mod k``. The
-        common first mask then has their mean. The same keys in the node config set the
-        agent's own ratios. ``retention-layers`` sets single layers, by name or pattern,
-        for all agents alike: ``"conv1.weight=0.6, fc*=0.95"``.
-        """
-        own, first = {}, {}
-        defaults = cls().retention
-        assert isinstance(defaults, Mapping)
-        for kind in ("conv", "linear"):
-            key = f"retention-{kind}"
-            ratios, own[kind] = ratios_of(
-                key, run_config, node_config, agent=agent, default=defaults[kind]
-            )
-            first[kind] = sum(ratios) / len(ratios)
-            for ratio in (*ratios, own[kind]):
-                maths.check_retention(ratio, of=f"key {key}")
-        layers = per_layer("retention-layers", run_config.get("retention-layers", ""))
-        for name, ratio in layers.items():
-            check(
-                name not in own,
-                "key retention-layers names layers, not kinds",
-                name,
-                f"Use retention-{name}.",
-            )
-            maths.check_retention(ratio, of=f"key retention-layers, {name}")
-        return read_fields(cls, run_config, retention=own | layers, first_retention=first | layers)
-
 
 MaskedT = TypeVar("MaskedT", bound=MaskedConfig)
 
@@ -152,24 +69,31 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         owner = None if config.score_init == "shared" else index
         fusion = FUSIONS.find(config.fusion)
         self.model = MaskedModel(
-            module,
+            with_weights(module, config.weight_init, seed=seed),
             retention=config.retention,
             fusion=fusion,
+            fusion_strength=config.strength(1),
             generator=torch_stream(seed, "scores", agent=owner),
         ).to(device)
         self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
         self.fingerprint = self.model.fingerprint
-        self.prior = shared_prior(self.model, seed=seed, shared_scores=owner is None)
         self._shapes = {name: tuple(spec.shape) for name, spec in self.model.layers.items()}
-        self.layers = self._shapes if fusion.exchanges else {}
+        shared = shared_shapes(config, self._shapes)
+        self.layers = shared if fusion.exchanges else {}
+        self.prior = shared_prior(
+            self.model, seed=seed, shared_scores=owner is None, names=list(shared)
+        )
+        # of layers that count in the bytes: those that are sent, where anything is
+        self._counted = self.layers or self._shapes
         self._first_mask = self._draw_first_mask()
         self._first_mask_digest = _digest(self._first_mask)
         # of the last local step, until the fine-tuning step has used it
         self.gradient: dict[str, Tensor] = {}
         self.velocity: dict[str, Tensor] = {}  # of the momentum, if there is any
         self._average: dict[str, Tensor] = {}  # z̄, running mean of the scores, if there is any
-        # all agents start from the common mask as their neighbors'
-        self._hear([self._first_mask])
+        if config.first_mask == "random":
+            # all agents start from the common mask as their neighbors'
+            self._hear([self._first_mask])
 
     # The fine-tuning step takes the gradient g of the last local step, which was taken
     # at the old n, and lets through what the new n keeps: the paper sends its mask and
@@ -178,6 +102,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     # of the round in which g was taken.
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
         """Take in the neighbors' masks as ``n``, and take the fine-tuning step."""
+        self.model.fusion_strength = self.config.strength(round)
         self._hear(list(inbox.values()))
         means = self.model.neighbor_means
         finetune_lr = self.config.finetune_lr * self.config.lr_factor(round)
@@ -187,6 +112,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
                 if n is not None:
                     z = self.model.scores[name]
                     z.copy_(maths.neighbor_step(z, g, n, finetune_lr=finetune_lr))
+                    self._settle(z)
         self.gradient = {}
         self._average_scores()
 
@@ -198,18 +124,23 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         """Return the masks at the new scores and old ``n``; the new one is to come."""
         if not self.layers:
             return {}
-        return {name: mask.cpu() for name, mask in self.model.masks().items()}
+        masks = self.model.masks()
+        return {name: masks[name].cpu() for name in self.layers}
 
     def first_payload(self) -> dict[str, Tensor] | None:
         """Return the common first mask, which everyone computes from the run's seed."""
         return self._first_mask if self.layers else None
 
     def describe(self) -> dict[str, Any]:
-        """Facts for the handshake: who this is, its weights, retention and data."""
+        """Facts for the handshake: who this is, its weights, retention and data.
+
+        Numbers of weights are those of what is sent.
+        """
         kept = self._kept_by_layer()
         return {
             **super().describe(),
-            "num-weights": self.model.num_weights,
+            **share_fact(self.config),
+            "num-weights": num_elements(self._counted),
             "kept-weights": sum(kept.values()),
             "first-mask": self._first_mask_digest,
             "prior": self.prior.digest.hex() if self.prior else "",
@@ -226,7 +157,11 @@ class MaskedAgent(Agent, Generic[MaskedT]):
 
     def state(self) -> AgentState:
         """Return scores, their mean, gradient, momentum, ``n`` and batch statistics."""
-        facts = self._facts(**{"num-neighbors": self.model.num_neighbors})
+        strength = self.model.fusion_strength
+        facts = self._facts(
+            **{"num-neighbors": self.model.num_neighbors},
+            **({} if strength == 1 else {STRENGTH: strength}),
+        )
         return state_of(facts, self._groups())
 
     def restore(self, state: AgentState) -> None:
@@ -244,10 +179,11 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             check_group(
                 groups,
                 group,
-                self._shapes,
+                self._counted if group == heard else self._shapes,
                 whose=f"agent {self.index}",
                 may_be_absent=group != "scores" and (group != heard or not num_neighbors),
             )
+        self.model.fusion_strength = float(state.facts.get(STRENGTH, 1.0))
         self.model.set_scores(groups["scores"])
         self.gradient, self.velocity = groups.get("gradient", {}), groups.get("velocity", {})
         self._average = groups.get("average", {})
@@ -267,6 +203,14 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             **heard_group(self.model),
             "buffer": dict(self.model.module.named_buffers()),
         }
+
+    def _begin(self, round: int) -> None:
+        """Set the model to train in ``round``."""
+        self.model.train()
+        self.model.fusion_strength = self.config.strength(round)
+
+    def _settle(self, z: Tensor) -> None:
+        """Bring scores after a step into the form that the algorithm keeps them in."""
 
     def _hear(self, payloads: list[Payload]) -> None:
         self.model.hear(payloads if self.layers else [])
@@ -304,18 +248,25 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         resolved = resolve_retention(
             self.config.retention if ratios is None else ratios, self.model.layers
         )
-        generator = torch_stream(self.seed, "first-mask")
-        return {
-            name: maths.bernoulli_mask(
-                torch.Size(shape), retention=resolved[name], generator=generator
-            )
-            for name, shape in self._shapes.items()
-        }
+        if self.config.first_mask == "scores":
+            masks = {
+                name: maths.topk_mask(z, retention=resolved[name]).cpu()
+                for name, z in self.model.scores.items()
+            }
+        else:
+            generator = torch_stream(self.seed, "first-mask")
+            masks = {
+                name: maths.bernoulli_mask(
+                    torch.Size(shape), retention=resolved[name], generator=generator
+                )
+                for name, shape in self._shapes.items()
+            }
+        return {name: masks[name] for name in self._counted}
 
     def _kept_by_layer(self) -> dict[str, int]:
         return {
             name: maths.kept_weights(math.prod(shape), retention=self.model.retention[name])
-            for name, shape in self._shapes.items()
+            for name, shape in self._counted.items()
         }
 
     def _retention_text(self) -> str:

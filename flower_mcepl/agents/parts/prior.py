@@ -1,5 +1,7 @@
 """Prior of the range coder: what all agents know of every mask beforehand."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,13 @@ _cache: dict[tuple[object, ...], Prior] = {}  # agents are built anew for every 
 # The coder adapts to how often the weights of a class flip, so classes should differ in
 # that. A small score changes its place in the ranking easily, a large one hardly ever;
 # and a score moves in proportion to its weight.
-def shared_prior(model: MaskedModel, *, seed: int, shared_scores: bool) -> Prior:
+def shared_prior(
+    model: MaskedModel,
+    *,
+    seed: int,
+    shared_scores: bool,
+    names: Sequence[str] | None = None,
+) -> Prior:
     """Classes of weights that flip about equally often, by weights and first scores.
 
     A weight's bit depends on the size of its score, and its score moves in proportion
@@ -29,11 +37,15 @@ def shared_prior(model: MaskedModel, *, seed: int, shared_scores: bool) -> Prior
     shared_scores : bool
         Whether all agents start from this model's scores. If not, the weights alone
         make the classes.
+    names : sequence of str, optional
+        The layers whose masks travel (default: all).
     """
-    key = (model.fingerprint, seed, shared_scores)
+    names = [*model.layers] if names is None else names
+    key = (model.fingerprint, *names, seed, shared_scores)
     if key not in _cache:
         labels = {}
-        for name, scores in model.scores.items():
+        for name in names:
+            scores = model.scores[name]
             weights = model.module.get_parameter(name)
             if shared_scores:
                 labels[name] = _levels(scores, SCORE_CLASSES) * WEIGHT_CLASSES + _levels(

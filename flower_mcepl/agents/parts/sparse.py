@@ -214,9 +214,11 @@ class SparseAgent(DenseAgent[SparseT]):
         return self._num_held() / sum(mask.numel() for mask in self._held.values())
 
     def num_kept(self) -> int:
-        """Return the number of weights under the mask, and of those that have none."""
-        dense = sum(w.numel() for name, w in self.weights.items() if name not in self._held)
-        return dense + self._num_held()
+        """Return the number of shared weights that the agent holds."""
+        return sum(
+            int(self._held[name].sum()) if name in self._held else self.weights[name].numel()
+            for name in self.shared
+        )
 
     def _num_held(self) -> int:
         return sum(int(mask.sum()) for mask in self._held.values())

@@ -1,7 +1,7 @@
 """Local training: length, step sizes, batches and divergence, whatever is trained."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -50,11 +50,7 @@ class TrainingConfig:
             check(getattr(self, name) >= 1, f"{_key(name)} must be >= 1", getattr(self, name))
         for name in ("local_epochs", "lr_rounds"):
             check(getattr(self, name) >= 0, f"{_key(name)} must be >= 0", getattr(self, name))
-        check(
-            self.lr_schedule in LR_SCHEDULES,
-            f"lr-schedule must be one of {', '.join(LR_SCHEDULES)}",
-            self.lr_schedule,
-        )
+        self._check_one_of("lr_schedule", LR_SCHEDULES)
         check(
             self.lr_schedule == "constant" or self.lr_rounds > 0,
             "lr-schedule cosine needs lr-rounds >= 1, the rounds after which the step size is zero",
@@ -98,6 +94,10 @@ class TrainingConfig:
                 f"{_key(name)} must be a finite number >= 0",
                 value,
             )
+
+    def _check_one_of(self, name: str, known: Sequence[str]) -> None:
+        value = getattr(self, name)
+        check(value in known, f"{_key(name)} must be one of {', '.join(known)}", value)
 
 
 def _key(name: str) -> str:

@@ -1,0 +1,130 @@
+"""Parameters of masks over shared random weights: scores, retention, fusion."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+from flower_mcepl.agents.parts.frozen_weights import FrozenWeightsConfig
+from flower_mcepl.agents.parts.sharing import SharingConfig
+from flower_mcepl.config.checks import check
+from flower_mcepl.config.fields import RunConfig, read_fields
+from flower_mcepl.config.ratios import per_layer, ratios_of
+from flower_mcepl.masks import formulas as maths
+from flower_mcepl.masks.fusion import FUSIONS
+from flower_mcepl.masks.retention import Retention, check_retentions
+
+SCORE_INITS = ("shared", "independent")
+FIRST_MASKS = ("random", "scores")
+FUSION_SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedConfig(SharingConfig, FrozenWeightsConfig):
+    """Parameters of scores, masks and fusion; the defaults are those of the paper.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of range.
+    """
+
+    # r in (0, 1]
+    retention: Retention = field(default_factory=lambda: {"conv": 0.3, "linear": 0.9})
+    # of the common first mask, equal on all agents; None: as retention
+    first_retention: Retention | None = None
+    # what all know of a mask before it comes: "random": one Bernoulli mask, which at
+    # first counts as the neighbors' (paper); "scores": the mask of the shared first
+    # scores; an agent then ranks its scores alone until the first exchange
+    first_mask: str = "random"
+    finetune_lr: float = 10.0  # η_f >= 0: step size of the fine-tuning step; 0 leaves the step out
+    fusion: str = "mcepl"  # how neighbors' masks count: a name in flower_mcepl.masks.FUSIONS
+    # c >= 0: factor on what was heard, y = z + c * mean(|z|) * sign(z) * n; 1 in
+    # the paper; rules of fusion that rank an agent's scores alone go without
+    fusion_strength: float = 1.0
+    # "linear", "cosine": c goes from fusion_strength to last_fusion_strength over
+    # fusion_rounds
+    fusion_schedule: str = "constant"
+    last_fusion_strength: float = 1.0  # c >= 0 at the end of a fusion_schedule, and after it
+    # length of the schedule in rounds; a run config that has none means its num-rounds
+    fusion_rounds: int = 0
+    # "shared": all agents start from equal scores; "independent": each from its own
+    score_init: str = "shared"
+    # β in [0, 1): evaluate at the scores' running mean z̄ = β z̄ + (1 - β) z; 0: at z
+    score_averaging: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_not_negative("finetune_lr", "fusion_strength", "last_fusion_strength")
+        FUSIONS.find(self.fusion)
+        self._check_one_of("score_init", SCORE_INITS)
+        self._check_one_of("first_mask", FIRST_MASKS)
+        self._check_one_of("fusion_schedule", FUSION_SCHEDULES)
+        check(
+            self.first_mask == "random" or self.score_init == "shared",
+            "first-mask scores is the mask of common first scores and needs score-init shared",
+            self.score_init,
+        )
+        check(self.fusion_rounds >= 0, "fusion-rounds must be >= 0", self.fusion_rounds)
+        check(
+            self.fusion_schedule == "constant" or self.fusion_rounds > 0,
+            f"fusion-schedule {self.fusion_schedule} needs fusion-rounds >= 1, the rounds after "
+            "which the strength is last-fusion-strength",
+            self.fusion_rounds,
+        )
+        check(
+            0 <= self.score_averaging < 1, "score-averaging must be in [0, 1)", self.score_averaging
+        )
+        for retention in (self.retention, self.first_retention):
+            if retention is not None:
+                check_retentions(retention)
+
+    def strength(self, round: int) -> float:
+        """Return the fusion strength c in ``round`` (from 1)."""
+        first, last = self.fusion_strength, self.last_fusion_strength
+        if self.fusion_schedule == "constant":
+            return first
+        passed = min((round - 1) / self.fusion_rounds, 1.0)
+        if self.fusion_schedule == "cosine":
+            passed = 0.5 * (1 - math.cos(math.pi * passed))
+        return first + (last - first) * passed
+
+    @classmethod
+    def keys(cls) -> set[str]:
+        """Return the run-config keys: the fields, with ratios by kind and layer."""
+        ratios = {"retention-conv", "retention-linear", "retention-layers"}
+        return super().keys() - {"retention", "first-retention"} | ratios
+
+    @classmethod
+    def from_run_config(
+        cls, run_config: RunConfig, *, agent: int, node_config: RunConfig | None = None
+    ) -> Self:
+        """Read the settings of one agent from Flower's run config.
+
+        ``retention-conv`` and ``retention-linear`` are one ratio, or several separated
+        by commas that the agents take in turn: agent i gets number ``i mod k``. The
+        common first mask then has their mean. The same keys in the node config set the
+        agent's own ratios. ``retention-layers`` sets single layers, by name or pattern,
+        for all agents alike: ``"conv1.weight=0.6, fc*=0.95"``.
+        """
+        own, first = {}, {}
+        defaults = cls().retention
+        assert isinstance(defaults, Mapping)
+        for kind in ("conv", "linear"):
+            key = f"retention-{kind}"
+            ratios, own[kind] = ratios_of(
+                key, run_config, node_config, agent=agent, default=defaults[kind]
+            )
+            first[kind] = sum(ratios) / len(ratios)
+            for ratio in (*ratios, own[kind]):
+                maths.check_retention(ratio, of=f"key {key}")
+        layers = per_layer("retention-layers", run_config.get("retention-layers", ""))
+        for name, ratio in layers.items():
+            check(
+                name not in own,
+                "key retention-layers names layers, not kinds",
+                name,
+                f"Use retention-{name}.",
+            )
+            maths.check_retention(ratio, of=f"key retention-layers, {name}")
+        return read_fields(cls, run_config, retention=own | layers, first_retention=first | layers)

@@ -1,0 +1,64 @@
+"""Frozen weights: as the model function made them, or signed constants."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from flower_mcepl.config.checks import check
+from flower_mcepl.masks.layers import LayerSpec, find_maskable
+from flower_mcepl.streams import torch_stream
+
+MODULE, SIGNED_CONSTANT = "module", "signed-constant"
+WEIGHT_INITS = (MODULE, SIGNED_CONSTANT)
+
+
+def check_weight_init(init: str) -> None:
+    """Raise ConfigError unless ``init`` is one of `WEIGHT_INITS`."""
+    check(init in WEIGHT_INITS, f"weight-init must be one of {', '.join(WEIGHT_INITS)}", init)
+
+
+# The signs are drawn for each layer by its name, and not taken from the module's own
+# initial weights: those depend on the order in which the model function builds its
+# layers, on torch's release, and may be zeros. Any fair signs do as well.
+def with_weights(module: nn.Module, init: str, *, seed: int) -> nn.Module:
+    """Return the module, or a copy whose maskable weights are signed constants.
+
+    Biases, norm layers and everything else that gets no mask stay as the module has
+    them. A weight that several layers share is drawn once, by its first name.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The network as from `shared_module`; it stays as it is.
+    init : str
+        One of `WEIGHT_INITS`.
+    seed : int
+        Seed of the run, the same on all agents.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such init.
+    """
+    check_weight_init(init)
+    if init == MODULE:
+        return module
+    made = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, spec in find_maskable(made).items():
+            weight = made.get_parameter(name)
+            weight.copy_(signed_constant(spec, seed=seed))
+    return made
+
+
+def signed_constant(spec: LayerSpec, *, seed: int) -> Tensor:
+    """Draw a layer's weights ``± sqrt(1 / fan_in)``, each sign with probability 1/2.
+
+    ``fan_in`` is the number of weights of one filter, so that outputs keep the scale of
+    PyTorch's default init, whose variance is a third of this.
+    """
+    fan_in = max(1, spec.rows(torch.empty(spec.shape, device="meta")).shape[1])
+    generator = torch_stream(seed, f"weight-signs/{spec.name}")
+    signs = torch.randint(0, 2, spec.shape, generator=generator) * 2 - 1
+    return signs.mul(fan_in**-0.5)
