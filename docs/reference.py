@@ -57,10 +57,10 @@ NOTES = {
     "weight-init": '`"module"`: frozen weights as the model function makes them; '
     '`"signed-constant"`: `± sqrt(1 / fan_in)` in place of the maskable ones, signs drawn by layer '
     "name from the seed",
-    "score-gradient": '`"raw"`: g as it is (paper); `"normalized"`: `g / sqrt(mean(g²))` per layer, '
-    "before weight decay and momentum; a `score-lr` of 0.0005 then suits",
-    "fusion-strength": "c >= 0: factor on what was heard, `y = z + c * mean(abs(z)) * sign(z) * n`; "
-    "1 in the paper; rules of fusion that rank an agent's scores alone go without",
+    "score-gradient": '`"raw"`: g as it is (paper); `"normalized"`: `g / sqrt(mean(g²))` per '
+    "layer, before weight decay and momentum; a `score-lr` of 0.0005 then suits",
+    "fusion-strength": "c >= 0: factor on what was heard, `y = z + c * mean(abs(z)) * sign(z) * n`"
+    "; 1 in the paper; rules of fusion that rank an agent's scores alone go without",
     "fusion-rounds": "length of the `fusion-schedule` in rounds; 0: `num-rounds`",
     "group-lasso": "λ >= 0: weight of the group lasso on the scores",
     "anneal-rounds": "T: rounds in which the share of weights that move falls to zero",

@@ -211,3 +211,36 @@ def test_first_mask_keeps_the_ratio_on_average() -> None:
     assert mask.dtype == torch.bool
     assert mask.float().mean().item() == pytest.approx(0.3, abs=0.01)
     assert masks.bernoulli_mask(torch.Size((50,)), retention=1.0, generator=torch.Generator()).all()
+
+
+@given(
+    shape=shapes,
+    seed=st.integers(0, 999),
+    scale=st.sampled_from([2.0**-140, 1e-30, 0.3, 7.0, 1e30, 2.0**100]),
+)
+def test_a_normalized_gradient_has_one_size_whatever_the_losss(
+    shape: tuple[int, ...], seed: int, scale: float
+) -> None:
+    g = normal(shape, seed)
+    unit = masks.normalized_gradient(g)
+    assert_close(unit, g / g.square().mean().sqrt(), rtol=1e-5, atol=1e-6)
+    scaled = masks.normalized_gradient(g.double() * scale)
+    assert_close(scaled, masks.normalized_gradient(g.double()), rtol=1e-12, atol=0.0)
+    if 1e-36 < scale < 1e36:
+        in_float32 = masks.normalized_gradient(g * scale)
+        assert_close(in_float32, unit, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1,), (0, 2)])
+def test_a_gradient_of_zero_stays_zero(shape: tuple[int, ...]) -> None:
+    assert torch.equal(masks.normalized_gradient(torch.zeros(shape)), torch.zeros(shape))
+
+
+@given(shape=shapes, seed=st.integers(0, 999))
+def test_scores_bounce_off_zero(shape: tuple[int, ...], seed: int) -> None:
+    z = normal(shape, seed).round(decimals=1)  # zeros among them
+    s = masks.reflected(z)
+    assert bool((s > 0).all())
+    assert torch.equal(s, torch.where(z == 0, torch.finfo(z.dtype).tiny, z.abs()))
+    assert torch.equal(masks.reflected(-z), s)
+    assert bool(masks.reflected(torch.tensor(math.nan)).isnan())
