@@ -8,7 +8,6 @@ a mask that is one counts, whatever it holds.
 import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,9 @@ from flwr.app import Error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flower_mcepl import encode_frame, read_run
+from flower_mcepl import encode_frame
 from flower_mcepl.errors import LostWorkerError
 from flower_mcepl.messages.envelope import open_envelope
-from flower_mcepl.record.sources import Source
-from flower_mcepl.report.compare import compare
-from flower_mcepl.report.overview import plot_run
-from flower_mcepl.report.page.report_page import report_page
-from flower_mcepl.report.plots.gallery import draw_gallery, write_gallery
-from flower_mcepl.report.table import agent_table, headline
-from flower_mcepl.report.tables import markdown
 from flower_mcepl.strategies.answers import frame_array
 from tests.fleet.hostile import (
     AGENTS,
