@@ -217,7 +217,7 @@ def most_bytes(num_weights: int, *, only_masks: bool) -> int:
     It leaves room for a bit a weight, a float64 a weight where there are floats, and
     for names of many layers.
     """
-    return 2**20 + (num_weights if only_masks else 9 * num_weights)
+    return 2**18 + (num_weights if only_masks else 9 * num_weights)
 
 
 def name_frame(sender: int, round: int) -> str:

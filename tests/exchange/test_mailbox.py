@@ -479,8 +479,8 @@ def test_masks_of_which_nothing_was_said_may_vary() -> None:
 
 def test_a_frame_larger_than_the_network_is_not_opened() -> None:
     box = mailbox()
-    with pytest.raises(errors.ForeignFrameError, match=r"at most 1049136 bytes; .* has 1049137\."):
-        box.put(1, [bytes(2**20 + 560 + 1)], latest_round=5)
+    with pytest.raises(errors.ForeignFrameError, match=r"at most 262704 bytes; .* has 262705\."):
+        box.put(1, [bytes(2**18 + 560 + 1)], latest_round=5)
 
 
 # --- state ---

@@ -11,7 +11,7 @@ from flwr.app import Error, Message
 from flower_mcepl import IncompleteRunError, LostWorkerError, RosterError, Topology
 from flower_mcepl.errors import same_reason
 from flower_mcepl.record.reading import Run, read_run
-from flower_mcepl.strategies import GossipStrategy
+from flower_mcepl.strategies import GossipStrategy, attendance
 from tests.fleet.flower import agent_grid, gossip
 from tests.fleet.grid import InProcessGrid
 
@@ -153,7 +153,10 @@ def test_a_reason_of_one_agent_or_with_a_pause_ends_no_run(tmp_path: Path) -> No
     assert len(only_run(tmp_path).relay) == 9 + 1
 
 
-def test_a_lost_worker_ends_the_run_at_once(tmp_path: Path) -> None:
+def test_a_lost_worker_ends_the_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attendance, "in_simulation", lambda: True)
     grid = failing_grid(5)
     with pytest.raises(LostWorkerError, match=r"round 3: .*agent 1: error 0: ActorDiedError: The"):
         gossip(

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flower_mcepl import encode_frame
-from flower_mcepl.errors import LostWorkerError
 from flower_mcepl.messages.envelope import open_envelope
 from flower_mcepl.strategies.answers import frame_array
 from tests.fleet.hostile import (
@@ -257,7 +256,6 @@ def test_a_lie_within_the_rules_changes_its_own_rows_alone(name: str) -> None:
     assert ended.honest == reference(ALL).honest
 
 
-@pytest.mark.xfail(strict=True, reason="the limit of a frame does not know the network yet")
 def test_a_frame_far_beyond_the_network_is_its_failure_of_that_round() -> None:
     huge = frame_array(bytes(1_000_000))
 
@@ -316,17 +314,8 @@ def test_a_wrong_partition_id_in_round_1_is_that_nodes_alone() -> None:
     assert ended.honest == reference(frozenset()).honest
 
 
-@pytest.mark.xfail(
-    strict=True, reason="code 0 is believed of whoever sends it", raises=LostWorkerError
-)
 def test_an_error_of_code_0_is_no_lost_worker_on_devices() -> None:
     assert as_silent(play(from_round_2(lambda r: Error(0, "The worker died unexpectedly"))))
-
-
-@pytest.mark.xfail(strict=True, reason="one agent's test split ends a run that selects")
-def test_a_test_split_is_its_failure_of_that_round_where_the_run_selects() -> None:
-    ended = play(handshake(num_test_examples=5), keep_best=True)
-    assert ended.taken == SILENT
 
 
 # --- a server in the center ---

@@ -9,8 +9,16 @@ import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flower_mcepl import RosterError, RunRecord, Topology, read_run, simulate
-from flower_mcepl.agents import load_state
+from flower_mcepl import (
+    AgentData,
+    RosterError,
+    RunRecord,
+    Topology,
+    read_run,
+    shared_module,
+    simulate,
+)
+from flower_mcepl.agents import load_state, make_agent
 from flower_mcepl.clients import app as client_module
 from flower_mcepl.clients import make_agent_app, memory, neighbor_average_mod
 from flower_mcepl.clients.app import agent_index
@@ -18,10 +26,10 @@ from flower_mcepl.record.reading import Run
 from flower_mcepl.runs.store import device_store
 from flower_mcepl.strategies import GossipStrategy, ServerStrategy, waiting
 from tests.fleet.agents import same_tensors
-from tests.fleet.choosers import chooser_of, choosers
+from tests.fleet.choosers import SEED, chooser_of, choosers
 from tests.fleet.flower import agent_grid, gossip, state_of
 from tests.fleet.grid import InProcessGrid
-from tests.oracles.baselines import server_of
+from tests.oracles.baselines import blobs, run_config, server_of, two_layers
 from tests.runs.test_resumption import Interruption, plain_rows
 from tests.strategies.test_late_answers import Clock
 
@@ -202,6 +210,18 @@ def test_an_agent_that_is_late_when_a_run_stops_takes_part_in_the_closing(
     assert [line["missing"] for line in run.relay][decided - 1 :] == [[3], [], []]
     assert run.relay[decided]["late"] == {"3": decided}
     assert len(run.last_evaluated()) == SIZE
+
+
+def test_one_agent_that_is_evaluated_on_test_examples_is_turned_away(tmp_path: Path) -> None:
+    data = AgentData.of(blobs(2), blobs(1002), agent=2)
+    module = shared_module(two_layers, seed=SEED)
+    odd = make_agent("mcepl", 2, module, data, run_config({}), seed=SEED)
+    grid = agent_grid(SIZE, lambda index: odd if index == 2 else chooser_of("mcepl", index))
+    gossip(grid, record=tmp_path, min_agents=3, patience=9, incomplete=None)
+    (path,) = tmp_path.iterdir()
+    run = read_run(path)
+    assert "agent 2 is evaluated on its test split" in run.relay[0]["failed"]["node 1002"]
+    assert {row["agent"] for row in run.rounds} == {0, 1, 3}
 
 
 def counting_app() -> ClientApp:
