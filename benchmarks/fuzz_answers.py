@@ -617,7 +617,9 @@ def _check_lines(path: Path) -> None:
         text = file.read_text(encoding="utf-8")
         for part in [text] if file.suffix == ".json" else text.splitlines():
             json.loads(part, parse_constant=refuse)
-    if (failures := path / "failures.txt").exists() and not clean(failures.read_text("utf-8")):
+    if (failures := path / "failures.txt").exists() and not clean(
+        failures.read_text(encoding="utf-8")
+    ):
         raise AssertionError("a control character in failures.txt")
 
 
