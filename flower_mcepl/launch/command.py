@@ -16,7 +16,7 @@ from flower_mcepl.launch.logs import (
     ShortTracebacks,
     excerpt,
     own_error,
-    ray_did_not_start,
+    why_ray_did_not_start,
     without_colors,
 )
 from flower_mcepl.launch.plan import Plan, format_run_config, plan_run
@@ -145,12 +145,14 @@ class _Terminal:
         if (why := own_error(outcome.log)) is not None:
             self.say(why)
             return
-        if ray_did_not_start(outcome.log) or ray_did_not_start(outcome.superlink_log):
-            self.say(
-                "Ray, which Flower simulates with, did not start. Too little memory or time is "
-                "the usual cause: end other work on this machine, or give each client more "
-                "(--federation-config client-resources-num-cpus=2); the cause, as Ray tells it:"
-            )
+        for log in (outcome.log, outcome.superlink_log):
+            if (why := why_ray_did_not_start(log)) is not None:
+                self.say(
+                    f"Ray, which Flower simulates with, did not start ({why}). Too little memory "
+                    "or time is the usual cause: end other work on this machine, or give each "
+                    "client more (--federation-config client-resources-num-cpus=2)."
+                )
+                return
         self.say(f"{outcome.details}\n--- the run's log says ---\n{excerpt(outcome.log)}")
         if "Traceback" not in outcome.log:
             self.say(f"--- the SuperLink's log says ---\n{excerpt(outcome.superlink_log)}")

@@ -5,7 +5,7 @@ from typing import final
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _OWN_ERROR = re.compile(r"flower_mcepl\.errors\.(\w+): (.*)")
-_RAY_START = re.compile(r'File "[^"]*ray/_private/(worker|node|services)\.py"')
+_RAY_START = re.compile(r'File "[^"]*ray[/\\]_private[/\\]worker\.py", line \d+, in init$')
 _LIMIT = 60  # lines of an excerpt; a third of them where nothing in the log says why
 
 
@@ -20,9 +20,14 @@ def own_error(log: str) -> str | None:
     return f"{errors[-1][1]}: {errors[-1][2]}" if errors else None
 
 
-def ray_did_not_start(log: str) -> bool:
-    """Whether a traceback of a log goes through the start of Ray."""
-    return "Traceback" in log and _RAY_START.search(log) is not None
+def why_ray_did_not_start(log: str) -> str | None:
+    """Error of the first traceback in a log that goes through ``ray.init``."""
+    lines = log.splitlines()
+    for start, line in enumerate(lines):
+        if _RAY_START.search(line):
+            following = (text for text in lines[start:] if text.strip() and text[0] not in " \t")
+            return next(following, None)
+    return None
 
 
 @final

@@ -15,7 +15,7 @@ from flower_mcepl.files import room
 from flower_mcepl.launch import checks
 from flower_mcepl.launch.checks import check_plan, refuse_unwritable
 from flower_mcepl.launch.command import main
-from flower_mcepl.launch.logs import ShortTracebacks, own_error, ray_did_not_start
+from flower_mcepl.launch.logs import ShortTracebacks, own_error, why_ray_did_not_start
 from flower_mcepl.launch.plan import Plan
 from flower_mcepl.launch.superlink import private_environment
 from flower_mcepl.runs import check
@@ -140,6 +140,19 @@ def test_a_traceback_of_another_error_stays_whole() -> None:
 
 
 def test_a_ray_that_does_not_start_is_named() -> None:
-    lines = [TRACEBACK[0], '  File "/x/ray/_private/node.py", line 1, in start', "Exception: no"]
-    assert ray_did_not_start("\n".join(lines))
-    assert not ray_did_not_start("\n".join([*TRACEBACK, "KeyError: 'ray'"]))
+    lines = [
+        TRACEBACK[0],
+        '  File "/x/ray/_private/worker.py", line 1905, in init',
+        "    _global_node = ray._private.node.Node(",
+        '  File "/x/ray/_private/state.py", line 60, in _connect_and_get_accessor',
+        "ray.exceptions.RaySystemError: System error: Failed to connect to GCS.",
+        "",
+        "The above exception was the direct cause of the following exception:",
+        *TRACEBACK,
+        "RuntimeError: Simulation Runtime crashed.",
+    ]
+    assert why_ray_did_not_start("\n".join(lines)) == lines[4]
+    # an actor that dies is told through ray.get, in the same file
+    lines[1] = '  File "/x/ray/_private/worker.py", line 2822, in get'
+    assert why_ray_did_not_start("\n".join(lines)) is None
+    assert why_ray_did_not_start("\n".join([*TRACEBACK, "KeyError: 'ray'"])) is None
