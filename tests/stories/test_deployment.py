@@ -46,7 +46,7 @@ def small_app(folder: Path, name: str) -> Path:
     """A small app that keeps every frame and evaluates in every round."""
     app = write_app(folder, name)
     settings = app / "pyproject.toml"
-    more = 'keep-frames = true\ncheckpoint-every = 1\nresume = ""\n'
+    more = 'keep-frames = true\ncheckpoint-every = 1\nresume = ""\nmin-agents = 0\nagents = ""\n'
     settings.write_text(
         settings.read_text().replace("evaluate-every = 1\n", f"evaluate-every = 1\n{more}")
     )
@@ -286,7 +286,7 @@ def test_a_hostile_device_and_an_impostor_harm_nobody(fleet: Fleet, tmp_path: Pa
         fleet.start_run(
             app,
             "num-rounds=13 num-agents=4 min-agents=3",
-            f'topology="file:path={graph}" agents="{tmp_path / "agents.txt"}"',
+            f'topology="file:{graph}" agents="{tmp_path / "agents.txt"}"',
         )
     )
 
