@@ -37,7 +37,7 @@ _COUNTS = (  # of a handshake
     *("num-examples", "num-validation-examples", "num-test-examples"),
 )
 _FRACTIONS = ("accuracy", "density")
-_MOST = 2**63 - 1
+_MOST = 10**15  # of a count; readers of a record take no larger one
 _OWN = frozenset(
     {keys.FRESH, keys.REFUSED, keys.LACKING, keys.HELD_AGENTS, keys.HELD_ROUNDS}
     | {keys.BUILDS_ON, keys.HEADER_BYTES, keys.CONTENT, keys.EVALUATION_ERROR}

@@ -126,9 +126,7 @@ _LENGTH, _SECONDS, _SHARE = _whole(10**15), _number(0.0), _number(0.0, 1.0)
 _HANDSHAKE = _object(
     {
         "agent": _AGENT,
-        "parameters": _object(
-            {"batch_size": _LENGTH, "local_steps": _LENGTH, "local_epochs": _number(0.0, 1e15)}
-        ),
+        "parameters": _object(),  # an algorithm's own: who calculates with one looks at it
         "main_metric": _text,
         "metric_unit": _text,
         "higher_is_better": _flag,

@@ -182,7 +182,7 @@ json_values = st.recursive(
 handshakes = st.fixed_dictionaries(
     {"fingerprint": printable, "parameters": st.dictionaries(printable, json_values, max_size=3)},
     optional={
-        "num-weights": st.integers(0, 2**63 - 1),
+        "num-weights": st.integers(0, 10**15),
         "classes": printable,
         "a-fact": lists_of(int64, finite, printable, st.booleans()),
     },
@@ -191,7 +191,7 @@ evaluations = st.fixed_dictionaries(
     {
         "accuracy": st.floats(0, 1),
         "loss": finite | st.just(math.nan),
-        "num-examples": st.integers(0, 2**63 - 1),
+        "num-examples": st.integers(0, 10**15),
         "density": st.floats(0, 1),
     }
 )

@@ -248,7 +248,7 @@ def record_of_many_letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     simulate(make_fleet(3), Topology.ring(3), num_rounds=2, record=record)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for agent in config["agents"]:
-        agent["classes"] = {"\u540d": 3, "gr\xf6\xdfe \u2026": 1}
+        agent["classes"] = "\u540d gr\xf6\xdfe \u2026"
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
