@@ -342,8 +342,8 @@ def test_help_shows_brackets_and_the_text_of_every_argument_once(command: str | 
         assert ("[required]" in text) == argument.required
 
 
-# One for each worker: worksteal may come back to this file, and a process has one module
-# of a name.
+# One a worker: worksteal may come back to this file, and a process has one module of
+# a name.
 @pytest.fixture(scope="session")
 def study_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_app(tmp_path_factory.mktemp("apps"), "cli")

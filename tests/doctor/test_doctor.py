@@ -49,8 +49,8 @@ from tests.fleet.agents import make_agent, make_fleet
 from tests.fleet.study_app import write_app
 
 
-# One for each worker: worksteal may come back to this file, and a process has one module
-# of a name.
+# One a worker: worksteal may come back to this file, and a process has one module of
+# a name.
 @pytest.fixture(scope="session")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_app(tmp_path_factory.mktemp("apps"), "doctor")

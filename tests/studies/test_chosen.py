@@ -23,8 +23,8 @@ SPLITS = "return split(agent, scale), split(1000 + agent, scale)"
 SETTINGS = 'evaluate-on = "validation"\nnum-rounds = 9\nkeep-best = true\npatience = 1\n'
 
 
-# One for each worker: worksteal may come back to this file, and a process has one module
-# of a name.
+# One a worker: worksteal may come back to this file, and a process has one module of
+# a name.
 @pytest.fixture(scope="session")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An app with three splits that keeps its best states."""

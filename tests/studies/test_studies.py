@@ -52,8 +52,8 @@ from tests.fleet.study_app import write_app, write_study
 from tests.fleet.twins import Twin
 
 
-# One for each worker: worksteal may come back to this file, and a process has one module
-# of a name.
+# One a worker: worksteal may come back to this file, and a process has one module of
+# a name.
 @pytest.fixture(scope="session")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_app(tmp_path_factory.mktemp("apps"))
