@@ -161,8 +161,8 @@ def normalized_gradient(g: Float[Tensor, "*layer"]) -> Float[Tensor, "*layer"]:
     max(|g|)``, so that none of them under- or overflows, however small or large the
     loss.
 
-    Source: REFERENCE, "The candidate, exactly"; the layer-wise scale as in LARS (You et
-    al. 2017, arXiv:1708.03888), without its factor ``‖w‖``.
+    Source: no paper of masks; a scale of its own for each layer as in LARS (You et al.
+    2017, arXiv:1708.03888), without its factor ``‖w‖``.
     """
     largest = g.abs().max() if g.numel() else torch.ones((), device=g.device)
     unit = g / torch.where(largest == 0, torch.ones_like(largest), largest)
