@@ -37,9 +37,9 @@ from tests.fleet.flower import state_of
 from tests.fleet.grid import InProcessGrid
 from tests.oracles.candidate import CONV, HEAD, Candidate
 
-PRESET = tomllib.loads(
-    (Path(__file__).parents[2] / "examples" / "cifar10" / "presets" / "best.toml").read_text()
-)
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PRESETS = sorted(EXAMPLES.glob("*/presets/*.toml"))
+PRESET = tomllib.loads((EXAMPLES / "cifar10" / "presets" / "best.toml").read_text())
 APPS_OWN = {"augment"}  # the app reads it, and no algorithm
 KEYS = {key: value for key, value in PRESET.items() if key not in APPS_OWN}
 SIZE = 3  # agents, all of whom hear each other
@@ -102,6 +102,14 @@ def exchange(agents: list[Any], *rounds: int) -> None:
         for agent in agents:
             inbox = {index: payload for index, payload in sent.items() if index != agent.index}
             agent.fuse(inbox, round=round)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_presets_set_keys_that_their_app_declares(path: Path) -> None:
+    """`flwr run` refuses others, and values of another type."""
+    app = tomllib.loads((path.parents[1] / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    for key, value in tomllib.loads(path.read_text()).items():
+        assert type(value) is type(app["config"][key]), key
 
 
 # --- the candidate, exactly ---
