@@ -49,7 +49,7 @@ class MceplConfig(MaskedConfig):
     # "raw": g as it is (paper); "normalized": g / sqrt(mean(g²)) per layer, before
     # weight decay and momentum; a score_lr of 0.0005 then suits
     score_gradient: str = "raw"
-    # "signed": z (paper); "magnitude": s = |z|, and a step that would leave s below
+    # "signed": z (paper); "magnitude": ``s = |z|``, and a step that would leave s below
     # zero bounces off it
     score_form: str = "signed"
     group_lasso: float = 0.0  # λ >= 0; the paper's published code has none

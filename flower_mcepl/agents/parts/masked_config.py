@@ -39,7 +39,7 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
     first_mask: str = "random"
     finetune_lr: float = 10.0  # η_f >= 0: step size of the fine-tuning step; 0 leaves the step out
     fusion: str = "mcepl"  # how neighbors' masks count: a name in flower_mcepl.masks.FUSIONS
-    # c >= 0: factor on what was heard, y = z + c * mean(|z|) * sign(z) * n; 1 in
+    # c >= 0: factor on what was heard, ``y = z + c * mean(|z|) * sign(z) * n``; 1 in
     # the paper; rules of fusion that rank an agent's scores alone go without
     fusion_strength: float = 1.0
     # "linear", "cosine": c goes from fusion_strength to last_fusion_strength over
