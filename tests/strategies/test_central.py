@@ -124,7 +124,7 @@ def test_server_refuses_an_algorithm_without_one() -> None:
 
 
 def test_an_agent_with_other_weights_than_the_server_is_refused(tmp_path: Path) -> None:
-    config = run_config("fedavg", **{"record-dir": str(tmp_path)})
+    config = run_config("fedavg", **{"record-dir": str(tmp_path), "wait-timeout": 0.01})
     strategy = make_strategy(server_context({**config, "seed": SEED + 1}), model_fn)
     with pytest.raises(RosterError, match="agent 0 and the server have different frozen weights"):
         strategy.start(app_grid(NUM_AGENTS, **config))
