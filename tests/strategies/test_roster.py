@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_mcepl import FingerprintError, MceplAgent, RosterError, Topology
+from flower_mcepl.strategies.attendance import Attendance
 from flower_mcepl.strategies.identities import Identities
 from flower_mcepl.strategies.roster import Roster
 from tests.fleet.agents import make_agent, small_net
@@ -179,6 +180,31 @@ def test_a_wrong_number_in_round_1_is_turned_away_and_the_right_node_waited_for(
     assert [without_times(row) for row in strategy.monitor.rows] == [
         without_times(row) for row in others.monitor.rows
     ]
+
+
+def test_a_wrong_number_at_a_resumption_is_left_out_and_the_right_node_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = agent_grid(3)
+    grid.down.add(1002)
+    grid.add_node(1005, 1)
+    roster = Roster(3)
+    roster.restore({"facts": {agent: facts(agent) for agent in range(3)}, "founder": None})
+    attendance = Attendance(roster, min_agents=0, wait_timeout=60)
+    attendance.wait_for_nodes(grid, first=True)
+    looks = itertools.count()
+
+    def node_ids(real: Callable[[], Iterable[int]] = grid.get_node_ids) -> Iterable[int]:
+        if next(looks) == 5:
+            grid.down.clear()
+        return real()
+
+    monkeypatch.setattr(grid, "get_node_ids", node_ids)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with caplog.at_level("WARNING", logger="flwr"):
+        attendance.identify(grid, timeout=1.0)
+    assert roster.node_of == {0: 1000, 1: 1001, 2: 1002}
+    assert "nodes 1001 and 1005 both say they are agent 1" in caplog.text
 
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
