@@ -26,6 +26,7 @@
 """
 
 import re
+import typing
 import unicodedata
 
 # Environment variables with paths of files, for a launcher and its run. The existence
@@ -137,6 +138,17 @@ def visible(text: str, *, lines: bool = False) -> str:
         return char.encode("unicode_escape").decode()
 
     return "".join(map(spelled, text))
+
+
+def visible_json(value: typing.Any) -> typing.Any:
+    """JSON of somebody else with the control characters of its texts spelled out."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, list):
+        return [visible_json(item) for item in value]
+    if isinstance(value, dict):
+        return {visible(str(key)): visible_json(item) for key, item in value.items()}
+    return value
 
 
 def first_line(reason: str, *, most: int = 200) -> str:

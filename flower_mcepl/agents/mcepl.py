@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, final
 
@@ -21,6 +20,7 @@ from flower_mcepl.agents.parts.training import (
     train_locally,
 )
 from flower_mcepl.config.checks import check
+from flower_mcepl.config.patterns import best_key, matches_any
 from flower_mcepl.config.ratios import per_layer
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError
@@ -75,15 +75,13 @@ class MceplConfig(MaskedConfig):
         """
         names, of_layers = list(names), self._lr_of_layers()
         for key in of_layers:
-            if not any(fnmatchcase(name, key) for name in names):
+            if not matches_any(key, names):
                 raise ConfigError(
                     f"the key {key!r} of {LR_LAYERS} fits no layer; use names or patterns of: "
                     f"{', '.join(names)}."
                 )
-        fitting = {
-            name: [lr for key, lr in of_layers.items() if fnmatchcase(name, key)] for name in names
-        }
-        return {name: of_layers.get(name, [*fitting[name], self.score_lr][0]) for name in names}
+        keys = {name: best_key(name, of_layers) for name in names}
+        return {n: self.score_lr if key is None else of_layers[key] for n, key in keys.items()}
 
     def _lr_of_layers(self) -> dict[str, float]:
         return per_layer(LR_LAYERS, self.score_lr_layers, noun="STEP", example="fc*=0.0001")

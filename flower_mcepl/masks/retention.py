@@ -1,8 +1,8 @@
 """Retention ratios by layer: one for all, by kind, by name or by pattern."""
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
+from flower_mcepl.config.patterns import best_key, matches_any
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.layers import LayerSpec
@@ -34,7 +34,7 @@ def resolve_retention(retention: Retention, layers: Mapping[str, LayerSpec]) -> 
         return {name: float(retention) for name in layers}
     kinds = {spec.kind for spec in layers.values()}
     for key in retention:
-        if key not in ("conv", "linear") and not any(fnmatchcase(name, key) for name in layers):
+        if key not in ("conv", "linear") and not matches_any(key, layers):
             raise ConfigError(
                 f"the retention key {key!r} fits no layer; use a kind "
                 f"({', '.join(sorted(kinds))}), a name or a pattern of: {', '.join(layers)}."
@@ -43,11 +43,9 @@ def resolve_retention(retention: Retention, layers: Mapping[str, LayerSpec]) -> 
 
 
 def _ratio_of(spec: LayerSpec, retention: Mapping[str, float]) -> float:
-    if spec.name in retention:
-        return float(retention[spec.name])
-    for key, value in retention.items():
-        if key != spec.kind and fnmatchcase(spec.name, key):
-            return float(value)
+    key = best_key(spec.name, [key for key in retention if key != spec.kind])
+    if key is not None:
+        return float(retention[key])
     if spec.kind in retention:
         return float(retention[spec.kind])
     raise ConfigError(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flower_mcepl.agents.handshake import KEPT_BY_LAYER, PARAMETERS
-from flower_mcepl.errors import AnswerError, CorruptFrameError, visible
+from flower_mcepl.errors import AnswerError, CorruptFrameError, visible, visible_json
 from flower_mcepl.exchange.parcels import Answer, FrameT, Posted
 from flower_mcepl.messages import keys
 from flower_mcepl.messages.envelope import open_envelope
@@ -26,7 +26,6 @@ from flower_mcepl.messages.limits import (
     is_array,
     is_fact,
     is_number,
-    visible_fact,
 )
 
 _WHOLE = -1  # in the place of the round that a frame builds on
@@ -221,7 +220,7 @@ def _read_handshake(fields: Fields) -> dict[str, Any]:
         # the record makes no difference between - and _
         known, is_right = _KNOWN.get(key.replace("_", "-"), ("", lambda value: True))
         fields.check(is_right(value), f"{key} must be {known}", value)
-    return {key: visible_fact(value) for key, value in facts.items()}
+    return {key: visible_json(value) for key, value in facts.items()}
 
 
 def _read_metrics(fields: Fields) -> dict[str, float]:

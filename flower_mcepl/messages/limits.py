@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from flower_mcepl.errors import FlowerMceplError, visible
+from flower_mcepl.errors import FlowerMceplError
 
 Records = Mapping[str, Mapping[str, Any]]
 """A message's records by name: Flower's `RecordDict`, or plain dictionaries."""
@@ -217,17 +217,6 @@ def is_array(value: object, *, most: int) -> bool:
     """Whether a value is an array of Flower, or another carrier, of so many bytes."""
     data = getattr(value, "data", None)
     return isinstance(data, bytes) and len(data) <= most
-
-
-def visible_fact(value: object) -> object:
-    """Fact (see `is_fact`) or JSON with control characters made visible."""
-    if isinstance(value, str):
-        return visible(value)
-    if isinstance(value, list):
-        return [visible_fact(item) for item in value]
-    if isinstance(value, dict):
-        return {visible(str(key)): visible_fact(item) for key, item in value.items()}
-    return value
 
 
 def is_number(value: object) -> bool:

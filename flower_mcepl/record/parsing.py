@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from flower_mcepl.errors import RecordError, visible
+from flower_mcepl.errors import RecordError, visible_json
 from flower_mcepl.record.layout import Row
 from flower_mcepl.record.schema import Check, check_value
 
@@ -58,7 +58,7 @@ def _parse(text: bytes, where: str, check: Check) -> Row:
         row = _json_object(text)
         # JSON spells control characters with a backslash, or they are no ASCII
         if b"\\" in text or b"\x7f" in text or not text.isascii():
-            row = _visible(row)
+            row = visible_json(row)
         check_value(row, check)
     except (ValueError, RecursionError, RecordError) as error:
         raise RecordError(f"{where} is damaged: {error}.") from error
@@ -74,16 +74,6 @@ def _json_object(text: bytes) -> Row:
 
 def _refuse_constant(constant: str) -> NoReturn:
     raise RecordError(f"{constant} is no number of standard JSON")
-
-
-def _visible(value: Any) -> Any:
-    if isinstance(value, str):
-        return visible(value)
-    if isinstance(value, list):
-        return [_visible(item) for item in value]
-    if isinstance(value, dict):
-        return {visible(key): _visible(item) for key, item in value.items()}
-    return value
 
 
 def _bytes(path: Path) -> bytes:

@@ -33,7 +33,7 @@ class Replies:
     failed: dict[str, str] = field(default_factory=dict)
 
     def merged(self, later: "Replies") -> "Replies":
-        """These and later ones of the same round; who answered has not failed."""
+        """These and later ones; who answered, late or not, has not failed."""
         answers = {**self.answers, **later.answers}
         failed = {**self.failed, **later.failed}
         for agent in answers:
@@ -110,8 +110,7 @@ class Intake:
             self._roster.doubt([sent.node])
             reason = f"no answer to the message of round {sent.round} within its time"
             taken.failed.setdefault(self._name(sent.node), reason)
-        for agent in taken.answers:  # who answered, late or not, has not failed
-            taken.failed.pop(f"agent {agent}", None)
+        taken = taken.merged(Replies())
         self._tell(round, taken.failed)
         return taken
 

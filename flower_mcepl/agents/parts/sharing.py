@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from flower_mcepl.agents.handshake import SHARE
 from flower_mcepl.agents.parts.groups import Shapes
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.config.checks import check
+from flower_mcepl.config.patterns import best_key, matches_any
 from flower_mcepl.errors import ConfigError
 
 ALL = "*"
@@ -55,12 +55,12 @@ def shared_names(share: str, names: Iterable[str]) -> list[str]:
     """
     names, patterns = list(names), patterns_of(share)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not matches_any(pattern, names):
             raise ConfigError(
                 f"the pattern {pattern!r} of share matches nothing that could be sent; use names "
                 f"or patterns of: {', '.join(names)}."
             )
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in names if best_key(name, patterns) is not None]
 
 
 def shared_shapes(config: TrainingConfig, shapes: Shapes) -> dict[str, tuple[int, ...]]:
