@@ -49,6 +49,10 @@ NOTES = {
     "test-split": "of a data set's own test examples: `\"classes\"`: all of the agent's classes; "
     '`"proportional"`: as many as can be had in the agent\'s class shares',
     "batch-size": "examples in a mini-batch",
+    "arithmetic": 'of the network in training and evaluation: `"exact"`: torch\'s own; `"fast"`: '
+    "the same functions in float32, summed in another order, up to twice as fast on a CPU; "
+    '`"bfloat16"`: that with bfloat16 products. Bits are equal within a class; see '
+    "[benchmarks](benchmarks.md)",
     "eval-batch-size": "examples a batch in evaluation; large ones are slower on a CPU",
     "lr": "η > 0: step size on the weights",
     "lr-rounds": "length of the cosine in rounds; 0: `num-rounds`",

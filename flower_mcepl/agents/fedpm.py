@@ -151,7 +151,13 @@ class FedpmAgent(Agent):
         self._velocity, self._round = {}, round
         step = partial(self._local_step, round=round, draws=self._stream("training-masks"))
         metrics = train_locally(
-            step, self.data.train, self.config, seed=self.seed, agent=self.index, round=round
+            step,
+            self.data.train,
+            self.config,
+            seed=self.seed,
+            agent=self.index,
+            round=round,
+            device=self.device,
         )
         self._velocity = {}
         if not all(bool(s.isfinite().all()) for s in self.scores.values()):

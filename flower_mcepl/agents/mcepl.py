@@ -133,7 +133,13 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         self._begin(round)
         step = partial(self._local_step, round=round)
         return train_locally(
-            step, self.data.train, self.config, seed=self.seed, agent=self.index, round=round
+            step,
+            self.data.train,
+            self.config,
+            seed=self.seed,
+            agent=self.index,
+            round=round,
+            device=self.device,
         )
 
     def evaluate(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from flower_mcepl.agents.parts.arithmetic import keep_freed_memory
 from flower_mcepl.agents.parts.masked import MaskedAgent
 from flower_mcepl.agents.parts.masked_config import MaskedConfig
 from flower_mcepl.agents.parts.own_metrics import further_metrics, plain_number
@@ -85,7 +86,11 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
             If it leaves scores that are not finite.
         """
         self._begin(round)
-        with isolated_rng(self.seed, "local-steps", agent=self.index, round=round):
+        keep_freed_memory()
+        with (
+            isolated_rng(self.seed, "local-steps", agent=self.index, round=round),
+            self.learner.arithmetic(),
+        ):
             loss = float(self._train_fn(self.model, round))
         scores = self.model.scores
         bad = [name for name, z in scores.items() if not bool(z.isfinite().all())]
@@ -111,7 +116,7 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
     def evaluate(self) -> dict[str, float]:
         """Let the user's function evaluate the network under the agent's mask."""
         masks = self._personal_masks()
-        with isolated_rng(self.seed, "evaluation", agent=self.index):
+        with isolated_rng(self.seed, "evaluation", agent=self.index), self.learner.arithmetic():
             metrics = dict(self._evaluate_fn(self.model.bake(masks)))
         own = {key: plain_number(metrics[key]) for key in _READ if key in metrics}
         missing = [key for key in ("loss", "num-examples") if own.get(key) is None]

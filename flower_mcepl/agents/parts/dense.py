@@ -144,7 +144,13 @@ class DenseAgent(Agent, Generic[ConfigT]):
         train_mode(self.model, self._frozen)
         step = partial(self._local_step, round=round)
         metrics = train_locally(
-            step, self.data.train, self.config, seed=self.seed, agent=self.index, round=round
+            step,
+            self.data.train,
+            self.config,
+            seed=self.seed,
+            agent=self.index,
+            round=round,
+            device=self.device,
         )
         if not all(bool(weight.isfinite().all()) for weight in self.weights.values()):
             raise DivergedError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flower_mcepl.agents.parts.arithmetic import arithmetic
 from flower_mcepl.agents.parts.hidden_state import hidden_state
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.agents.tasks import Task, find_task
@@ -64,7 +65,7 @@ class Learner:
             If an output is not finite.
         """
         # transforms of the split may draw
-        with isolated_rng(self.seed, "evaluation", agent=self.agent):
+        with isolated_rng(self.seed, "evaluation", agent=self.agent), self.arithmetic():
             return self.task.evaluate(
                 network,
                 data.test,
@@ -73,6 +74,10 @@ class Learner:
                 device=self.device,
                 dtype=self.dtype,
             )
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """The class of arithmetic that the configuration asks for, as a context."""
+        return arithmetic(self.config.arithmetic, device=self.device)
 
     def check(self, network: nn.Module, data: AgentData) -> None:
         """Check the first batch of both splits, before anything is learned.

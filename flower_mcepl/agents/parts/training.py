@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from flower_mcepl.agents.parts.arithmetic import ARITHMETICS, arithmetic, keep_freed_memory
 from flower_mcepl.agents.tasks import Task, find_task
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig, field_keys, read_fields
@@ -40,6 +41,9 @@ class TrainingConfig:
     lr_schedule: str = "constant"  # "cosine": the step sizes fall to zero over lr_rounds
     # length of the cosine in rounds; a run config that has none means its num-rounds
     lr_rounds: int = 0
+    # of the network, in training and evaluation: "exact": torch's own; "fast",
+    # "bfloat16": see `agents.parts.arithmetic`
+    arithmetic: str = "exact"
     eval_batch_size: int = 64  # large ones are slower on a CPU: activations that leave the cache
 
     def __post_init__(self) -> None:
@@ -51,6 +55,7 @@ class TrainingConfig:
         for name in ("local_epochs", "lr_rounds"):
             check(getattr(self, name) >= 0, f"{_key(name)} must be >= 0", getattr(self, name))
         self._check_one_of("lr_schedule", LR_SCHEDULES)
+        self._check_one_of("arithmetic", ARITHMETICS)
         check(
             self.lr_schedule == "constant" or self.lr_rounds > 0,
             "lr-schedule cosine needs lr-rounds >= 1, the rounds after which the step size is zero",
@@ -112,6 +117,7 @@ def train_locally(
     seed: int,
     agent: int,
     round: int,
+    device: str,
 ) -> dict[str, float]:
     """Take one round's local steps; ``train-loss`` is the mean of their losses.
 
@@ -124,7 +130,11 @@ def train_locally(
     DataError
         If the split gives no batch.
     """
-    with isolated_rng(seed, "training", agent=agent, round=round):
+    keep_freed_memory()
+    with (
+        isolated_rng(seed, "training", agent=agent, round=round),
+        arithmetic(config.arithmetic, device=device),
+    ):
         batches: Iterator[tuple[Any, Tensor]] = split.training_batches(
             round=round,
             steps=config.num_steps(split.num_examples),

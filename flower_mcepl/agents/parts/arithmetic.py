@@ -1,0 +1,151 @@
+"""Classes of arithmetic: exact bits, or a faster step whose bits differ a little."""
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from flower_mcepl.agents.parts import winograd
+
+EXACT, FAST, BFLOAT16 = "exact", "fast", "bfloat16"
+ARITHMETICS = (EXACT, FAST, BFLOAT16)
+
+# glibc's own names and limits, from malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 32 * 2**20
+_KEPT = 2**30  # free memory that a process keeps, in bytes
+
+
+@contextlib.contextmanager
+def arithmetic(kind: str, *, device: str) -> Iterator[None]:
+    """Run a network in one class of arithmetic, whatever modules it is made of.
+
+    "exact"
+        torch's own functions, in the network's dtype.
+    "fast"
+        The same functions in the same dtype, summed in another order: images and
+        filters in channels-last memory, convolutions of 5 x 5 by `winograd`, ELU as
+        ``exp(min(x, 0)) - 1 + max(x, 0)`` (within 1.2e-7 of torch's).
+    "bfloat16"
+        As "fast", with matrix products and convolutions in bfloat16 (torch.autocast).
+        Faster only where the processor has bfloat16 instructions.
+
+    Within a class the same bits come out in any process and on any number of workers;
+    between classes they differ in the last places, and so do masks after some rounds.
+
+    Parameters
+    ----------
+    kind : str
+        One of `ARITHMETICS`.
+    device : str
+        Where the network is.
+    """
+    if kind == EXACT:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        if kind == BFLOAT16:
+            stack.enter_context(torch.autocast(torch.device(device).type, torch.bfloat16))
+        stack.enter_context(_Replaced({FAST: _FAST, BFLOAT16: _BFLOAT16}[kind]))
+        yield
+
+
+class _Replaced(TorchFunctionMode):
+    """Calls of some of torch's functions answered by others, wherever they are made."""
+
+    def __init__(self, replacements: dict[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self._replacements = replacements
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._replacements.get(func, func)(*args, **(kwargs or {}))
+
+
+def _elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    if inplace or not x.is_floating_point():
+        return nn.functional.elu(x, alpha, inplace)
+    result: Tensor = _Elu.apply(x, alpha)
+    return result
+
+
+class _Elu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: float) -> Tensor:
+        y = x.clamp_max(0).exp_().sub_(1)
+        if alpha != 1:
+            y.mul_(alpha)
+        y.add_(x.clamp_min(0))
+        ctx.save_for_backward(y)
+        ctx.alpha = alpha
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        gradient: Tensor = torch.ops.aten.elu_backward(grads[0], ctx.alpha, 1, 1, True, y)
+        return gradient, None
+
+
+def _channels_last_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    if input.ndim == 4:
+        input = input.contiguous(memory_format=torch.channels_last)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    return nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _fast_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    if isinstance(padding, str) or not winograd.fits(
+        input, weight, stride=stride, dilation=dilation, groups=groups
+    ):
+        return _channels_last_conv2d(input, weight, bias, stride, padding, dilation, groups)
+    pair = (padding, padding) if isinstance(padding, int) else tuple(padding)
+    y = winograd.conv5(input, weight, padding=pair)
+    return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+_FAST: dict[Any, Callable[..., Any]] = {
+    nn.functional.elu: _elu,
+    torch.conv2d: _fast_conv2d,
+}
+_BFLOAT16: dict[Any, Callable[..., Any]] = {
+    nn.functional.elu: _elu,
+    torch.conv2d: _channels_last_conv2d,
+}
+
+
+# A training step takes and frees some hundred megabytes of activations. glibc gives
+# large pieces back to the system at once, and the next step faults them in again, page
+# by page.
+@lru_cache
+def keep_freed_memory() -> bool:
+    """Let this process keep what a step frees for the next; False without glibc."""
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another C library
+        return False
+    return bool(
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _KEPT)
+    )
