@@ -49,6 +49,8 @@ NOTES = {
     "test-split": "of a data set's own test examples: `\"classes\"`: all of the agent's classes; "
     '`"proportional"`: as many as can be had in the agent\'s class shares',
     "batch-size": "examples in a mini-batch",
+    "weight-averaging": "β in [0, 1): evaluate at the running mean of the weights, "
+    "`x̄ = β x̄ + (1 - β) x`; 0: at the weights",
     "arithmetic": 'of the network in training and evaluation: `"exact"`: torch\'s own; `"fast"`: '
     "the same functions in float32, summed in another order, up to twice as fast on a CPU; "
     '`"bfloat16"`: that with bfloat16 products. Bits are equal within a class; see '

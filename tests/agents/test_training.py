@@ -27,14 +27,16 @@ def drawn(agent: int, round: int, seed: int = 1) -> tuple[list[float], list[list
         return 0.0
 
     config = TrainingConfig(batch_size=4, local_steps=2)
-    train_locally(step, SPLIT, config, seed=seed, agent=agent, round=round)
+    train_locally(step, SPLIT, config, seed=seed, agent=agent, round=round, device="cpu")
     return draws, batches
 
 
 def test_the_loss_is_the_mean_of_the_steps() -> None:
     losses = iter([1.0, 2.0, 6.0])
     config = TrainingConfig(batch_size=4, local_steps=3)
-    metrics = train_locally(lambda *_: next(losses), SPLIT, config, seed=1, agent=0, round=1)
+    metrics = train_locally(
+        lambda *_: next(losses), SPLIT, config, seed=1, agent=0, round=1, device="cpu"
+    )
     assert metrics == {"train-loss": 3.0}
 
 
@@ -61,7 +63,7 @@ def test_what_a_split_draws_by_itself_comes_from_the_agents_stream() -> None:
             return 0.0
 
         noisy: Any = Noisy()
-        train_locally(step, noisy, TrainingConfig(), seed=1, agent=agent, round=1)
+        train_locally(step, noisy, TrainingConfig(), seed=1, agent=agent, round=1, device="cpu")
         return batches[0]
 
     assert seen(0) == seen(0) != seen(1)

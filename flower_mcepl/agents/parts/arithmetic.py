@@ -3,13 +3,12 @@
 import contextlib
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from flower_mcepl.agents.parts import winograd
 
@@ -21,10 +20,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 _KEPT = 2**30  # free memory that a process keeps, in bytes
 
+_TORCHS_ELU = nn.functional.elu
+
 
 @contextlib.contextmanager
 def arithmetic(kind: str, *, device: str) -> Iterator[None]:
     """Run a network in one class of arithmetic, whatever modules it is made of.
+
+    What is replaced are the functions that layers call in ``torch.nn.functional``;
+    functions that a network has imported from there by name stay torch's.
 
     "exact"
         torch's own functions, in the network's dtype.
@@ -52,24 +56,29 @@ def arithmetic(kind: str, *, device: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if kind == BFLOAT16:
             stack.enter_context(torch.autocast(torch.device(device).type, torch.bfloat16))
-        stack.enter_context(_Replaced({FAST: _FAST, BFLOAT16: _BFLOAT16}[kind]))
+        conv2d = _fast_conv2d if kind == FAST else _channels_last_conv2d
+        stack.enter_context(_in_place_of({"elu": _elu, "conv2d": conv2d}))
         yield
 
 
-class _Replaced(TorchFunctionMode):
-    """Calls of some of torch's functions answered by others, wherever they are made."""
-
-    def __init__(self, replacements: dict[Any, Callable[..., Any]]) -> None:
-        super().__init__()
-        self._replacements = replacements
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._replacements.get(func, func)(*args, **(kwargs or {}))
+# Functions are put into torch.nn.functional, where layers look them up, because a
+# TorchFunctionMode is left during a backward pass, in which checkpointed layers are
+# called once more. Training and evaluation run alone in their process (`streams`).
+@contextlib.contextmanager
+def _in_place_of(replacements: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    before = {name: getattr(nn.functional, name) for name in replacements}
+    try:
+        for name, function in replacements.items():
+            setattr(nn.functional, name, function)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(nn.functional, name, function)
 
 
 def _elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     if inplace or not x.is_floating_point():
-        return nn.functional.elu(x, alpha, inplace)
+        return _TORCHS_ELU(x, alpha, inplace)
     result: Tensor = _Elu.apply(x, alpha)
     return result
 
@@ -104,7 +113,7 @@ def _channels_last_conv2d(
     if input.ndim == 4:
         input = input.contiguous(memory_format=torch.channels_last)
         weight = weight.contiguous(memory_format=torch.channels_last)
-    return nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _fast_conv2d(
@@ -123,16 +132,6 @@ def _fast_conv2d(
     pair = (padding, padding) if isinstance(padding, int) else tuple(padding)
     y = winograd.conv5(input, weight, padding=pair)
     return y if bias is None else y + bias.view(-1, 1, 1)
-
-
-_FAST: dict[Any, Callable[..., Any]] = {
-    nn.functional.elu: _elu,
-    torch.conv2d: _fast_conv2d,
-}
-_BFLOAT16: dict[Any, Callable[..., Any]] = {
-    nn.functional.elu: _elu,
-    torch.conv2d: _channels_last_conv2d,
-}
 
 
 # A training step takes and frees some hundred megabytes of activations. glibc gives

@@ -42,6 +42,8 @@ class SgdConfig(TrainingConfig):
     # factor on the step size per round, beside lr_schedule, 0 < lr_decay <= 1
     lr_decay: float = 1.0
     clip_norm: float = 0.0  # the gradient of a batch is scaled down to this norm; 0: never
+    # β in [0, 1): evaluate at the weights' running mean x̄ = β x̄ + (1 - β) x; 0: at x
+    weight_averaging: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +54,11 @@ class SgdConfig(TrainingConfig):
             "lr-decay must be in (0, 1]",
             self.lr_decay,
             "1 leaves the step size as it is.",
+        )
+        check(
+            0 <= self.weight_averaging < 1,
+            "weight-averaging must be in [0, 1)",
+            self.weight_averaging,
         )
 
     def lr_factor(self, round: int) -> float:
@@ -129,6 +136,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
             if name in self.weights
         }
         self.velocity: dict[str, Tensor] = {}
+        self._average: dict[str, Tensor] = {}  # x̄ of the rounds before, if there is any
         self.shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         self.shared = shared_shapes(config, self.shapes)  # the others are personal
         self.layers = self.shared  # they go out, unless the algorithm says otherwise
@@ -141,6 +149,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         DivergedError
             If a loss or weight is not finite.
         """
+        self._average_weights(round=round)
         train_mode(self.model, self._frozen)
         step = partial(self._local_step, round=round)
         metrics = train_locally(
@@ -168,8 +177,13 @@ class DenseAgent(Agent, Generic[ConfigT]):
         return None
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the agent's network on its own test split."""
-        return {**self.learner.evaluate(self.model, self.data), "density": self.density()}
+        """Evaluate the agent's network on its own test split.
+
+        With ``weight_averaging`` that is the network of the weights' running mean;
+        training and what is sent do without it.
+        """
+        model = self._personal_model()
+        return {**self.learner.evaluate(model, self.data), "density": self.density()}
 
     def check(self) -> None:
         """Check the first batch of both splits against the task."""
@@ -211,6 +225,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
             "weights": (self.shapes, False),
             "velocity": (self.shapes, True),
             "buffer": (buffers, False),
+            "average": (self.shapes, True),
         }
 
     @torch.no_grad()
@@ -219,14 +234,45 @@ class DenseAgent(Agent, Generic[ConfigT]):
             weight.copy_(groups["weights"][name])
         for name, buffer in self.model.named_buffers():
             buffer.copy_(groups["buffer"][name])
-        self.velocity = groups.get("velocity", {})
+        self.velocity, self._average = groups.get("velocity", {}), groups.get("average", {})
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         return {
             "weights": self.weights,
             "velocity": self.velocity,
             "buffer": dict(self.model.named_buffers()),
+            "average": self._average,
         }
+
+    # The weights of round t are those after its exchange, with which the next training
+    # begins. So the mean takes them in there, whatever the algorithm does in `fuse`,
+    # and an evaluation before that adds the present ones by itself.
+    @torch.no_grad()
+    def _average_weights(self, *, round: int) -> None:
+        if self.config.weight_averaging and round > 1:  # not the initial weights
+            self._average = {name: x.clone() for name, x in self._mean_with_present().items()}
+
+    def _averaged(self) -> dict[str, Tensor]:
+        """Weights of the model that is evaluated."""
+        return self._mean_with_present()
+
+    def _mean_with_present(self) -> dict[str, Tensor]:
+        if not self._average:
+            return {name: x.detach() for name, x in self.weights.items()}
+        share = 1 - self.config.weight_averaging
+        return {
+            name: mean.lerp(self.weights[name].detach(), share)
+            for name, mean in self._average.items()
+        }
+
+    @torch.no_grad()
+    def _personal_model(self) -> nn.Module:
+        if not self._average:
+            return self.model
+        model = copy.deepcopy(self.model)
+        for name, mean in self._averaged().items():
+            model.get_parameter(name).copy_(mean)
+        return model
 
     def _local_step(self, inputs: Any, labels: Tensor, *, round: int) -> float:
         loss = self.learner.loss(self.model, inputs, labels)

@@ -163,6 +163,11 @@ class SparseAgent(DenseAgent[SparseT]):
             for name, density in densities.items()
         }
 
+    def _averaged(self) -> dict[str, Tensor]:
+        """Running mean of the weights, under the present mask."""
+        means = super()._averaged()
+        return means | {name: means[name] * mask for name, mask in self.masks.items()}
+
     @torch.no_grad()
     def _apply_masks(self) -> None:
         for name, mask in self.masks.items():

@@ -48,7 +48,7 @@ def conv5(x: Tensor, weight: Tensor, *, padding: tuple[int, int]) -> Tensor:
 
 
 def _is_one(value: Any) -> bool:
-    return value == 1 or tuple(value) == (1, 1)
+    return bool(value == 1) or value == (1, 1)
 
 
 # Polynomials of degree 3 and 4 are multiplied by their values at eight points; the
