@@ -69,7 +69,8 @@ NOTES = {
     "; 1 in the paper; rules of fusion that rank an agent's scores alone go without",
     "fusion-rounds": "length of the `fusion-schedule` in rounds; 0: `num-rounds`",
     "group-lasso": "λ >= 0: weight of the group lasso on the scores",
-    "anneal-rounds": "T: rounds in which the share of weights that move falls to zero",
+    "anneal-rounds": "T: rounds in which the share of weights that move falls to zero; 0: "
+    "`num-rounds`",
     "record-dir": "folder in which the run record is made, relative to the SuperLink's working "
     "directory",
     "retention-conv": "r of convolutions, 0 < r <= 1; several, separated by commas, are taken in "

@@ -18,6 +18,10 @@ from flower_mcepl.masks.sparsity import from_sparse, overlap_mean
 class DispflConfig(SparseConfig, SharingConfig):
     """Parameters of Dis-PFL; the defaults are those of the paper's CIFAR-10 runs.
 
+    But for ``regrow``: the paper's algorithm 2 grows by gradient, the default here, and
+    the published code's CIFAR-10 run at random, as with ``regrow = "random"``. The
+    paper's masks move for all of its 500 rounds; here for those of the run.
+
     Source: Dai et al. 2022, arXiv:2206.00187, section 5.1.
 
     Raises

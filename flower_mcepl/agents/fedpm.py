@@ -1,4 +1,7 @@
-"""FedPM: Bernoulli masks over shared random weights, one probability per weight."""
+"""FedPM: Bernoulli masks over shared random weights, one probability per weight.
+
+Longer than other files here: agent and server have little in common with other parts.
+"""
 
 import copy
 import math
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
 from flower_mcepl.agents.algorithm import Algorithm
+from flower_mcepl.agents.parts.adam import Adam
 from flower_mcepl.agents.parts.frozen_weights import FrozenWeightsConfig
 from flower_mcepl.agents.parts.groups import Shapes, check_group, groups_of, state_of
 from flower_mcepl.agents.parts.learner import Learner
@@ -28,21 +32,24 @@ from flower_mcepl.errors import DivergedError
 from flower_mcepl.masks.layers import find_frozen, find_maskable
 from flower_mcepl.masks.model import fingerprint
 from flower_mcepl.masks.placement import call_with, kept_in_eval, slots_of, train_mode
-from flower_mcepl.masks.weight_init import with_weights
+from flower_mcepl.masks.weight_init import SIGNED_CONSTANT, with_weights
 from flower_mcepl.streams import torch_stream
+
+ADAM, SGD = "adam", "sgd"
+SCORE_OPTIMIZERS = (ADAM, SGD)
+GAIN = 2**0.5  # of Kaiming's init for ReLU, which the paper's signed constants have
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedpmConfig(FrozenWeightsConfig):
-    """Parameters of FedPM; epochs and reset are those of the published code.
+    """Parameters of FedPM; the defaults are those of the published code.
 
     Source: Isik et al. 2023, arXiv:2209.15328.
 
-    The step size is tuned on the quickstart's digits (10 agents of 3 classes,
-    validation split, two seeds, 15 rounds): of 1, 50, 200, 500, 1000 and 2000 the best.
-    It is that large because the gradient on a score is the one on a weight times that
-    weight times ``σ'(s) <= 1/4``, and the server's mean of a few masks tells only large
-    moves from chance.
+    With ``score_optimizer = "sgd"`` the step size must be some thousand times larger:
+    the gradient on a score is the one on a weight times that weight times
+    ``σ'(s) <= 1/4``, and the server's mean of a few masks tells only large moves from
+    chance. Adam's steps have the same size whatever the gradient's.
 
     Raises
     ------
@@ -50,7 +57,10 @@ class FedpmConfig(FrozenWeightsConfig):
         If a value is out of range.
     """
 
-    score_lr: float = 500.0  # η > 0: step size on the scores
+    score_lr: float = 0.1  # η > 0: step size on the scores
+    # "adam": moments live on over the rounds; "sgd": with a score_lr of some hundreds
+    score_optimizer: str = ADAM
+    weight_init: str = SIGNED_CONSTANT
     weight_decay: float = 0.0  # μ >= 0, on the scores
     local_epochs: int = 3
     reset_rounds: int = 1  # 1/ρ: rounds after which the server's Beta prior starts anew; 0: never
@@ -59,6 +69,13 @@ class FedpmConfig(FrozenWeightsConfig):
         super().__post_init__()
         self._check_not_negative("score_lr")
         check(self.score_lr > 0, "score-lr must be > 0", self.score_lr)
+        self._check_one_of("score_optimizer", SCORE_OPTIMIZERS)
+        check(
+            self.score_optimizer == SGD or self.momentum == 0,
+            "momentum must be 0 with score-optimizer adam, which has its own",
+            self.momentum,
+            "Set fedpm.momentum = 0.0.",
+        )
         check(
             self.reset_rounds >= 0,
             "reset-rounds must be >= 0",
@@ -75,8 +92,10 @@ class FedpmAgent(Agent):
     ``CE(f(x; w ⊙ m))``; straight through the draw, ``∂m/∂θ := 1``, so that
     ``g = ∂CE/∂(w ⊙ m) ⊙ w ⊙ σ'(s)``. One mask drawn from
     the trained θ is what goes out; `fuse` takes the server's θ over, ``s = σ⁻¹(θ)``.
-    Momentum, if there is any, starts anew every round. All agents begin from common
-    scores, standard normal; biases and norm layers stay frozen.
+    The scores are trained by Adam, whose moments an agent keeps over the rounds while
+    its scores become the server's; by SGD its momentum starts anew every round. All
+    agents begin from common scores, standard normal; biases and norm layers stay
+    frozen.
 
     `evaluate` after `fuse` sees the network under one mask drawn from the server's θ,
     on the agent's own test split: such a mask is the global model that the method hands
@@ -86,12 +105,17 @@ class FedpmAgent(Agent):
 
     Notes
     -----
-    The frozen weights are those of the model function; the paper's are signed
-    constants, as with ``weight_init = "signed-constant"``, there of Kaiming's scale
-    ``sqrt(2/fan_in)``.
+    The frozen weights are signed constants of Kaiming's scale, ``± sqrt(2 / fan_in)``,
+    as the paper's: ``sqrt(2)`` times those that ``weight_init = "signed-constant"``
+    gives other algorithms. With ``"module"`` they are those of the model function.
 
-    Source: Isik et al. 2023, arXiv:2209.15328, algorithm 1; standard normal scores as
-    in its published code.
+    Differs from the published code: that masks the biases, too. Here, as for every
+    algorithm over frozen weights, what can be masked are the weights of convolutions
+    and linear layers, and the wire's masks are theirs; biases stay as the model
+    function made them.
+
+    Source: Isik et al. 2023, arXiv:2209.15328, algorithm 1; Adam, its moments and
+    standard normal scores as in its published code.
     """
 
     algorithm = "fedpm"
@@ -115,7 +139,7 @@ class FedpmAgent(Agent):
             device,
         )
         self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
-        module = with_weights(module, config.weight_init, seed=seed)
+        module = frozen_module(module, config, seed=seed)
         specs = find_maskable(module)
         self.fingerprint = fingerprint(module, specs)
         self.layers = {name: tuple(spec.shape) for name, spec in specs.items()}
@@ -129,6 +153,7 @@ class FedpmAgent(Agent):
         self._kept_at_first = round(
             sum(float(s.detach().sigmoid().sum()) for s in self.scores.values())
         )
+        self._adam = Adam()
         self._velocity: dict[str, Tensor] = {}
         self._round = 0  # in which it last trained
 
@@ -140,7 +165,7 @@ class FedpmAgent(Agent):
                 s.copy_(payload[name].to(s).logit())
 
     def train(self, *, round: int) -> dict[str, float]:
-        """Take the local steps on the scores, from momentum zero.
+        """Take the local steps on the scores, by SGD from momentum zero.
 
         Raises
         ------
@@ -211,11 +236,13 @@ class FedpmAgent(Agent):
         return self.config.as_parameters()
 
     def state(self) -> AgentState:
-        """Return scores, buffers and the last round; the mask to send depends on it."""
-        buffers = dict(self.network.named_buffers())
-        last = {"last": torch.tensor([self._round])}
-        groups = {"scores": self.scores, "buffer": buffers, "round": last}
-        return state_of(self._facts(), groups)
+        """Return scores, moments, buffers and the last round, which tells the mask."""
+        groups = {
+            "scores": self.scores,
+            "buffer": dict(self.network.named_buffers()),
+            "round": {"last": torch.tensor([self._round])},
+        }
+        return state_of(self._facts(), {**groups, **self._adam.groups()})
 
     @torch.no_grad()
     def restore(self, state: AgentState) -> None:
@@ -223,13 +250,19 @@ class FedpmAgent(Agent):
         self._check_facts(state.facts)
         groups = groups_of(state, device=self.device)
         buffers = dict(self.network.named_buffers())
-        shapes = {name: tuple(buffer.shape) for name, buffer in buffers.items()}
-        for group, full in (("scores", self.layers), ("buffer", shapes), ("round", {"last": (1,)})):
-            check_group(groups, group, full, whose=f"agent {self.index}", may_be_absent=False)
+        shapes: dict[str, tuple[Shapes, bool]] = {
+            "scores": (self.layers, False),
+            "buffer": ({name: tuple(buffer.shape) for name, buffer in buffers.items()}, False),
+            "round": ({"last": (1,)}, False),
+            **self._adam.group_shapes(self.layers),
+        }
+        for group, (full, absent) in shapes.items():
+            check_group(groups, group, full, whose=f"agent {self.index}", may_be_absent=absent)
         for name, s in self.scores.items():
             s.copy_(groups["scores"][name])
         for name, buffer in buffers.items():
             buffer.copy_(groups["buffer"][name])
+        self._adam.take_back(groups)
         self._velocity, self._round = {}, int(groups["round"]["last"])
 
     def _local_step(
@@ -244,17 +277,19 @@ class FedpmAgent(Agent):
         value = finite_loss(
             loss, agent=self.index, round=round, key="score-lr", lr=self.config.score_lr
         )
-        gradients = gradients_of(loss, self.scores)
-        lr = self.config.score_lr * self.config.lr_factor(round)
-        with torch.no_grad():
-            for name, s in self.scores.items():
-                s.add_(
-                    descent_direction(
-                        name, s, gradients[name], velocity=self._velocity, config=self.config
-                    ),
-                    alpha=-lr,
-                )
+        self._descend(gradients_of(loss, self.scores), round)
         return value
+
+    @torch.no_grad()
+    def _descend(self, gradients: Mapping[str, Tensor], round: int) -> None:
+        config, lr = self.config, self.config.score_lr * self.config.lr_factor(round)
+        if config.score_optimizer == ADAM:
+            decay = config.weight_decay
+            self._adam.step(self.scores, gradients, lr=lr, weight_decay=decay)
+            return
+        for name, s in self.scores.items():
+            g, velocity = gradients[name], self._velocity
+            s.add_(descent_direction(name, s, g, velocity=velocity, config=config), alpha=-lr)
 
     def _masked_weight(self, name: str, draws: torch.Generator) -> Tensor:
         """Return ``w ⊙ m`` for a new draw; the gradient passes to θ as if m were θ."""
@@ -275,6 +310,16 @@ class FedpmAgent(Agent):
 
     def _num_weights(self) -> int:
         return sum(math.prod(shape) for shape in self.layers.values())
+
+
+def frozen_module(module: nn.Module, config: FedpmConfig, *, seed: int) -> nn.Module:
+    """Return the network over whose weights FedPM learns masks."""
+    made = with_weights(module, config.weight_init, seed=seed)
+    if config.weight_init == SIGNED_CONSTANT:  # then it is a copy
+        with torch.no_grad():
+            for name in find_maskable(made):
+                made.get_parameter(name).mul_(GAIN)
+    return made
 
 
 EPSILON = 0.01  # a bit counts as 0.99 or 0.01, so that θ stays between them and its score finite
@@ -298,7 +343,7 @@ class FedpmServer(Server):
     def __init__(
         self, module: nn.Module, num_agents: int, config: FedpmConfig, *, seed: int
     ) -> None:
-        module = with_weights(module, config.weight_init, seed=seed)
+        module = frozen_module(module, config, seed=seed)
         super().__init__(module, num_agents, seed=seed)
         self.reset_rounds = config.reset_rounds
         self.layers = self.layers_down = {

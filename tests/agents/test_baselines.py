@@ -244,7 +244,11 @@ BAD = [
         {"lr_schedule": "linear"},
         r"lr-schedule must be one of constant, cosine; got 'linear'",
     ),
-    ("dsgd", {"lr_schedule": "cosine"}, r"lr-schedule cosine needs lr-rounds >= 1"),
+    (
+        "dsgd",
+        {"lr_schedule": "cosine", "num_rounds": 0},
+        r"lr-schedule cosine needs lr-rounds >= 1",
+    ),
     ("dfedavgm", {"precision": "int4"}, r"precision must be one of .*int8.*; got 'int4'"),
     ("dfedavgm", {"local_steps": 0}, r"local-steps must be >= 1; got 0"),
     ("dfedavgm", {"lr": "fast"}, r"run-config key lr must be float; got 'fast'"),

@@ -336,7 +336,8 @@ class OneBatchARound:
 
 def test_a_split_of_ones_own_will_do() -> None:
     data = AgentData.of(OneBatchARound(), OneBatchARound(), agent=0)
-    agent = make_agent("dispfl", 0, shared_module(two_layers, seed=1), data, {}, seed=1)
+    keys = {"num-rounds": 9}
+    agent = make_agent("dispfl", 0, shared_module(two_layers, seed=1), data, keys, seed=1)
     play([agent], ((),), 1, 2)
     assert agent.describe()["num-weights"] == 51
 
@@ -355,7 +356,7 @@ def test_settings_of_the_paper() -> None:
     assert (config.density, config.drop_fraction, config.anneal_rounds, config.local_epochs) == (
         0.5,
         0.5,
-        500,
+        0,
         5,
     )
     assert (config.momentum, config.batch_size, config.regrow) == (0.0, 128, "gradient")
@@ -369,7 +370,18 @@ def test_masks_anneal_over_the_rounds_of_the_run() -> None:
         DispflConfig.from_run_config({"num-rounds": 40, "anneal-rounds": 9}, agent=0).anneal_rounds
         == 9
     )
-    assert DispflConfig.from_run_config({}, agent=0).anneal_rounds == 500
+    zero = {"num-rounds": 40, "anneal-rounds": 0}
+    assert DispflConfig.from_run_config(zero, agent=0).anneal_rounds == 40
+
+
+@pytest.mark.parametrize("algorithm", ["dispfl", "fedspa"])
+def test_masks_that_move_need_a_number_of_rounds(algorithm: str) -> None:
+    message = r"anneal-rounds must be >= 1 where masks move, .*; got 0\. Set it, or num-rounds"
+    for settings in ({"num_rounds": 0}, {"num_rounds": 0, "anneal_rounds": 0}):
+        with pytest.raises(ConfigError, match=message):
+            agent_of(algorithm, **settings)
+    assert agent_of(algorithm, num_rounds=0, drop_fraction=0.0).config.anneal_rounds == 0
+    assert agent_of(algorithm, num_rounds=0, anneal_rounds=3).config.anneal_rounds == 3
 
 
 def test_densities_in_turn_and_of_the_node() -> None:
@@ -391,7 +403,7 @@ def test_densities_in_turn_and_of_the_node() -> None:
         ({"density": "0.5, 1.5"}, r"density must be in \(0, 1\]; got 1\.5"),
         ({"density": "half"}, r"run-config key density must be a number or numbers"),
         ({"drop_fraction": 1.2}, r"drop-fraction must be in \[0, 1\]; got 1\.2"),
-        ({"anneal_rounds": 0}, r"anneal-rounds must be >= 1; got 0"),
+        ({"anneal_rounds": -1}, r"anneal-rounds must be >= 0; got -1"),
         ({"regrow": "magic"}, r"regrow must be one of gradient, random; got 'magic'"),
         ({"clip_norm": float("inf")}, r"clip-norm must be a finite number >= 0; got inf"),
     ],

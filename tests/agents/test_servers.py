@@ -51,9 +51,14 @@ FULL = {
     "lr_schedule": "cosine",
     "lr_rounds": 9,
     "score_lr": 3.0,
+    "score_optimizer": "sgd",
     "lr": 0.05,
     "reset_rounds": 2,
 }
+ADAM = {**FULL, "momentum": 0.0, "score_lr": 0.2, "score_optimizer": "adam"}
+# Adam's moments are states of their own; all else is the same with either
+SETTINGS = [*((name, FULL) for name in SERVED), ("fedpm", ADAM)]
+IDS = [*SERVED, "fedpm-adam"]
 
 
 def run_of(algorithm: str, size: int = 4, **settings: Any) -> tuple[Any, list[Any]]:
@@ -251,6 +256,7 @@ def frozen(agent: Any) -> dict[str, Any]:
 def test_fedpm_by_the_published_equations() -> None:
     settings = {
         "score_lr": 20.0,
+        "score_optimizer": "sgd",
         "weight_decay": 0.01,
         "momentum": 0.5,
         "local_epochs": 3,
@@ -328,6 +334,71 @@ def test_fedpm_trains_no_weight() -> None:
     assert not any(w.requires_grad for w in agents[0].network.parameters())
 
 
+def test_fedpm_takes_the_steps_of_torchs_adam_over_rounds_and_a_restart() -> None:
+    settings = {"weight_decay": 0.01, "local_epochs": 2, "score_lr": 0.1, "lr_schedule": "cosine"}
+    settings |= {"lr_rounds": 6, "batch_size": 8}
+    server, agents = run_of("fedpm", 2, **settings)
+    watched, gradients = agents[0], []
+    slow = {name: nn.Parameter(s.detach().clone()) for name, s in watched.scores.items()}
+    oracle = torch.optim.Adam(slow.values(), lr=0.1, weight_decay=0.01)
+    for round in (1, 2, 3, 4):
+        if round == 3:  # in a new process, the moments come from the state
+            state, watched = watched.state(), agent_of("fedpm", **settings)
+            watched.restore(state)
+            agents[0] = watched
+        gradients = collected(watched)
+        for name, value in slow.items():  # the server's scores; the moments stay
+            value.data.copy_(watched.scores[name].detach())
+        for agent in agents:
+            agent.train(round=round)
+        assert len(gradients) == 6  # 18 examples in batches of 8, twice
+        oracle.param_groups[0]["lr"] = 0.1 * watched.config.lr_factor(round)
+        for step in gradients:
+            for name, value in slow.items():
+                value.grad = step[name]
+            oracle.step()
+        assert same_tensors(
+            {name: value.detach() for name, value in slow.items()},
+            {name: s.detach() for name, s in watched.scores.items()},
+        )
+        sent = {agent.index: agent.outgoing() for agent in agents}
+        server.receive(sent, round=round, num_examples={})
+        for agent in agents:
+            agent.fuse({2: server.payload_for(agent.index, round=round)}, round=round)
+
+
+def collected(agent: Any) -> list[dict[str, Tensor]]:
+    """The gradients of the agent's steps from now on."""
+    gradients, descend = [], agent._descend
+
+    def watch(step: dict[str, Tensor], round: int) -> None:
+        gradients.append({name: g.clone() for name, g in step.items()})
+        descend(step, round)
+
+    agent._descend = watch
+    return gradients
+
+
+def test_fedpm_is_over_signed_constants_of_kaimings_scale() -> None:
+    agent, server = agent_of("fedpm"), server_of("fedpm")
+    assert agent.fingerprint == server.fingerprint
+    assert agent.fingerprint != agent_of("fedpm", weight_init="module").fingerprint
+    for name, fan_in in (("0.weight", 4), ("2.weight", 6)):
+        weight = agent.network.get_parameter(name)
+        torch.testing.assert_close(weight.abs(), torch.full_like(weight, (2 / fan_in) ** 0.5))
+        assert 0 < int((weight > 0).sum()) < weight.numel()
+
+
+def test_fedpm_really_learns_what_its_server_hands_out() -> None:
+    server, agents = run_of("fedpm", model_fn=wide_net)
+    first = np.mean([agent.evaluate()["loss"] for agent in agents])
+    trained = serve(server, agents, *range(1, 16))
+    assert np.mean([agent.evaluate()["loss"] for agent in agents]) < 0.6 * first
+    assert np.mean([m["train-loss"] for m in trained[-4:]]) < 0.6 * np.mean(
+        [m["train-loss"] for m in trained[:4]]
+    )
+
+
 # --- all three ---
 
 
@@ -345,11 +416,15 @@ def through_a_file(state: AgentState, tmp_path: Path) -> AgentState:
     [(False, in_memory), (True, through_a_file)],
     ids=["between rounds", "before the exchange"],
 )
-@pytest.mark.parametrize("algorithm", SERVED)
+@pytest.mark.parametrize(("algorithm", "settings"), SETTINGS, ids=IDS)
 def test_restored_agents_and_server_continue_bit_for_bit(
-    algorithm: str, trained: bool, way: Callable[[AgentState, Path], AgentState], tmp_path: Path
+    algorithm: str,
+    settings: dict[str, Any],
+    trained: bool,
+    way: Callable[[AgentState, Path], AgentState],
+    tmp_path: Path,
 ) -> None:
-    first, later = run_of(algorithm, 3, **FULL), run_of(algorithm, 3, **FULL)
+    first, later = run_of(algorithm, 3, **settings), run_of(algorithm, 3, **settings)
     serve(*first, 1, 2, 3)
     serve(*later, 5)  # whatever they did before is overwritten
     if trained:
@@ -430,7 +505,7 @@ def test_without_a_word_from_the_server_the_agent_goes_on_alone(algorithm: str) 
 @pytest.mark.parametrize("algorithm", SERVED)
 def test_learning_beats_chance(algorithm: str) -> None:
     settings = {
-        "score_lr": 200.0,
+        "score_lr": 0.2,
         "lr": 0.3,
         "density": 0.6,
         "num_rounds": 20,
@@ -537,6 +612,8 @@ BAD = [
     ("fedspa", {"drop_fraction": 1.2}, r"drop-fraction must be in \[0, 1\]; got 1\.2"),
     ("fedspa", {"regrow": "magic"}, r"regrow must be one of gradient, random; got 'magic'"),
     ("fedpm", {"score_lr": 0.0}, r"score-lr must be > 0; got 0\.0"),
+    ("fedpm", {"score_optimizer": "lion"}, r"score-optimizer must be one of adam, sgd; got 'lion'"),
+    ("fedpm", {"momentum": 0.9}, r"momentum must be 0 with score-optimizer adam.*got 0\.9\. Set"),
     ("fedpm", {"score_lr": float("nan")}, r"score-lr must be a finite number >= 0; got nan"),
     ("fedpm", {"reset_rounds": -1}, r"reset-rounds must be >= 0; got -1\. 0 never resets"),
     ("fedpm", {"reset_rounds": 0.5}, r"run-config key reset-rounds must be int; got 0\.5"),
@@ -569,6 +646,7 @@ def test_a_section_of_the_run_config_is_the_algorithms_own() -> None:
         "reset_rounds": 5
     }
     assert FedpmConfig().reset_rounds == 1
+    assert (FedpmConfig().score_optimizer, FedpmConfig().score_lr) == ("adam", 0.1)
 
 
 @pytest.mark.parametrize("algorithm", SERVED)
@@ -585,6 +663,7 @@ def test_a_loss_that_is_not_finite_names_the_agent(algorithm: str) -> None:
 @pytest.mark.parametrize("algorithm", SERVED)
 def test_what_leaves_the_numbers_is_not_sent(algorithm: str) -> None:
     settings = {"lr": 3e38, "score_lr": 3e38, "weight_decay": 1e3, "local_epochs": 1}
+    settings["score_optimizer"] = "sgd"
     message = (
         r"agent 2: round 1 left (weights|scores) that are not finite\. Lower (score-)?lr \(now 3e"
     )
@@ -618,19 +697,22 @@ def test_the_state_of_another_run_is_refused(algorithm: str) -> None:
         agent.restore(agent_of(algorithm, 1).state())
 
 
+COUNTS = ("round", "adam")  # groups of one number
+
+
 @pytest.mark.parametrize("damage", ["missing", "misshapen"])
 @pytest.mark.parametrize("who", ["agent", "server"])
-@pytest.mark.parametrize("algorithm", SERVED)
+@pytest.mark.parametrize(("algorithm", "settings"), SETTINGS, ids=IDS)
 def test_an_incomplete_state_is_refused_and_changes_nothing(
-    algorithm: str, who: str, damage: str
+    algorithm: str, settings: dict[str, Any], who: str, damage: str
 ) -> None:
-    server, agents = run_of(algorithm, 1, **FULL)
+    server, agents = run_of(algorithm, 1, **settings)
     serve(server, agents, 1)
     agents[0].train(round=2)
     one, fresh = (
-        (agents[0], agent_of(algorithm, **FULL))
+        (agents[0], agent_of(algorithm, **settings))
         if who == "agent"
-        else (server, server_of(algorithm, 1, **FULL))
+        else (server, server_of(algorithm, 1, **settings))
     )
     groups = {name.partition("/")[0] for name in one.state().tensors}
     for group in groups:
@@ -638,7 +720,7 @@ def test_an_incomplete_state_is_refused_and_changes_nothing(
         victim = next(name for name in state.tensors if name.startswith(f"{group}/"))
         if damage == "misshapen":
             state.arrays[victim] = np.zeros((7, 7), np.float32)
-        elif sum(name.startswith(f"{group}/") for name in state.tensors) > 1 or group == "round":
+        elif sum(name.startswith(f"{group}/") for name in state.tensors) > 1 or group in COUNTS:
             del state.arrays[victim]
         else:
             continue

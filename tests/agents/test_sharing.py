@@ -15,7 +15,7 @@ from flower_mcepl.agents.parts.sharing import shared_names
 from tests.fleet.agents import SEED, noisy_net, same_tensors, split
 
 GOSSIP = ["dsgd", "dfedavgm", "dispfl"]
-KEYS = {"batch-size": 8, "local-steps": 2, "local-epochs": 0}
+KEYS = {"batch-size": 8, "local-steps": 2, "local-epochs": 0, "num-rounds": 500}
 BODY = {"0.weight", "0.bias", "1.weight", "1.bias"}
 HEAD = {"5.weight", "5.bias"}
 
@@ -151,7 +151,7 @@ def test_names_come_once_and_in_their_own_order() -> None:
 
 def test_what_is_shared_is_a_key_of_the_averaging_algorithms() -> None:
     for algorithm in ("local", "fedspa", "fedpm"):
-        keys = {"share": "nothing*"}  # of other algorithms, and so without effect
+        keys = {"share": "nothing*", "num-rounds": 9}  # of other algorithms, and so without effect
         data = AgentData.of(split(0), split(1), agent=0)
         agent = make_agent(algorithm, 0, build(noisy_net, seed=SEED), data, keys, seed=SEED)
         assert "share" not in agent.describe()

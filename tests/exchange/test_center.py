@@ -37,6 +37,7 @@ SERVED = ["fedavg", "fedpm", "fedspa"]
 N = 3
 SETTINGS = {"local_epochs": 2, "num_rounds": 8, "score_lr": 20.0}
 NOISY = {"model_fn": noisy_net, "split": split, "batch_size": 8, "momentum": 0.5, **SETTINGS}
+NOISY["score_optimizer"] = "sgd"  # that has a momentum
 
 Spoil = Callable[[bytes], bytes]
 

@@ -49,7 +49,10 @@ def agent_of(
 
 
 def run_config(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.replace("_", "-"): value for name, value in {"batch_size": 24, **settings}.items()}
+    return {
+        name.replace("_", "-"): value
+        for name, value in {"batch_size": 24, "num_rounds": 500, **settings}.items()
+    }
 
 
 def server_of(
