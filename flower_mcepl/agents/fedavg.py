@@ -1,7 +1,8 @@
 """FedAvg: local SGD from one global model, which the server averages."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -12,7 +13,10 @@ from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
 from flower_mcepl.agents.parts.groups import Shapes
 from flower_mcepl.agents.parts.sharing import SharingConfig, share_fact, shared_names
+from flower_mcepl.agents.parts.training import train_locally
 from flower_mcepl.agents.server import Server, shapes_of, trained_weights
+from flower_mcepl.config.checks import check
+from flower_mcepl.masks.placement import train_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,8 @@ class FedavgConfig(SgdConfig, SharingConfig):
     The step size is tuned on the quickstart's digits (10 agents of 3 classes,
     validation split, two seeds, 20 rounds): of 0.02, 0.05, 0.1 and 0.2 the best; 0.1
     came within 0.2 points. With ``share`` less than all weights the method is FedPer
-    (Arivazhagan et al. 2019, arXiv:1912.00818): the others are personal.
+    (Arivazhagan et al. 2019, arXiv:1912.00818): the others are personal. With
+    ``finetune_steps`` it is FedAvg with fine-tuning, FedAvg+FT.
 
     Raises
     ------
@@ -32,6 +37,13 @@ class FedavgConfig(SgdConfig, SharingConfig):
 
     lr: float = 0.05  # η > 0
     local_epochs: int = 5  # E
+    # mini-batches that each agent takes from the model for an evaluation, which is of
+    # what they make of it; 0: of the model itself
+    finetune_steps: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.finetune_steps >= 0, "finetune-steps must be >= 0", self.finetune_steps)
 
 
 @final
@@ -41,6 +53,11 @@ class FedavgAgent(DenseAgent[FedavgConfig]):
     ``w_k`` is what goes out, and the server's average of all ``w_k`` is what comes
     back; `fuse` takes it over whole. `evaluate` after that sees the global model, on
     the agent's own test split. Momentum, if there is any, starts anew every round.
+
+    With ``finetune_steps`` an evaluation is of that model after so many further local
+    steps, of the first round's size, on the same batches every time. They leave no
+    trace: the next round and the saved state are those of the global model, and the
+    record's images are those of the training alone.
 
     Notes
     -----
@@ -66,6 +83,35 @@ class FedavgAgent(DenseAgent[FedavgConfig]):
         metrics = super().train(round=round)
         self.velocity = {}
         return metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate the model, after the steps of fine-tuning if there are any."""
+        if not self.config.finetune_steps:
+            return super().evaluate()
+        kept = {group: copied(tensors) for group, tensors in self._groups().items()}
+        try:
+            self._finetune()
+            return super().evaluate()
+        finally:
+            self._take_back(kept)
+
+    def _finetune(self) -> None:
+        config = replace(self.config, local_steps=self.config.finetune_steps, local_epochs=0)
+        train_mode(self.model, self._frozen)
+        self.velocity = {}
+        train_locally(
+            partial(self._local_step, round=1),
+            self.data.train,
+            config,
+            seed=self.seed,
+            agent=self.index,
+            round=0,  # batches that no round of training has
+        )
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors, by name."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 class FedavgServer(Server):

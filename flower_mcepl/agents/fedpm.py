@@ -46,6 +46,10 @@ class FedpmConfig(FrozenWeightsConfig):
 
     Source: Isik et al. 2023, arXiv:2209.15328.
 
+    On the quickstart's digits (10 agents of 3 classes, validation split, two seeds, 15
+    rounds of some 9 steps) larger steps are better: of 0.01, 0.03, 0.1, 0.2, 0.4, 0.8
+    and 1.6 the best was 0.4 (.80, where 0.1 had .53 and SGD's best .56).
+
     With ``score_optimizer = "sgd"`` the step size must be some thousand times larger:
     the gradient on a score is the one on a weight times that weight times
     ``σ'(s) <= 1/4``, and the server's mean of a few masks tells only large moves from

@@ -105,6 +105,25 @@ def test_fedavg_takes_an_unknown_size_for_one() -> None:
     assert same_tensors(server.payload_for(0, round=2), sent[0])
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_fedavg_is_evaluated_after_its_fine_tuning(steps: int) -> None:
+    settings = {"lr": 0.3, "local_epochs": 1, "momentum": 0.5, "finetune_steps": steps}
+    server, agents = run_of("fedavg", lr_schedule="cosine", lr_rounds=4, **settings)
+    serve(server, agents, 1, 2)
+    before, data = arrays(agents[1]), tuple(part.numpy() for part in blobs(1))
+    slow = slow_servers.sgd(
+        before, data, steps=steps, lr=0.3, decay=5e-4, momentum=0.5, velocity={}
+    )
+    state, metrics = agents[1].state().tensors, agents[1].evaluate()
+    assert metrics == agents[1].evaluate()
+    assert same_tensors(state, agents[1].state().tensors)
+    inputs, labels = (part.double().numpy() for part in blobs(1001))
+    logits = np.tanh(inputs @ slow["w1"].T + slow["b1"]) @ slow["w2"].T + slow["b2"]
+    chosen = logits[np.arange(len(labels)), labels.astype(int)]
+    loss = float(np.mean(np.log(np.exp(logits).sum(axis=1)) - chosen))
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
+
+
 # --- FedSpa ---
 
 EQUATIONS = {
@@ -608,6 +627,7 @@ def test_the_module_that_was_passed_in_stays_as_it_is() -> None:
 BAD = [
     ("fedavg", {"lr": 0.0}, r"lr must be > 0; got 0\.0"),
     ("fedavg", {"local_epochs": -1}, r"local-epochs must be >= 0; got -1"),
+    ("fedavg", {"finetune_steps": -1}, r"finetune-steps must be >= 0; got -1"),
     ("fedspa", {"density": 0.0}, r"density must be in \(0, 1\]; got 0\.0"),
     ("fedspa", {"drop_fraction": 1.2}, r"drop-fraction must be in \[0, 1\]; got 1\.2"),
     ("fedspa", {"regrow": "magic"}, r"regrow must be one of gradient, random; got 'magic'"),
