@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Payload
 from flower_mcepl.agents.algorithm import Algorithm
-from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
+from flower_mcepl.agents.parts.dense import ConfigT, DenseAgent, SgdConfig
 from flower_mcepl.agents.parts.groups import Shapes
-from flower_mcepl.agents.parts.sharing import SharingConfig, share_fact, shared_names
+from flower_mcepl.agents.parts.sharing import SharingConfig, share_fact, shared_shapes
 from flower_mcepl.agents.parts.training import train_locally
 from flower_mcepl.agents.server import Server, shapes_of, trained_weights
 from flower_mcepl.config.checks import check
@@ -46,8 +46,28 @@ class FedavgConfig(SgdConfig, SharingConfig):
         check(self.finetune_steps >= 0, "finetune-steps must be >= 0", self.finetune_steps)
 
 
+class GlobalModelAgent(DenseAgent[ConfigT]):
+    """A dense agent that takes over the server's model, and trains it from rest."""
+
+    server_based = True
+
+    @torch.no_grad()
+    def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
+        """Take over the server's model; without one the agent goes on from its own."""
+        for payload in inbox.values():
+            for name in self.shared:
+                self.weights[name].copy_(payload[name])
+
+    def train(self, *, round: int) -> dict[str, float]:
+        """Take the local steps, from momentum zero."""
+        self.velocity = {}
+        metrics = super().train(round=round)
+        self.velocity = {}
+        return metrics
+
+
 @final
-class FedavgAgent(DenseAgent[FedavgConfig]):
+class FedavgAgent(GlobalModelAgent[FedavgConfig]):
     """One FedAvg agent: E local epochs of SGD from the global model ``w``.
 
     ``w_k`` is what goes out, and the server's average of all ``w_k`` is what comes
@@ -68,21 +88,6 @@ class FedavgAgent(DenseAgent[FedavgConfig]):
     """
 
     algorithm = "fedavg"
-    server_based = True
-
-    @torch.no_grad()
-    def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
-        """Take over the server's model; without one the agent goes on from its own."""
-        for payload in inbox.values():
-            for name in self.shared:
-                self.weights[name].copy_(payload[name])
-
-    def train(self, *, round: int) -> dict[str, float]:
-        """Take the local steps, from momentum zero."""
-        self.velocity = {}
-        metrics = super().train(round=round)
-        self.velocity = {}
-        return metrics
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the model, after the steps of fine-tuning if there are any."""
@@ -128,13 +133,11 @@ class FedavgServer(Server):
     algorithm = "fedavg"
     shared = True
 
-    def __init__(
-        self, module: nn.Module, num_agents: int, config: FedavgConfig, *, seed: int
-    ) -> None:
+    def __init__(self, module: nn.Module, num_agents: int, config: SgdConfig, *, seed: int) -> None:
         super().__init__(module, num_agents, seed=seed)
         self._share = share_fact(config)
         weights = trained_weights(module)
-        self.weights = {name: weights[name] for name in shared_names(config.share, weights)}
+        self.weights = {name: weights[name] for name in shared_shapes(config, shapes_of(weights))}
         self.layers = self.layers_down = shapes_of(self.weights)
 
     def receive(

@@ -32,6 +32,7 @@ ALGORITHMS = Registry(
         "dfedavgm": "flower_mcepl.agents.dfedavgm:DFEDAVGM",
         "dispfl": "flower_mcepl.agents.dispfl:DISPFL",
         "fedavg": "flower_mcepl.agents.fedavg:FEDAVG",
+        "ditto": "flower_mcepl.agents.ditto:DITTO",
         "fedspa": "flower_mcepl.agents.fedspa:FEDSPA",
         "fedpm": "flower_mcepl.agents.fedpm:FEDPM",
     },

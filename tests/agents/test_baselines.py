@@ -290,6 +290,7 @@ def test_the_algorithms_are_these() -> None:
         "dfedavgm",
         "dispfl",
         "fedavg",
+        "ditto",
         "fedspa",
         "fedpm",
     ]

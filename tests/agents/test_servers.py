@@ -124,6 +124,74 @@ def test_fedavg_is_evaluated_after_its_fine_tuning(steps: int) -> None:
     assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
 
 
+# --- Ditto ---
+
+
+@pytest.mark.parametrize(("share", "personal"), [(0.5, 2), (0.25, 1), (0.75, 3)])
+def test_ditto_by_the_published_equations(share: float, personal: int) -> None:
+    settings = {"lr": 0.3, "weight_decay": 0.02, "local_epochs": 4, "personal_share": share}
+    server, agents = run_of("ditto", 3, proximal=0.4, split=unequal, **settings)
+    w, data = arrays(agents[0]), [tuple(part.numpy() for part in unequal(k)) for k in range(3)]
+    v = [w] * 3
+    for round in (1, 2, 3):
+        v = [
+            slow_servers.ditto_personal(
+                mine, w, part, steps=personal, lr=0.3, decay=0.02, proximal=0.4
+            )
+            for mine, part in zip(v, data, strict=True)
+        ]
+        w, _ = slow_servers.fedavg(w, data, steps=4 - personal, lr=0.3, decay=0.02, momentum=0.0)
+        serve(server, agents, round)
+        assert_same(agents, [w] * 3)
+        for agent, mine in zip(agents, v, strict=True):
+            for short, name in (*MASKED.items(), *BIASES.items()):
+                found = agent.personal_weights[name].detach().numpy()
+                np.testing.assert_allclose(found, mine[short], **CLOSE)
+
+
+def test_ditto_is_evaluated_on_its_personal_model() -> None:
+    server, agents = run_of("ditto", 2, lr=0.3, proximal=0.1)
+    serve(server, agents, 1, 2, 3)
+    metrics = [agent.evaluate() for agent in agents]
+    assert metrics[0]["loss"] != metrics[1]["loss"]
+    assert same_tensors(agents[0].outgoing(), agents[1].outgoing())  # the global one
+    with torch.no_grad():
+        for weight in agents[0].weights.values():
+            weight.zero_()
+    assert agents[0].evaluate() == metrics[0]
+
+
+def test_a_strong_pull_keeps_dittos_personal_model_at_the_global_one() -> None:
+    far, near = (run_of("ditto", 2, lr=0.1, proximal=strength) for strength in (0.0, 5.0))
+    gaps = []
+    for server, agents in (far, near):
+        serve(server, agents, *range(1, 9))
+        gap = [
+            torch.linalg.vector_norm(agents[0].personal_weights[n] - agents[0].weights[n])
+            for n in agents[0].weights
+        ]
+        gaps.append(float(sum(gap).detach()))
+    assert gaps[1] < 0.3 * gaps[0]
+
+
+def test_dittos_steps_are_divided_over_the_rounds() -> None:
+    """One step a round: the two models take turns, and no image counts twice."""
+    settings = {"local_epochs": 0, "local_steps": 1, "batch_size": 8, "personal_share": 0.5}
+    agent = agent_of("ditto", **settings)
+    moved = []
+    for round in (1, 2, 3, 4):
+        before = agent.state().tensors
+        agent.train(round=round)
+        after = agent.state().tensors
+        moved.append(
+            tuple(
+                not torch.equal(before[f"{group}/0.weight"], after[f"{group}/0.weight"])
+                for group in ("weights", "personal")
+            )
+        )
+    assert moved == [(True, False), (False, True)] * 2
+
+
 # --- FedSpa ---
 
 EQUATIONS = {
@@ -628,6 +696,8 @@ BAD = [
     ("fedavg", {"lr": 0.0}, r"lr must be > 0; got 0\.0"),
     ("fedavg", {"local_epochs": -1}, r"local-epochs must be >= 0; got -1"),
     ("fedavg", {"finetune_steps": -1}, r"finetune-steps must be >= 0; got -1"),
+    ("ditto", {"proximal": -0.1}, r"proximal must be a finite number >= 0; got -0\.1"),
+    ("ditto", {"personal_share": 1.0}, r"personal-share must be in \(0, 1\); got 1\.0\. Use"),
     ("fedspa", {"density": 0.0}, r"density must be in \(0, 1\]; got 0\.0"),
     ("fedspa", {"drop_fraction": 1.2}, r"drop-fraction must be in \[0, 1\]; got 1\.2"),
     ("fedspa", {"regrow": "magic"}, r"regrow must be one of gradient, random; got 'magic'"),
@@ -651,7 +721,8 @@ def test_a_bad_parameter_is_refused_by_its_key(
 
 def test_a_server_needs_an_algorithm_that_has_one_and_agents() -> None:
     with pytest.raises(
-        ConfigError, match=r"with a server are fedavg, fedspa, fedpm; got 'dsgd', whose agents hear"
+        ConfigError,
+        match=r"with a server are fedavg, ditto, fedspa, fedpm; got 'dsgd', whose agents hear",
     ):
         server_of("dsgd")
     with pytest.raises(ConfigError, match=r"Did you mean 'fedavg'"):

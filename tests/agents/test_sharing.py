@@ -126,6 +126,16 @@ def test_agents_must_share_the_same() -> None:
         )
 
 
+def test_ditto_with_heads_that_nobody_hears_of() -> None:
+    agents = [agent_of("ditto", i) for i in range(3)]
+    module = build(noisy_net, seed=SEED)
+    server = make_server("ditto", module, 3, {**KEYS, "share": "0.*, 1.*"}, seed=SEED)
+    simulate(agents, server=server, num_rounds=2)
+    assert set(server.layers_down) == BODY
+    assert same_tensors(weights_of(agents[0], BODY), weights_of(agents[1], BODY))
+    assert not same_tensors(weights_of(agents[0], HEAD), weights_of(agents[1], HEAD))
+
+
 @pytest.mark.parametrize("algorithm", [*GOSSIP, "fedavg"])
 def test_a_pattern_that_matches_nothing_is_refused(algorithm: str) -> None:
     with pytest.raises(ConfigError, match=r"pattern 'conv\*' of share matches nothing .*5\.bias"):

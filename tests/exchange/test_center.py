@@ -33,7 +33,7 @@ from flower_mcepl.wire import encode_frame, read_header
 from tests.fleet.agents import noisy_net, same_tensors, split
 from tests.oracles.baselines import agent_of, fleet_of, serve, server_of
 
-SERVED = ["fedavg", "fedpm", "fedspa"]
+SERVED = ["fedavg", "ditto", "fedpm", "fedspa"]
 N = 3
 SETTINGS = {"local_epochs": 2, "num_rounds": 8, "score_lr": 20.0}
 NOISY = {"model_fn": noisy_net, "split": split, "batch_size": 8, "momentum": 0.5, **SETTINGS}

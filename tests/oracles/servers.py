@@ -39,6 +39,25 @@ def fedavg(
     return mean, models
 
 
+def ditto_personal(
+    v: Weights,
+    w: Weights,
+    data: Data,
+    *,
+    steps: int,
+    lr: float,
+    decay: float,
+    proximal: float,
+) -> Weights:
+    """Steps of the personal model, held near the global ``w`` that the round began
+    from.
+    """
+    for _ in range(steps):
+        g = gradient(v, data)
+        v = {n: v[n] - lr * (g[n] + proximal * (v[n] - w[n]) + decay * v[n]) for n in v}
+    return v
+
+
 def fedspa(
     w: Weights,
     masks: Sequence[dict[str, Array]],

@@ -211,7 +211,7 @@ FLEETS: dict[str, Fleet] = {
     },
     **{
         name: lambda name=name: {"agents": fleet_of(name), "server": server_of(name)}  # type: ignore[misc]
-        for name in ("fedavg", "fedspa", "fedpm")
+        for name in ("fedavg", "ditto", "fedspa", "fedpm")
     },
 }
 
@@ -290,7 +290,8 @@ CASES = every_round(2, ROUNDS + 1)
 
 
 @pytest.mark.parametrize(
-    ("name", "round"), [*CASES, ("dfedavgm", 4), ("dispfl", 4), ("fedspa", 4), ("fedpm", 3)]
+    ("name", "round"),
+    [*CASES, ("dfedavgm", 4), ("dispfl", 4), ("fedspa", 4), ("fedpm", 3), ("ditto", 4)],
 )
 def test_a_resumed_simulation_is_one_that_was_never_interrupted(
     name: str, round: int, whole: Callable[[str], Path], tmp_path: Path

@@ -232,7 +232,9 @@ def test_a_package_that_does_not_load_disturbs_its_own_runs_alone(
     assert RunSettings.from_run_config({"dsgd.lr": 0.1}) == RunSettings()
     with pytest.raises(ConfigError, match=r"'broken' cannot be loaded .*no_such_package"):
         RunSettings.from_run_config({"algorithm": "broken", "broken.lr": 0.1})
-    with pytest.raises(ConfigError, match=r"algorithms with a server are fedavg, fedspa, fedpm;"):
+    with pytest.raises(
+        ConfigError, match=r"algorithms with a server are fedavg, ditto, fedspa, fedpm;"
+    ):
         make_server("dsgd", small_net(), 2, {}, seed=1)
 
 

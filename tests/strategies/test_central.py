@@ -21,7 +21,7 @@ from flower_mcepl.strategies.fedavg import FlowerFedavgServer
 from tests.fleet.agents import SEED, same_tensors, small_net, split
 from tests.fleet.flower import RUN_CONFIG, app_grid, model_fn
 
-SERVED = ("fedavg", "fedspa", "fedpm")
+SERVED = ("fedavg", "ditto", "fedspa", "fedpm")
 NUM_AGENTS = 3
 
 

@@ -161,11 +161,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
             round=round,
             device=self.device,
         )
-        if not all(bool(weight.isfinite().all()) for weight in self.weights.values()):
-            raise DivergedError(
-                f"agent {self.index}: round {round} left weights that are not finite. "
-                f"Lower lr (now {self.config.lr:g})."
-            )
+        check_weights(self.weights, agent=self.index, round=round, lr=self.config.lr)
         return metrics
 
     def outgoing(self) -> dict[str, Tensor]:
@@ -275,17 +271,38 @@ class DenseAgent(Agent, Generic[ConfigT]):
         return model
 
     def _local_step(self, inputs: Any, labels: Tensor, *, round: int) -> float:
-        loss = self.learner.loss(self.model, inputs, labels)
-        value = finite_loss(loss, agent=self.index, round=round, key="lr", lr=self.config.lr)
-        gradients = clip(gradients_of(loss, self.weights), norm=self.config.clip_norm)
-        lr = self.config.lr * self.config.lr_factor(round)
-        with torch.no_grad():
-            for name, x in self.weights.items():
-                g, velocity = gradients[name], self.velocity
-                x.add_(
-                    descent_direction(name, x, g, velocity=velocity, config=self.config), alpha=-lr
-                )
+        value, gradients = self._gradients(self.model, self.weights, inputs, labels, round=round)
+        self._descend(self.weights, gradients, self.velocity, round=round)
         return value
+
+    def _gradients(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        inputs: Any,
+        labels: Tensor,
+        *,
+        round: int,
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Return a batch's loss and its gradients, clipped."""
+        loss = self.learner.loss(model, inputs, labels)
+        value = finite_loss(loss, agent=self.index, round=round, key="lr", lr=self.config.lr)
+        return value, clip(gradients_of(loss, weights), norm=self.config.clip_norm)
+
+    @torch.no_grad()
+    def _descend(
+        self,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        velocity: dict[str, Tensor],
+        *,
+        round: int,
+    ) -> None:
+        """Move the weights in place by one step."""
+        config, lr = self.config, self.config.lr * self.config.lr_factor(round)
+        for name, x in weights.items():
+            g = gradients[name]
+            x.add_(descent_direction(name, x, g, velocity=velocity, config=config), alpha=-lr)
 
     def density(self) -> float:
         """Return the share of weights that the personal model holds."""
@@ -298,6 +315,14 @@ class DenseAgent(Agent, Generic[ConfigT]):
     def num_kept(self) -> int:
         """Return the number of shared weights that the agent holds."""
         return self.num_weights()
+
+
+def check_weights(weights: Mapping[str, Tensor], *, agent: int, round: int, lr: float) -> None:
+    """Raise DivergedError unless all weights are finite."""
+    if not all(bool(weight.isfinite().all()) for weight in weights.values()):
+        raise DivergedError(
+            f"agent {agent}: round {round} left weights that are not finite. Lower lr (now {lr:g})."
+        )
 
 
 def clip(gradients: Mapping[str, Tensor], *, norm: float) -> dict[str, Tensor]:
