@@ -57,6 +57,14 @@ class Agent(abc.ABC):
     def outgoing(self) -> dict[str, Tensor]:
         """Return what the neighbors get this round."""
 
+    def sent(self, decoded: Payload) -> None:  # noqa: B027
+        """Take note of what comes out of this round's frame at its receivers.
+
+        ``decoded`` are the layers that travelled as differences; empty where all that
+        is `outgoing` arrives as it is, up to the rounding of `precision`. By default
+        nothing.
+        """
+
     @abc.abstractmethod
     def evaluate(self) -> dict[str, float]:
         """Evaluate the personal model on the agent's test split.

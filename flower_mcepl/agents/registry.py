@@ -30,6 +30,7 @@ ALGORITHMS = Registry(
         "local": "flower_mcepl.agents.local:LOCAL",
         "dsgd": "flower_mcepl.agents.dsgd:DSGD",
         "dfedavgm": "flower_mcepl.agents.dfedavgm:DFEDAVGM",
+        "choco": "flower_mcepl.agents.choco:CHOCO",
         "dispfl": "flower_mcepl.agents.dispfl:DISPFL",
         "fedavg": "flower_mcepl.agents.fedavg:FEDAVG",
         "ditto": "flower_mcepl.agents.ditto:DITTO",

@@ -168,6 +168,7 @@ def _play(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
             frames = mail.outbox.write(
                 payload, round=parcel.round, acknowledged=parcel.acknowledged, key=parcel.whole
             )
+            agent.sent(frames[0].decoded)
     metrics["seconds"] = time.perf_counter() - start
     held = mail.inbox.rounds()
     return Reply(frames, metrics, held, refused, lacking, payload, evaluation_error)

@@ -251,8 +251,15 @@ PRECISIONS = Registry(
     "flower_mcepl.codecs",
     Codec,
     {
-        codec.name: f"{__name__}:{codec.name.upper().replace('-', '_')}"
-        for codec in BY_CODE.values()
+        **{
+            codec.name: f"{__name__}:{codec.name.upper().replace('-', '_')}"
+            for codec in BY_CODE.values()
+        },
+        # these have no code of their own, and travel by name
+        "sign-differences": "flower_mcepl.wire.compression:SIGN",
+        "top-0.001-differences": "flower_mcepl.wire.compression:TOP_THOUSANDTH",
+        "top-0.01-differences": "flower_mcepl.wire.compression:TOP_HUNDREDTH",
+        "top-0.1-differences": "flower_mcepl.wire.compression:TOP_TENTH",
     },
     noun="precision",
 )

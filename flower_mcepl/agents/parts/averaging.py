@@ -94,6 +94,7 @@ class MixingAgent(DenseAgent[ConfigT]):
     ) -> None:
         super().__init__(index, module, data, config, seed=seed, device=device)
         self.layers = {**self.shared, DEGREE: (1,)}
+        self.consensus_lr = 1.0  # γ: factor on what the neighbors pull
         self._degree = 0  # number of neighbors in the last inbox; 0: unknown
 
     @abc.abstractmethod
@@ -106,17 +107,20 @@ class MixingAgent(DenseAgent[ConfigT]):
         own = self._shared_weights()
         pull = metropolis_pull(own, inbox, degree=max(self._degree, len(inbox)))
         for name in self.shared:
-            self.weights[name].add_(pull[name])
+            self.weights[name].add_(pull[name], alpha=self.consensus_lr)
         self._degree = len(inbox)
 
     def outgoing(self) -> dict[str, Tensor]:
         """Return ``x_i`` and the agent's degree."""
         weights = {name: x.detach().cpu().clone() for name, x in self._shared_weights().items()}
-        return {**weights, DEGREE: torch.tensor([float(self._degree)])}
+        return {**weights, **self._degree_said()}
 
     def first_payload(self) -> dict[str, Tensor]:
         """Return the common initial weights, and a degree of 0: unknown."""
         return {**{name: self._initial[name] for name in self.shared}, DEGREE: torch.zeros(1)}
+
+    def _degree_said(self) -> dict[str, Tensor]:
+        return {DEGREE: torch.tensor([float(self._degree)])}
 
     def _shared_weights(self) -> dict[str, Tensor]:
         mixed = self.mixed_weights()
