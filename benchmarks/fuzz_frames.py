@@ -39,6 +39,7 @@ from torch import Tensor
 from flower_mcepl.errors import FrameError
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.wire import (
+    PRECISIONS,
     FrameHeader,
     Prior,
     Reference,
@@ -205,8 +206,9 @@ def honest_frames(seed: int) -> list[Honest]:
             precision=precision,
         )
     begun = floats()
-    key = add("differences from the first", floats(), first=begun, precision="int8-differences")
-    add("differences", floats(), last=key, first=begun, precision="int8-differences")
+    for precision in (name for name, codec in PRECISIONS.items() if codec.of_differences):
+        key = add(f"{precision} from the first", floats(), first=begun, precision=precision)
+        add(precision, floats(), last=key, first=begun, precision=precision)
     beside = {**changed(common, 0.01), "fc": floats()["fc"]}
     older = add("masks and values", {**common, "fc": floats()["fc"]}, prior=CLASSES)
     add("flips and differences", beside, last=older, prior=CLASSES, precision="int8-differences")

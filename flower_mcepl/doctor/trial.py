@@ -99,6 +99,8 @@ def _play(
     frames = (
         mail.outbox.write(payload, round=number, acknowledged=number - 1 or None) if payload else []
     )
+    if frames:
+        agent.sent(frames[0].decoded)
     neighbor.put(agent.index, [frame.data for frame in frames], latest_round=number)
     seen.sizes.append(sum(len(frame.data) for frame in frames))
     if mail.keeper is not None:

@@ -43,7 +43,11 @@ def _pack_largest(values: Values, *, share: float) -> bytes:
     kept = num_kept(len(values), share=share)
     if not kept:
         return b""
-    places = np.sort(np.argpartition(np.abs(values), len(values) - kept)[len(values) - kept :])
+    size = np.abs(values)
+    last = np.partition(size, len(size) - kept)[len(size) - kept]
+    above = np.flatnonzero(size > last)
+    equal = np.flatnonzero(size == last)[: kept - len(above)]  # of equals the earlier
+    places = np.sort(np.concatenate([above, equal]))
     return BFLOAT16.pack(values[places]) + pack_places(places, len(values))
 
 

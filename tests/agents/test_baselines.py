@@ -16,7 +16,7 @@ from tests.fleet.agents import noisy_net, same_tensors, split
 from tests.oracles.baselines import PAW, RING, SEED, agent_of, fleet_of, play
 
 EVERY = sorted(name for name, entry in ALGORITHMS.items() if entry.server is None)
-DENSE = ["local", "dsgd", "dfedavgm"]
+DENSE = ["local", "dsgd", "dfedavgm", "choco"]
 WEIGHTS = [*DENSE, "dispfl"]
 
 SOURCE = {
@@ -288,6 +288,7 @@ def test_the_algorithms_are_these() -> None:
         "local",
         "dsgd",
         "dfedavgm",
+        "choco",
         "dispfl",
         "fedavg",
         "ditto",

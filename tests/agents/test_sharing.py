@@ -14,7 +14,7 @@ from flower_mcepl.agents.parts.dense import DenseAgent
 from flower_mcepl.agents.parts.sharing import shared_names
 from tests.fleet.agents import SEED, noisy_net, same_tensors, split
 
-GOSSIP = ["dsgd", "dfedavgm", "dispfl"]
+GOSSIP = ["dsgd", "dfedavgm", "choco", "dispfl"]
 KEYS = {"batch-size": 8, "local-steps": 2, "local-epochs": 0, "num-rounds": 500}
 BODY = {"0.weight", "0.bias", "1.weight", "1.bias"}
 HEAD = {"5.weight", "5.bias"}

@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 ALL, PACKED, ALONE, DELTA = 0, 1, 2, 3
 PRECISIONS = {None: 0, "float32": 1, "float16": 2, "bfloat16": 3, "int8": 4, "int8-differences": 5}
@@ -26,7 +27,84 @@ class Codec:
     of_differences: bool = False
 
 
-CODECS: dict[str, Codec] = {}  # by name; tests add theirs
+def sign_bytes(values: Sequence[float]) -> bytes:
+    scale = sum(map(abs, values)) / len(values) if values else 0.0
+    return struct.pack("<f", scale) + pack_bits([int(value >= 0) for value in values])
+
+
+def signs(data: bytes, count: int) -> list[float]:
+    (scale,) = struct.unpack("<f", data[:4])
+    return [scale if bit else -scale for bit in unpack_bits(data[4:], count)]
+
+
+def num_largest(share: float, count: int) -> int:
+    return min(count, max(1, math.ceil(share * count)))
+
+
+def low_bits(kept: int, count: int) -> int:
+    return max(bits for bits in range(64) if 2**bits <= max(1, count // kept))
+
+
+def largest_size(share: float, count: int) -> int:
+    kept = num_largest(share, count)
+    if not kept:
+        return 0
+    low = low_bits(kept, count)
+    return 2 * kept + math.ceil(kept * low / 8) + math.ceil((kept + count // 2**low + 1) / 8)
+
+
+def largest_bytes(share: float, values: Sequence[float]) -> bytes:
+    count = len(values)
+    kept = num_largest(share, count)
+    if not kept:
+        return b""
+    low = low_bits(kept, count)
+    by_size = sorted(range(count), key=lambda place: -abs(values[place]))
+    places = sorted(by_size[:kept])
+    lower = [place >> bit & 1 for place in places for bit in range(low)]
+    walk: list[int] = []
+    for place in places:
+        walk += [0] * (place // 2**low - (len(walk) - sum(walk))) + [1]
+    walk += [0] * (kept + count // 2**low + 1 - len(walk))
+    return (
+        pack_values([values[place] for place in places], "bfloat16")
+        + pack_bits(lower)
+        + pack_bits(walk)
+    )
+
+
+def largest(share: float, data: bytes, count: int) -> list[float]:
+    values = [0.0] * count
+    kept = num_largest(share, count)
+    if not kept:
+        return values
+    low = low_bits(kept, count)
+    split = 2 * kept + math.ceil(kept * low / 8)
+    lower = unpack_bits(data[2 * kept : split], kept * low)
+    walk = unpack_bits(data[split:], kept + count // 2**low + 1)
+    ones = [place for place, bit in enumerate(walk) if bit]
+    for k, value in enumerate(unpack_values(data[: 2 * kept], "bfloat16", kept)):
+        upper = ones[k] - k
+        rest = sum(lower[k * low + bit] << bit for bit in range(low))
+        values[upper * 2**low + rest] = value
+    return values
+
+
+# by name; tests add theirs
+CODECS: dict[str, Codec] = {
+    "sign-differences": Codec(
+        lambda count: 4 + (count + 7) // 8, sign_bytes, signs, of_differences=True
+    ),
+    **{
+        f"top-{share}-differences": Codec(
+            partial(largest_size, share),
+            partial(largest_bytes, share),
+            partial(largest, share),
+            of_differences=True,
+        )
+        for share in (0.001, 0.01, 0.1)
+    },
+}
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,7 @@ FLEETS: dict[str, Fleet] = {
         "agents": fleet_of("dfedavgm", **DIFFERENCES),
         "topology": Topology.ring(SIZE),
     },
+    "choco": lambda: {"agents": fleet_of("choco"), "topology": Topology.ring(SIZE)},
     "dispfl": lambda: {
         "agents": fleet_of("dispfl", anneal_rounds=9),
         "topology": Topology.ring(SIZE),
@@ -291,7 +292,15 @@ CASES = every_round(2, ROUNDS + 1)
 
 @pytest.mark.parametrize(
     ("name", "round"),
-    [*CASES, ("dfedavgm", 4), ("dispfl", 4), ("fedspa", 4), ("fedpm", 3), ("ditto", 4)],
+    [
+        *CASES,
+        ("dfedavgm", 4),
+        ("dispfl", 4),
+        ("fedspa", 4),
+        ("fedpm", 3),
+        ("ditto", 4),
+        ("choco", 4),
+    ],
 )
 def test_a_resumed_simulation_is_one_that_was_never_interrupted(
     name: str, round: int, whole: Callable[[str], Path], tmp_path: Path

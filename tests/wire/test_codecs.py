@@ -282,7 +282,7 @@ def test_a_codec_that_is_not_installed_is_refused_by_its_name(
         with pytest.raises(
             errors.FutureFrameError,
             match=r"sender 3 in round 7 has layer 'v' in codec 'bytes', and this installation "
-            r"has float32, .*int8-differences\. Install the package that adds it here, or let",
+            r"has float32, .*0\.1-differences\. Install the package that adds it here, or let",
         ):
             read(GOLDEN_NAMED)
     with pytest.raises(
