@@ -23,6 +23,12 @@ SHARES = (0.001, 0.01, 0.1)  # of top-k; each is a codec of the wire
 class ChocoConfig(SgdConfig, SharingConfig):
     """Parameters of CHOCO-SGD (arXiv:1902.00340, arXiv:1907.09356).
 
+    Tuned on the quickstart's digits (10 agents of 3 classes, validation split, one
+    seed, 40 rounds): of the step sizes 0.02, 0.05 and 0.1 the best with signs, and γ =
+    0.1 better than 0.4 with signs and with the largest hundredth (0.05 still better
+    there, by less than a point). Neighbors are worth little on those data: where they
+    are worth more, try a larger γ.
+
     Raises
     ------
     ConfigError
@@ -32,7 +38,7 @@ class ChocoConfig(SgdConfig, SharingConfig):
     lr: float = 0.05  # η > 0
     compressor: str = "sign"  # of differences; or "top-k": the largest of each layer
     top_k: float = 0.01  # share of a layer's differences that "top-k" sends: 0.001, 0.01 or 0.1
-    consensus_lr: float = 0.4  # γ in (0, 1]: how far an agent moves towards its neighbors
+    consensus_lr: float = 0.1  # γ in (0, 1]: how far an agent moves towards its neighbors
 
     def __post_init__(self) -> None:
         super().__post_init__()
