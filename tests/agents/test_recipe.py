@@ -340,10 +340,10 @@ def test_other_weights_are_another_fingerprint() -> None:
 
 def test_fedpms_agents_and_server_make_the_same_constants() -> None:
     keys = {"weight-init": "signed-constant"}
-    agent = preset_agent(0, "fedpm", **{"weight_init": "signed-constant"})
+    agent = preset_agent(0, "fedpm", weight_init="signed-constant", momentum=0.0)
     server = make_server("fedpm", net(), SIZE, keys, seed=SEED)
     check_common_ground("agent 0", agent.describe(), "the server", server.describe())
-    plain = make_server("fedpm", net(), SIZE, {}, seed=SEED)
+    plain = make_server("fedpm", net(), SIZE, {"weight-init": "module"}, seed=SEED)
     with pytest.raises(FingerprintError, match="different frozen weights"):
         check_common_ground("agent 0", agent.describe(), "the server", plain.describe())
 
