@@ -176,9 +176,11 @@ def plain() -> Iterator[None]:
     """The same codecs for the second reader."""
     codec = oracle.Codec(lambda count: 4 + (count + 1) // 2, plain_pack, plain_unpack)
     differences = oracle.Codec(codec.num_bytes, plain_pack, plain_unpack, of_differences=True)
-    oracle.CODECS.update({"int4": codec, "int4-differences": differences})
+    mine = {"int4": codec, "int4-differences": differences}
+    oracle.CODECS.update(mine)
     yield
-    oracle.CODECS.clear()
+    for name in mine:
+        del oracle.CODECS[name]
 
 
 # ---- they travel by name -------------------------------------------------------------
