@@ -15,6 +15,7 @@ APP_KEYS = [
     "stratify",
     "test-split",
     "augment",
+    "network",
     "width",
 ]
 

@@ -1,4 +1,4 @@
-"""The task: the network of the paper, and CIFAR-10 divided over the agents."""
+"""The task: the network, and CIFAR-10 divided over the agents."""
 
 from dataclasses import asdict
 from functools import lru_cache
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset, load_dataset
 from flwr.app import Context
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from flower_mcepl.data import (
@@ -19,14 +19,15 @@ from flower_mcepl.data import (
     own_splits,
     own_tests,
 )
-from flower_mcepl.models import AlexNetCifar
+from mcepl_cifar10.networks import make_network
 
 Split = tuple[Tensor, Tensor]
 
 
-def model_fn(context: Context) -> AlexNetCifar:
-    """Return the network of the paper."""
-    return AlexNetCifar(width=float(context.run_config["width"]))
+def model_fn(context: Context) -> nn.Module:
+    """Return the network of the run: that of the paper, or one of `NETWORKS`."""
+    run = context.run_config
+    return make_network(str(run["network"]), float(run["width"]))
 
 
 def load_split(data: str, split: str) -> Dataset:

@@ -12,6 +12,7 @@ APP_KEYS = [
     "validation-fraction",
     "test-fraction",
     "stratify",
+    "network",
     "width",
 ]
 

@@ -50,9 +50,14 @@ class Net(nn.Module):
         return self.layers(images)
 
 
-def model_fn(context: Context) -> Net:
+def model_fn(context: Context) -> nn.Module:
     """Return the network of the run."""
-    return Net(width=float(context.run_config["width"]))
+    name, width = str(context.run_config["network"]), float(context.run_config["width"])
+    if name == "net":
+        return Net(width=width)
+    from mcepl_quickstart.networks import make_network  # needs torchvision
+
+    return make_network(name, width)
 
 
 @lru_cache
