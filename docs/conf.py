@@ -28,6 +28,7 @@ FACES = [PACKAGE, *(f"{PACKAGE}.{room}" for room in ROOMS)]  # what is public
 CONTENTS = {
     "Use it": [
         "docs/getting-started",
+        "docs/pretrained",
         "docs/how-it-works",
         "docs/existing-apps",
         "docs/configuration",

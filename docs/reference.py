@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.agents import ALGORITHMS, Algorithm, MceplConfig
+from flower_mcepl.agents.parts.initial_weights import InitialWeights
 from flower_mcepl.data import DataSettings
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 
@@ -232,6 +233,7 @@ TABLES = {
     "RunSettings": lambda: settings_table(RunSettings),
     "DeviceSettings": lambda: settings_table(DeviceSettings),
     "DataSettings": lambda: settings_table(DataSettings),
+    "InitialWeights": lambda: settings_table(InitialWeights),
     "algorithms": algorithms_table,
 }
 MARKS = re.compile(r"(<!-- keys: (\w+) -->\n).*?(<!-- end of keys -->)", re.DOTALL)

@@ -205,13 +205,16 @@ def forbidden_in(path: Path) -> tuple[str, ...]:
     # by flwr-datasets, which it loads only then
     divides = path == PACKAGE / "data" / "partition.py"
     sides = tuple(f"flower_mcepl.{side}" for side in SIDES)
-    return ("flwr", "ray", "torchvision", *sides, *(() if divides else DATASETS))
+    # a hub's networks, where a run names one of them
+    fetches = path == PACKAGE / "masks" / "pretrained.py"
+    vision = () if fetches else ("torchvision",)
+    return ("flwr", "ray", *vision, *sides, *(() if divides else DATASETS))
 
 
 def late_in(path: Path) -> tuple[str, ...]:
     """Packages that a file of the core must not import as it is itself imported."""
     printing = () if path in COMMANDS else ("rich", "typer")
-    return ("matplotlib", "sklearn", "pandas", *DATASETS, *printing)
+    return ("matplotlib", "torchvision", "timm", "sklearn", "pandas", *DATASETS, *printing)
 
 
 def strangers(paths: list[Path], is_strange: Callable[[str], bool]) -> list[tuple[str, str]]:

@@ -36,6 +36,8 @@ class Agent(abc.ABC):
     index: int  # 0..N-1 in the graph
     seed: int  # seed of the run
     fingerprint: str  # of the shared frozen weights, 32 hex characters
+    # where pretrained weights come from, with a digest; "": from the model function
+    weights_from: str = ""
     layers: dict[str, tuple[int, ...]]  # shape of each layer's outgoing tensor
     layers_down: dict[str, tuple[int, ...]] | None = None  # of what it hears; None: the same
     # it hears a `Server` alone, which is number N in the graph, and never other agents
@@ -110,6 +112,7 @@ class Agent(abc.ABC):
             "algorithm": self.algorithm,
             "seed": self.seed,
             "fingerprint": self.fingerprint,
+            **({"weights-from": self.weights_from} if self.weights_from else {}),
         }
 
     def _facts(self, **more: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ PARAMETERS = "parameters"  # key of `Agent.parameters`, which makes facts a hand
 # Numbers of weights that each mask keeps, always: `Agent.layers` sorted by name. An
 # algorithm whose masks vary in size leaves it out.
 KEPT_BY_LAYER = "kept-by-layer"
+FINGERPRINT, WEIGHTS_FROM = "fingerprint", "weights-from"
 SHARE = "share"  # patterns of the layers that agents send, where those are not all
 
 
@@ -51,7 +52,22 @@ def check_common_ground(
         one, two = _compared(key, my_facts), _compared(key, other_facts)
         # a server, which is no agent, has no task, and none of what goes with it
         if one != two and not (key in _OF_TASK and "agent" not in other_facts):
-            raise FingerprintError(f"{both} have different {what}: {one} and {two}. {way_out}")
+            origin = _origins(my_facts, other_facts) if key == FINGERPRINT else ""
+            raise FingerprintError(
+                f"{both} have different {what}: {one} and {two}. {origin}{way_out}"
+            )
+
+
+def _origins(*both: Mapping[str, Any]) -> str:
+    """Sentence about pretrained weights, where one of two agents has any.
+
+    Their digests are not compared by themselves: the same weights may lie in files of
+    two formats.
+    """
+    one, two = (facts.get(WEIGHTS_FROM, "the model function") for facts in both)
+    if one == two:
+        return ""
+    return f"They come from {one} and {two}: set weights to the same ones. "
 
 
 def _compared(key: str, facts: Mapping[str, Any]) -> Any:
@@ -81,7 +97,7 @@ _MUST_AGREE = (
         "Use the same model function and settings on all devices.",
     ),
     (
-        "fingerprint",
+        FINGERPRINT,
         "frozen weights (fingerprints)",
         "Use the same seed, model function and torch release on all devices; every random draw of "
         "the model function must come from torch, NumPy or Python's random module.",

@@ -7,11 +7,12 @@ from torch import nn
 
 from flower_mcepl.agents.agent import Agent
 from flower_mcepl.agents.algorithm import Algorithm
+from flower_mcepl.agents.parts.initial_weights import InitialWeights
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.agents.server import Server
 from flower_mcepl.agents.tasks import Task
 from flower_mcepl.config.checks import check
-from flower_mcepl.config.fields import RunConfig, with_section
+from flower_mcepl.config.fields import RunConfig, field_keys, with_section
 from flower_mcepl.config.registry import Registry
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError
@@ -56,7 +57,7 @@ def algorithm_keys() -> set[str]:
     """Run-config keys of all algorithms: plain, and in sections as ``dsgd.lr``."""
     keys = set()
     for name, algorithm in _usable():
-        own = algorithm.keys()
+        own = algorithm.keys() | field_keys(InitialWeights)
         keys |= own | {f"{name}.{key}" for key in own}
     return keys
 
@@ -89,7 +90,9 @@ def read_config(
         falls = own.get(f"{of}-schedule", "constant") != "constant"
         if falls and not own.get(f"{of}-rounds") and "num-rounds" in own:
             own[f"{of}-rounds"] = own["num-rounds"]
-    return find_algorithm(algorithm).read_config(own, agent=agent, node_config=node_config)
+    config = find_algorithm(algorithm).read_config(own, agent=agent, node_config=node_config)
+    InitialWeights.of(own, node_config).check_with(config)
+    return config
 
 
 def make_agent(
@@ -114,7 +117,8 @@ def make_agent(
         The agent's number in the graph, 0..N-1.
     module : nn.Module
         The network with the weights that all agents share or start from, as from
-        `shared_module`.
+        `shared_module`; the keys ``weights`` and ``weights-except`` put pretrained ones
+        in their place.
     data : AgentData
         Training and test split.
     run_config, node_config : mapping
@@ -143,9 +147,11 @@ def make_agent(
             "Remove the key.",
         )
         config = dataclasses.replace(config, task=task)
+    initial = InitialWeights.of(with_section(run_config, algorithm), node_config)
+    module, origin = initial.begin(module)
     make: Callable[..., Agent] = chosen.agent
     agent = make(index, module, data, config, seed=seed, device=device)
-    agent.algorithm = algorithm
+    agent.algorithm, agent.weights_from = algorithm, origin
     return agent
 
 
@@ -189,7 +195,9 @@ def make_server(
             "each other. Give it a graph instead."
         )
     config = read_config(algorithm, run_config, agent=0)
+    initial = InitialWeights.of(with_section(run_config, algorithm), None)
+    module, origin = initial.begin(module)
     make: Callable[..., Server] = kind or chosen.server
     server = make(module, num_agents, config, seed=seed)
-    server.algorithm = algorithm
+    server.algorithm, server.weights_from = algorithm, origin
     return server

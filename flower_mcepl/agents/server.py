@@ -34,6 +34,8 @@ class Server(abc.ABC):
     """
 
     algorithm: str  # name in records and saved states, the same as that of its agents
+    # where pretrained weights come from, with a digest; "": from the model function
+    weights_from: str = ""
     shared: bool  # every agent gets the same payload
     layers: dict[str, tuple[int, ...]]  # shape of each layer of what agents send
     layers_down: dict[str, tuple[int, ...]]  # the same of what the server sends
@@ -90,6 +92,7 @@ class Server(abc.ABC):
             "algorithm": self.algorithm,
             "seed": self.seed,
             "fingerprint": self.fingerprint,
+            **({"weights-from": self.weights_from} if self.weights_from else {}),
             "num-weights": sum(math.prod(shape) for shape in self.layers_down.values()),
         }
 

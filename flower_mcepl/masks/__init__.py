@@ -10,6 +10,7 @@ from flower_mcepl.masks.formulas import (
 from flower_mcepl.masks.fusion import FUSIONS, Fusion
 from flower_mcepl.masks.layers import CONV, LINEAR, LayerSpec, find_maskable, maskable
 from flower_mcepl.masks.model import MaskedModel, shared_module
+from flower_mcepl.masks.pretrained import load_weights
 
 __all__ = [
     "CONV",
@@ -21,6 +22,7 @@ __all__ = [
     "aggregate_scores",
     "find_maskable",
     "group_lasso",
+    "load_weights",
     "maskable",
     "neighbor_mean",
     "neighbor_step",

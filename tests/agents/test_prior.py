@@ -95,7 +95,7 @@ def test_weights_of_one_size_are_one_class(value: float) -> None:
     with torch.no_grad():
         net[0].weight.fill_(value)
     model = MaskedModel(net, retention=0.3, generator=torch_stream(0, "scores"))
-    classes = shared_prior(model, seed=0, shared_scores=False).classes("0.weight")
+    classes = shared_prior(model, seed=0, score_init="independent").classes("0.weight")
     assert classes is not None
     assert set(np.diff(classes.starts)) <= {0, 36}
 

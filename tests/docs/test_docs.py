@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from flwr.app import Context, RecordDict
 from flwr.common.config import flatten_dict, parse_config_args  # private: tests only
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 import flower_mcepl
 from flower_mcepl import AgentData, ConfigError, MceplConfig, Topology, TopologyError, simulate
 from flower_mcepl.agents import ALGORITHMS, make_agent
+from flower_mcepl.agents.parts.initial_weights import InitialWeights
 from flower_mcepl.agents.tasks.task import TASKS
 from flower_mcepl.cli import app as command_line
 from flower_mcepl.clients import make_client_app
@@ -173,6 +175,21 @@ def test_the_code_about_algorithms_runs() -> None:
     assert printed.getvalue().split() == ["dsgd", "0.1", *ALGORITHMS]
 
 
+def test_the_code_about_pretrained_networks_runs(tmp_path: Path) -> None:
+    (code,) = code_of("docs/pretrained.md")
+    path = tmp_path / "backbone.safetensors"
+    trained = {name: value + 1 for name, value in Net().state_dict().items()}
+    safetensors.torch.save_file(trained, path)
+    code = code.replace("/data/backbone.safetensors", path.as_posix()).replace('"fc*"', '"*bias"')
+    names: dict[str, Any] = {"net": Net(), "data": AgentData.of(a_split(1), a_split(2), agent=0)}
+    exec(code, names)
+    weights = dict(names["agent"].model.module.named_parameters())
+    layers = names["agent"].model.layers
+    assert layers
+    assert all(torch.equal(weights[name], trained[name]) for name in layers)
+    assert names["origin"].startswith("file ")
+
+
 def test_the_code_about_topologies_runs() -> None:
     (code,) = code_of("docs/topologies.md")
     names: dict[str, Any] = {}
@@ -236,7 +253,7 @@ def test_the_code_about_records_runs(tmp_path: Path) -> None:
 
 def test_no_page_has_code_that_no_test_runs() -> None:
     run_here = {f"docs/{page}.md" for page in ("getting-started", "algorithms", "topologies")}
-    run_here |= {"docs/data.md", "docs/studies.md", "docs/tasks.md"}
+    run_here |= {"docs/data.md", "docs/studies.md", "docs/tasks.md", "docs/pretrained.md"}
     with_code = {name for name in NAMES if blocks(name, "python")}
     assert with_code - RUN_ELSEWHERE == run_here
 
@@ -373,7 +390,7 @@ def test_the_tables_name_every_key_with_its_true_default() -> None:
     )
     here = MceplConfig.from_run_config(defaults, agent=0)
     assert here == MceplConfig(first_retention={"conv": 0.3, "linear": 0.9})
-    keys = field_keys(RunSettings, DeviceSettings, DataSettings)
+    keys = field_keys(RunSettings, DeviceSettings, DataSettings, InitialWeights)
     for name, algorithm in ALGORITHMS.items():
         own = algorithm.keys()
         keys |= own

@@ -156,7 +156,11 @@ def test_a_whole_run_config() -> None:
         ("local-steps", 0, "local-steps must be >= 1"),
         ("local-epochs", -1, "local-epochs must be >= 0"),
         ("eval-batch-size", 0, "eval-batch-size must be >= 1"),
-        ("score-init", "zeros", "score-init must be one of shared, independent; got 'zeros'"),
+        (
+            "score-init",
+            "zeros",
+            "independent, magnitude; got 'zeros'",
+        ),
         ("lr-schedule", "step", "lr-schedule must be one of constant, cosine"),
     ],
 )

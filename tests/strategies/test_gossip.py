@@ -1115,7 +1115,10 @@ GOOD = {"num-agents": 4, "topology": "ring"}
         ({"min-agents": 5}, r"min-agents must be in 0\.\.4 \(num-agents\); got 5"),
         ({"round-timeout": 0.0}, "round-timeout must be > 0 seconds; got 0"),
         ({"score-lr": -1.0}, "score-lr must be a finite number >= 0; got -1"),
-        ({"score-init": "zero"}, "score-init must be one of shared, independent; got 'zero'"),
+        (
+            {"score-init": "zero"},
+            "independent, magnitude; got 'zero'",
+        ),
         ({"device": "gpu"}, "device must be auto, cpu, cuda, cuda:N or mps; got 'gpu'"),
         ({"threads": -1}, "threads must be >= 0"),
         ({"topology": "rong"}, r"unknown topology 'rong'.*Did you mean 'ring'\?"),

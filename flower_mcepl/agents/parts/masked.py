@@ -16,7 +16,7 @@ from flower_mcepl.agents.handshake import KEPT_BY_LAYER
 from flower_mcepl.agents.parts.groups import check_group, groups_of, state_of
 from flower_mcepl.agents.parts.learner import Learner
 from flower_mcepl.agents.parts.mask_states import STRENGTH, heard_group, heard_means
-from flower_mcepl.agents.parts.masked_config import MaskedConfig
+from flower_mcepl.agents.parts.masked_config import INDEPENDENT, MAGNITUDE, MaskedConfig
 from flower_mcepl.agents.parts.prior import shared_prior
 from flower_mcepl.agents.parts.sharing import num_elements, share_fact, shared_shapes
 from flower_mcepl.data.batches import AgentData
@@ -66,7 +66,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     ) -> None:
         self.index, self.seed, self.data, self.config = index, seed, data, config
         self.device = device
-        owner = None if config.score_init == "shared" else index
+        owner = index if config.score_init == INDEPENDENT else None
         fusion = FUSIONS.find(config.fusion)
         self.model = MaskedModel(
             with_weights(module, config.weight_init, seed=seed),
@@ -75,13 +75,15 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             fusion_strength=config.strength(1),
             generator=torch_stream(seed, "scores", agent=owner),
         ).to(device)
+        if config.score_init == MAGNITUDE:
+            self.model.set_scores(self._weight_sizes())
         self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
         self.fingerprint = self.model.fingerprint
         self._shapes = {name: tuple(spec.shape) for name, spec in self.model.layers.items()}
         shared = shared_shapes(config, self._shapes)
         self.layers = shared if fusion.exchanges else {}
         self.prior = shared_prior(
-            self.model, seed=seed, shared_scores=owner is None, names=list(shared)
+            self.model, seed=seed, score_init=config.score_init, names=list(shared)
         )
         # of layers that count in the bytes: those that are sent, where anything is
         self._counted = self.layers or self._shapes
@@ -242,6 +244,14 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     def _density(self, masks: Mapping[str, Tensor]) -> float:
         kept = sum(int(mask.count_nonzero()) for mask in masks.values())
         return kept / self.model.num_weights
+
+    def _weight_sizes(self) -> dict[str, Tensor]:
+        """Return the sizes of the frozen weights, none of them zero."""
+        module = self.model.module
+        return {
+            name: maths.reflected(module.get_parameter(name).detach().to(z.dtype))
+            for name, z in self.model.scores.items()
+        }
 
     def _draw_first_mask(self) -> dict[str, Tensor]:
         ratios = self.config.first_retention

@@ -13,8 +13,10 @@ from flower_mcepl.config.ratios import per_layer, ratios_of
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.fusion import FUSIONS
 from flower_mcepl.masks.retention import Retention, check_retentions
+from flower_mcepl.masks.weight_init import MODULE
 
-SCORE_INITS = ("shared", "independent")
+SHARED, INDEPENDENT, MAGNITUDE = "shared", "independent", "magnitude"
+SCORE_INITS = (SHARED, INDEPENDENT, MAGNITUDE)
 FIRST_MASKS = ("random", "scores")
 FUSION_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -48,8 +50,9 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
     last_fusion_strength: float = 1.0  # c >= 0 at the end of a fusion_schedule, and after it
     # length of the schedule in rounds; a run config that has none means its num-rounds
     fusion_rounds: int = 0
-    # "shared": all agents start from equal scores; "independent": each from its own
-    score_init: str = "shared"
+    # "shared": all agents start from equal scores; "independent": each from its own;
+    # "magnitude": all from the sizes of the frozen weights, for pretrained ones
+    score_init: str = SHARED
     # β in [0, 1): evaluate at the scores' running mean z̄ = β z̄ + (1 - β) z; 0: at z
     score_averaging: float = 0.0
 
@@ -61,9 +64,16 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
         self._check_one_of("first_mask", FIRST_MASKS)
         self._check_one_of("fusion_schedule", FUSION_SCHEDULES)
         check(
-            self.first_mask == "random" or self.score_init == "shared",
-            "first-mask scores is the mask of common first scores and needs score-init shared",
+            self.first_mask == "random" or self.score_init != INDEPENDENT,
+            "first-mask scores is the mask of common first scores and needs score-init shared or "
+            "magnitude",
             self.score_init,
+        )
+        check(
+            self.score_init != MAGNITUDE or self.weight_init == MODULE,
+            f"score-init magnitude ranks weights by their sizes and needs weight-init {MODULE}",
+            self.weight_init,
+            "Signed constants have one size a layer.",
         )
         check(self.fusion_rounds >= 0, "fusion-rounds must be >= 0", self.fusion_rounds)
         check(

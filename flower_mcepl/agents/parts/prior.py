@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flower_mcepl.agents.parts.masked_config import INDEPENDENT
 from flower_mcepl.masks.model import MaskedModel
 from flower_mcepl.wire import Prior
 
@@ -19,7 +20,7 @@ def shared_prior(
     model: MaskedModel,
     *,
     seed: int,
-    shared_scores: bool,
+    score_init: str,
     names: Sequence[str] | None = None,
 ) -> Prior:
     """Classes of weights that flip about equally often, by weights and first scores.
@@ -34,20 +35,20 @@ def shared_prior(
         The model as it begins, before the first training step.
     seed : int
         Seed of the run.
-    shared_scores : bool
-        Whether all agents start from this model's scores. If not, the weights alone
-        make the classes.
+    score_init : str
+        How all agents begin; where each draws scores of its own, the weights alone make
+        the classes.
     names : sequence of str, optional
         The layers whose masks travel (default: all).
     """
     names = [*model.layers] if names is None else names
-    key = (model.fingerprint, *names, seed, shared_scores)
+    key = (model.fingerprint, *names, seed, score_init)
     if key not in _cache:
         labels = {}
         for name in names:
             scores = model.scores[name]
             weights = model.module.get_parameter(name)
-            if shared_scores:
+            if score_init != INDEPENDENT:
                 labels[name] = _levels(scores, SCORE_CLASSES) * WEIGHT_CLASSES + _levels(
                     weights, WEIGHT_CLASSES
                 )
