@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.fedavg import FedavgServer, GlobalModelAgent, copied
@@ -89,9 +89,9 @@ class DittoAgent(GlobalModelAgent[DittoConfig]):
         check_weights(self.personal_weights, agent=self.index, round=round, lr=self.config.lr)
         return metrics
 
-    def evaluate(self) -> dict[str, float]:
-        """Evaluate the personal model on the agent's own test split."""
-        return {**self.learner.evaluate(self.personal, self.data), "density": self.density()}
+    def _own(self) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """Personal model, and its weights."""
+        return self.personal, self.personal_weights
 
     def _local_step(self, inputs: Any, labels: Tensor, *, round: int) -> float:
         share, taken = self.config.personal_share, self._taken

@@ -44,6 +44,12 @@ class FedavgConfig(SgdConfig, SharingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.finetune_steps >= 0, "finetune-steps must be >= 0", self.finetune_steps)
+        check(
+            not (self.finetune_steps and self.weight_averaging),
+            "an evaluation is of the fine-tuned model or of a running mean: weight-averaging must "
+            "be 0 where finetune-steps is not",
+            self.weight_averaging,
+        )
 
 
 class GlobalModelAgent(DenseAgent[ConfigT]):
@@ -111,6 +117,7 @@ class FedavgAgent(GlobalModelAgent[FedavgConfig]):
             seed=self.seed,
             agent=self.index,
             round=0,  # batches that no round of training has
+            device=self.device,
         )
 
 

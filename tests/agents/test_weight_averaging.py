@@ -9,11 +9,12 @@ from torch import Tensor
 from flower_mcepl import Agent, ConfigError
 from flower_mcepl import shared_module as build
 from flower_mcepl.agents import make_agent as registered
+from flower_mcepl.agents.fedavg import FedavgConfig
 from flower_mcepl.agents.local import LocalConfig
 from tests.fleet.agents import SEED, make_agent, noisy_net, same_tensors
 
 DECAY = 0.8
-GOSSIP = ("local", "dsgd", "dfedavgm", "dispfl")
+GOSSIP = ("local", "dsgd", "dfedavgm", "dispfl", "choco")
 
 
 def agent_of(algorithm: str, index: int = 0, **keys: Any) -> Any:
@@ -64,7 +65,7 @@ def test_evaluation_is_at_the_mean_of_the_weights_after_each_round(algorithm: st
         assert same_tensors(weights_of(agents[0]), seen[-1]), "evaluation changes nothing"
 
 
-@pytest.mark.parametrize("algorithm", [*GOSSIP, "fedavg", "fedspa"])
+@pytest.mark.parametrize("algorithm", [*GOSSIP, "fedavg", "fedspa", "ditto", "choco"])
 def test_training_and_what_is_sent_do_without_it(algorithm: str) -> None:
     plain, averaged = (agent_of(algorithm, **keys) for keys in ({}, {"weight-averaging": DECAY}))
     for agent in (plain, averaged):
@@ -94,6 +95,28 @@ def test_a_restored_agent_has_the_mean() -> None:
     for one, other in zip(whole, rest, strict=True):
         assert one.evaluate() == other.evaluate()
         assert same_tensors(dict(one.state().tensors), dict(other.state().tensors))
+
+
+def test_ditto_averages_its_personal_model() -> None:
+    agent, seen = agent_of("ditto", **{"weight-averaging": DECAY}), []
+    for round in range(1, 4):
+        agent.train(round=round)
+        agent.fuse({}, round=round)
+        seen.append({n: x.detach().clone() for n, x in agent.personal_weights.items()})
+    mean = seen[0]
+    for weights in seen[1:]:
+        mean = {n: DECAY * mean[n] + (1 - DECAY) * x for n, x in weights.items()}
+    averaged = agent.evaluate()["loss"]
+    with torch.no_grad():
+        for name, x in agent.personal_weights.items():
+            x.copy_(mean[name])
+    alone = agent.learner.evaluate(agent.personal, agent.data)["loss"]
+    assert averaged == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_model_is_fine_tuned_or_averaged() -> None:
+    with pytest.raises(ConfigError, match="weight-averaging must be 0 where finetune-steps"):
+        FedavgConfig(finetune_steps=2, weight_averaging=DECAY)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])

@@ -248,24 +248,29 @@ class DenseAgent(Agent, Generic[ConfigT]):
         if self.config.weight_averaging and round > 1:  # not the initial weights
             self._average = {name: x.clone() for name, x in self._mean_with_present().items()}
 
+    def _own(self) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """Model that is evaluated, and those of its weights that train."""
+        return self.model, self.weights
+
     def _averaged(self) -> dict[str, Tensor]:
-        """Weights of the model that is evaluated."""
+        """Weights at which the model is evaluated."""
         return self._mean_with_present()
 
     def _mean_with_present(self) -> dict[str, Tensor]:
-        if not self._average:
-            return {name: x.detach() for name, x in self.weights.items()}
+        present = {name: x.detach() for name, x in self._own()[1].items()}
         share = 1 - self.config.weight_averaging
-        return {
-            name: mean.lerp(self.weights[name].detach(), share)
-            for name, mean in self._average.items()
-        }
+        return (
+            {n: self._average[n].lerp(x, share) for n, x in present.items()}
+            if self._average
+            else present
+        )
 
     @torch.no_grad()
     def _personal_model(self) -> nn.Module:
+        own, _ = self._own()
         if not self._average:
-            return self.model
-        model = copy.deepcopy(self.model)
+            return own
+        model = copy.deepcopy(own)
         for name, mean in self._averaged().items():
             model.get_parameter(name).copy_(mean)
         return model
