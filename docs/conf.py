@@ -43,6 +43,7 @@ CONTENTS = {
     "Run it on devices": ["docs/deployment", "docs/resume", "docs/security"],
     "Examples": [
         "examples/quickstart/README",
+        "examples/pretrained/README",
         "examples/regression/README",
         "examples/sequences/README",
         "examples/drop_in/README",

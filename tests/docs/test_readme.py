@@ -102,7 +102,7 @@ def test_cifar10s_readme_tells_its_own_keys_and_presets() -> None:
         assert changed - {"num-rounds", "evaluate-every", "seed"} <= settings.keys()
 
 
-@pytest.mark.parametrize("app", ["quickstart", "cifar10"])
+@pytest.mark.parametrize("app", ["quickstart", "cifar10", "pretrained"])
 def test_the_examples_settings_are_all_known(app: str) -> None:
     folder = ROOT / "examples" / app
     config = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
