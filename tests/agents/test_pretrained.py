@@ -57,9 +57,7 @@ def agent_of(
     keys = {key.replace("_", "-"): value for key, value in keys.items()}
     data = AgentData.of(split(index), split(1000 + index), agent=index)
     given = {"weights": source} if source else {}
-    return make_agent(
-        algorithm, index, net(), data, {**given, "batch-size": 8, **keys}, node, seed=SEED
-    )
+    return make_agent(algorithm, index, net(), data, {**given, **COMMON, **keys}, node, seed=SEED)
 
 
 # --- the loader ---
@@ -246,6 +244,9 @@ def test_a_hub_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 # --- agents ---
 
+# weight-init: FedPM draws weights of its own by default
+COMMON = {"batch-size": 8, "num-rounds": 4, "weight-init": "module"}
+
 ALGORITHMS = ("mcepl", "local-masks", "local", "dsgd", "dispfl", "fedavg", "fedpm")
 
 
@@ -259,7 +260,7 @@ def test_every_algorithm_begins_from_them(algorithm: str, tmp_path: Path) -> Non
         0,
         net(seed=99),
         AgentData.of(split(0), split(1000), agent=0),
-        {"batch-size": 8},
+        COMMON,
         seed=SEED,
     )
     assert loaded.fingerprint == direct.fingerprint
@@ -271,11 +272,11 @@ def test_every_algorithm_begins_from_them(algorithm: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "fedpm"])
 def test_the_server_begins_from_them(algorithm: str, tmp_path: Path) -> None:
-    keys = {"weights": written(other_state(), tmp_path / "w.safetensors")}
+    keys = {**COMMON, "weights": written(other_state(), tmp_path / "w.safetensors")}
     server = make_server(algorithm, net(), 2, keys, seed=SEED)
     agent = agent_of(keys["weights"], 0, algorithm)
     check_common_ground("agent 0", agent.describe(), "the server", server.describe())
-    drawn = make_server(algorithm, net(), 2, {}, seed=SEED)
+    drawn = make_server(algorithm, net(), 2, COMMON, seed=SEED)
     with pytest.raises(FingerprintError, match=r"They come from file .* and the model function"):
         check_common_ground("agent 0", agent.describe(), "the server", drawn.describe())
 
