@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flower_mcepl.data.batches import AgentData
-from flower_mcepl.errors import StateError
+from flower_mcepl.errors import ConfigError, StateError
 from flower_mcepl.files.atomic import remove_leftovers, replace_file
 from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.wire import Prior
@@ -73,6 +73,20 @@ class Agent(abc.ABC):
 
         Return ``accuracy``, ``loss``, ``num-examples`` and ``density``.
         """
+
+    def personal_model(self) -> nn.Module:
+        """Return the network that `evaluate` evaluates, on its own, as a copy.
+
+        Raises
+        ------
+        ConfigError
+            If the algorithm has no torch network to hand out; by default so.
+        """
+        raise ConfigError(
+            f"a personal model is exported from an agent with a torch network of its own; agents "
+            f"of {self.algorithm} tell of none. Save the app's model where the app trains it, or "
+            "give the algorithm's agent a personal_model."
+        )
 
     def check(self) -> None:  # noqa: B027
         """Check what the agent is to learn from, before round 1; by default nothing.

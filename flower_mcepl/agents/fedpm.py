@@ -212,14 +212,15 @@ class FedpmAgent(Agent):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Evaluate the network under one mask drawn from the probabilities."""
-        masks = self._draw_all(torch_stream(self.seed, "evaluation-mask", agent=self.index))
-        model = copy.deepcopy(self.network)
-        for name, mask in masks.items():
-            model.get_parameter(name).mul_(mask)
+        masks = self._evaluation_masks()
         return {
-            **self.learner.evaluate(model, self.data),
+            **self.learner.evaluate(self._under(masks), self.data),
             "density": sum(int(mask.sum()) for mask in masks.values()) / self._num_weights(),
         }
+
+    def personal_model(self) -> nn.Module:
+        """Return the frozen network under the mask that `evaluate` draws."""
+        return self._under(self._evaluation_masks())
 
     def first_payload(self) -> None:
         """Return None: all start from the common scores, without the server."""
@@ -305,6 +306,16 @@ class FedpmAgent(Agent):
         """Draw a bool mask on the CPU, so that it is the same on every device."""
         theta = self.scores[name].detach().sigmoid()
         return torch.rand(theta.shape, generator=draws).to(self.device) < theta
+
+    def _evaluation_masks(self) -> dict[str, Tensor]:
+        return self._draw_all(torch_stream(self.seed, "evaluation-mask", agent=self.index))
+
+    @torch.no_grad()
+    def _under(self, masks: Mapping[str, Tensor]) -> nn.Module:
+        model = copy.deepcopy(self.network)
+        for name, mask in masks.items():
+            model.get_parameter(name).mul_(mask)
+        return model
 
     def _draw_all(self, draws: torch.Generator) -> dict[str, Tensor]:
         return {name: self._draw(name, draws) for name in self.scores}

@@ -181,6 +181,10 @@ class DenseAgent(Agent, Generic[ConfigT]):
         model = self._personal_model()
         return {**self.learner.evaluate(model, self.data), "density": self.density()}
 
+    def personal_model(self) -> nn.Module:
+        """Return a copy of the agent's network, at the running mean if there is one."""
+        return copy.deepcopy(self._personal_model())
+
     def check(self) -> None:
         """Check the first batch of both splits against the task."""
         self.learner.check(self.model, self.data)

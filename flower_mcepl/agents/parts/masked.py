@@ -118,6 +118,10 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         self.gradient = {}
         self._average_scores()
 
+    def personal_model(self) -> nn.Module:
+        """Return the frozen network under the agent's own mask, an ordinary module."""
+        return self.model.bake(self._personal_masks())
+
     def check(self) -> None:
         """Check the first batch of both splits against the task."""
         self.learner.check(self.model, self.data)
