@@ -10,10 +10,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flower_mcepl.errors import ConfigError
 
 SEEDS = 2**63  # a seed is below; TOML and Flower's messages carry no larger number
+
+_AT_ONCE = 1 << 20  # words that are skipped in one go
 
 # The global generators and torch's number of threads belong to the process. One thread
 # at a time may set them; it may do so again inside.
@@ -91,6 +94,29 @@ def torch_stream(
 ) -> torch.Generator:
     """Return a CPU generator at the start of one named stream."""
     return torch.Generator().manual_seed(stream_seed(seed, purpose, agent=agent, round=round))
+
+
+def mersenne_seed(seed: int) -> int:
+    """Return what torch's CPU generator takes of a stream's seed: its low 32 bits."""
+    return seed & 0xFFFFFFFF
+
+
+def mersenne_words(seed: int, count: int, *, skip: int = 0) -> NDArray[np.uint32]:
+    """Words ``skip .. skip + count - 1`` of the Mersenne twister MT19937, uint32.
+
+    They are those of ``std::mt19937(seed)`` in C++, of NumPy's ``RandomState``, whose
+    streams never change, and of torch's CPU generator: ``randint(0, 2)`` is a word's
+    lowest bit there, ``uniform_`` of float32 its low 24 bits. So what was drawn with
+    them is drawn again without torch, in any language.
+    """
+    twister = np.random.RandomState(seed)
+    for start in range(0, skip, _AT_ONCE):
+        _draw(twister, min(_AT_ONCE, skip - start))
+    return _draw(twister, count)
+
+
+def _draw(twister: np.random.RandomState, count: int) -> NDArray[np.uint32]:
+    return twister.randint(0, 2**32, count, dtype=np.uint32)
 
 
 def numpy_stream(

@@ -26,6 +26,8 @@ from flower_mcepl.runs.simulation import SimulationResult
 from flower_mcepl.streams import (
     check_seed,
     isolated_rng,
+    mersenne_seed,
+    mersenne_words,
     numpy_stream,
     stream_seed,
     torch_stream,
@@ -256,3 +258,30 @@ def test_simulations_in_three_threads_are_refused_and_the_first_is_undisturbed()
         [{**row, "seconds": 0} for row in result.rows] for result in (first, simulation())
     ]
     assert without_clock[0] == without_clock[1]
+
+
+# --- the Mersenne twister, with which a personal model's file draws weights again ---
+
+
+def test_words_of_the_twister_are_fixed_for_ever() -> None:
+    """The first word of std::mt19937() and its 10,000th, which the C++ standard names
+    for the default seed 5489.
+    """
+    words = mersenne_words(5489, 10_000)
+    assert (words[0], words[-1]) == (3499211612, 4123659995)
+    assert (mersenne_words(5489, 7, skip=9_993) == words[9_993:]).all()
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**32 - 1, 2**32 + 5, 2**63 - 1])
+def test_torch_draws_signs_and_uniform_weights_from_these_words(seed: int) -> None:
+    words = mersenne_words(mersenne_seed(seed), 40, skip=3)
+    bound = float(np.float32(0.0721687))
+    for draw, known in (
+        (lambda g: torch.randint(0, 2, (43,), generator=g), words & 1),
+        (
+            lambda g: torch.empty(43).uniform_(-bound, bound, generator=g),
+            ((words & 0xFFFFFF) * (bound * 2**-23) - bound).astype(np.float32),
+        ),
+    ):
+        drawn = draw(torch.Generator().manual_seed(seed))[3:]
+        assert np.array_equal(drawn.numpy(), known)

@@ -2,12 +2,13 @@
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flower_mcepl.config.checks import check
 from flower_mcepl.masks.layers import LayerSpec, find_maskable
-from flower_mcepl.streams import torch_stream
+from flower_mcepl.streams import mersenne_seed, mersenne_words, stream_seed
 
 MODULE, SIGNED_CONSTANT = "module", "signed-constant"
 WEIGHT_INITS = (MODULE, SIGNED_CONSTANT)
@@ -59,6 +60,11 @@ def signed_constant(spec: LayerSpec, *, seed: int) -> Tensor:
     PyTorch's default init, whose variance is a third of this.
     """
     fan_in = max(1, spec.rows(torch.empty(spec.shape, device="meta")).shape[1])
-    generator = torch_stream(seed, f"weight-signs/{spec.name}")
-    signs = torch.randint(0, 2, spec.shape, generator=generator) * 2 - 1
+    words = mersenne_words(sign_seed(seed, spec.name), spec.shape.numel())
+    signs = torch.from_numpy((words & 1).astype(np.int64)).view(spec.shape) * 2 - 1
     return signs.mul(fan_in**-0.5)
+
+
+def sign_seed(seed: int, name: str) -> int:
+    """Seed of the Mersenne twister whose words have a layer's signs as lowest bits."""
+    return mersenne_seed(stream_seed(seed, f"weight-signs/{name}"))
