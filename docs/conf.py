@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reference
 
 PACKAGE = "flower_mcepl"
-ROOMS = "agents clients strategies topology data masks wire config record studies launch".split()
+ROOMS = "agents clients strategies topology data masks wire personal".split()
+ROOMS += "config record studies launch".split()
 FACES = [PACKAGE, *(f"{PACKAGE}.{room}" for room in ROOMS)]  # what is public
 
 CONTENTS = {
@@ -55,6 +56,7 @@ CONTENTS = {
     "Reference": [
         "docs/run-record",
         "docs/wire-format",
+        "docs/mask-file",
         *(f"docs/api/{face.rpartition('.')[2]}" for face in FACES),
     ],
     "Develop it": ["docs/extending", "CONTRIBUTING", "benchmarks/README", "CHANGELOG"],

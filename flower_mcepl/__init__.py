@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from flower_mcepl.data.batches import AgentData
     from flower_mcepl.masks.formulas import aggregate_scores, group_lasso, neighbor_step, topk_mask
     from flower_mcepl.masks.model import MaskedModel, shared_module
+    from flower_mcepl.personal.reading import load_personal
     from flower_mcepl.record.reading import read_run
     from flower_mcepl.record.writing import RunRecord
     from flower_mcepl.runs.simulation import simulate
@@ -80,6 +81,7 @@ __all__ = [
     "decode_frame",
     "encode_frame",
     "group_lasso",
+    "load_personal",
     "neighbor_step",
     "read_run",
     "shared_module",
@@ -95,6 +97,7 @@ _LAZY = {
     "data.batches": ("AgentData",),
     "masks.formulas": ("aggregate_scores", "group_lasso", "neighbor_step", "topk_mask"),
     "masks.model": ("MaskedModel", "shared_module"),
+    "personal.reading": ("load_personal",),
     "record.reading": ("read_run",),
     "record.writing": ("RunRecord",),
     "runs.simulation": ("simulate",),

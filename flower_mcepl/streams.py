@@ -6,7 +6,7 @@ import operator
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -109,14 +109,23 @@ def mersenne_words(seed: int, count: int, *, skip: int = 0) -> NDArray[np.uint32
     lowest bit there, ``uniform_`` of float32 its low 24 bits. So what was drawn with
     them is drawn again without torch, in any language.
     """
-    twister = np.random.RandomState(seed)
-    for start in range(0, skip, _AT_ONCE):
-        _draw(twister, min(_AT_ONCE, skip - start))
-    return _draw(twister, count)
+    (words,) = mersenne_pieces(seed, [(skip, count)])
+    return words
 
 
-def _draw(twister: np.random.RandomState, count: int) -> NDArray[np.uint32]:
-    return twister.randint(0, 2**32, count, dtype=np.uint32)
+def mersenne_pieces(seed: int, pieces: Iterable[tuple[int, int]]) -> Iterator[NDArray[np.uint32]]:
+    """Yield several `mersenne_words`, ``(skip, count)`` each, one behind the other."""
+    twister, at = np.random.RandomState(seed), 0
+
+    def draw(count: int) -> NDArray[np.uint32]:
+        return twister.randint(0, 2**32, count, dtype=np.uint32)
+
+    for skip, count in pieces:
+        assert skip >= at
+        for start in range(at, skip, _AT_ONCE):
+            draw(min(_AT_ONCE, skip - start))
+        yield draw(count)
+        at = skip + count
 
 
 def numpy_stream(

@@ -32,6 +32,7 @@ from flower_mcepl.cli import app as command_line
 from flower_mcepl.clients import make_client_app
 from flower_mcepl.config.fields import field_keys
 from flower_mcepl.data import DataSettings, Partition
+from flower_mcepl.personal import save_personal
 from flower_mcepl.record import RunRecord
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.studies import read_study
@@ -251,9 +252,18 @@ def test_the_code_about_records_runs(tmp_path: Path) -> None:
     assert [line.split()[0] for line in rounds] == ["1", "2"]
 
 
+def test_the_code_about_personal_models_runs(in_a_folder: Path) -> None:
+    (code,) = code_of("docs/mask-file.md")
+    save_personal(Net(), "agent-3.mask")
+    names: dict[str, Any] = {"Net": Net, "images": torch.ones(2, 4)}
+    exec(code, names)
+    assert names["outputs"].shape == (2, 3)
+
+
 def test_no_page_has_code_that_no_test_runs() -> None:
     run_here = {f"docs/{page}.md" for page in ("getting-started", "algorithms", "topologies")}
     run_here |= {"docs/data.md", "docs/studies.md", "docs/tasks.md", "docs/pretrained.md"}
+    run_here |= {"docs/mask-file.md"}
     with_code = {name for name in NAMES if blocks(name, "python")}
     assert with_code - RUN_ELSEWHERE == run_here
 

@@ -1,0 +1,16 @@
+"""Personal models as files: what is left of a run, ready to run anywhere."""
+
+from flower_mcepl.personal.network import reference_to
+from flower_mcepl.personal.origins import Origin
+from flower_mcepl.personal.reading import PersonalFile, load_personal, read_personal
+from flower_mcepl.personal.writing import personal_bytes, save_personal
+
+__all__ = [
+    "Origin",
+    "PersonalFile",
+    "load_personal",
+    "personal_bytes",
+    "read_personal",
+    "reference_to",
+    "save_personal",
+]
