@@ -32,7 +32,7 @@ ROOMS = {
     "topology": "errors streams config",
     "wire": "errors config",
     "agents": "errors streams config files masks data wire",
-    "personal": "errors streams files masks agents wire",
+    "personal": "errors streams config files masks agents wire",
     "exchange": "errors config files wire topology agents",
     "messages": "errors agents exchange",
     "record": "errors files",
@@ -43,7 +43,7 @@ ROOMS = {
     "launch": "errors files terminal",
     "studies": "errors streams config files record report agents runs clients launch",
     "doctor": "errors streams config record topology agents exchange runs launch studies",
-    "cli": "errors config wire record report launch studies doctor terminal",
+    "cli": "errors config wire agents personal record report launch studies doctor terminal",
     "__init__": "errors masks data topology wire agents personal record runs",
     "__main__": "cli",
 }

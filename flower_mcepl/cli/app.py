@@ -12,6 +12,7 @@ import typer
 from flower_mcepl.cli.compare import compare
 from flower_mcepl.cli.data import data
 from flower_mcepl.cli.doctor import doctor
+from flower_mcepl.cli.export import export
 from flower_mcepl.cli.frame import frame
 from flower_mcepl.cli.plain_help import PlainCommand
 from flower_mcepl.cli.plot import plot
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-for _command in (run, compare, data, doctor, plot, report, show, frame, tensorboard):
+for _command in (run, compare, data, doctor, plot, report, show, frame, export, tensorboard):
     app.command(cls=PlainCommand)(_command)
 
 

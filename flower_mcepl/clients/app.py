@@ -61,6 +61,7 @@ class AgentApp(ClientApp):
         check_mods(mods)
         super().__init__(mods=list(mods))
         self.agent_fn, self.module_fn = agent_fn, module_fn
+        self.model_fn: ModelFn | None = None  # the user's own, where there is one
         # Ray pickles the app for every message: identity must travel with it
         self.id = uuid.uuid4().hex
         self._open: contextlib.ExitStack | None = None  # what is held until the message is answered
@@ -169,7 +170,10 @@ def make_client_app(
             task=task,
         )
 
-    return make_agent_app(agent_fn, module_fn, mods=mods)
+    app = make_agent_app(agent_fn, module_fn, mods=mods)
+    assert isinstance(app, AgentApp)
+    app.model_fn = model_fn
+    return app
 
 
 def make_agent_app(

@@ -1,5 +1,6 @@
 """Personal models as files: what is left of a run, ready to run anywhere."""
 
+from flower_mcepl.personal.agents import personal_network, save_agent
 from flower_mcepl.personal.network import reference_to
 from flower_mcepl.personal.origins import Origin
 from flower_mcepl.personal.reading import PersonalFile, load_personal, read_personal
@@ -10,7 +11,9 @@ __all__ = [
     "PersonalFile",
     "load_personal",
     "personal_bytes",
+    "personal_network",
     "read_personal",
     "reference_to",
+    "save_agent",
     "save_personal",
 ]

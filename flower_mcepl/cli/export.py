@@ -1,0 +1,182 @@
+"""``flower-mcepl export``: an agent's personal model as a file that runs."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flower_mcepl.cli.wide import wide_console
+from flower_mcepl.errors import ConfigError
+from flower_mcepl.launch.plan import app_settings
+from flower_mcepl.record.reading import Run, read_run
+from flower_mcepl.record.values import human_bytes
+from flower_mcepl.studies.chosen import BEST, LAST, STATES, config_of_test, node_of, restored_agent
+from flower_mcepl.studies.flower_app import imported_client, read_app
+
+if TYPE_CHECKING:
+    from flower_mcepl.agents import Agent
+
+MASK, PROGRAM, ONNX = ".mask", ".pt2", ".onnx"
+_OF_THIS_MACHINE = ("record-dir", "resume", "state-dir")  # keys that no file needs
+
+
+def export(
+    record: Annotated[Path, typer.Argument(help="A run record: the folder with config.json.")],
+    agent: Annotated[int, typer.Option(min=0, help="Number of the agent.")],
+    to: Annotated[Path, typer.Option(help="The file to write: .mask, .pt2 or .onnx.")],
+    app: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run's Flower app (default: the one around the record, or this "
+            "folder)."
+        ),
+    ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            help="The agent's last state, or the best that keep-best kept: last or best (default: "
+            "best where there is one)."
+        ),
+    ] = None,
+) -> None:
+    """Write an agent's personal model as a file that runs.
+
+    \b
+      model.mask   the whole model in a bit a weight or less; flower_mcepl.load_personal
+                   reads it, and flower-mcepl predict runs it
+      model.pt2    a torch.export program, which torch.export.load reads
+      model.onnx   ONNX, for onnxruntime and others (needs the extra "export")
+
+    The agent is built from the app, as in the run, and gets the state that the run
+    left. The model is evaluated on the agent's test split, and every file is read back
+    and compared before it counts. Frozen weights that the run's seed does not draw
+    again are stored in a .mask file: how many bytes they take is said.
+
+    \b
+    Examples:
+      flower-mcepl export runs/20260131-141500-ring --agent 3 --to agent-3.mask
+      flower-mcepl export runs/20260131-141500-ring --agent 3 --to agent-3.onnx \\
+        --app examples/quickstart --state last
+    """  # noqa: D301 (click's sign for lines that stay as they are)
+    write = _writers().get(to.suffix)
+    if write is None:
+        raise ConfigError(
+            f"a model is exported to a file ending in {', '.join(_writers())}; got {to.name}. "
+            "Name one."
+        )
+    if not to.parent.is_dir():
+        raise ConfigError(f"the folder of {to} must be there. Make it, or name another.")
+    run = read_run(record)
+    chosen = _checked_state(state) or (BEST if agent in run.best_agents else LAST)
+    folder = _app_of(run, app)
+    console = wide_console()
+    with restored_agent(run, folder, agent, state=chosen) as restored:
+        metrics = restored.evaluate()
+        named = _network(run, folder, agent)
+        for line in write(restored, to, metrics, _round_of(run, agent, chosen), named):
+            console.print(line)
+    value = metrics.get(run.metric.name)
+    measured = "" if value is None else f", {run.metric.name} {value:.4f} on its test split"
+    console.print(f"agent {agent}, {chosen} state{measured}")
+
+
+_Writer = Callable[["Agent", Path, Mapping[str, float], int, Mapping[str, Any]], list[str]]
+
+
+def _writers() -> dict[str, _Writer]:
+    return {MASK: _write_mask, PROGRAM: _write_graph, ONNX: _write_graph}
+
+
+def _write_mask(
+    agent: "Agent",
+    to: Path,
+    metrics: Mapping[str, float],
+    round: int,
+    network: Mapping[str, Any],
+) -> list[str]:
+    from flower_mcepl.personal import read_personal, save_agent
+
+    size = save_agent(agent, to, round=round, network=network, metrics=metrics)
+    file = read_personal(to)
+    weights = sum(mask.numel() for mask in file.masks.values())
+    whole = human_bytes(sum(x.numel() * x.element_size() for x in file.tensors.values()))
+    lines = [f"{to}: {human_bytes(size)} for {weights:,} masked weights; without masks {whole}"]
+    if file.stored:
+        lines.append(
+            f"{human_bytes(file.stored)} of it are weights that the run's seed does not draw "
+            'again; with weight-init = "signed-constant" no masked weight is stored'
+        )
+    if not network:
+        lines.append(
+            "its model function has no name that can be imported: load_personal needs one, "
+            "load_personal(path, model_fn)"
+        )
+    return lines
+
+
+def _write_graph(
+    agent: "Agent",
+    to: Path,
+    metrics: Mapping[str, float],
+    round: int,
+    network: Mapping[str, Any],
+) -> list[str]:
+    from flower_mcepl.personal import personal_network
+    from flower_mcepl.personal.exporting import export_onnx, export_program, tensor_batches
+
+    batches = tensor_batches(_test_batches(agent))
+    write = export_onnx if to.suffix == ONNX else export_program
+    agreed = write(personal_network(agent), to, batches)
+    return [f"{to}: {human_bytes(to.stat().st_size)}; read back: {agreed}"]
+
+
+def _test_batches(agent: "Agent") -> Any:
+    data = getattr(agent, "data", None)
+    if data is None:
+        raise ConfigError(
+            f"an exported graph is checked on the agent's test split, and agents of "
+            f"{agent.algorithm} hold no data of their own. Export to .mask."
+        )
+    return data.test.evaluation_batches(batch_size=agent.config.eval_batch_size)  # type: ignore[attr-defined]
+
+
+def _checked_state(state: str | None) -> str | None:
+    if state not in (None, *STATES):
+        raise ConfigError(f"--state is {' or '.join(STATES)}; got {state!r}.")
+    return state
+
+
+def _round_of(run: Run, agent: int, state: str) -> int:
+    if state == LAST:
+        return run.num_rounds
+    return int(next(row["round"] for row in run.best_states() if row["agent"] == agent))
+
+
+def _app_of(run: Run, app: Path | None) -> Path:
+    """Folder of the run's app: as given, or one that stands around the record."""
+    if app is not None:
+        return app.resolve()
+    for folder in (*run.path.resolve().parents, Path.cwd()):
+        try:
+            app_settings(folder)
+        except (ConfigError, OSError):
+            continue
+        return folder
+    raise ConfigError(
+        f"the agent is built from the run's app, and no folder around {run.path} is one. Name it: "
+        "--app FOLDER, the one with its pyproject.toml."
+    )
+
+
+def _network(run: Run, app: Path, agent: int) -> dict[str, Any]:
+    """Who builds the network, as a file can say it; empty: nobody with a name."""
+    from flower_mcepl.personal import reference_to
+
+    with imported_client(read_app(app)) as client:
+        model_fn = client.model_fn
+    if model_fn is None:
+        return {}
+    settings = {k: v for k, v in config_of_test(run).items() if k not in _OF_THIS_MACHINE}
+    context = {"run_config": settings, "node_config": node_of(run, agent)}
+    return reference_to(model_fn, context=context)

@@ -1,0 +1,79 @@
+"""A personal model of an agent: its network, and what its file says of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flower_mcepl.agents import Agent
+from flower_mcepl.personal.network import NETWORK
+from flower_mcepl.personal.origins import Origin
+from flower_mcepl.personal.writing import save_personal
+
+_TOLD = ("task", "main-metric", "higher-is-better", "metric-unit")  # of the handshake
+
+
+def save_agent(
+    agent: Agent,
+    path: str | Path,
+    *,
+    round: int | None = None,
+    network: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> int:
+    """Write an agent's personal model as a ``.mask`` file; return its size in bytes.
+
+    Parameters
+    ----------
+    agent : Agent
+        The agent, trained or restored.
+    path : str or Path
+        The file; its folder must be there.
+    round : int, optional
+        The round that its state is of.
+    network : mapping, optional
+        Who builds the network, see `reference_to`.
+    metrics : mapping, optional
+        What its evaluation gave.
+
+    Raises
+    ------
+    ConfigError
+        If the agent's algorithm has no network to hand out.
+    """
+    handshake = agent.describe()
+    facts = {
+        "algorithm": agent.algorithm,
+        "agent": agent.index,
+        "seed": agent.seed,
+        **({} if round is None else {"round": round}),
+        **{key: handshake[key] for key in _TOLD if key in handshake},
+        **({NETWORK: dict(network)} if network else {}),
+        **({"metrics": dict(metrics)} if metrics else {}),
+    }
+    return save_personal(
+        personal_network(agent),
+        path,
+        origin=Origin(agent.seed, agent.index),
+        facts=facts,
+        fingerprint=agent.fingerprint,
+        input_shape=input_shape(agent),
+    )
+
+
+def personal_network(agent: Agent) -> nn.Module:
+    """The network of an agent on the CPU, in eval mode, without gradients."""
+    return agent.personal_model().cpu().eval().requires_grad_(False)
+
+
+def input_shape(agent: Agent) -> tuple[int, ...] | None:
+    """Shape of one example as a batch, where inputs are one tensor of floats."""
+    data = getattr(agent, "data", None)
+    batches = data.test.evaluation_batches(batch_size=1) if data is not None else ()
+    for inputs, _ in batches:
+        if isinstance(inputs, Tensor) and inputs.dtype == torch.float32:
+            return tuple(inputs.shape)
+        break
+    return None
