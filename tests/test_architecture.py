@@ -32,7 +32,7 @@ ROOMS = {
     "topology": "errors streams config",
     "wire": "errors config",
     "agents": "errors streams config files masks data wire",
-    "personal": "errors streams config files masks agents wire",
+    "personal": "errors models streams config files masks agents wire",
     "exchange": "errors config files wire topology agents",
     "messages": "errors agents exchange",
     "record": "errors files",

@@ -1,6 +1,7 @@
 """``flower-mcepl export``: an agent's personal model as a file that runs."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,13 @@ def export(
             "best where there is one)."
         ),
     ] = None,
+    whole: Annotated[
+        bool,
+        typer.Option(
+            "--whole",
+            help="Keep filters that the mask has emptied in .pt2 and .onnx, too.",
+        ),
+    ] = False,
 ) -> None:
     """Write an agent's personal model as a file that runs.
 
@@ -51,7 +59,9 @@ def export(
     The agent is built from the app, as in the run, and gets the state that the run
     left. The model is evaluated on the agent's test split, and every file is read back
     and compared before it counts. Frozen weights that the run's seed does not draw
-    again are stored in a .mask file: how many bytes they take is said.
+    again are stored in a .mask file: how many bytes they take is said. A .pt2 or .onnx
+    is of the compact network: filters that the mask has emptied and inputs that nobody
+    reads are gone, if the whole test split gets the same outputs.
 
     \b
     Examples:
@@ -74,30 +84,35 @@ def export(
     with restored_agent(run, folder, agent, state=chosen) as restored:
         metrics = restored.evaluate()
         named = _network(run, folder, agent)
-        for line in write(restored, to, metrics, _round_of(run, agent, chosen), named):
+        model = Exported(restored, metrics, _round_of(run, agent, chosen), named, whole)
+        for line in write(model, to):
             console.print(line)
     value = metrics.get(run.metric.name)
     measured = "" if value is None else f", {run.metric.name} {value:.4f} on its test split"
     console.print(f"agent {agent}, {chosen} state{measured}")
 
 
-_Writer = Callable[["Agent", Path, Mapping[str, float], int, Mapping[str, Any]], list[str]]
+@dataclass(frozen=True)
+class Exported:
+    """A restored agent, and what is known of its model."""
+
+    agent: "Agent"
+    metrics: Mapping[str, float]
+    round: int
+    network: Mapping[str, Any]  # who builds it
+    whole: bool
 
 
-def _writers() -> dict[str, _Writer]:
+def _writers() -> dict[str, Callable[[Exported, Path], list[str]]]:
     return {MASK: _write_mask, PROGRAM: _write_graph, ONNX: _write_graph}
 
 
-def _write_mask(
-    agent: "Agent",
-    to: Path,
-    metrics: Mapping[str, float],
-    round: int,
-    network: Mapping[str, Any],
-) -> list[str]:
+def _write_mask(model: Exported, to: Path) -> list[str]:
     from flower_mcepl.personal import read_personal, save_agent
 
-    size = save_agent(agent, to, round=round, network=network, metrics=metrics)
+    size = save_agent(
+        model.agent, to, round=model.round, network=model.network, metrics=model.metrics
+    )
     file = read_personal(to)
     weights = sum(mask.numel() for mask in file.masks.values())
     whole = human_bytes(sum(x.numel() * x.element_size() for x in file.tensors.values()))
@@ -107,7 +122,7 @@ def _write_mask(
             f"{human_bytes(file.stored)} of it are weights that the run's seed does not draw "
             'again; with weight-init = "signed-constant" no masked weight is stored'
         )
-    if not network:
+    if not model.network:
         lines.append(
             "its model function has no name that can be imported: load_personal needs one, "
             "load_personal(path, model_fn)"
@@ -115,20 +130,18 @@ def _write_mask(
     return lines
 
 
-def _write_graph(
-    agent: "Agent",
-    to: Path,
-    metrics: Mapping[str, float],
-    round: int,
-    network: Mapping[str, Any],
-) -> list[str]:
-    from flower_mcepl.personal import personal_network
+def _write_graph(model: Exported, to: Path) -> list[str]:
+    from flower_mcepl.personal import compact_or_whole, personal_network
     from flower_mcepl.personal.exporting import export_onnx, export_program, tensor_batches
 
-    batches = tensor_batches(_test_batches(agent))
+    batches = tensor_batches(_test_batches(model.agent))
+    network, lines = personal_network(model.agent), []
+    if not model.whole:
+        network, line = compact_or_whole(network, batches)
+        lines.append(line)
     write = export_onnx if to.suffix == ONNX else export_program
-    agreed = write(personal_network(agent), to, batches)
-    return [f"{to}: {human_bytes(to.stat().st_size)}; read back: {agreed}"]
+    agreed = write(network, to, batches)
+    return [*lines, f"{to}: {human_bytes(to.stat().st_size)}; read back: {agreed}"]
 
 
 def _test_batches(agent: "Agent") -> Any:

@@ -92,7 +92,7 @@ def export_program(module: nn.Module, path: Path, batches: Sequence[Tensor]) -> 
     with _draft(path) as draft:
         torch.export.save(program, draft)
         again = torch.export.load(draft).module()
-        return _accepted(draft, path, agreement(_run(module), _run(again), batches))
+        return _accepted(draft, path, agreement(run_of(module), run_of(again), batches))
 
 
 def export_onnx(module: nn.Module, path: Path, batches: Sequence[Tensor]) -> Agreement:
@@ -121,10 +121,11 @@ def export_onnx(module: nn.Module, path: Path, batches: Sequence[Tensor]) -> Agr
         def there(inputs: Tensor) -> Tensor:
             return torch.from_numpy(session.run(None, {name: inputs.numpy()})[0])
 
-        return _accepted(draft, path, agreement(_run(module), there, batches))
+        return _accepted(draft, path, agreement(run_of(module), there, batches))
 
 
-def _run(module: Callable[..., Any]) -> Run:
+def run_of(module: Callable[..., Any]) -> Run:
+    """A network as a function of its one input."""
     return lambda inputs: one_output(module(inputs))
 
 
