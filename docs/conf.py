@@ -40,6 +40,7 @@ CONTENTS = {
         "docs/studies",
         "docs/commands",
         "docs/results",
+        "docs/benchmarks",
     ],
     "Run it on devices": ["docs/deployment", "docs/resume", "docs/security"],
     "Examples": [
