@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flower_mcepl.errors import StateError
+from flower_mcepl.wire.support import packed_bytes
 
 # raise it when a field moves, or a recipe or the classes of weights change
 FILE_VERSION = 1
@@ -28,6 +29,7 @@ FREE_WEIGHTS, WEIGHTS_PER_BYTE = 2**20, 2**10
 # how a tensor comes back
 RAW, LIVE, TERNARY, SIGNS, UNIFORM = range(5)
 MASKED = (LIVE, TERNARY, SIGNS, UNIFORM)
+BY_SCORES, BY_ROWS = 1, 2  # how a mask is coded
 
 DTYPES = {  # name in torch: code and size
     "float32": (1, 4),
@@ -65,6 +67,7 @@ class Entry:
     magnitude: float = 0.0  # of TERNARY and SIGNS; the bound of UNIFORM
     draw: Draw | None = None  # of SIGNS and UNIFORM
     scores: Draw | None = None  # first scores, by which the mask is coded; None: it is not
+    rows: bytes = b""  # 1 bit for each row, set where it is all off; empty: the file does not say
 
     @property
     def numel(self) -> int:
@@ -86,10 +89,10 @@ class Entry:
         if self.draw is not None:
             line += Draw.LAYOUT.pack(self.draw.seed, self.draw.skip)
         if self.recipe in MASKED:
-            line += bytes([self.scores is not None])
+            line += bytes([BY_SCORES * (self.scores is not None) | BY_ROWS * bool(self.rows)])
         if self.scores is not None:
             line += Draw.LAYOUT.pack(self.scores.seed, self.scores.skip)
-        return line
+        return line + self.rows
 
     @property
     def _dims(self) -> int:
@@ -98,7 +101,7 @@ class Entry:
     def value_bytes(self, on: int) -> int:
         """Size of its values, where so many of its weights are on."""
         size = DTYPES[self.dtype][1]
-        packed = (on + 7) // 8
+        packed = packed_bytes(on)
         return {RAW: self.numel * size, LIVE: on * size, TERNARY: packed}.get(self.recipe, 0)
 
 
@@ -211,11 +214,15 @@ def _entry(data: memoryview, at: int) -> tuple[Entry, int]:
     shape = take(struct.Struct(f"<{dims}I"))
     magnitude = take(struct.Struct("<d"))[0] if recipe in (TERNARY, SIGNS, UNIFORM) else 0.0
     words = draw() if recipe in (SIGNS, UNIFORM) else None
-    has_scores = take(struct.Struct("<B"))[0] if recipe in MASKED else 0
-    if has_scores > 1:
-        raise ValueError(f"a mask is coded in way 0 or 1, not {has_scores}")
-    scores = draw() if has_scores else None
-    entry = Entry(bytes(label).decode(), _NAMES[code], shape, recipe, magnitude, words, scores)
+    coding = take(struct.Struct("<B"))[0] if recipe in MASKED else 0
+    if coding > BY_SCORES | BY_ROWS or (coding & BY_ROWS and not math.prod(shape[:1])):
+        raise ValueError(f"no mask is coded in way {coding}")
+    scores = draw() if coding & BY_SCORES else None
+    size = packed_bytes(shape[0]) if coding & BY_ROWS else 0
+    (rows,) = take(struct.Struct(f"<{size}s"))
+    entry = Entry(
+        bytes(label).decode(), _NAMES[code], shape, recipe, magnitude, words, scores, rows
+    )
     return entry, at
 
 

@@ -3,7 +3,7 @@
 A weight that is off is +0. Every function handles one layer, flat.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ Words = NDArray[np.uint32]
 Floats = NDArray[np.float32]
 _LOW = 0xFFFFFF  # the bits of a word that torch makes a float32 of
 SCORE_LEVELS, WEIGHT_LEVELS = 16, 2
+OFF_ROW = SCORE_LEVELS * WEIGHT_LEVELS  # class of weights in a row that is all off
 
 
 class Twisters:
@@ -75,28 +76,30 @@ def _signed(negative: NDArray[np.bool_], magnitude: float, dtype: torch.dtype) -
     return (signs * magnitude).to(dtype)
 
 
-# The masks are range-coded with the classes that the wire uses, here of whole numbers
+# The masks are range-coded with classes as the wire has them, here of whole numbers
 # alone: how far a first score lay from zero decides how likely its weight is on at the
-# end, and scores of larger weights move further.
+# end, and scores of larger weights move further. Rows that are off as a whole are
+# classes of their own, and cost next to nothing.
 def classes(entries: Sequence[Entry], twisters: Twisters) -> Prior | None:
-    """Classes of weights by the sizes of first scores and weights; None: nobody's."""
-    labels: Mapping[str, NDArray[np.uint8]] = {
-        entry.name: _labels(entry, twisters) for entry in entries if entry.scores is not None
+    """Classes of weights by first scores, weights and rows; None: there are none."""
+    labels = {
+        entry.name: torch.from_numpy(_labels(entry, twisters)).view(entry.shape)
+        for entry in entries
+        if entry.scores is not None or entry.rows
     }
-    shapes = {entry.name: entry.shape for entry in entries}
-    return (
-        Prior({n: torch.from_numpy(x).view(shapes[n]) for n, x in labels.items()})
-        if labels
-        else None
-    )
+    return Prior(labels) if labels else None
 
 
 def _labels(entry: Entry, twisters: Twisters) -> NDArray[np.uint8]:
-    assert entry.scores is not None
-    labels = _levels(twisters.words(entry.scores, entry.numel), SCORE_LEVELS)
-    if entry.recipe == UNIFORM and entry.draw is not None:
-        sizes = _levels(twisters.words(entry.draw, entry.numel), WEIGHT_LEVELS)
-        labels = labels * WEIGHT_LEVELS + sizes
+    labels = np.zeros(entry.numel, np.int64)
+    if entry.scores is not None:
+        labels = _levels(twisters.words(entry.scores, entry.numel), SCORE_LEVELS)
+        if entry.recipe == UNIFORM and entry.draw is not None:
+            sizes = _levels(twisters.words(entry.draw, entry.numel), WEIGHT_LEVELS)
+            labels = labels * WEIGHT_LEVELS + sizes
+    if entry.rows:
+        off = np.unpackbits(np.frombuffer(entry.rows, np.uint8), count=entry.shape[0])
+        labels[np.repeat(off == 1, entry.numel // entry.shape[0])] = OFF_ROW
     return labels.astype(np.uint8)
 
 

@@ -122,6 +122,7 @@ class _Draft:
             if name in masked:
                 flat[name] = torch.where(flat[name] == 0, torch.zeros_like(flat[name]), flat[name])
                 entry = with_recipe(entry, flat[name], origin, parameters=parameters)
+                entry = replace(entry, rows=_rows_off(flat[name].view(tensor.shape)))
             entries.append(entry)
         return cls(entries, flat)
 
@@ -159,6 +160,14 @@ class _Draft:
 
 def _masked(entry: Entry) -> bool:
     return entry.recipe in MASKED
+
+
+def _rows_off(tensor: Tensor) -> bytes:
+    """Which rows are all off, packed; nothing where none is, or all are."""
+    if tensor.ndim < 2 or not tensor.numel():
+        return b""
+    off = (tensor == 0).flatten(1).all(1)
+    return _packed(off) if 0 < int(off.sum()) < len(off) else b""
 
 
 def _packed(bits: Tensor) -> bytes:

@@ -28,6 +28,7 @@ class Line:
     magnitude: float = 0.0
     draw: tuple[int, int] | None = None
     scores: tuple[int, int] | None = None
+    rows: list[int] | None = None
 
 
 def read(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -43,7 +44,7 @@ def read(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     values, at = data[at : at + v], at + v
     assert at == total - 16
     masked = [line for line in lines if line.recipe]
-    classes = {line.name: [*class_of(line)] for line in masked if line.scores}
+    classes = {line.name: [*class_of(line)] for line in masked if line.scores or line.rows}
     layers = frames.decode(frame, classes=classes or None)
     assert {n: x.shape for n, x in layers.items()} == {line.name: line.shape for line in masked}
     elements = {}
@@ -72,8 +73,11 @@ def read_table(data: bytes, count: int) -> Iterator[Line]:
             (line.magnitude,) = struct.unpack("<d", stream.take(8))
         if recipe >= 3:
             line.draw = (stream.number(4), stream.number(8))
-        if recipe and stream.number(1):
+        coding = stream.number(1) if recipe else 0
+        if coding & 1:
             line.scores = (stream.number(4), stream.number(8))
+        if coding & 2:
+            line.rows = frames.unpack_bits(stream.take((shape[0] + 7) // 8), shape[0])
         yield line
     assert stream.at == len(data)
 
@@ -112,8 +116,13 @@ def drawn(line: Line, word: int) -> float:
 def class_of(line: Line) -> Iterator[int]:
     numel = math.prod(line.shape)
     own = words_of(line.draw, numel) if line.recipe == 4 else []
-    for k, word in enumerate(words_of(line.scores, numel)):
-        yield 2 * level(word, 16) + level(own[k], 2) if own else level(word, 16)
+    scores = words_of(line.scores, numel) if line.scores else []
+    for k in range(numel):
+        by_score = level(scores[k], 16) if scores else 0
+        if scores and own:
+            by_score = 2 * by_score + level(own[k], 2)
+        off = line.rows is not None and line.rows[k // (numel // line.shape[0])]
+        yield 32 if off else by_score
 
 
 def level(word: int, count: int) -> int:

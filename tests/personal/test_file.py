@@ -101,8 +101,15 @@ def test_a_file_gives_every_bit_again(
 @pytest.mark.parametrize("init", ["module", "signed-constant"])
 @pytest.mark.parametrize("model_fn", [small_net, Everything])
 @pytest.mark.parametrize("origin", [None, SMALL])
-def test_a_second_reader_reads_the_same(model_fn: Any, init: str, origin: Origin | None) -> None:
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_second_reader_reads_the_same(
+    model_fn: Any, init: str, origin: Origin | None, rows: bool
+) -> None:
     module = baked(model_fn, init=init)
+    if rows:
+        with torch.no_grad():
+            for weight in filter(torch.Tensor.dim, module.parameters()):
+                weight[:1] = 0
     data = personal_bytes(module, origin=origin, facts={"agent": 3, "task": "é"})
     facts, elements = mask_file.read(data)
     file = opened(data, where="x")
@@ -155,6 +162,18 @@ def test_first_scores_make_masks_cheaper() -> None:
             z.add_(torch.randn(z.shape) * z.abs().max() / 5)
     data = personal_bytes(model.bake(), origin=Origin(SEED, 3))
     assert len(data) < 0.85 * len(personal_bytes(model.bake(), origin=Origin(8, 3)))
+
+
+def test_a_filter_that_is_off_costs_a_bit() -> None:
+    module = baked(AlexNetCifar, retention=0.5, init="signed-constant", seed=99)
+    whole = len(personal_bytes(module, origin=Origin(SEED, 3)))
+    with torch.no_grad():
+        for name in ("conv2", "conv3", "fc1"):
+            weight = module.get_submodule(name).weight
+            weight[torch.randperm(len(weight))[: len(weight) // 2]] = 0
+    half = personal_bytes(module, origin=Origin(SEED, 3))
+    assert len(half) < 0.53 * whole
+    assert opened(half, where="x").stored == 0
 
 
 def test_the_run_of_an_agent_is_the_origin_of_its_file() -> None:
