@@ -2,9 +2,9 @@
 
 The masks are made up: a share of the filters of each layer but the last is empty, the
 rest keeps half of its weights. All run on one core, in turn, so that all see the same
-noise; medians are compared. A plain network of the same width stands beside them. Memory
-is what a process of its own takes at most to load the file and run 32 images, above what
-it has when its packages are loaded (Linux).
+noise; medians are compared. A plain network of the same width stands beside them.
+Memory is what a process of its own takes at most to load the file and run 32 images,
+above what it has when its packages are loaded (Linux).
 
     python benchmarks/personal_model.py [--repeats 30] [--shares 1,.5] [--memory]
 """

@@ -38,6 +38,7 @@ CONTENTS = {
         "docs/data",
         "docs/tasks",
         "docs/studies",
+        "docs/personal-models",
         "docs/commands",
         "docs/results",
         "docs/benchmarks",

@@ -16,6 +16,7 @@ from flower_mcepl.cli.export import export
 from flower_mcepl.cli.frame import frame
 from flower_mcepl.cli.plain_help import PlainCommand
 from flower_mcepl.cli.plot import plot
+from flower_mcepl.cli.predict import predict
 from flower_mcepl.cli.report import report
 from flower_mcepl.cli.run import run
 from flower_mcepl.cli.show import show
@@ -32,7 +33,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-for _command in (run, compare, data, doctor, plot, report, show, frame, export, tensorboard):
+_COMMANDS = (run, compare, data, doctor, plot, report, show, frame, export, predict, tensorboard)
+for _command in _COMMANDS:
     app.command(cls=PlainCommand)(_command)
 
 

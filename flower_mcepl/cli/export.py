@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flower_mcepl.cli.pixels import pixels_of
 from flower_mcepl.cli.wide import wide_console
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.launch.plan import app_settings
@@ -47,6 +48,16 @@ def export(
             help="Keep filters that the mask has emptied in .pt2 and .onnx, too.",
         ),
     ] = False,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            help="For predict: what the app's data function subtracts from pixels in 0..1, one "
+            "number or one a channel, separated by commas; goes into .mask."
+        ),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="For predict: what it then divides them by.")
+    ] = None,
 ) -> None:
     """Write an agent's personal model as a file that runs.
 
@@ -80,11 +91,12 @@ def export(
     run = read_run(record)
     chosen = _checked_state(state) or (BEST if agent in run.best_agents else LAST)
     folder = _app_of(run, app)
+    pixels = pixels_of(mean, std)
     console = wide_console()
     with restored_agent(run, folder, agent, state=chosen) as restored:
         metrics = restored.evaluate()
         named = _network(run, folder, agent)
-        model = Exported(restored, metrics, _round_of(run, agent, chosen), named, whole)
+        model = Exported(restored, metrics, _round_of(run, agent, chosen), named, whole, pixels)
         for line in write(model, to):
             console.print(line)
     value = metrics.get(run.metric.name)
@@ -101,6 +113,7 @@ class Exported:
     round: int
     network: Mapping[str, Any]  # who builds it
     whole: bool
+    pixels: Mapping[str, Any]  # how images become inputs; empty: nobody said
 
 
 def _writers() -> dict[str, Callable[[Exported, Path], list[str]]]:
@@ -111,7 +124,12 @@ def _write_mask(model: Exported, to: Path) -> list[str]:
     from flower_mcepl.personal import read_personal, save_agent
 
     size = save_agent(
-        model.agent, to, round=model.round, network=model.network, metrics=model.metrics
+        model.agent,
+        to,
+        round=model.round,
+        network=model.network,
+        metrics=model.metrics,
+        pixels=model.pixels,
     )
     file = read_personal(to)
     weights = sum(mask.numel() for mask in file.masks.values())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents import Agent
+from flower_mcepl.personal.inputs import PIXELS
 from flower_mcepl.personal.network import NETWORK
 from flower_mcepl.personal.origins import Origin
 from flower_mcepl.personal.writing import save_personal
@@ -22,6 +23,7 @@ def save_agent(
     round: int | None = None,
     network: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
+    pixels: Mapping[str, Any] | None = None,
 ) -> int:
     """Write an agent's personal model as a ``.mask`` file; return its size in bytes.
 
@@ -37,6 +39,8 @@ def save_agent(
         Who builds the network, see `reference_to`.
     metrics : mapping, optional
         What its evaluation gave.
+    pixels : mapping, optional
+        ``mean`` and ``std``, by which images become inputs.
 
     Raises
     ------
@@ -52,6 +56,7 @@ def save_agent(
         **{key: handshake[key] for key in _TOLD if key in handshake},
         **({NETWORK: dict(network)} if network else {}),
         **({"metrics": dict(metrics)} if metrics else {}),
+        **({PIXELS: dict(pixels)} if pixels else {}),
     }
     return save_personal(
         personal_network(agent),

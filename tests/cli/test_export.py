@@ -149,6 +149,14 @@ class SimpleProgram:
         return lambda inputs: self.layer(inputs.flatten(1))
 
 
+def test_how_images_become_inputs_goes_into_the_file(run: Run, app: Path, tmp_path: Path) -> None:
+    to = tmp_path / "a.mask"
+    arguments = (run.path, "--agent", "2", "--to", to, "--app", app)
+    export(*arguments, "--mean", ".5,.25", "--std", "2")
+    assert read_personal(to).facts["pixels"] == {"mean": [0.5, 0.25], "std": [2.0]}
+    assert "Give both" in export(*arguments, "--mean", ".5", code=1)
+
+
 def test_facts_of_a_file_are_json(run: Run, app: Path, tmp_path: Path) -> None:
     export(run.path, "--agent", "0", "--to", tmp_path / "a.mask", "--app", app)
     assert json.loads(json.dumps(read_personal(tmp_path / "a.mask").facts))["seed"] == 3

@@ -1,0 +1,151 @@
+"""``flower-mcepl predict`` on files that a person may have."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from flower_mcepl.cli import app as command_line
+from flower_mcepl.personal import personal_bytes, reference_to
+from flower_mcepl.personal.reading import opened
+
+SHAPE = (3, 8, 8)
+PIXELS = {"mean": [0.5], "std": [0.25]}
+
+
+def image_net() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+
+
+def model_fn() -> nn.Module:
+    torch.manual_seed(0)
+    return image_net()
+
+
+def write(folder: Path, *, task: str = "classification", **facts: Any) -> tuple[Path, nn.Module]:
+    torch.manual_seed(0)
+    module = image_net()
+    named = {"network": reference_to(model_fn), "task": task, **facts}
+    data = personal_bytes(module, facts=named, input_shape=(1, *SHAPE))
+    (folder / "a.mask").write_bytes(data)
+    return folder / "a.mask", opened(data, where="x").network(image_net)
+
+
+def predict(*arguments: str | Path, code: int = 0) -> str:
+    result = CliRunner().invoke(command_line, ["predict", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.output if code == 0 else str(result.exception)
+
+
+def rows_of(*arguments: str | Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(predict(*arguments, "--json"))
+    return rows
+
+
+def expected(network: nn.Module, inputs: torch.Tensor) -> list[tuple[int, float]]:
+    probabilities = network(inputs).softmax(1)
+    return [(int(row.argmax()), pytest.approx(float(row.max()))) for row in probabilities]
+
+
+def test_arrays_are_taken_as_they_are(tmp_path: Path) -> None:
+    model, network = write(tmp_path)
+    inputs = torch.randn(70, *SHAPE)
+    np.save(tmp_path / "all.npy", inputs.numpy())
+    np.save(tmp_path / "one.npy", inputs[0].double().numpy())
+    np.savez(tmp_path / "two.npz", left=inputs[1], right=inputs[2:4])
+    files = [tmp_path / name for name in ("all.npy", "one.npy", "two.npz")]
+    rows = rows_of(model, *files)
+    known = expected(network, torch.cat([inputs, inputs[:4]]))
+    assert [(row["class"], row["probability"]) for row in rows] == known
+    assert [row["input"] for row in rows[69:]] == [
+        *(f"{files[0]}[69]", f"{files[1]}"),
+        *(f"{files[2]}:left", f"{files[2]}:right[0]", f"{files[2]}:right[1]"),
+    ]
+
+
+def test_a_table_has_a_line_for_each_input(tmp_path: Path) -> None:
+    model, network = write(tmp_path)
+    inputs = torch.randn(2, *SHAPE)
+    np.save(tmp_path / "x.npy", inputs.numpy())
+    head, *lines = predict(model, tmp_path / "x.npy").splitlines()
+    assert head.split() == ["input", "class", "probability"]
+    best, probability = expected(network, inputs)[1]
+    name, shown, share = lines[1].split()
+    assert (name, int(shown)) == (f"{tmp_path / 'x.npy'}[1]", best)
+    assert float(share) == pytest.approx(probability.expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("by", ["file", "options"])
+def test_images_become_inputs_by_mean_and_deviation(tmp_path: Path, by: str) -> None:
+    image = pytest.importorskip("PIL.Image")
+    model, network = write(tmp_path, **({"pixels": PIXELS} if by == "file" else {}))
+    values = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("no image")
+    for number, picture in enumerate(values):
+        image.fromarray(picture).save(folder / f"{number}.png")
+    inputs = (torch.from_numpy(values).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+    options = () if by == "file" else ("--mean", "0.5,0.5,0.5", "--std", ".25")
+    rows = rows_of(model, folder, *options)
+    assert [(row["class"], row["probability"]) for row in rows] == expected(network, inputs)
+    assert [Path(row["input"]).name for row in rows] == ["0.png", "1.png"]
+
+
+def test_other_tasks_have_other_answers(tmp_path: Path) -> None:
+    inputs = torch.randn(1, *SHAPE)
+    np.save(tmp_path / "x.npy", inputs.numpy())
+    model, network = write(tmp_path, task="regression")
+    (row,) = rows_of(model, tmp_path / "x.npy")
+    assert row["outputs"] == pytest.approx(network(inputs)[0].tolist())
+    assert "outputs" in predict(model, tmp_path / "x.npy")
+
+
+def test_inputs_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    model, _ = write(tmp_path)
+    np.save(tmp_path / "small.npy", np.zeros((3, 7, 8), np.float32))
+    np.save(tmp_path / "text.npy", np.array(["a"]))
+    np.save(tmp_path / "odd.npy", np.array([{}]), allow_pickle=True)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "small.npy").read_bytes()[:-1])
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    image.fromarray(np.zeros((9, 8, 3), np.uint8)).save(tmp_path / "tall.png")
+    (tmp_path / "empty").mkdir()
+    pixels = ("--mean", ".5", "--std", ".5")
+    for arguments, what in (
+        (["small.npy"], r"one input of shape (3, 8, 8), or a batch of them; got (3, 7, 8)"),
+        (["text.npy"], "must hold numbers"),
+        (["odd.npy"], "no readable array"),
+        (["cut.npy"], "no readable array"),
+        (["none.npy"], "no readable array"),
+        (["x.txt"], "got x.txt"),
+        (["empty"], "holds no file"),
+        (["tall.png"], "does not say how. Say it with --mean and --std"),
+        (["tall.png", *pixels], "has 9 x 8"),
+        (["bad.png", *pixels], "no readable image"),
+        (["bad.png", "--mean", "1,2", "--std", "1"], "no readable image"),
+        (["tall.png", "--mean", "1"], "belong together"),
+        (["tall.png", "--mean", "x", "--std", "1"], "is one number, or one a channel"),
+        (["tall.png", "--mean", "1", "--std", "0"], "must not be 0"),
+    ):
+        first, *options = arguments
+        assert what in predict(model, tmp_path / first, *options, code=1), arguments
+
+
+def test_the_networks_code_is_imported_from_the_app(tmp_path: Path) -> None:
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "mcepl_predict_probe.py").write_text(
+        "from torch import nn\n\n\ndef model_fn():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))\n"
+    )
+    fact = {"reference": "mcepl_predict_probe:model_fn", "config": {}}
+    model, _ = write(tmp_path, network=fact)
+    np.save(tmp_path / "x.npy", np.zeros(SHAPE, np.float32))
+    assert "cannot be imported here" in predict(model, tmp_path / "x.npy", code=1)
+    assert len(rows_of(model, tmp_path / "x.npy", "--app", app)) == 1
