@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from flower_mcepl.agents import Agent
 
 MASK, PROGRAM, ONNX = ".mask", ".pt2", ".onnx"
-_OF_THIS_MACHINE = ("record-dir", "resume", "state-dir")  # keys that no file needs
 
 
 def export(
@@ -202,12 +201,9 @@ def _app_of(run: Run, app: Path | None) -> Path:
 
 def _network(run: Run, app: Path, agent: int) -> dict[str, Any]:
     """Who builds the network, as a file can say it; empty: nobody with a name."""
-    from flower_mcepl.personal import reference_to
+    from flower_mcepl.personal import reference_to_app
 
     with imported_client(read_app(app)) as client:
-        model_fn = client.model_fn
-    if model_fn is None:
-        return {}
-    settings = {k: v for k, v in config_of_test(run).items() if k not in _OF_THIS_MACHINE}
-    context = {"run_config": settings, "node_config": node_of(run, agent)}
-    return reference_to(model_fn, context=context)
+        if client.model_fn is None:
+            return {}
+        return reference_to_app(client.model_fn, config_of_test(run), node_of(run, agent))

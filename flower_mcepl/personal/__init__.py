@@ -2,7 +2,7 @@
 
 from flower_mcepl.personal.agents import personal_network, save_agent
 from flower_mcepl.personal.compacting import Compact, compact, compact_or_whole
-from flower_mcepl.personal.network import reference_to
+from flower_mcepl.personal.network import reference_to, reference_to_app
 from flower_mcepl.personal.origins import Origin
 from flower_mcepl.personal.predicting import predict
 from flower_mcepl.personal.reading import PersonalFile, load_personal, read_personal
@@ -20,6 +20,7 @@ __all__ = [
     "predict",
     "read_personal",
     "reference_to",
+    "reference_to_app",
     "save_agent",
     "save_personal",
 ]

@@ -4,14 +4,15 @@ import hashlib
 import importlib
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor, nn
 
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.masks.model import shared_module
 
 NETWORK = "network"  # fact of a file: who builds it
 _WAY_OUT = "Pass the model function: load_personal(path, model_fn)."
@@ -53,6 +54,73 @@ def reference_to(
         return {}
     known = {"reference": f"{module}:{name}", "config": dict(config or {})}
     return known if context is None else {**known, "context": dict(context)}
+
+
+def reference_to_app(
+    model_fn: Callable[..., Any],
+    run_config: Mapping[str, Any],
+    node_config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Fact of a file that names a Flower app's model function, and what that reads.
+
+    Settings that it does not read stay out: they are of the run and its machine. Empty
+    where the function has no global name, or needs more of a context than settings.
+    """
+    run, node = _Read(run_config), _Read(node_config)
+    try:
+        shared_module(lambda: model_fn(SimpleNamespace(run_config=run, node_config=node)), seed=0)
+    except Exception:  # it needs a context of Flower
+        return {}
+    return reference_to(model_fn, context={"run_config": run.read(), "node_config": node.read()})
+
+
+@final
+class _Read(dict[str, Any]):
+    """Settings that know which of them were read."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        self._keys: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self._keys.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._keys.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self._keys.add(str(key))
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self._keys.update(super().keys())
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        return self._all().keys()
+
+    def items(self) -> Any:
+        return self._all().items()
+
+    def values(self) -> Any:
+        return self._all().values()
+
+    def copy(self) -> dict[str, Any]:
+        return self._all()
+
+    def __or__(self, other: Any) -> Any:
+        return self._all() | other
+
+    def _all(self) -> dict[str, Any]:
+        """Plain settings, for who may read any of them."""
+        self._keys.update(super().keys())
+        return {key: super(_Read, self).__getitem__(key) for key in super().keys()}
+
+    def read(self) -> dict[str, Any]:
+        """Those that were read."""
+        return {key: value for key, value in super().items() if key in self._keys}
 
 
 def network_of(facts: Mapping[str, Any]) -> Callable[[], nn.Module]:

@@ -1,5 +1,6 @@
 """Writing of a personal model's file: the fewest bytes that give every bit again."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,8 +95,7 @@ def personal_bytes(
     tensors = named_tensors(module)
     told = {**(facts or {}), "structure": structure(module)}
     if input_shape is not None:
-        module.eval()
-        told["probe"] = probe_of(module, input_shape)
+        told["probe"] = probe_of(copy.deepcopy(module).eval(), input_shape)
     draft = _Draft.of(tensors, set(layers), origin)
     fingerprint = fingerprint or fingerprint_of(module, layers)
     known = [{}] if origin is None else [{}, *origin.scores(layers)]

@@ -28,7 +28,9 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     app = write_app(tmp_path_factory.mktemp("app"), "export")
     client = next(app.glob("*/client_app.py"))
     three = SPLITS.replace(", split(", ", split(2000 + agent, scale), split(")
-    client.write_text(client.read_text().replace(SPLITS, three))
+    text = client.read_text().replace(SPLITS, three)
+    reads = "def model_fn(context):\n    assert context.run_config['scale']\n"
+    client.write_text(text.replace("def model_fn(context):\n", reads))
     settings = (app / "pyproject.toml").read_text().replace("num-rounds = 2\n", SETTINGS)
     (app / "pyproject.toml").write_text(settings)
     return app
@@ -67,7 +69,7 @@ def test_a_mask_file_is_the_agents_model(run: Run, app: Path, tmp_path: Path, st
     assert (facts["algorithm"], facts["agent"], facts["task"]) == ("mcepl", 2, "classification")
     best = {row["agent"]: row["round"] for row in run.best_states()}[2]
     assert facts["round"] == (best if state == "best" else 3)
-    assert not {"record-dir", "resume"} & facts["network"]["context"]["run_config"].keys()
+    assert facts["network"]["context"] == {"run_config": {"scale": 1.0}, "node_config": {}}
     assert read_personal(file).stored == 0
     assert f"{file}: {human_bytes(file.stat().st_size)} for 228 masked weights" in text
     assert f"agent 2, {state} state, accuracy {metrics['accuracy']:.4f}" in text

@@ -30,6 +30,7 @@ from flower_mcepl.personal import (
     personal_bytes,
     read_personal,
     reference_to,
+    reference_to_app,
     save_personal,
 )
 from flower_mcepl.personal.layout import HEADER, MAX_WORDS, checksum
@@ -215,6 +216,38 @@ def test_a_flower_apps_model_function_gets_its_context() -> None:
     named = {"network": reference_to(model_fn, context=context)}
     file = opened(personal_bytes(baked(AlexNetCifarNarrow), facts=named), where="x")
     assert isinstance(file.network(), AlexNetCifar)
+
+
+@pytest.mark.parametrize(
+    ("reads", "kept"),
+    [
+        (lambda settings: settings["width"], {"width"}),
+        (lambda settings: settings.get("depth", 3), set()),
+        (lambda settings: "seed" in settings, {"seed"}),
+        (lambda settings: dict(settings), {"width", "seed"}),
+        (lambda settings: {**settings}, {"width", "seed"}),
+        (lambda settings: list(settings), {"width", "seed"}),
+        (lambda settings: settings | {}, {"width", "seed"}),
+        (lambda settings: settings.copy(), {"width", "seed"}),
+        (lambda settings: settings.items(), {"width", "seed"}),
+        (lambda settings: [*settings.values()], {"width", "seed"}),
+    ],
+)
+def test_settings_that_a_model_function_does_not_read_stay_out(
+    reads: Any, kept: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reading(context: Any) -> nn.Module:
+        reads(context.run_config)
+        return small_net()
+
+    monkeypatch.setattr(reading, "__qualname__", "reading")
+    fact = reference_to_app(reading, {"width": 1, "seed": 2}, {"partition-id": 3})
+    assert fact["context"]["node_config"] == {}
+    assert fact["context"]["run_config"].keys() == kept
+
+
+def test_a_model_function_that_needs_flower_itself_is_not_named() -> None:
+    assert reference_to_app(lambda context: context.run_id, {}, {}) == {}
 
 
 @pytest.mark.parametrize(
