@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flower_mcepl.agents import Agent
 
 MASK, PROGRAM, ONNX = ".mask", ".pt2", ".onnx"
+SIGNED_CONSTANT = "signed-constant"  # value of weight-init; its module loads torch
 
 
 def export(
@@ -135,16 +136,25 @@ def _write_mask(model: Exported, to: Path) -> list[str]:
     whole = human_bytes(sum(x.numel() * x.element_size() for x in file.tensors.values()))
     lines = [f"{to}: {human_bytes(size)} for {weights:,} masked weights; without masks {whole}"]
     if file.stored:
-        lines.append(
-            f"{human_bytes(file.stored)} of it are weights that the run's seed does not draw "
-            'again; with weight-init = "signed-constant" no masked weight is stored'
-        )
+        why = _why_stored(model.agent.parameters().get("weight_init"))
+        lines.append(f"{human_bytes(file.stored)} of it are weights that are stored: {why}")
     if not model.network:
         lines.append(
             "its model function has no name that can be imported: load_personal needs one, "
             "load_personal(path, model_fn)"
         )
     return lines
+
+
+def _why_stored(weight_init: object) -> str:
+    if weight_init is None:
+        return "the algorithm trains weights"
+    if weight_init == SIGNED_CONSTANT:
+        return "under its masks they are no signed constants any more"
+    return (
+        "the run's seed does not draw them again, as it does with PyTorch's own initialization and "
+        'with weight-init = "signed-constant"'
+    )
 
 
 def _write_graph(model: Exported, to: Path) -> list[str]:

@@ -112,9 +112,7 @@ def export_onnx(module: nn.Module, path: Path, batches: Sequence[Tensor]) -> Agr
 
     program = _program(module, batches[0])
     with _draft(path) as draft, _quiet():
-        converted = torch.onnx.export(program, dynamo=True, verbose=False)
-        assert converted is not None
-        converted.save(draft, external_data=False)
+        _convert(program, draft)
         session = onnxruntime.InferenceSession(draft, providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
 
@@ -122,6 +120,23 @@ def export_onnx(module: nn.Module, path: Path, batches: Sequence[Tensor]) -> Agr
             return torch.from_numpy(session.run(None, {name: inputs.numpy()})[0])
 
         return _accepted(draft, path, agreement(run_of(module), there, batches))
+
+
+def _convert(program: torch.export.ExportedProgram, draft: str) -> None:
+    try:
+        converted = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert converted is not None
+        converted.save(draft, external_data=False)
+    except Exception as error:  # whatever the exporter meets; torch before 2.7 knows no program
+        raise UnsupportedLayerError(
+            f"torch {torch.__version__} cannot make ONNX of the network ({type(error).__name__}: "
+            f"{_first_line(error)}). It takes torch 2.7 and layers that ONNX has; export to .pt2 "
+            "or .mask."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def run_of(module: Callable[..., Any]) -> Run:
@@ -140,7 +155,7 @@ def _program(module: nn.Module, inputs: Tensor) -> torch.export.ExportedProgram:
     except Exception as error:  # whatever a network's code does to torch.export
         raise UnsupportedLayerError(
             f"torch.export cannot take {type(module).__name__} ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error) else ''}). Export to .mask, which "
+            f"{_first_line(error)}). Export to .mask, which "
             "holds any network, or make its forward one that torch.export takes."
         ) from error
 

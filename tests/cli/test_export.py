@@ -21,6 +21,10 @@ from tests.fleet.study_app import write_app, write_study
 SPLITS = "return split(agent, scale), split(1000 + agent, scale)"
 SETTINGS = 'evaluate-on = "validation"\nnum-rounds = 3\nkeep-best = true\n'
 
+needs_torch = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7), reason="needs torch >= 2.7"
+)
+
 
 @pytest.fixture(scope="session")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -75,6 +79,26 @@ def test_a_mask_file_is_the_agents_model(run: Run, app: Path, tmp_path: Path, st
     assert f"agent 2, {state} state, accuracy {metrics['accuracy']:.4f}" in text
 
 
+@pytest.mark.parametrize("algorithm", ["dsgd", "dispfl", "fedpm", "fedavg", "mask-averaging"])
+def test_the_model_of_any_algorithm_is_exported(app: Path, tmp_path: Path, algorithm: str) -> None:
+    settings = f'[config]\nalgorithm = "{algorithm}"\nkeep-best = false\n'
+    study = read_study(write_study(tmp_path, app, settings))
+    assert [outcome.error for outcome in run_study(study)] == [None]
+    (record,) = [path.parent for path in study.out.glob("*/config.json")]
+    to = tmp_path / "a.mask"
+    text = export(record, "--agent", "1", "--to", to, "--app", app)
+    run = read_run(record)
+    with restored_agent(run, app, 1, state="last") as agent:
+        inputs, _ = next(iter(agent.data.test.evaluation_batches(batch_size=99)))  # type: ignore[attr-defined]
+        assert torch.equal(load_personal(to)(inputs), personal_network(agent)(inputs))
+        assert read_personal(to).facts["metrics"] == agent.evaluate()
+    stored = read_personal(to).stored
+    assert (stored == 0) == (algorithm == "fedpm")
+    assert ("weights that are stored" in text) == bool(stored)
+    if algorithm != "mask-averaging":
+        assert ("the algorithm trains weights" in text) == bool(stored)
+
+
 def test_the_best_state_is_exported_where_there_is_one(run: Run, app: Path, tmp_path: Path) -> None:
     assert ", best state" in export(
         run.path, "--agent", "1", "--to", tmp_path / "a.mask", "--app", app
@@ -91,6 +115,7 @@ def test_the_app_is_looked_for_around_the_record_and_here(
     assert "agent 2" in export(*arguments)
 
 
+@needs_torch
 def test_a_program_gives_what_the_agent_predicts(run: Run, app: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.pt2"
     text = export(run.path, "--agent", "2", "--to", file, "--app", app)
@@ -101,6 +126,7 @@ def test_a_program_gives_what_the_agent_predicts(run: Run, app: Path, tmp_path: 
     assert "same prediction for 24 of 24 inputs" in text
 
 
+@needs_torch
 def test_an_onnx_file_gives_what_the_agent_predicts(run: Run, app: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -129,6 +155,7 @@ def test_what_cannot_be_exported_says_why(run: Run, app: Path, tmp_path: Path) -
     assert not to.exists()
 
 
+@needs_torch
 def test_a_network_that_gives_something_else_is_not_written(
     run: Run, app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +168,21 @@ def test_a_network_that_gives_something_else_is_not_written(
         run.path, "--agent", "2", "--to", file, "--app", app, code=1
     )
     assert not file.exists()
+
+
+@needs_torch
+def test_a_network_that_onnx_does_not_have_is_said(
+    run: Run, app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+
+    def refuses(*arguments: Any, **settings: Any) -> None:
+        raise RuntimeError("no such operator\nmore")
+
+    monkeypatch.setattr(torch.onnx, "export", refuses)
+    text = export(run.path, "--agent", "2", "--to", tmp_path / "a.onnx", "--app", app, code=1)
+    assert "cannot make ONNX of the network (RuntimeError: no such operator)" in text
+    assert [*tmp_path.iterdir()] == []
 
 
 class SimpleProgram:
