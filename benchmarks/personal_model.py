@@ -36,9 +36,9 @@ START = """
 import sys
 {packages}
 def kilobytes(field):
-    lines = open("/proc/self/status").read().splitlines()
+    lines = open("/proc/self/status", encoding="utf-8").read().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(field)))
-open("/proc/self/clear_refs", "w").write("5")
+open("/proc/self/clear_refs", "w", encoding="utf-8").write("5")
 before = kilobytes("VmRSS")
 {load}
 print(kilobytes("VmHWM") - before)
@@ -153,7 +153,7 @@ def memory_of(suffix: str, file: Path) -> float:
     packages, load = RUN[suffix]
     code = START.format(packages=packages, load=load)
     result = subprocess.run(
-        [sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(file)], capture_output=True, check=True
     )
     return int(result.stdout) / 1000
 

@@ -87,7 +87,7 @@ def test_images_become_inputs_by_mean_and_deviation(tmp_path: Path, by: str) -> 
     values = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     folder = tmp_path / "photos"
     folder.mkdir()
-    (folder / "notes.txt").write_text("no image")
+    (folder / "notes.txt").write_bytes(b"no image")
     for number, picture in enumerate(values):
         image.fromarray(picture).save(folder / f"{number}.png")
     inputs = (torch.from_numpy(values).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
