@@ -2,11 +2,14 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import final
+
+from torch import Tensor
 
 from flower_mcepl.exchange.held import Held
 from flower_mcepl.wire.layout import FrameBytes, FrameHeader, digest
-from flower_mcepl.wire.payload import Reference
+from flower_mcepl.wire.payload import Reference, support_of, values_of
 
 Key = tuple[bytes, str]
 
@@ -32,16 +35,18 @@ class DecodedFrames:
         self._lock = threading.Lock()
 
     @staticmethod
-    def key(data: FrameBytes, header: FrameHeader, known: Reference | None) -> Key | None:
+    def key(data: FrameBytes, header: FrameHeader, references: Sequence[Reference]) -> Key | None:
         """Return what a checked frame is kept under; None if it is not to be kept.
 
-        ``known`` is what the receiver holds of the sender.
+        ``references`` are what the receiver may decode it with, in the order of
+        `unpack_frame`.
         """
         if not header.coded_bytes:
             return None
         if header.reference is None:
             return bytes(data), ""
-        if known is None or known.round != header.reference or not known.content:
+        known = next((r for r in references if r.round == header.reference), None)
+        if known is None or not known.content:
             return None
         flips = digest(
             part for name in sorted(known.flips) for part in (name.encode(), known.flips[name].data)
@@ -74,3 +79,19 @@ class DecodedFrames:
 
 def _num_bytes(key: Key, held: Held) -> int:
     return len(key[0]) + sum(array.nbytes for array in held.arrays().values())
+
+
+def common_reference(first: Mapping[str, Tensor]) -> Reference:
+    """The common first payload as a reference, with a content to be known by.
+
+    It came in no frame, so its content is of another form than that of a frame.
+    """
+    return Reference(0, first, content="first " + digest(_pieces(first)).hex())
+
+
+def _pieces(payload: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    for name in sorted(payload):
+        support, values = support_of(payload[name]), values_of(payload[name])
+        about = name, tuple(payload[name].shape), support is None, values is None
+        yield repr(about).encode()
+        yield from (array.data for array in (support, values) if array is not None)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from flower_mcepl.errors import (
     ReplayedFrameError,
     StateError,
 )
-from flower_mcepl.exchange.decoded import DecodedFrames, Key
+from flower_mcepl.exchange.decoded import DecodedFrames, Key, common_reference
 from flower_mcepl.exchange.held import Held
 from flower_mcepl.files.bundle import Arrays
 from flower_mcepl.wire import (
@@ -167,9 +168,10 @@ class Mailbox:
             is_new = held is None or newest > held.round
             if not is_new and not doubtful:
                 continue
-            key = DecodedFrames.key(data, header, known[0] if known else None)
+            usable = [*known, *self._common]
+            key = DecodedFrames.key(data, header, usable)
             try:
-                reference, came = self._unpack(payload, header, known, key)
+                reference, came = self._unpack(payload, header, usable, key)
                 self._check_kept(sender, came)
             except FrameError:
                 self._doubtful.add(sender)
@@ -208,16 +210,20 @@ class Mailbox:
                 "the sender."
             )
 
+    @cached_property
+    def _common(self) -> list[Reference]:
+        """The common first payload, if there is one."""
+        return [] if self._first is None else [common_reference(self._first)]
+
     def _unpack(
-        self, payload: memoryview, header: FrameHeader, known: Sequence[Reference], key: Key | None
+        self, payload: memoryview, header: FrameHeader, usable: Sequence[Reference], key: Key | None
     ) -> tuple[Reference, Held]:
         """Payload of a frame, unpacked and packed; decoded once in a process."""
         decoded = _decoded.get(key)
         if decoded is not None:
             return decoded.reference(self._layers), decoded
-        first = [] if self._first is None else [Reference(0, self._first)]
         reference = unpack_frame(
-            payload, header, references=[*known, *first], prior=self._prior
+            payload, header, references=usable, prior=self._prior
         ).as_reference()
         _check_finite(reference.tensors, name_frame(header.sender, header.round))
         held = Held.of(reference, self._layers)

@@ -11,9 +11,10 @@ import torch
 
 from flower_mcepl import Topology, errors, simulate
 from flower_mcepl.exchange import mailbox
-from flower_mcepl.exchange.decoded import DecodedFrames
+from flower_mcepl.exchange.decoded import DecodedFrames, common_reference
 from flower_mcepl.exchange.held import Held
 from flower_mcepl.exchange.mailbox import Mailbox
+from flower_mcepl.exchange.turn import Reply
 from flower_mcepl.wire import FrameHeader, Reference, read_header, unpack_frame, write_frame
 from tests.fleet.agents import make_fleet, same_tensors
 
@@ -170,3 +171,59 @@ def test_a_simulation_has_the_same_bits_without_it(
     decodings.clear()
     assert all(same_tensors(one, other) for one, other in zip(played(), shared, strict=True))
     assert once < len(decodings)
+
+
+def wide_net() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(36, 200), torch.nn.Linear(200, 3)
+    )
+
+
+def test_the_first_exchange_is_decoded_once_for_all(decodings: list[int]) -> None:
+    built_on = []
+
+    def look(round: int, agent: int, reply: Reply) -> None:
+        built_on.extend(frame.reference for frame in reply.frames)
+
+    simulate(
+        make_fleet(6, model_fn=wide_net, retention=0.3),
+        Topology.complete(6),
+        num_rounds=1,
+        on_reply=look,
+    )
+    assert built_on == [0] * 6  # all on the common first payload
+    assert decodings == [1] * 6
+
+
+def test_another_first_payload_is_another_reference(decodings: list[int]) -> None:
+    other = {**WHOLE, "fc": WHOLE["fc"].logical_not()}
+    frame = write_frame(
+        CHANGED, sender=5, round=1, fingerprint=FINGERPRINT, reference=Reference(0, WHOLE)
+    )
+    assert frame.reference == 0
+    for owner in (1, 2):  # each with a first payload of its own, equal to the other's
+        one = box(owner, first={name: bits.clone() for name, bits in WHOLE.items()})
+        one.put(5, [frame.data], latest_round=1)
+        assert same_tensors(dict(one.current([5], round=1)[5]), CHANGED)
+    assert decodings == [1]
+    for first in (None, other):
+        with pytest.raises(errors.MissingReferenceError):
+            box(3, first=first).put(5, [frame.data], latest_round=1)
+
+
+def test_a_common_payload_is_known_by_all_that_it_holds() -> None:
+    sparse = torch.tensor([[0.0, 2.0]]).to_sparse().coalesce()
+    payloads = [
+        {},
+        {"a": torch.zeros(2)},
+        {"b": torch.zeros(2)},
+        {"a": torch.zeros(1, 2)},
+        {"a": torch.zeros(2, dtype=torch.bool)},
+        {"a": torch.tensor([0.0, 1.0])},
+        {"a": sparse},
+        {"a": 2 * sparse},
+        {"a": sparse.to_dense()},
+    ]
+    contents = [common_reference(payload).content for payload in payloads]
+    assert len(set(contents)) == len(payloads)
+    assert contents == [common_reference(payload).content for payload in payloads]
