@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -57,11 +57,17 @@ class Ledger:
         self.fp32_bytes = 0
         self.paper_convention_bits = 0
         self.initial_bytes = 0  # of initial arrays, from the server to nodes; over no link
+        # running sums of `links` and `uplinks`, but for the bits per weight
+        self._over_links, self._up = Count(), Count()
         self._told: dict[tuple[int, ...], list[int]] = {}  # as of the last `changes`
+        # links and uplinks that may have changed since
+        self._used: set[tuple[int, ...]] = set()
 
     def add_uplink(self, agent: int, frames: Sequence[Shipment]) -> None:
         """Count frames that came up to the relay."""
         self.uplinks[agent].add(frames)
+        self._up.add(frames)
+        self._used.add((agent,))
 
     def add_delivery(self, sender: int, receiver: int, frames: Sequence[Shipment]) -> None:
         """Count frames handed out for one link in one round.
@@ -69,6 +75,8 @@ class Ledger:
         A node that goes away may never fetch them.
         """
         self.links[sender, receiver].add(frames)
+        self._over_links.add(frames)
+        self._used.add((sender, receiver))
         num_bytes = sum(frame.num_bytes for frame in frames)
         self._sent[sender] += num_bytes
         self._received[receiver] += num_bytes
@@ -90,7 +98,8 @@ class Ledger:
 
     def totals(self) -> dict[str, Any]:
         """Totals of the run in bytes, and mean bits per weight on links and uplinks."""
-        links, uplinks = _sum(self.links.values()), _sum(self.uplinks.values())
+        links = _with_bits(self._over_links, self.links.values())
+        uplinks = _with_bits(self._up, self.uplinks.values())
         both = _sum([links, uplinks])
         handled = {
             agent: count.bytes + self.received(agent) for agent, count in self.uplinks.items()
@@ -125,13 +134,12 @@ class Ledger:
 
     def changes(self) -> dict[str, list[list[int]]]:
         """Counts since the last call, in rows that `TRAFFIC_COLUMNS` names."""
-        links: list[tuple[tuple[int, ...], Count]] = sorted(
-            self.links.items(), key=lambda item: item[0]
-        )
-        uplinks: list[tuple[tuple[int, ...], Count]] = [
-            ((agent,), self.uplinks[agent]) for agent in sorted(self.uplinks)
-        ]
-        return {"links": self._rows(links), "uplinks": self._rows(uplinks)}
+        used = sorted(self._used)
+        self._used = set()
+        return {
+            "links": self._rows((ends, self.links[ends]) for ends in used if len(ends) == 2),
+            "uplinks": self._rows((ends, self.uplinks[ends[0]]) for ends in used if len(ends) == 1),
+        }
 
     def state(self) -> dict[str, Any]:
         """All counts, JSON-able, in their order: sums of floats depend on it."""
@@ -155,7 +163,9 @@ class Ledger:
         self.uplinks = defaultdict(Count, {row[0]: Count(*row[1:]) for row in state["uplinks"]})
         self._sent = defaultdict(int, dict(state["sent"]))
         self._received = defaultdict(int, dict(state["received"]))
+        self._over_links, self._up = _sum(self.links.values()), _sum(self.uplinks.values())
         self._told = {tuple(ends): list(counts) for ends, counts in state["told"]}
+        self._used = {*self.links, *((agent,) for agent in self.uplinks)}
         self.deliveries = state["deliveries"]
         self.fp32_bytes = state["fp32-bytes"]
         self.paper_convention_bits = state["paper-convention-bits"]
@@ -164,8 +174,8 @@ class Ledger:
     def _rows(self, counts: Iterable[tuple[tuple[int, ...], Count]]) -> list[list[int]]:
         rows = []
         for ends, count in counts:
-            now = list(_shown(count).values())
-            before = self._told.get(ends, [0] * len(now))
+            now = [count.frames, count.keys, count.bytes, count.header_bytes]
+            before = self._told.get(ends, [0, 0, 0, 0])
             if now != before:
                 rows.append([*ends, *(new - old for new, old in zip(now, before, strict=True))])
                 self._told[ends] = now
@@ -185,9 +195,20 @@ def _shown(count: Count) -> dict[str, int]:
 def _sum(counts: Iterable[Count]) -> Count:
     total = Count()
     for count in counts:
-        for key, value in asdict(count).items():
+        for key, value in vars(count).items():
             setattr(total, key, getattr(total, key) + value)
     return total
+
+
+def _with_bits(total: Count, counts: Iterable[Count]) -> Count:
+    """The total with the bits per weight of all counts."""
+    # Added up anew in the order of the counts: a running sum would round otherwise, and
+    # a record's last digit would depend on how often it was asked for. `sum` rounds
+    # otherwise, too, from Python 3.12 on.
+    bits = 0.0
+    for count in counts:
+        bits += count.bits_per_weight
+    return replace(total, bits_per_weight=bits)
 
 
 def _mean_bits(count: Count) -> float | None:

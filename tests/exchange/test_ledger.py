@@ -1,13 +1,15 @@
 """The ledger against a slow recount."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flower_mcepl.exchange.ledger import TRAFFIC_COLUMNS, Ledger, Shipment
+from flower_mcepl.exchange.ledger import TRAFFIC_COLUMNS, Count, Ledger, Shipment
 
 shipments = st.builds(
     lambda size, header, key, weights, kept: Shipment(size + header, header, key, weights, kept),
@@ -152,6 +154,60 @@ def test_changes_are_those_since_the_last_call_and_sum_to_the_totals(
     assert [[*place, *row] for place, row in sorted(sums["links"].items())] == [
         list(row.values()) for row in ledger.link_rows()
     ]
+
+
+def slow_sum(counts: Iterable[Count]) -> Count:
+    total = Count()
+    for count in counts:
+        for name, value in asdict(count).items():
+            setattr(total, name, getattr(total, name) + value)
+    return total
+
+
+@given(rounds=st.lists(st.tuples(events, st.booleans()), max_size=5))
+def test_running_totals_equal_the_slow_sums_of_all_links(
+    rounds: list[tuple[list[Event], bool]],
+) -> None:
+    ledger, kept = Ledger(), Ledger()
+    for history, restored in rounds:
+        for event in history:
+            told(ledger, event)
+            told(kept, event)
+        if restored:
+            ledger, before = Ledger(), ledger
+            ledger.restore(json.loads(json.dumps(before.state())))
+        links, uplinks = slow_sum(ledger.links.values()), slow_sum(ledger.uplinks.values())
+        both = slow_sum([links, uplinks])
+        totals = ledger.totals()
+        for prefix, count in (("link_", links), ("uplink_", uplinks)):
+            assert totals[f"{prefix}frames"] == count.frames
+            assert totals[f"{prefix}keys"] == count.keys
+        for prefix, count in (("link_", links), ("uplink_", uplinks), ("", both)):
+            bits = count.bits_per_weight
+            # the same bits, not only about the same number
+            assert totals[f"{prefix}bits_per_weight"] == (bits / count.frames if bits else None)
+        of_bytes = totals["links_total"], totals["uplink_total"], totals["header_total"]
+        assert of_bytes == (links.bytes, uplinks.bytes, both.header_bytes)
+        assert (totals, ledger.changes()) == (kept.totals(), kept.changes())
+        assert ledger.state() == kept.state()
+
+
+def test_what_was_used_before_is_not_walked_again() -> None:
+    ledger = Ledger()
+    for receiver in range(1, 500):
+        ledger.add_delivery(0, receiver, [Shipment(10, 0, True)])
+    ledger.changes()
+    ledger.add_delivery(0, 3, [Shipment(10, 0, True)])
+    asked: list[tuple[int, int]] = []
+
+    class Watched(defaultdict[tuple[int, int], Count]):
+        def __getitem__(self, ends: tuple[int, int]) -> Count:
+            asked.append(ends)
+            return super().__getitem__(ends)
+
+    ledger.links = Watched(Count, ledger.links)
+    assert ledger.changes()["links"] == [[0, 3, 1, 1, 10, 0]]
+    assert asked == [(0, 3)]
 
 
 def test_the_columns_are_named() -> None:
