@@ -27,6 +27,7 @@ from flower_mcepl import AgentData, MceplAgent, MceplConfig, shared_module
 from flower_mcepl.launch import run_app
 from flower_mcepl.models import AlexNetCifar
 
+DEGREE = 10  # mean degree of the example's graph; fewer agents have a complete one
 CIFAR10 = Path(__file__).parents[1] / "examples" / "cifar10"
 
 
@@ -54,7 +55,10 @@ def main() -> None:
     rounds, inside = round_seconds(args.agents, args.rounds)
 
     measured = statistics.median(rounds)
-    print(f"{args.agents} agents, one mini-batch of 128 a round, {cores} cores")
+    print(
+        f"{args.agents} agents, {graph_of(args.agents)}, one mini-batch of 128 a round, "
+        f"{cores} cores"
+    )
     print(f"  bare step: {alone:.3f} s alone, {together:.3f} s with all cores busy")
     print(
         f"  round under flwr run: median {measured:.2f} s of {len(rounds)} rounds "
@@ -71,6 +75,11 @@ def main() -> None:
         f"  inside the agents' own code (fuse, train, encode): {busy:.2f} s a round; "
         f"Flower, Ray, state and building the agents: {measured - busy:.2f} s"
     )
+
+
+def graph_of(agents: int) -> str:
+    """Return the example's graph for so many agents: each has at most all others."""
+    return f"erdos-renyi:degree={min(DEGREE, agents - 1)}"
 
 
 def step_seconds(steps: int) -> float:
@@ -97,6 +106,7 @@ def round_seconds(agents: int, rounds: int) -> tuple[list[float], float]:
                 "data": folder,
                 "train-fraction": 1.0,  # enough for full batches
                 "num-agents": agents,
+                "topology": graph_of(agents),
                 "num-rounds": rounds,
                 "evaluate-every": rounds + 1,
                 "record-dir": f"{folder}/runs",
