@@ -121,7 +121,7 @@ def given_back(args: argparse.Namespace) -> float:
     """
     command = [sys.executable, __file__, "--given-back"]
     command += [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in OPTIONS]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return float(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout)
 
 
 def step_flops(images: torch.Tensor, labels: torch.Tensor) -> int:
