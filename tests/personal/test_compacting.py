@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -245,6 +245,7 @@ def networks(draw: st.DrawFn) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
+@settings(max_examples=25)
 @given(networks())
 def test_any_network_gives_the_same(module: nn.Module) -> None:
     made = checked(module, 2, 9, 9)
