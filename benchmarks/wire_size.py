@@ -22,8 +22,9 @@ import zstandard
 from flower_mcepl import AgentData, MceplAgent, MceplConfig, read_run, shared_module
 from flower_mcepl.models import AlexNetCifar
 from flower_mcepl.wire import Reference, decode_frame
+from flower_mcepl.wire.digits import Bits
 from flower_mcepl.wire.payload import support_of
-from flower_mcepl.wire.range_coding import Bits, BitWriter
+from flower_mcepl.wire.range_coding import BitWriter
 from flower_mcepl.wire.support import Known, choose_code
 
 COLUMNS = ("weights", "flips", "ours", "entropy", "packed", "zstd", "paper")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flower_mcepl.errors import CorruptFrameError
-from flower_mcepl.wire.range_coding import Bits, Ints
+from flower_mcepl.wire.digits import Bits, Ints
 from flower_mcepl.wire.support import Known, Prior
 from flower_mcepl.wire.values import FLOAT32, Codec, Values
 

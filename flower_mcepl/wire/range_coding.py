@@ -6,6 +6,7 @@ rarer bit are coded. All models are binary and all frequencies are integers, so 
 ``docs/wire-format.md`` says how.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import constriction
@@ -13,18 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flower_mcepl.errors import CorruptFrameError
+from flower_mcepl.wire.digits import (
+    ONE,
+    Bits,
+    Ints,
+    count_table,
+    digits_of,
+    frequency_of,
+    gap_table,
+    share_log2,
+)
 
-FREQUENCY_BITS = 24  # a frequency f means the probability f / 2**24
 BITWISE = 16  # a group is coded bit by bit where over one in so many is the rarer bit
-AT_ONCE = 1 << 13  # gaps read in one go: no frame makes its reader allocate much
-
-Ints = NDArray[np.int64]
-Bits = NDArray[np.bool_]
+AT_ONCE = 1 << 13  # gaps or bits in one go: no frame makes its reader allocate much
+SMALL = 1 << 10  # groups of at most so many weights are coded together, bit by bit
 
 _queue = constriction.stream.queue
 _BINARY = constriction.stream.model.Categorical(perfect=False)
-_ONE = 1 << FREQUENCY_BITS
-_X_BITS = np.uint64(32)
 
 
 class BitWriter:
@@ -71,7 +77,8 @@ class BitReader:
 def _models(frequency: Ints) -> tuple[object, ...]:
     """The models of bits with these frequencies, as constriction takes them."""
     # It adds 1 to each of the two integers, given as floats: exact under 2**24.
-    pairs = np.stack([_ONE - 1 - frequency, frequency - 1], axis=1).astype(np.float32)
+    pairs = np.empty((len(frequency), 2), np.float32)
+    pairs[:, 0], pairs[:, 1] = ONE - 1 - frequency, frequency - 1
     if len(frequency) == 1:
         return (constriction.stream.model.Categorical(pairs[0], perfect=False),)
     return _BINARY, pairs
@@ -156,9 +163,9 @@ class Groups:
                 absent[recent if classes is None else classes.place[recent]] = True
             by_bit = np.flatnonzero(~(in_order | absent)), np.flatnonzero(in_order & ~absent)
             self._sets = [(places, np.searchsorted(places, starts)) for places in by_bit]
-        by_class = np.stack([np.diff(begins) for _, begins in self._sets], axis=1).reshape(-1)
+        by_class = np.stack([begins[1:] - begins[:-1] for _, begins in self._sets], axis=1)
         self.sizes: Ints = np.concatenate(
-            [np.array([len(r) for r in self._recent], np.int64), by_class]
+            [np.array([len(r) for r in self._recent], np.int64), by_class.reshape(-1)]
         )
 
     def ranks(self, weights: Ints) -> tuple[Ints, Ints]:
@@ -168,7 +175,9 @@ class Groups:
             at = _find(members, weights)
             groups.append(np.full(len(at), bit))
             ranks.append(at)
-        places = weights if self._classes is None else np.sort(self._classes.place[weights])
+        places = weights
+        if self._classes is not None:
+            places = ascending(self._classes.place[weights], len(self._classes.place))
         for number, (chosen, begins) in enumerate(self._sets):
             at = places if chosen is None else _find(chosen, places)
             within = np.searchsorted(begins, at, side="right") - 1
@@ -191,6 +200,15 @@ class Groups:
         return np.asarray(np.concatenate(pieces))
 
 
+def ascending(places: Ints, numel: int) -> Ints:
+    """The places (all different, below ``numel``) sorted; many are faster marked."""
+    if len(places) * BITWISE < numel:
+        return np.sort(places)
+    taken = np.zeros(numel, np.bool_)
+    taken[places] = True
+    return np.flatnonzero(taken)
+
+
 def _find(members: Ints, wanted: Ints) -> Ints:
     """Ranks of those of ``wanted`` that are ``members``; both ascend."""
     at = np.searchsorted(members, wanted)
@@ -205,68 +223,106 @@ def write_positions(writer: BitWriter, sizes: Ints, counts: Ints, ranks: Ints) -
     The reader must know the sizes and the sum of the counts.
     """
     if len(sizes) > 1:
-        writer.write(*_digits(counts, _count_table(sizes, int(counts.sum()))))
+        writer.write(*digits_of(counts, count_table(sizes, int(counts.sum()))))
     rare, bitwise = _rare(sizes, counts)
-    spots = _turn(sizes, counts, ranks)
-    gaps = np.diff(spots, prepend=0) - 1
-    starts = (np.cumsum(rare) - rare)[rare > 0]
-    gaps[starts] = spots[starts]
-    table = _gap_table(sizes, np.where(bitwise, 0, rare))
-    sparse = np.repeat(~bitwise, rare)
-    writer.write(*_digits(gaps[sparse], table, np.repeat(np.arange(len(sizes)), rare)[sparse]))
-    ends = np.cumsum(rare)
-    for group in np.flatnonzero(bitwise):
-        bits = np.zeros(sizes[group], np.bool_)
-        bits[spots[ends[group] - rare[group] : ends[group]]] = True
-        writer.write(bits, _share(rare[group], sizes[group]))
+    spots, own = _turn(sizes, counts, ranks), np.where(bitwise, 0, rare)
+    row, sparse = np.repeat(np.arange(len(sizes)), own), np.repeat(~bitwise, rare)
+    places, starts = spots[sparse], (np.cumsum(own) - own)[own > 0]
+    gaps = places - 1
+    gaps[1:] -= places[:-1]
+    gaps[starts] = places[starts]
+    writer.write(*digits_of(gaps, gap_table(sizes, own), row))
+    wide, few = sizes[bitwise], rare[bitwise]
+    bits = np.zeros(int(wide.sum()), np.bool_)
+    bits[spots[~sparse] + np.repeat(np.cumsum(wide) - wide, few)] = True
+    for stretch, frequency in _stretches(wide, few):
+        writer.write(bits[stretch], frequency)
 
 
 def read_positions(reader: BitReader, sizes: Ints, total: int) -> tuple[Ints, Ints]:
     """The counts and the ranks, as given to `write_positions`."""
     counts = np.array([total])
     if len(sizes) > 1:
-        counts = _read_digits(reader, _count_table(sizes, total))
+        counts = _read_digits(reader, count_table(sizes, total))
     if counts.sum() != total or np.any(counts > sizes):
         raise CorruptFrameError(
             f"the groups hold {counts.sum()} positions instead of {total}, or more than fit"
         )
     rare, bitwise = _rare(sizes, counts)
     group = np.repeat(np.arange(len(sizes)), rare)
-    sparse = ~bitwise[group]
-    table, row = _gap_table(sizes, np.where(bitwise, 0, rare)), group[sparse]
+    sparse, own = ~bitwise[group], np.where(bitwise, 0, rare)
+    table, row = gap_table(sizes, own), group[sparse]
     pieces = [
         _read_digits(reader, table, row[at : at + AT_ONCE]) for at in range(0, len(row), AT_ONCE)
     ]
     gaps = np.concatenate([np.zeros(0, np.int64), *pieces])
     spots = np.zeros(len(group), np.int64)
     along = np.cumsum(gaps + 1)
-    own = np.where(bitwise, 0, rare)
     # where each group's first gap begins
     before = np.concatenate([[0], along])[np.cumsum(own) - own]
     spots[sparse] = along - np.repeat(before, own) - 1
-    ends = np.cumsum(rare)
-    for g in np.flatnonzero(bitwise):
-        places = np.flatnonzero(reader.read(int(sizes[g]), _share(rare[g], sizes[g])))
-        if len(places) != rare[g]:
-            raise CorruptFrameError(f"a group holds {len(places)} positions instead of {rare[g]}")
-        spots[ends[g] - rare[g] : ends[g]] = places
+    spots[~sparse] = _read_bitwise(reader, sizes[bitwise], rare[bitwise])
     if np.any(spots >= sizes[group]):
         raise CorruptFrameError("a position lies beyond its group")
     return counts, _turn(sizes, counts, spots, back=True)
+
+
+def _read_bitwise(reader: BitReader, sizes: Ints, rare: Ints) -> Ints:
+    """Places of the rarer bit in the groups that are coded bit by bit."""
+    bits = np.zeros(int(sizes.sum()), np.bool_)
+    for stretch, frequency in _stretches(sizes, rare):
+        bits[stretch] = reader.read(stretch.stop - stretch.start, frequency)
+    starts, places = np.cumsum(sizes) - sizes, np.flatnonzero(bits)
+    group = np.searchsorted(starts, places, side="right") - 1
+    came = np.bincount(group, minlength=len(sizes))
+    if (wrong := np.flatnonzero(came != rare)).size:
+        raise CorruptFrameError(
+            f"a group holds {came[wrong[0]]} positions instead of {rare[wrong[0]]}"
+        )
+    return np.asarray(places - starts[group])
+
+
+def _stretches(sizes: Ints, rare: Ints) -> Iterator[tuple[slice, Ints]]:
+    """Stretches of the groups' bits, end to end, with their frequencies.
+
+    As many as a call of the coder takes.
+    """
+    shares = [frequency_of(n, size) for n, size in zip(rare.tolist(), sizes.tolist(), strict=True)]
+    frequency, end = np.array(shares, np.int64), 0
+    for batch in _batches(sizes.tolist()):
+        start, end = end, end + int(sizes[batch].sum())
+        alone = batch.stop - batch.start == 1
+        yield (
+            slice(start, end),
+            frequency[batch] if alone else np.repeat(frequency[batch], sizes[batch]),
+        )
+
+
+def _batches(sizes: Sequence[int]) -> Iterator[slice]:
+    """Groups that are coded in one call: small ones together, a large one alone.
+
+    A call costs as much as some thousand bits, and a frequency for each bit twice as
+    much as one for all.
+    """
+    begin = filled = 0
+    for group, size in enumerate(sizes):
+        room = size if size <= SMALL else AT_ONCE
+        if filled + room > AT_ONCE:
+            yield slice(begin, group)
+            begin, filled = group, 0
+        filled += room
+    if filled:
+        yield slice(begin, len(sizes))
 
 
 def estimate_bits(sizes: Ints, counts: Ints) -> float:
     """Approximate size in bits of what `write_positions` writes."""
     total = int(counts.sum())
     share = counts / np.maximum(sizes, 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        entropy = -np.nan_to_num(share * np.log2(share)) - np.nan_to_num(
-            (1 - share) * np.log2(1 - share)
-        )
-    bits = float(np.sum(sizes * entropy))
+    bits = float(np.sum(sizes * (-share_log2(share) - share_log2(1 - share))))
     if len(sizes) > 1:
-        digits, frequency = _digits(counts, _count_table(sizes, total))
-        bits -= float(np.sum(np.log2(np.where(digits, frequency, _ONE - frequency) / _ONE)))
+        digits, frequency = digits_of(counts, count_table(sizes, total))
+        bits -= float(np.sum(np.log2(np.where(digits, frequency, ONE - frequency) / ONE)))
     return bits
 
 
@@ -278,67 +334,19 @@ def _rare(sizes: Ints, counts: Ints) -> tuple[Ints, Bits]:
 
 def _turn(sizes: Ints, counts: Ints, spots: Ints, *, back: bool = False) -> Ints:
     """Where over half of a group is taken, the ranks left out instead; or ``back``."""
-    turned = 2 * counts > sizes
+    turned, rare = 2 * counts > sizes, np.minimum(counts, sizes - counts)
     if not turned.any():
         return spots
-    lengths = np.minimum(counts, sizes - counts) if back else counts
-    parts = np.split(spots, np.cumsum(lengths)[:-1])
-    for group in np.flatnonzero(turned):
-        others = np.ones(sizes[group], np.bool_)
-        others[parts[group]] = False
-        parts[group] = np.flatnonzero(others)
-    return np.concatenate(parts)
-
-
-def _share(count: np.int64, size: np.int64) -> Ints:
-    return np.array([np.clip((int(count) << FREQUENCY_BITS) // int(size), 1, _ONE - 1)])
-
-
-# A number with a geometric distribution, P(k) ~ x**k, has independent binary digits:
-# digit b is 1 with the probability x**2**b / (1 + x**2**b). So numbers are written
-# digit by digit, lowest first, each at its own frequency. A table has a row for each
-# distribution and a column for each digit; 0 stands where the numbers have no such
-# digit.
-
-
-def _count_table(sizes: Ints, total: int) -> Ints:
-    """Frequencies of each group's count, whose mean is its share of the total."""
-    everything = int(sizes.sum())
-    ratios = [((total * size) << 32) // (everything + total * size or 1) for size in sizes.tolist()]
-    return _table(ratios, [min(size, total) for size in sizes.tolist()])
-
-
-def _gap_table(sizes: Ints, rare: Ints) -> Ints:
-    """Frequencies of each group's gaps between positions."""
-    pairs = list(zip(sizes.tolist(), rare.tolist(), strict=True))
-    return _table(
-        [((size - n) << 32) // max(size, 1) for size, n in pairs],
-        [(size - n) * (n > 0) for size, n in pairs],
-    )
-
-
-def _table(ratios: list[int], largest: list[int]) -> Ints:
-    """Frequencies for each x, in units of 2**-32, and largest number that may occur."""
-    lengths = np.array([value.bit_length() for value in largest])
-    x = np.array([min(ratio, (1 << 32) - 1) for ratio in ratios], np.uint64)
-    # x ** 2**digit
-    powers = np.empty((int(lengths.max(initial=0)), len(ratios)), np.uint64)
-    for digit in range(len(powers)):
-        powers[digit] = x
-        x = (x * x) >> _X_BITS
-    frequency = (powers << np.uint64(FREQUENCY_BITS)) // (powers + (np.uint64(1) << _X_BITS))
-    has = np.arange(len(powers))[:, None] < lengths
-    return np.asarray(
-        np.where(has, np.maximum(frequency, np.uint64(1)), np.uint64(0)).T.astype(np.int64)
-    )
-
-
-def _digits(numbers: Ints, table: Ints, row: Ints | None = None) -> tuple[Bits, Ints]:
-    """The digits of all numbers, number after number, and their frequencies."""
-    frequency = table if row is None else table[row]
-    digits = (numbers[:, None] >> np.arange(table.shape[1])) & 1
-    has = frequency > 0
-    return digits[has].astype(np.bool_), frequency[has]
+    before, after = (rare, counts) if back else (counts, rare)
+    mine, wide = np.repeat(turned, before), sizes[turned]
+    starts = np.cumsum(wide) - wide  # of the turned groups, end to end
+    free = np.ones(int(wide.sum()), np.bool_)
+    free[spots[mine] + np.repeat(starts, before[turned])] = False
+    others = np.flatnonzero(free) - np.repeat(starts, after[turned])
+    into = np.repeat(turned, after)
+    result = np.empty(len(into), np.int64)
+    result[into], result[~into] = others, spots[~mine]
+    return result
 
 
 def _read_digits(reader: BitReader, table: Ints, row: Ints | None = None) -> Ints:

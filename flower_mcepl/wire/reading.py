@@ -18,6 +18,7 @@ from flower_mcepl.errors import (
     CorruptFrameError,
     MissingReferenceError,
 )
+from flower_mcepl.wire.digits import Ints
 from flower_mcepl.wire.layout import (
     FREE_WEIGHTS,
     WEIGHTS_PER_BYTE,
@@ -37,7 +38,7 @@ from flower_mcepl.wire.payload import (
     join_support,
     known_of,
 )
-from flower_mcepl.wire.range_coding import BitReader, Ints
+from flower_mcepl.wire.range_coding import BitReader
 from flower_mcepl.wire.support import (
     DELTA,
     PACKED,
@@ -159,7 +160,7 @@ def unpack_frame(
         tensors[entry.name] = layer.tensor
         canonical += layer.canonical
         if entry.kind == DELTA:
-            flips[entry.name] = layer.listed
+            flips[entry.name] = layer.flipped
     if not coder.at_end():
         raise _unfit(header, "range-coded bits are left over")
     if digest(canonical).hex() != header.content:
@@ -170,7 +171,7 @@ def unpack_frame(
 @dataclass(frozen=True)
 class _ReadLayer:
     tensor: Tensor
-    listed: Ints  # as in `LayerEntry.num_listed`, ascending
+    flipped: Ints  # ascending; empty unless it came as flips
     canonical: list[bytes | memoryview]
 
 
@@ -184,11 +185,11 @@ def _read_layer(
     assert entry.name is not None
     assert entry.shape is not None
     numel = math.prod(entry.shape)
-    bits, listed = None, np.zeros(0, np.int64)
+    bits, flipped = None, np.zeros(0, np.int64)
     if entry.precision is not None and entry.precision.of_differences:
         values = _read_differences(entry.name, entry.shape, entry.precision, raw, reference)
         return _ReadLayer(
-            torch.from_numpy(values).reshape(entry.shape), listed, canonical_values(values)
+            torch.from_numpy(values).reshape(entry.shape), flipped, canonical_values(values)
         )
     support: bytes | memoryview | None = None
     if entry.kind == PACKED:
@@ -208,17 +209,17 @@ def _read_layer(
             known.recent if entry.with_recent else None,
             known.classes if entry.with_classes else None,
         )
-        bits, listed = read_support(coder, entry.num_listed, known)
-        listed = np.sort(listed)
+        bits, weights = read_support(coder, entry.num_listed, known)
+        flipped = np.sort(weights) if entry.kind == DELTA else flipped
         support = pack(bits)
     canonical = canonical_pieces(support, entry.precision, raw)
     if entry.precision is None:
         assert bits is not None
-        return _ReadLayer(torch.from_numpy(bits).reshape(entry.shape), listed, canonical)
+        return _ReadLayer(torch.from_numpy(bits).reshape(entry.shape), flipped, canonical)
     values = entry.precision.decode(raw, entry.count)
     if bits is None:
-        return _ReadLayer(torch.from_numpy(values).reshape(entry.shape), listed, canonical)
-    return _ReadLayer(join_support(bits, torch.from_numpy(values), entry.shape), listed, canonical)
+        return _ReadLayer(torch.from_numpy(values).reshape(entry.shape), flipped, canonical)
+    return _ReadLayer(join_support(bits, torch.from_numpy(values), entry.shape), flipped, canonical)
 
 
 def _read_differences(

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.wire.digits import Bits, Ints
 from flower_mcepl.wire.range_coding import (
     BitReader,
-    Bits,
     BitWriter,
     Classes,
     Groups,
-    Ints,
     estimate_bits,
     read_positions,
     write_positions,

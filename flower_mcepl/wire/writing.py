@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.wire.digits import Bits, Ints
 from flower_mcepl.wire.layout import (
     CONTENT,
     DESCRIBED,
@@ -39,7 +40,7 @@ from flower_mcepl.wire.payload import (
     support_of,
     values_of,
 )
-from flower_mcepl.wire.range_coding import Bits, BitWriter, Ints
+from flower_mcepl.wire.range_coding import BitWriter
 from flower_mcepl.wire.support import (
     DELTA,
     PACKED,

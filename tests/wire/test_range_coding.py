@@ -5,14 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flower_mcepl.errors import CorruptFrameError
+from flower_mcepl.wire.digits import Bits, Ints, count_table, gap_table
 from flower_mcepl.wire.range_coding import (
     AT_ONCE,
+    SMALL,
     BitReader,
-    Bits,
     BitWriter,
     Classes,
     Groups,
-    Ints,
     estimate_bits,
     read_positions,
     write_positions,
@@ -215,6 +215,45 @@ def test_more_gaps_than_are_read_at_once() -> None:
     came = read_positions(BitReader(memoryview(writer.to_bytes())), sizes, int(counts.sum()))
     assert np.array_equal(came[0], counts)
     assert np.array_equal(came[1], ranks)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [100] * 200,  # more bits than a call of the coder takes
+        [SMALL, SMALL + 1, 3, SMALL + 1, SMALL + 1, 2, 2],  # large ones between small ones
+        [SMALL + 1],
+        [AT_ONCE + 5, 1, 1],
+        [SMALL] * 8 + [1],  # a call that is full to the last bit
+    ],
+)
+def test_groups_that_share_a_call_are_coded_as_one_by_one(sizes: list[int]) -> None:
+    draw = np.random.default_rng(0)
+    # all of it bit by bit, some of it turned
+    groups = [draw.random(size) < draw.choice([0.3, 0.7]) for size in sizes]
+    each, counts, ranks = sizes_counts_ranks(groups)
+    writer, slow = BitWriter(), oracle.Encoder()
+    write_positions(writer, each, counts, ranks)
+    oracle.write_positions(slow.write, [group.astype(int).tolist() for group in groups])
+    data = writer.to_bytes()
+    assert data == slow.finish()
+    came = read_positions(BitReader(memoryview(data)), each, int(counts.sum()))
+    assert np.array_equal(came[0], counts)
+    assert np.array_equal(came[1], ranks)
+
+
+@pytest.mark.parametrize("parts", [range(1), range(1, 9), range(60)])
+@pytest.mark.parametrize("unit", [1, 1000, 2**20, 2**27 + 1, 2**33 + 5])
+def test_tables_are_those_of_the_oracle_at_any_size(parts: range, unit: int) -> None:
+    sizes = ints(*(part * unit for part in parts))
+    for total in {0, int(sizes.max()), int(sizes.sum()) // 3, int(sizes.sum())}:
+        slow = oracle.count_frequencies(sizes.tolist(), total)
+        assert [row[row > 0].tolist() for row in count_table(sizes, total)] == slow
+    for rare in (sizes // 40, sizes // 2, sizes):
+        table = gap_table(sizes, rare)
+        for row, size, number in zip(table, sizes.tolist(), rare.tolist(), strict=True):
+            wanted = oracle.gap_frequencies(size, number) if number else []
+            assert row[row > 0].tolist() == wanted
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0003, 0.002, 0.02, 0.06, 0.07, 0.3, 0.9, 0.999, 1.0])
