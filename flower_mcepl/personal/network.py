@@ -170,7 +170,8 @@ def _imported(reference: str) -> Callable[..., Any]:
     except Exception as error:
         raise ConfigError(
             f"the network of the file is built by {reference}, which cannot be imported here "
-            f"({type(error).__name__}: {error}). Put its folder on the path (predict --app FOLDER), or: {_WAY_OUT}"
+            f"({type(error).__name__}: {error}). Put its folder on the path, as predict --app "
+            f"FOLDER does, or: {_WAY_OUT}"
         ) from error
     if not _builds_networks(value, module_name):
         raise ConfigError(
