@@ -1,9 +1,7 @@
 """``flower-mcepl export``: an agent's personal model as a file that runs."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,15 +10,8 @@ from flower_mcepl.cli.wide import wide_console
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.launch.plan import app_settings
 from flower_mcepl.record.reading import Run, read_run
-from flower_mcepl.record.values import human_bytes
 from flower_mcepl.studies.chosen import BEST, LAST, STATES, config_of_test, node_of, restored_agent
 from flower_mcepl.studies.flower_app import imported_client, read_app
-
-if TYPE_CHECKING:
-    from flower_mcepl.agents import Agent
-
-MASK, PROGRAM, ONNX = ".mask", ".pt2", ".onnx"
-SIGNED_CONSTANT = "signed-constant"  # value of weight-init; its module loads torch
 
 
 def export(
@@ -80,12 +71,9 @@ def export(
       flower-mcepl export runs/20260131-141500-ring --agent 3 --to agent-3.onnx \\
         --app examples/quickstart --state last
     """  # noqa: D301 (click's sign for lines that stay as they are)
-    write = _writers().get(to.suffix)
-    if write is None:
-        raise ConfigError(
-            f"a model is exported to a file ending in {', '.join(_writers())}; got {to.name}. "
-            "Name one."
-        )
+    from flower_mcepl.personal.files import Exported, check_ending, export_model
+
+    check_ending(to)
     if not to.parent.is_dir():
         raise ConfigError(f"the folder of {to} must be there. Make it, or name another.")
     run = read_run(record)
@@ -96,89 +84,13 @@ def export(
     with restored_agent(run, folder, agent, state=chosen) as restored:
         metrics = restored.evaluate()
         named = _network(run, folder, agent)
-        model = Exported(restored, metrics, _round_of(run, agent, chosen), named, whole, pixels)
-        for line in write(model, to):
+        left = _round_of(run, agent, chosen)
+        model = Exported(restored, left, metrics, named, whole=whole, pixels=pixels)
+        for line in export_model(model, to):
             console.print(line)
     value = metrics.get(run.metric.name)
     measured = "" if value is None else f", {run.metric.name} {value:.4f} on its test split"
     console.print(f"agent {agent}, {chosen} state{measured}")
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A restored agent, and what is known of its model."""
-
-    agent: "Agent"
-    metrics: Mapping[str, float]
-    round: int
-    network: Mapping[str, Any]  # who builds it
-    whole: bool
-    pixels: Mapping[str, Any]  # how images become inputs; empty: nobody said
-
-
-def _writers() -> dict[str, Callable[[Exported, Path], list[str]]]:
-    return {MASK: _write_mask, PROGRAM: _write_graph, ONNX: _write_graph}
-
-
-def _write_mask(model: Exported, to: Path) -> list[str]:
-    from flower_mcepl.personal import read_personal, save_agent
-
-    size = save_agent(
-        model.agent,
-        to,
-        round=model.round,
-        network=model.network,
-        metrics=model.metrics,
-        pixels=model.pixels,
-    )
-    file = read_personal(to)
-    weights = sum(mask.numel() for mask in file.masks.values())
-    whole = human_bytes(sum(x.numel() * x.element_size() for x in file.tensors.values()))
-    lines = [f"{to}: {human_bytes(size)} for {weights:,} masked weights; without masks {whole}"]
-    if file.stored:
-        why = _why_stored(model.agent.parameters().get("weight_init"))
-        lines.append(f"{human_bytes(file.stored)} of it are weights that are stored: {why}")
-    if not model.network:
-        lines.append(
-            "its model function has no name that can be imported: load_personal needs one, "
-            "load_personal(path, model_fn)"
-        )
-    return lines
-
-
-def _why_stored(weight_init: object) -> str:
-    if weight_init is None:
-        return "the algorithm trains weights"
-    if weight_init == SIGNED_CONSTANT:
-        return "under its masks they are no signed constants any more"
-    return (
-        "the run's seed does not draw them again, as it does with PyTorch's own initialization and "
-        'with weight-init = "signed-constant"'
-    )
-
-
-def _write_graph(model: Exported, to: Path) -> list[str]:
-    from flower_mcepl.personal import compact_or_whole, personal_network
-    from flower_mcepl.personal.exporting import export_onnx, export_program, tensor_batches
-
-    batches = tensor_batches(_test_batches(model.agent))
-    network, lines = personal_network(model.agent), []
-    if not model.whole:
-        network, line = compact_or_whole(network, batches)
-        lines.append(line)
-    write = export_onnx if to.suffix == ONNX else export_program
-    agreed = write(network, to, batches)
-    return [*lines, f"{to}: {human_bytes(to.stat().st_size)}; read back: {agreed}"]
-
-
-def _test_batches(agent: "Agent") -> Any:
-    data = getattr(agent, "data", None)
-    if data is None:
-        raise ConfigError(
-            f"an exported graph is checked on the agent's test split, and agents of "
-            f"{agent.algorithm} hold no data of their own. Export to .mask."
-        )
-    return data.test.evaluation_batches(batch_size=agent.config.eval_batch_size)  # type: ignore[attr-defined]
 
 
 def _checked_state(state: str | None) -> str | None:

@@ -27,6 +27,7 @@ from flower_mcepl.clients.device import (
 from flower_mcepl.clients.guard import answer_to, check_mods
 from flower_mcepl.clients.kept import KeptAgents, size_of
 from flower_mcepl.clients.memory import Memory, open_memory
+from flower_mcepl.clients.model_file import export_last_model
 from flower_mcepl.errors import FlowerMceplError, FrameError, names_agent
 from flower_mcepl.exchange.parcels import Answer, Parcel
 from flower_mcepl.exchange.turn import open_mail, play_round, refusal
@@ -270,7 +271,14 @@ def _play(
     future = Generation.of(agent, mail, run=order.run, round=parcel.round)
     most = device_settings(context).agent_cache_bytes
     _agents.keep(place, agent, size=size_of(agent, future.state), most=most)
-    return answer, partial(_finish_round, memory, future, order)
+    export = partial(
+        export_last_model,
+        *(agent, future, answer.metrics),
+        order=order,
+        context=context,
+        model_fn=app.model_fn,
+    )
+    return answer, partial(_finish_round, memory, future, order, export)
 
 
 def _opened(parcel: Parcel[Any]) -> tuple[Parcel[bytes], list[str]]:
@@ -290,9 +298,12 @@ def _frame_array(frame: bytes) -> Array:
     return Array(np.frombuffer(frame, np.uint8))
 
 
-def _finish_round(memory: Memory, future: Generation, order: Order[Array]) -> None:
+def _finish_round(
+    memory: Memory, future: Generation, order: Order[Array], export: Callable[[], None]
+) -> None:
     if order.agents_dir and not order.parcel.train and in_simulation():
         save_state(future.state, Path(order.agents_dir) / agent_file(future.agent))
         if future.best is not None:
             save_state(future.best, Path(order.agents_dir) / best_file(future.agent))
     memory.remember(future)
+    export()

@@ -19,6 +19,8 @@ from flower_mcepl.runs.options import FREE, RoundOptions
 from flower_mcepl.streams import check_seed
 from flower_mcepl.topology import Topology
 
+EXPORTS = ("", "mask", "pt2", "onnx")  # those of flower_mcepl.personal.files
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
@@ -37,8 +39,21 @@ class DeviceSettings:
     # say in the handshake, and so in the record, which classes the agent holds, and how
     # many
     tell_classes: bool = field(default=True, metadata=FREE)
+    # "mask", "pt2" or "onnx": the personal model as a file at the end of the run, in the
+    # record where the agent is simulated, else in models/ below state_dir
+    export: str = field(default="", metadata=FREE)
 
     def __post_init__(self) -> None:
+        check(
+            self.export in EXPORTS,
+            'export must be "mask", "pt2", "onnx", or "" for no file',
+            self.export,
+        )
+        check(
+            not (self.export and self.state_dir == "none"),
+            'export needs a folder on the device, and state-dir must not be "none" beside it',
+            self.export,
+        )
         check(self.state_runs >= 1, "state-runs must be >= 1", self.state_runs)
         check(
             self.state_dir in ("", "none")

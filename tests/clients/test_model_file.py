@@ -1,0 +1,110 @@
+"""The personal model that a device or a simulation writes at the end of a run."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context
+
+from flower_mcepl import ConfigError, load_personal
+from flower_mcepl.clients import app as client_app
+from flower_mcepl.clients import memory, model_file
+from flower_mcepl.personal import read_personal
+from flower_mcepl.runs.settings import DeviceSettings
+from tests.fleet.agents import small_net, split
+from tests.fleet.flower_messages import RUN, a_context, a_message, be_a_node, the_answer, the_app
+
+
+@pytest.fixture(autouse=True)
+def identity() -> None:
+    be_a_node()
+
+
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    """What Flower's logger is given."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def a_device(root: Path, **run: Any) -> Context:
+    return a_context(2, node={"state-dir": str(root)}, **run)
+
+
+def whole_run(context: Context, **closing: Any) -> dict[str, float]:
+    """Two rounds and the end; the metrics of the last evaluation."""
+    app = the_app()
+    for round in (1, 2):
+        app(a_message(round, neighbors=() if round > 1 else None), context)
+    last = app(a_message(3, neighbors=(), evaluate=True, train=False, **closing), context)
+    return the_answer(last).metrics
+
+
+def test_a_device_keeps_its_model_below_its_states(tmp_path: Path, lines: list[str]) -> None:
+    metrics = whole_run(a_device(tmp_path, export="mask"))
+    file = tmp_path / "models" / RUN / "agent-0002.mask"
+    assert read_personal(file).facts["metrics"]["accuracy"] == metrics["accuracy"]
+    images, labels = split(1002)
+    predicted = load_personal(file, small_net)(images).argmax(1)
+    accuracy = float((predicted == labels).float().mean())
+    assert accuracy == pytest.approx(metrics["accuracy"])
+    assert any(f"agent 2: {file}: " in line for line in lines)
+
+
+def test_nothing_is_written_before_the_end_or_without_the_key(tmp_path: Path) -> None:
+    the_app()(a_message(1), a_device(tmp_path / "a", export="mask"))
+    whole_run(a_device(tmp_path / "b"))
+    assert not (tmp_path / "a" / "models").exists()
+    assert not (tmp_path / "b" / "models").exists()
+
+
+def test_a_simulated_agent_writes_into_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (memory, client_app, model_file):
+        monkeypatch.setattr(module, "in_simulation", lambda: True)
+    whole_run(a_context(2, node={"state-dir": ""}, export="pt2"), agents_dir=str(tmp_path))
+    program = torch.export.load(tmp_path / "agent-0002.pt2").module()
+    assert program(split(1002)[0][:3]).shape == (3, 3)
+
+
+def test_the_best_model_is_exported_where_one_was_kept(tmp_path: Path) -> None:
+    context = a_device(tmp_path, export="mask")
+    app = the_app()
+    app(a_message(1), context)
+    app(a_message(2, neighbors=(), evaluate=True, keep_best=True), context)
+    before = tmp_path / "models" / RUN / "agent-0002.mask"
+    app(a_message(3, neighbors=(), evaluate=True, train=False, keep_best=True), context)
+    assert read_personal(before).facts["agent"] == 2
+
+
+def test_a_file_that_cannot_be_written_costs_no_answer(tmp_path: Path, lines: list[str]) -> None:
+    (tmp_path / "models").write_text("a file in the folder's place", encoding="utf-8")
+    metrics = whole_run(a_device(tmp_path, export="mask"))
+    assert "accuracy" in metrics
+    assert any("agent 2: its model was not exported to " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"export": "h5"}, 'export must be "mask", "pt2", "onnx", or "" for no file'),
+        ({"export": "mask", "state_dir": "none"}, 'state-dir must not be "none" beside it'),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_the_run(
+    settings: dict[str, Any], rule: str
+) -> None:
+    with pytest.raises(ConfigError, match=rule):
+        DeviceSettings(**settings)
