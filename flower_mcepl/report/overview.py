@@ -28,6 +28,9 @@ from flower_mcepl.report.table import BYTE_NAMES, against_fp32, headline
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_Tracks = dict[int, tuple[list[float], list[float]]]  # agent to rounds and values
+_MOST_LINES = 300  # drawn one by one
+
 
 def plot_run(run: Run, out: Path | None = None) -> Path:
     """Draw the main metric by round, the graph and the bytes side by side into one PNG.
@@ -74,7 +77,8 @@ def _draw_result(axes: "Axes", run: Run) -> None:
         say(axes, "no agent was evaluated")
         return
     tracks, mark = _tracks(run), "o" if len(curve) == 1 else ""
-    for track in tracks.values():
+    lines = tracks.values() if len(tracks) <= _MOST_LINES else [_joined(tracks)]
+    for track in lines:
         axes.plot(
             *track, color=GREY, lw=0.8, alpha=max(0.15, 0.5 - len(tracks) / 200), marker=mark, ms=5
         )
@@ -94,6 +98,12 @@ def _draw_result(axes: "Axes", run: Run) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
 
 
+def _joined(tracks: _Tracks) -> tuple[list[float], list[float]]:
+    """All agents' tracks as one with gaps: hundreds of lines are slow to draw."""
+    rounds = [x for own, _ in tracks.values() for x in (*own, math.nan)]
+    return rounds, [y for _, own in tracks.values() for y in (*own, math.nan)]
+
+
 def mean_label(run: Run) -> str:
     """Label of the line of means: of how many agents they are, and the last value."""
     result, partial = run.result(), run.partial_rounds()
@@ -107,8 +117,8 @@ def mean_label(run: Run) -> str:
     )
 
 
-def _tracks(run: Run) -> dict[int, tuple[list[float], list[float]]]:
-    tracks: dict[int, tuple[list[float], list[float]]] = {}
+def _tracks(run: Run) -> _Tracks:
+    tracks: _Tracks = {}
     metric = run.metric
     for row in run.rounds:
         value = metric.value(row)

@@ -20,11 +20,14 @@ from flower_mcepl.cli import app
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.writing import RunRecord
+from flower_mcepl.report import overview
 from flower_mcepl.report.final_masks import Masks, final_masks
+from flower_mcepl.report.plots import graph
 from flower_mcepl.report.plots.agreement import agreement_of, classes_of
 from flower_mcepl.report.plots.canvas import new_figure, plain, wrapped
 from flower_mcepl.report.plots.charts import _stacked, draw_by_bytes, draw_by_round, draw_spread
 from flower_mcepl.report.plots.curves import AGENTS, SEEDS, curve_of, final_values
+from flower_mcepl.report.plots.degrees import draw_degrees
 from flower_mcepl.report.plots.filter_charts import off_text
 from flower_mcepl.report.plots.filters import filter_densities
 from flower_mcepl.report.plots.gallery import (
@@ -467,6 +470,74 @@ def test_the_server_stands_in_the_middle(tmp_path: Path) -> None:
     assert links_of(axes) == [[(0, 0), spot] for spot in spots]
     (strip,) = axes.child_axes
     assert strip.get_xlabel() == "last accuracy"  # nobody is grey
+
+
+def test_of_a_large_graph_results_stand_by_degree(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "_MOST_AGENTS", SIZE - 1)
+    monkeypatch.setattr(graph, "_layout", None)  # no places are looked for
+    axes = graph_of(read_run(study / "dsgd-7"))
+    assert axes.get_title() == "Communication graph (4 agents, 4 links)"
+    assert axes.get_xlabel() == "neighbors of an agent"
+    (dots,) = axes.collections
+    places, values = dots.get_offsets().T
+    assert values.tolist() == list(final_values(read_run(study / "dsgd-7")).values())
+    assert np.round(places).tolist() == [2] * SIZE
+    assert len(set(places.tolist())) == SIZE  # equal results stand beside each other
+    (means,) = axes.lines
+    assert means.get_xydata().tolist() == [[2, pytest.approx(values.mean())]]
+
+    silent = graph_of(read_run(study / "local-masks-7"))
+    assert silent.get_title() == "Agents without links: nothing is sent (4 agents, 0 links)"
+    assert np.round(silent.collections[0].get_offsets()[:, 0]).tolist() == [0] * SIZE
+
+
+def degrees_of(scores: dict[int, float], *, directed: bool) -> Any:
+    axes = new_figure(5, 5).subplots()
+    links = [(0, 1), (0, 2), (2, 1)]
+    draw_degrees(axes, range(4), links, scores, directed=directed, metric="f1")
+    return axes
+
+
+def test_a_degree_is_of_neighbors_or_of_those_that_are_heard() -> None:
+    scores = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4}
+    for directed, wanted in ((True, [0, 2, 1, 0]), (False, [2, 2, 2, 0])):
+        axes = degrees_of(scores, directed=directed)
+        assert np.round(axes.collections[0].get_offsets()[:, 0]).tolist() == wanted
+        means = dict(axes.lines[0].get_xydata().tolist())
+        for degree, mean in means.items():
+            of_degree = [scores[agent] for agent in range(4) if wanted[agent] == degree]
+            assert mean == pytest.approx(statistics.fmean(of_degree))
+        assert set(means) == set(wanted)
+        assert axes.get_ylabel() == "last f1"
+
+
+def test_who_has_no_value_is_counted_and_degrees_alone_are_shown_without_any() -> None:
+    axes = degrees_of({1: 0.5}, directed=True)
+    assert axes.get_xlabel() == "agents that an agent hears (3 agents without a value)"
+    assert len(axes.collections[0].get_offsets()) == 1
+    axes = degrees_of({}, directed=False)
+    bars = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in axes.patches}
+    assert bars == {2: 3, 0: 1}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("neighbors of an agent", "agents")
+
+
+def test_many_lines_are_drawn_as_one(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn() -> list[Any]:
+        axes = new_figure(5, 5).subplots()
+        overview._draw_result(axes, read_run(study / "dsgd-7"))
+        return list(axes.lines)
+
+    each = drawn()
+    monkeypatch.setattr(overview, "_MOST_LINES", SIZE - 1)
+    joined = drawn()
+    assert len(joined) == len(each) - SIZE + 1
+    points = np.concatenate([line.get_xydata() for line in each[:SIZE]])
+    together = joined[0].get_xydata()
+    gaps = np.isnan(together).all(axis=1)
+    assert gaps.sum() == SIZE
+    assert np.array_equal(together[~gaps], points)
 
 
 # --- the spread ---

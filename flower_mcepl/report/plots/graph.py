@@ -1,4 +1,7 @@
-"""Picture of a run's communication graph, every agent in the color of its result."""
+"""Picture of a run's communication graph, every agent in the color of its result.
+
+Of a large graph, the results by degree.
+"""
 
 import itertools
 import math
@@ -19,6 +22,7 @@ from flower_mcepl.report.plots.canvas import (
     wrapped,
 )
 from flower_mcepl.report.plots.curves import final_values
+from flower_mcepl.report.plots.degrees import draw_degrees
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 # up to here nodes stand on a circle; above, a spring layout leaves more room for each
 _RING_LIMIT = 24
 _ARROW_LIMIT = 400  # more arrowheads than this hide the graph
-_MOST_AGENTS = 2000  # their distances, all to all, must fit into memory
+_MOST_AGENTS = 300  # of more, nodes and links hide each other: their degrees are drawn
 _NO_VALUE = (0.85, 0.85, 0.85, 1.0)
 _UNIT_POINTS = 135  # what one unit of the graph panel measures in the picture
 
@@ -62,14 +66,16 @@ def draw_graph(axes: "Axes", run: Run, *, scale: tuple[float, float] | None = No
     numbers = {*range(run.topology.get("num_agents") or 0), *run.final(), *ends}
     agents = sorted(numbers - {run.server})
     axes.set_title(title)
+    scores = final_values(run)
+    if len(agents) > _MOST_AGENTS:
+        axes.set_title(f"{title} ({len(agents):,} agents, {len(links):,} links)")
+        draw_degrees(axes, agents, links, scores, directed=directed, metric=run.metric.name)
+        return
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.06)
     axes.set_axis_off()
     if not agents:
         say(axes, "no graph recorded")
-        return
-    if len(agents) > _MOST_AGENTS:
-        say(axes, f"{len(agents):,} agents: too many to draw")
         return
     points = 22.0 if len(agents) <= 12 else min(18.0, 110 / math.sqrt(len(agents)))
     spots, points = _layout(agents, links, points=points)
@@ -77,7 +83,6 @@ def draw_graph(axes: "Axes", run: Run, *, scale: tuple[float, float] | None = No
     if run.server is not None:
         _draw_server(axes, spots)
 
-    scores = final_values(run)
     colors = ScalarMappable(
         Normalize(*(scale or value_scale(scores.values(), bounded=run.metric.bounded))), "viridis"
     )
@@ -108,7 +113,8 @@ def _links(run: Run) -> tuple[list[tuple[int, int]], bool, str]:
         title = "Communication graph"
     else:
         edges = [(int(link["sender"]), int(link["receiver"])) for link in run.links]
-        directed = any((b, a) not in set(edges) for a, b in edges)
+        known = set(edges)
+        directed = any((b, a) not in known for a, b in edges)
         title = (
             "Communication graph, all links used in the run"
             if edges
