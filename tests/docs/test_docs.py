@@ -419,7 +419,7 @@ def test_the_tables_name_every_key_with_its_true_default() -> None:
 def test_the_page_about_resuming_names_what_may_change() -> None:
     free = {field.name for field in dataclasses.fields(RunSettings) if "free" in field.metadata}
     (named,) = re.findall(r"Only these may change: (.*?)\. ", text_of("docs/resume.md"), re.DOTALL)
-    of_devices = {"state-runs", "tell-classes", "agent-cache"}
+    of_devices = {"state-runs", "tell-classes", "agent-cache", "export"}
     free = {name.replace("_", "-") for name in free} - {"resume"}
     assert set(re.findall(r"`([a-z-]+)`", named)) == free | of_devices
 
