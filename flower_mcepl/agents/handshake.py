@@ -10,6 +10,9 @@ PARAMETERS = "parameters"  # key of `Agent.parameters`, which makes facts a hand
 # Numbers of weights that each mask keeps, always: `Agent.layers` sorted by name. An
 # algorithm whose masks vary in size leaves it out.
 KEPT_BY_LAYER = "kept-by-layer"
+# Numbers of filters that stay on in the end, of each layer that has gates, sorted by
+# name; the metric of this name is how many filters of the network keep any weight.
+LIVE_FILTERS = "live-filters"
 FINGERPRINT, WEIGHTS_FROM = "fingerprint", "weights-from"
 SHARE = "share"  # patterns of the layers that agents send, where those are not all
 
@@ -73,9 +76,10 @@ def _origins(*both: Mapping[str, Any]) -> str:
 def _compared(key: str, facts: Mapping[str, Any]) -> Any:
     """Fact as it is compared: of counts by layer, how many layers there are."""
     fact = facts.get(key)
-    return len(fact) if key == KEPT_BY_LAYER and isinstance(fact, list) else fact
+    return len(fact) if key in _BY_LAYER and isinstance(fact, list) else fact
 
 
+_BY_LAYER = (KEPT_BY_LAYER, LIVE_FILTERS)
 # What a run is judged by is the same for all: else the first agent would choose it.
 _OF_TASK = ("task", "main-metric", "higher-is-better", "metric-unit", KEPT_BY_LAYER)
 _MUST_AGREE = (
@@ -95,6 +99,12 @@ _MUST_AGREE = (
         KEPT_BY_LAYER,
         "models (numbers of layers)",
         "Use the same model function and settings on all devices.",
+    ),
+    (
+        LIVE_FILTERS,
+        "masks (numbers of layers with gates; None: none)",
+        "Set the same filters and filters-layers on all devices; one that keeps all filters among "
+        'others that do not has a share of 1, as in "1.0, 0.5".',
     ),
     (
         FINGERPRINT,

@@ -28,6 +28,8 @@ from flower_mcepl.masks import formulas as maths
 
 SCORE_FORMS = ("signed", "magnitude")
 SCORE_GRADIENTS = ("raw", "normalized")
+GRADIENT, PROXIMAL = "gradient", "proximal"
+LASSO_STEPS = (GRADIENT, PROXIMAL)
 LR_LAYERS = "score-lr-layers"
 
 
@@ -53,6 +55,9 @@ class MceplConfig(MaskedConfig):
     # zero bounces off it
     score_form: str = "signed"
     group_lasso: float = 0.0  # λ >= 0; the paper's published code has none
+    # "gradient": the lasso is part of the loss (paper); "proximal": each step on the
+    # loss is followed by ``z_f * max(0, 1 - ηλ / ‖z_f‖)``, which ends at zero
+    lasso_step: str = GRADIENT
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +67,7 @@ class MceplConfig(MaskedConfig):
         )
         self._check_one_of("score_gradient", SCORE_GRADIENTS)
         self._check_one_of("score_form", SCORE_FORMS)
+        self._check_one_of("lasso_step", LASSO_STEPS)
         for name, lr in self._lr_of_layers().items():
             check(math.isfinite(lr) and lr > 0, f"key {LR_LAYERS}, {name}, must be > 0", lr)
 
@@ -124,8 +130,8 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         device: str = "cpu",
     ) -> None:
         super().__init__(index, module, data, config, seed=seed, device=device)
-        self._lr = config.lr_by_layer(self.model.layers)
-        for z in self.model.scores.values():
+        self._lr = config.lr_by_layer(self.model.all_scores)
+        for z in self.model.all_scores.values():
             self._settle(z)
 
     def train(self, *, round: int) -> dict[str, float]:
@@ -150,7 +156,7 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         """
         masks = self._personal_masks()
         metrics = self.learner.evaluate(self.model.bake(masks), self.data)
-        return {**metrics, "density": self._density(masks)}
+        return {**metrics, "density": self._density(masks), **self._structure(masks)}
 
     # Two gradients: the steps follow that of the loss, normalized or not, with weight
     # decay and momentum, while the fine-tuning step takes the last one as it is (group
@@ -165,13 +171,13 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         loss = self.learner.loss(self.model, inputs, labels)
         objective = (
             loss + self.config.group_lasso * self.model.group_lasso()
-            if self.config.group_lasso
+            if self.config.group_lasso and self.config.lasso_step == GRADIENT
             else loss
         )
         value = finite_loss(
             loss, agent=self.index, round=round, key="score-lr", lr=self.config.score_lr
         )
-        scores = self.model.scores
+        scores = self.model.all_scores
         self.gradient = gradients_of(objective, scores)
         factor = self.config.lr_factor(round)
         with torch.no_grad():
@@ -181,8 +187,17 @@ class MceplAgent(MaskedAgent[MceplConfig]):
                     descent_direction(name, z, g, velocity=velocity, config=self.config),
                     alpha=-self._lr[name] * factor,
                 )
+                self._shrink(name, z, lr=self._lr[name] * factor)
                 self._settle(z)
         return value
+
+    def _shrink(self, name: str, z: Tensor, *, lr: float) -> None:
+        step = lr * self.config.group_lasso
+        if self.config.lasso_step == PROXIMAL and step and name in self.model.layers:
+            rows = self.model.layers[name].rows
+            norms = torch.linalg.vector_norm(rows(z), dim=1)
+            factors = self.model.layers[name].spread(maths.proximal_factors(norms, step=step))
+            z.copy_(maths.shrunk(z, factors))
 
     def _scaled(self, g: Tensor) -> Tensor:
         raw = self.config.score_gradient == "raw"

@@ -92,7 +92,7 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
             self.learner.arithmetic(),
         ):
             loss = float(self._train_fn(self.model, round))
-        scores = self.model.scores
+        scores = self.model.all_scores
         bad = [name for name, z in scores.items() if not bool(z.isfinite().all())]
         if bad:
             raise DivergedError(
@@ -138,4 +138,5 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
             **{key: value for key, value in own.items() if value is not None},
             "num-examples": int(metrics["num-examples"]),
             "density": self._density(masks),
+            **self._structure(masks),
         }

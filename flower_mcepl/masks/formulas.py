@@ -10,10 +10,29 @@ Symbols, as in the paper (Tian, Zhang, Li, Bennis 2025, arXiv:2504.17520)::
     r  retention ratio: fraction of a layer's weights that stays
     g  gradient of the loss on z
     η  step size
+
+Two-level masks, beyond the paper, add to a layer of F filters (output channels or
+neurons; a filter f holds the weights e of one row)::
+
+    s  gate scores, one per filter
+    q  gates in {0, 1}: the top ceil(ρ F) of |a|, where a fuses s and the
+       neighbors' gates as y fuses z and their masks
+    ρ  share of the filters that stays
+    t  smallest |y| that the mask keeps; it keeps the top share r of the weights that
+       lie in filters with q = 1, and nothing in the others
+    u  what the mask would be if all gates were open: u = 1 where |y| >= t
+
+The network runs under ``W = w * u * q / sqrt(ρ)``, whose mask is ``m = u * q``. With
+``dL/dW = G`` and ``du/d|y| := 1``, ``dq/d|a| := 1`` the product rule gives::
+
+    dL/d|y_e| = G_e w_e q_f / sqrt(ρ)
+    dL/d|a_f| = sum over e in f of G_e w_e u_e / sqrt(ρ)
+
+A filter that is off has ``u``, so its gate still feels what it would contribute.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,7 +77,11 @@ def topk_mask(y: Float[Tensor, "*layer"], *, retention: float) -> Bool[Tensor, "
     DivergedError
         If ``y`` holds NaN.
     """
-    keep = kept_weights(y.numel(), retention=retention)
+    return largest_mask(y, keep=kept_weights(y.numel(), retention=retention))
+
+
+def largest_mask(y: Float[Tensor, "*layer"], *, keep: int) -> Bool[Tensor, "*layer"]:
+    """Keep the ``keep`` entries of largest magnitude; ties as in `topk_mask`."""
     magnitude = y.detach().abs().contiguous()  # channels_last too: positions count in C order
     if magnitude.sum().isnan():
         raise DivergedError(
@@ -218,6 +241,86 @@ class TopKSTE(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, None]:
         """Hand the gradient through unchanged."""
         return grads[0], None
+
+
+def kept_filters(filters: int, *, share: float) -> int:
+    """Number of filters that stay on, ``ceil(ρ F)``, at least one."""
+    return max(1, math.ceil(share * filters - 1e-9))  # 0.7 * 10 is 7.000000000000001
+
+
+def live_mask(
+    y: Float[Tensor, "*layer"], live: Bool[Tensor, "*layer"], *, keep: int
+) -> Bool[Tensor, "*layer"]:
+    """Keep the ``keep`` largest ``|y|`` among the weights of filters that are on."""
+    mask = torch.zeros(y.shape, dtype=torch.bool, device=y.device)
+    mask[live] = largest_mask(y[live], keep=keep)
+    return mask
+
+
+def as_if_open(
+    y: Float[Tensor, "*layer"], mask: Bool[Tensor, "*layer"], live: Bool[Tensor, "*layer"]
+) -> Bool[Tensor, "*layer"]:
+    """``u``: the mask, and in filters that are off what reaches its least ``|y|``."""
+    magnitude = y.detach().abs()
+    least = magnitude[mask].min() if bool(mask.any()) else magnitude.new_tensor(math.inf)
+    return mask | (~live & (magnitude >= least))
+
+
+def gated_weight(
+    w: Float[Tensor, "*layer"],
+    y: Float[Tensor, "*layer"],
+    u: Bool[Tensor, "*layer"],
+    *,
+    a: Float[Tensor, "*layer"],
+    q: Bool[Tensor, "*layer"],
+    scale: float,
+) -> Float[Tensor, "*layer"]:
+    """Multiply weights by mask, gates and scale, ``w * u * q * scale``.
+
+    ``a`` and ``q`` are those of each weight's filter. The gradient goes straight
+    through mask and gates, as in this module's docstring.
+    """
+    return w * straight_through(y, u) * straight_through(a, q) * scale
+
+
+def straight_through(y: Float[Tensor, "*layer"], m: Bool[Tensor, "*layer"]) -> Tensor:
+    """``m`` as floats, whose gradient goes to ``|y|`` as if they were equal."""
+    size = y.abs()
+    return m.to(size.dtype) + (size - size.detach())  # the bracket is zero
+
+
+def keep_variance(share: float) -> float:
+    """Factor on the live weights of a layer, ``1 / sqrt(ρ)``.
+
+    A layer whose share ρ of filters is on then sends on as much as the whole one, in
+    the mean square.
+    """
+    return float(share**-0.5)
+
+
+def proximal_factors(norms: Float[Tensor, " filters"], *, step: float) -> Float[Tensor, " filters"]:
+    """Factors of the group lasso's proximal step, ``max(0, 1 - ηλ / ‖z_f‖)``.
+
+    ``step`` is ηλ.
+    """
+    return (1 - step / norms).clamp_min(0).nan_to_num(0)  # 0 / 0: a filter of zeros stays one
+
+
+def shrunk(z: Float[Tensor, "*layer"], factors: Float[Tensor, "*layer"]) -> Float[Tensor, "*layer"]:
+    """Multiply scores by factors >= 0; what becomes zero keeps its sign.
+
+    It has the smallest normal size, as in `reflected`.
+    """
+    return torch.copysign(reflected(z * factors), z)
+
+
+def budget_masks(
+    y: Mapping[str, Float[Tensor, "..."]], *, keep: int
+) -> dict[str, Bool[Tensor, "..."]]:
+    """Keep the ``keep`` largest ``|y|`` of a whole network, wherever they lie."""
+    mask = largest_mask(torch.cat([values.flatten() for values in y.values()]), keep=keep)
+    parts = torch.split(mask, [values.numel() for values in y.values()])
+    return {name: m.view(y[name].shape) for name, m in zip(y, parts, strict=True)}
 
 
 def init_scores(shape: torch.Size, *, generator: torch.Generator) -> Float[Tensor, "..."]:

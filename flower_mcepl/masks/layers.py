@@ -1,5 +1,6 @@
 """Which weights of a module can be masked: a registry by layer type."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,26 @@ class LayerSpec:
         groups = self.transposed_groups
         split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
         return split.transpose(1, 2).reshape(groups * weight.shape[1], -1)
+
+    @property
+    def num_filters(self) -> int:
+        """Number of filters, those that `rows` gives."""
+        groups = self.transposed_groups
+        return self.shape[1] * groups if groups else self.shape[0]
+
+    @property
+    def fan_in(self) -> int:
+        """Number of weights of one filter, as `init_scores` counts them."""
+        return max(1, math.prod(self.shape[1:]))
+
+    def spread(self, per_filter: Tensor) -> Tensor:
+        """View one number a filter as a tensor of the weight's shape."""
+        if not self.transposed_groups:
+            return per_filter.view(-1, *[1] * (len(self.shape) - 1)).expand(self.shape)
+        groups, inputs, outputs = self.transposed_groups, self.shape[0], self.shape[1]
+        per_input = per_filter.view(groups, 1, outputs).expand(groups, inputs // groups, outputs)
+        by_place = per_input.reshape(inputs, outputs, *[1] * (len(self.shape) - 2))
+        return by_place.expand(self.shape)
 
 
 _Finder = Callable[[nn.Module], Iterator[tuple[str, str, int]]]

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.fusion import MCEPL, Fusion, check_formula
+from flower_mcepl.masks.gates import LAYER, MaskRules, gate_name, masks_of
 from flower_mcepl.masks.layers import LayerSpec, find_frozen, find_maskable
 from flower_mcepl.masks.placement import call_with, kept_in_eval, slots_of, train_mode
 from flower_mcepl.masks.retention import Retention, resolve_retention
@@ -64,6 +66,12 @@ class MaskedModel(nn.Module):
         How the neighbors' masks count.
     fusion_strength : float (default: 1.0)
         Factor c on what was heard, where the rule ranks with it: ``rank(z, c * n)``.
+    filters : mapping, optional
+        Share of the filters that stays on, by layer, in those that have gates; see
+        `resolve_filters`. Gate scores begin equal, at the bound of the layer's scores.
+    budget : str (default: "layer")
+        Whether each layer keeps its own ratio, or the network as many weights in all;
+        see `MaskRules`.
     generator : torch.Generator
         Source of the initial scores (uniform in ±1/sqrt(fan_in)).
 
@@ -87,6 +95,8 @@ class MaskedModel(nn.Module):
         retention: Retention = 0.3,
         fusion: Fusion = MCEPL,
         fusion_strength: float = 1.0,
+        filters: Mapping[str, float] | None = None,
+        budget: str = LAYER,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
@@ -95,6 +105,8 @@ class MaskedModel(nn.Module):
         self.num_neighbors = 0  # of whom `neighbor_means` was heard
         self.layers = find_maskable(module)
         self.retention = resolve_retention(retention, self.layers)
+        self.rules = MaskRules(retention=self.retention, filters=filters or {}, budget=budget)
+        self._check_rules()
         self.module = copy.deepcopy(module).requires_grad_(False)
         self._slots = slots_of(self.module, self.layers)
         self._frozen = kept_in_eval(module)
@@ -108,6 +120,13 @@ class MaskedModel(nn.Module):
                 _slot("scores", name), nn.Parameter(z.to(self._weight(name).device))
             )
             self.register_buffer(_slot("mean", name), None)
+        for name in self.rules.filters:
+            spec, gate = self.layers[name], gate_name(name)
+            s = torch.full((spec.num_filters,), spec.fan_in**-0.5)
+            self.register_parameter(
+                _slot("scores", gate), nn.Parameter(s.to(self._weight(name).device))
+            )
+            self.register_buffer(_slot("mean", gate), None)
 
     @property
     def scores(self) -> dict[str, nn.Parameter]:
@@ -115,9 +134,15 @@ class MaskedModel(nn.Module):
         return {name: getattr(self, _slot("scores", name)) for name in self.layers}
 
     @property
+    def all_scores(self) -> dict[str, nn.Parameter]:
+        """All that trains: the scores, then the gates' scores by `gate_name`."""
+        names = (*self.layers, *map(gate_name, self.rules.filters))
+        return {name: getattr(self, _slot("scores", name)) for name in names}
+
+    @property
     def neighbor_means(self) -> dict[str, Tensor | None]:
         """What was heard from the neighbors, ``n`` by layer; None: nobody was."""
-        return {name: getattr(self, _slot("mean", name)) for name in self.layers}
+        return {name: getattr(self, _slot("mean", name)) for name in self.all_scores}
 
     @property
     def num_weights(self) -> int:
@@ -125,10 +150,14 @@ class MaskedModel(nn.Module):
         return sum(z.numel() for z in self.scores.values())
 
     def set_scores(self, scores: Mapping[str, Tensor]) -> None:
-        """Overwrite the scores of all layers."""
+        """Overwrite the scores of all layers and gates."""
         with torch.no_grad():
-            for name, z in self.scores.items():
+            for name, z in self.all_scores.items():
                 z.copy_(scores[name])
+
+    def set_opening(self, opening: float) -> None:
+        """Set which share of the filters that are to go is on still, 0 to 1."""
+        self.rules = replace(self.rules, opening=opening)
 
     def set_neighbor_means(
         self, means: Mapping[str, Tensor] | None, *, num_neighbors: int = 1
@@ -138,7 +167,7 @@ class MaskedModel(nn.Module):
         Layers that are missing are personal: nobody's masks count in them.
         """
         self.num_neighbors = 0 if means is None else num_neighbors
-        for name, z in self.scores.items():
+        for name, z in self.all_scores.items():
             n = None if means is None else means.get(name)
             setattr(self, _slot("mean", name), None if n is None else n.to(z.device, z.dtype))
 
@@ -166,27 +195,31 @@ class MaskedModel(nn.Module):
         means = self.neighbor_means
         return {
             name: z if (n := means[name]) is None else self._ranked(z, n)
-            for name, z in self.scores.items()
+            for name, z in self.all_scores.items()
         }
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
-        """Return the bool masks at the present scores and ``n``, by layer."""
-        return {
-            name: maths.topk_mask(y, retention=self.retention[name])
-            for name, y in self.aggregation().items()
-        }
+        """Return the bool masks at the present scores and ``n``, then the gates."""
+        return masks_of(self.aggregation(), self.layers, self.rules)
 
     @torch.no_grad()
     def live_masks(self) -> dict[str, Tensor]:
-        """Return what multiplies the frozen weights: the masks, or their blend."""
+        """Return what multiplies the frozen weights: the masks, or their blend.
+
+        Where filters are off, the masks come times `MaskRules.scale`.
+        """
         masks = self.masks()
-        if self.fusion.blend is None:
-            return masks
-        return {name: self._blended(mask.float(), name=name) for name, mask in masks.items()}
+        masks = {name: masks[name] for name in self.layers}
+        if self.fusion.blend is not None:
+            return {name: self._blended(mask.float(), name=name) for name, mask in masks.items()}
+        scales = {name: self.rules.scale(self.layers[name]) for name in self.rules.filters}
+        return masks | {name: masks[name] * scale for name, scale in scales.items() if scale != 1}
 
     def masked_weights(self) -> dict[str, Tensor]:
         """Return ``w * m`` by layer, with the gradient straight to the scores."""
+        if self.rules.filters or self.rules.budget != LAYER:
+            return self._structured_weights()
         return {
             name: maths.masked_weight(
                 self._weight(name),
@@ -196,6 +229,29 @@ class MaskedModel(nn.Module):
             )
             for name, y in self.aggregation().items()
         }
+
+    def _structured_weights(self) -> dict[str, Tensor]:
+        """Return ``w * u * q * scale`` by layer, as in `formulas`."""
+        y = self.aggregation()
+        masks = masks_of(y, self.layers, self.rules)
+        return {
+            name: self._gated(name, y, masks)
+            if name in self.rules.filters
+            else self._weight(name) * maths.straight_through(y[name], masks[name])
+            for name in self.layers
+        }
+
+    def _gated(self, name: str, y: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
+        spec, gate = self.layers[name], gate_name(name)
+        q = spec.spread(masks[gate])
+        return maths.gated_weight(
+            self._weight(name),
+            y[name],
+            maths.as_if_open(y[name], masks[name], q),
+            a=spec.spread(y[gate]),
+            q=q,
+            scale=self.rules.scale(spec),
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with its weights masked."""
@@ -243,6 +299,15 @@ class MaskedModel(nn.Module):
             return m
         x = self.fusion.blend(m, n, num_neighbors=self.num_neighbors)
         return check_formula(x, m, name="blend")
+
+    def _check_rules(self) -> None:
+        structured = self.rules.filters or self.rules.budget != LAYER
+        if structured and self.fusion.blend is not None:
+            raise ConfigError(
+                "filters and retention-budget need a rule of fusion under whose own mask the "
+                "network runs; this one blends it with the neighbors', so that nothing would be "
+                "off. Use fusion mcepl, or leave filters and retention-budget as they are."
+            )
 
     def _warn_of_zero_weights(self) -> None:
         dead = [name for name in self.layers if not self._weight(name).any()]

@@ -8,13 +8,28 @@ from torch import Tensor
 from flower_mcepl.agents.agent import AgentState
 from flower_mcepl.agents.algorithm import Masks
 from flower_mcepl.agents.parts.groups import groups_of
+from flower_mcepl.config.patterns import best_key
+from flower_mcepl.config.ratios import per_layer
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.fusion import FUSIONS
+from flower_mcepl.masks.gates import GATES, LAYER, MaskRules, gate_name, masks_of
 from flower_mcepl.masks.layers import CONV, LINEAR, LayerSpec
 from flower_mcepl.masks.model import MaskedModel
 from flower_mcepl.masks.retention import resolve_retention
 
 STRENGTH = "fusion-strength"  # fact of a state, where it is not 1
+# facts of a state with gates: share of the filters that are to go that is on still, and
+# groups of the transposed convolutions that have any
+OPENING, TRANSPOSED = "filters-opening", "transposed-groups"
+
+
+def rules_facts(model: MaskedModel) -> dict[str, Any]:
+    """What a state must say of its gates, besides their scores; nothing without any."""
+    rules, layers = model.rules, model.layers
+    if not rules.filters:
+        return {}
+    groups = {n: g for n in rules.filters if (g := layers[n].transposed_groups)}
+    return {OPENING: rules.opening, **({TRANSPOSED: groups} if groups else {})}
 
 
 # A state travels to and from the agent with every message of a simulation, so what was
@@ -46,8 +61,7 @@ def heard_means(
 
 def final_masks(state: AgentState, parameters: Mapping[str, Any]) -> Masks | str:
     """Read an agent's own masks, those that travel, from its state; or say why not."""
-    retention = parameters.get("retention")
-    if retention is None:
+    if parameters.get("retention") is None:
         return "the record lacks the agents' retention ratios, without which scores make no mask"
     groups = groups_of(state)
     rank = FUSIONS.find(parameters.get("fusion", "mcepl")).rank
@@ -56,14 +70,30 @@ def final_masks(state: AgentState, parameters: Mapping[str, Any]) -> Masks | str
         name: n if strength == 1 else strength * n
         for name, n in heard_means(groups, int(state.facts.get("num-neighbors", 0))).items()
     }
-    kinds = {
-        name: LayerSpec(name, CONV if z.dim() > 2 else LINEAR, z.shape)
-        for name, z in groups["scores"].items()
+    scores = groups["scores"]
+    transposed = state.facts.get(TRANSPOSED, {})
+    layers = {
+        name: LayerSpec(name, CONV if z.dim() > 2 else LINEAR, z.shape, transposed.get(name, 0))
+        for name, z in scores.items()
+        if not name.endswith(GATES)
     }
-    ratios = resolve_retention(retention, kinds)
-    return {
-        name: maths.topk_mask(
-            rank(z, means[name]) if name in means else z, retention=ratios[name]
-        ).numpy()
-        for name, z in groups["scores"].items()
-    }
+    y = {name: rank(z, means[name]) if name in means else z for name, z in scores.items()}
+    masks = masks_of(y, layers, _rules(state, parameters, layers, scores))
+    return {name: masks[name].numpy() for name in layers}
+
+
+def _rules(
+    state: AgentState,
+    parameters: Mapping[str, Any],
+    layers: Mapping[str, LayerSpec],
+    scores: Mapping[str, Tensor],
+) -> MaskRules:
+    of_layers = per_layer("filters-layers", parameters.get("filters_layers", ""))
+    share = float(parameters.get("filters", 1.0))
+    keys = {name: best_key(name, of_layers) for name in layers if gate_name(name) in scores}
+    return MaskRules(
+        retention=resolve_retention(parameters["retention"], layers),
+        filters={n: share if key is None else of_layers[key] for n, key in keys.items()},
+        budget=parameters.get("retention_budget", LAYER),
+        opening=float(state.facts.get(OPENING, 0.0)),
+    )

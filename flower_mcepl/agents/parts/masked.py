@@ -4,18 +4,24 @@ Their agents differ in how they train and evaluate, and in the rule of fusion.
 """
 
 import hashlib
-import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
-from flower_mcepl.agents.handshake import KEPT_BY_LAYER
-from flower_mcepl.agents.parts.groups import check_group, groups_of, state_of
+from flower_mcepl.agents.handshake import KEPT_BY_LAYER, LIVE_FILTERS
+from flower_mcepl.agents.parts.groups import Shapes, check_group, groups_of, state_of
 from flower_mcepl.agents.parts.learner import Learner
-from flower_mcepl.agents.parts.mask_states import STRENGTH, heard_group, heard_means
+from flower_mcepl.agents.parts.mask_states import (
+    OPENING,
+    STRENGTH,
+    heard_group,
+    heard_means,
+    rules_facts,
+)
 from flower_mcepl.agents.parts.masked_config import INDEPENDENT, MAGNITUDE, MaskedConfig
 from flower_mcepl.agents.parts.prior import shared_prior
 from flower_mcepl.agents.parts.sharing import num_elements, share_fact, shared_shapes
@@ -23,6 +29,8 @@ from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import StateError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.fusion import FUSIONS
+from flower_mcepl.masks.gates import LAYER, gate_name
+from flower_mcepl.masks.layers import find_maskable
 from flower_mcepl.masks.model import MaskedModel
 from flower_mcepl.masks.retention import resolve_retention
 from flower_mcepl.masks.weight_init import with_weights
@@ -73,6 +81,8 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             retention=config.retention,
             fusion=fusion,
             fusion_strength=config.strength(1),
+            filters=self._shares(module),
+            budget=config.retention_budget,
             generator=torch_stream(seed, "scores", agent=owner),
         ).to(device)
         if config.score_init == MAGNITUDE:
@@ -81,12 +91,16 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         self.fingerprint = self.model.fingerprint
         self._shapes = {name: tuple(spec.shape) for name, spec in self.model.layers.items()}
         shared = shared_shapes(config, self._shapes)
-        self.layers = shared if fusion.exchanges else {}
+        self._gates = {
+            gate_name(name): (self.model.layers[name].num_filters,)
+            for name in self.model.rules.filters
+        }
+        self.layers = shared | self._gates_of(shared) if fusion.exchanges else {}
         self.prior = shared_prior(
             self.model, seed=seed, score_init=config.score_init, names=list(shared)
         )
         # of layers that count in the bytes: those that are sent, where anything is
-        self._counted = self.layers or self._shapes
+        self._counted = shared if fusion.exchanges else self._shapes
         self._first_mask = self._draw_first_mask()
         self._first_mask_digest = _digest(self._first_mask)
         # of the last local step, until the fine-tuning step has used it
@@ -104,7 +118,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     # of the round in which g was taken.
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
         """Take in the neighbors' masks as ``n``, and take the fine-tuning step."""
-        self.model.fusion_strength = self.config.strength(round)
+        self._set_round(round)
         self._hear(list(inbox.values()))
         means = self.model.neighbor_means
         finetune_lr = self.config.finetune_lr * self.config.lr_factor(round)
@@ -112,7 +126,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             for name, g in self.gradient.items():
                 n = means[name]
                 if n is not None:
-                    z = self.model.scores[name]
+                    z = self.model.all_scores[name]
                     z.copy_(maths.neighbor_step(z, g, n, finetune_lr=finetune_lr))
                     self._settle(z)
         self.gradient = {}
@@ -151,7 +165,8 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             "first-mask": self._first_mask_digest,
             "prior": self.prior.digest.hex() if self.prior else "",
             "retention": self._retention_text(),
-            **({KEPT_BY_LAYER: [kept[name] for name in sorted(kept)]} if self.layers else {}),
+            **({KEPT_BY_LAYER: [kept[name] for name in sorted(kept)]} if self._is_plain() else {}),
+            **self._filter_facts(),
             **self.learner.task.facts(),
             **self.model.frozen.facts(),
             **data_facts(self.data),
@@ -167,6 +182,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         facts = self._facts(
             **{"num-neighbors": self.model.num_neighbors},
             **({} if strength == 1 else {STRENGTH: strength}),
+            **rules_facts(self.model),
         )
         return state_of(facts, self._groups())
 
@@ -185,11 +201,12 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             check_group(
                 groups,
                 group,
-                self._counted if group == heard else self._shapes,
+                self._heard_shapes() if group == heard else self._shapes | self._gates,
                 whose=f"agent {self.index}",
                 may_be_absent=group != "scores" and (group != heard or not num_neighbors),
             )
         self.model.fusion_strength = float(state.facts.get(STRENGTH, 1.0))
+        self.model.set_opening(float(state.facts.get(OPENING, 0.0)))
         self.model.set_scores(groups["scores"])
         self.gradient, self.velocity = groups.get("gradient", {}), groups.get("velocity", {})
         self._average = groups.get("average", {})
@@ -202,7 +219,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         return {
-            "scores": self.model.scores,
+            "scores": self.model.all_scores,
             "gradient": self.gradient,
             "velocity": self.velocity,
             "average": self._average,
@@ -213,7 +230,11 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     def _begin(self, round: int) -> None:
         """Set the model to train in ``round``."""
         self.model.train()
+        self._set_round(round)
+
+    def _set_round(self, round: int) -> None:
         self.model.fusion_strength = self.config.strength(round)
+        self.model.set_opening(self.config.opening(round))
 
     def _settle(self, z: Tensor) -> None:
         """Bring scores after a step into the form that the algorithm keeps them in."""
@@ -225,7 +246,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     def _average_scores(self) -> None:
         if not self.config.score_averaging:
             return
-        scores = {name: z.detach() for name, z in self.model.scores.items()}
+        scores = {name: z.detach() for name, z in self.model.all_scores.items()}
         if not self._average:
             self._average = {name: z.clone() for name, z in scores.items()}
         for name, mean in self._average.items():
@@ -238,21 +259,29 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         """
         if not self._average:
             return self.model.live_masks()
-        scores = {name: z.detach().clone() for name, z in self.model.scores.items()}
+        scores = {name: z.detach().clone() for name, z in self.model.all_scores.items()}
         self.model.set_scores(self._average)
         try:
             return self.model.live_masks()
         finally:
             self.model.set_scores(scores)
 
+    def _structure(self, masks: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metric of two-level masks: number of filters that keep any weight."""
+        if not self._gates:
+            return {}
+        layers = self.model.layers
+        live = [int(layers[name].rows(mask).any(dim=1).sum()) for name, mask in masks.items()]
+        return {LIVE_FILTERS: float(sum(live))}
+
     def _density(self, masks: Mapping[str, Tensor]) -> float:
         kept = sum(int(mask.count_nonzero()) for mask in masks.values())
         return kept / self.model.num_weights
 
     def _weight_sizes(self) -> dict[str, Tensor]:
-        """Return the sizes of the frozen weights, none of them zero."""
+        """Return the sizes of the frozen weights, none of them zero; gates as is."""
         module = self.model.module
-        return {
+        return {**self.model.all_scores} | {
             name: maths.reflected(module.get_parameter(name).detach().to(z.dtype))
             for name, z in self.model.scores.items()
         }
@@ -275,13 +304,33 @@ class MaskedAgent(Agent, Generic[MaskedT]):
                 )
                 for name, shape in self._shapes.items()
             }
-        return {name: masks[name] for name in self._counted}
+        masks |= {gate: torch.ones(shape, dtype=torch.bool) for gate, shape in self._gates.items()}
+        return {name: masks[name] for name in self._heard_shapes()}
+
+    def _shares(self, module: nn.Module) -> dict[str, float]:
+        return self.config.shares(module, find_maskable(module)) if self.config.has_gates else {}
+
+    def _gates_of(self, layers: Shapes) -> dict[str, tuple[int, ...]]:
+        """Shapes of the gates of some layers, those of them that have any."""
+        names = [gate_name(name) for name in layers]
+        return {name: self._gates[name] for name in names if name in self._gates}
+
+    def _heard_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**self._counted, **self._gates_of(self._counted)}
+
+    def _is_plain(self) -> bool:
+        """Whether masks travel that keep as many weights of each layer, always."""
+        return bool(self.layers) and not self._gates and self.config.retention_budget == LAYER
+
+    def _filter_facts(self) -> dict[str, Any]:
+        """Number of filters that stay in the end, of each layer that has gates."""
+        rules, layers = replace(self.model.rules, opening=0.0), self.model.layers
+        live = [rules.num_live(layers[name]) for name in sorted(rules.filters)]
+        return {LIVE_FILTERS: live} if live else {}
 
     def _kept_by_layer(self) -> dict[str, int]:
-        return {
-            name: maths.kept_weights(math.prod(shape), retention=self.model.retention[name])
-            for name, shape in self._counted.items()
-        }
+        rules = replace(self.model.rules, opening=0.0)
+        return {name: rules.num_kept(self.model.layers[name]) for name in self._counted}
 
     def _retention_text(self) -> str:
         ratios = {

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
+from torch import nn
+
 from flower_mcepl.agents.parts.frozen_weights import FrozenWeightsConfig
 from flower_mcepl.agents.parts.sharing import SharingConfig
 from flower_mcepl.config.checks import check
@@ -12,12 +14,15 @@ from flower_mcepl.config.fields import RunConfig, read_fields
 from flower_mcepl.config.ratios import per_layer, ratios_of
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.fusion import FUSIONS
+from flower_mcepl.masks.gates import BUDGETS, LAYER, check_share, resolve_filters
+from flower_mcepl.masks.layers import LayerSpec
 from flower_mcepl.masks.retention import Retention, check_retentions
 from flower_mcepl.masks.weight_init import MODULE
 
 SHARED, INDEPENDENT, MAGNITUDE = "shared", "independent", "magnitude"
 SCORE_INITS = (SHARED, INDEPENDENT, MAGNITUDE)
 FIRST_MASKS = ("random", "scores")
+FILTERS_LAYERS = "filters-layers"
 FUSION_SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -53,6 +58,22 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
     # "shared": all agents start from equal scores; "independent": each from its own;
     # "magnitude": all from the sizes of the frozen weights, for pretrained ones
     score_init: str = SHARED
+    # ρ in (0, 1]: share of the filters that stays on, in layers that have gates
+    filters: float = 1.0
+    # ρ of single layers, by name or pattern, for all agents: "conv1.weight=0.8"; 1: no
+    # gates; convolutions and linear layers have them, but the first and the last layer
+    filters_layers: str = ""
+    # length of the cubic schedule from 1 down to ρ; 0: ρ from the first round on; a run
+    # config that has none means half of its num-rounds
+    filters_rounds: int = 0
+    # rounds with all filters on before it; a run config that has none means a tenth of
+    # its num-rounds
+    filters_warmup: int = 0
+    # whether there are gates although ρ is 1, as in a fleet where others have less
+    gated: bool = False
+    # "layer": each layer keeps its retention; "network": all together keep as many
+    # weights, those of the largest ``|y| sqrt(fan_in)``
+    retention_budget: str = LAYER
     # β in [0, 1): evaluate at the scores' running mean z̄ = β z̄ + (1 - β) z; 0: at z
     score_averaging: float = 0.0
 
@@ -85,6 +106,12 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
         check(
             0 <= self.score_averaging < 1, "score-averaging must be in [0, 1)", self.score_averaging
         )
+        check_share(self.filters, of="filters")
+        self._shares_of_layers()
+        for name in ("filters_rounds", "filters_warmup"):
+            rounds = getattr(self, name)
+            check(rounds >= 0, f"{name.replace('_', '-')} must be >= 0", rounds)
+        self._check_one_of("retention_budget", BUDGETS)
         for retention in (self.retention, self.first_retention):
             if retention is not None:
                 check_retentions(retention)
@@ -99,11 +126,41 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
             passed = 0.5 * (1 - math.cos(math.pi * passed))
         return first + (last - first) * passed
 
+    @property
+    def has_gates(self) -> bool:
+        """Whether masks have two levels."""
+        return (
+            self.gated or self.filters < 1 or any(s < 1 for s in self._shares_of_layers().values())
+        )
+
+    def shares(self, module: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[str, float]:
+        """Share ρ of the layers of a network that have gates."""
+        if not self.has_gates:
+            return {}
+        return resolve_filters(self.filters, self._shares_of_layers(), module, layers)
+
+    def opening(self, round: int) -> float:
+        """Share of the filters that are to go that is on still, in ``round`` (from 1).
+
+        The share that is on falls as in gradual pruning (Zhu and Gupta 2017,
+        arXiv:1710.01878): ``ρ + (1 - ρ) (1 - p)³``.
+        """
+        if not self.filters_rounds:
+            return float(round <= self.filters_warmup)
+        passed = (round - 1 - self.filters_warmup) / self.filters_rounds
+        return (1 - min(max(passed, 0.0), 1.0)) ** 3
+
+    def _shares_of_layers(self) -> dict[str, float]:
+        shares = per_layer(FILTERS_LAYERS, self.filters_layers, example="conv1.weight=0.8")
+        for name, share in shares.items():
+            check_share(share, of=f"key {FILTERS_LAYERS}, {name}")
+        return shares
+
     @classmethod
     def keys(cls) -> set[str]:
         """Return the run-config keys: the fields, with ratios by kind and layer."""
         ratios = {"retention-conv", "retention-linear", "retention-layers"}
-        return super().keys() - {"retention", "first-retention"} | ratios
+        return super().keys() - {"retention", "first-retention", "gated"} | ratios
 
     @classmethod
     def from_run_config(
@@ -116,6 +173,9 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
         common first mask then has their mean. The same keys in the node config set the
         agent's own ratios. ``retention-layers`` sets single layers, by name or pattern,
         for all agents alike: ``"conv1.weight=0.6, fc*=0.95"``.
+
+        ``filters`` is one share or several in turn, likewise, and a device's own in its
+        node config. If any in the run config is below 1, all agents have gates.
         """
         own, first = {}, {}
         defaults = cls().retention
@@ -137,4 +197,28 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
                 f"Use retention-{name}.",
             )
             maths.check_retention(ratio, of=f"key retention-layers, {name}")
-        return read_fields(cls, run_config, retention=own | layers, first_retention=first | layers)
+        shares, filters = ratios_of("filters", run_config, node_config, agent=agent, default=1.0)
+        for share in (*shares, filters):
+            check_share(share, of="key filters")
+        of_layers = per_layer(FILTERS_LAYERS, run_config.get(FILTERS_LAYERS, ""))
+        gated = any(share < 1 for share in (*shares, *of_layers.values()))
+        num_rounds = run_config.get("num-rounds", 0) if gated else 0
+        rounds = {
+            key: run_config.get(key) or num_rounds // part
+            for key, part in (("filters-rounds", 2), ("filters-warmup", 10))
+        }
+        check(
+            gated or filters == 1,
+            "the node config's filters is below 1 where the run config's has a share below 1, so "
+            "that all agents have gates",
+            filters,
+            'Set filters in the run config, too, such as "1.0, 0.5".',
+        )
+        return read_fields(
+            cls,
+            {**run_config, **rounds},
+            retention=own | layers,
+            first_retention=first | layers,
+            filters=filters,
+            gated=gated,
+        )
