@@ -79,6 +79,16 @@ NOTES = {
     "retention-linear": "r of linear layers, likewise",
     "retention-layers": "r of single layers, by name or pattern, for all agents: "
     '`"conv1.weight=0.6, fc*=0.95"`',
+    "filters": "ρ in (0, 1]: share of the [filters](algorithms.md) that stays on, in layers that "
+    'have gates; several are taken in turn: `"0.25, 0.5, 1.0"`',
+    "filters-rounds": "length of the cubic schedule from 1 down to ρ; 0: half of `num-rounds`",
+    "filters-warmup": "rounds with all filters on before it; 0: a tenth of `num-rounds`",
+    "filters-layers": 'ρ of single layers, by name or pattern, for all agents: `"conv1.weight=0.8"`'
+    "; 1: no gates. Convolutions and linear layers have them, but the first and the last layer",
+    "retention-budget": '`"layer"`: each layer keeps its retention; `"network"`: all together keep '
+    "as many weights, those of the largest `abs(y) sqrt(fan_in)`",
+    "lasso-step": '`"gradient"`: the lasso is part of the loss (paper); `"proximal"`: each step on '
+    "the loss is followed by `z_f * max(0, 1 - ηλ / norm(z_f))`, which ends at zero",
 }
 
 

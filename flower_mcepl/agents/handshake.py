@@ -96,15 +96,15 @@ _MUST_AGREE = (
         "Use the same model function and settings on all devices.",
     ),
     (
-        KEPT_BY_LAYER,
-        "models (numbers of layers)",
-        "Use the same model function and settings on all devices.",
-    ),
-    (
         LIVE_FILTERS,
         "masks (numbers of layers with gates; None: none)",
         "Set the same filters and filters-layers on all devices; one that keeps all filters among "
         'others that do not has a share of 1, as in "1.0, 0.5".',
+    ),
+    (
+        KEPT_BY_LAYER,
+        "models (numbers of layers)",
+        "Use the same model function and settings on all devices.",
     ),
     (
         FINGERPRINT,
