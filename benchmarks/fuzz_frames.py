@@ -63,6 +63,7 @@ FINGERPRINT = "000102030405060708090a0b0c0d0e0f"
 LAYERS: dict[str, tuple[int, ...]] = {
     "conv": (12, 3, 3, 3),
     "fc": (50, 60),
+    "fc:filters": (50,),
     "head": (10, 7),
     "none": (0, 4),
     "one": (),
@@ -147,6 +148,11 @@ def honest_frames(seed: int) -> list[Honest]:
             for name, mask in old.items()
         }
 
+    def closed(all_masks: Tensors) -> dict[str, Tensor]:
+        """Masks whose rows are off where their gates say so."""
+        gates = all_masks["fc:filters"]
+        return {**all_masks, "fc": all_masks["fc"] & gates.unsqueeze(1)}
+
     def floats() -> dict[str, Tensor]:
         return {name: torch.randn(shape, generator=generator) for name, shape in LAYERS.items()}
 
@@ -187,6 +193,9 @@ def honest_frames(seed: int) -> list[Honest]:
     add("dense masks", masks(0.5))
     add("masks with one side rare", {**masks(0.01), "fc": ~masks(0.02)["fc"]}, prior=CLASSES)
     add("masks by classes", masks(0.2), prior=CLASSES)
+    two_levels = closed(masks(0.3))
+    levels = add("two-level masks", two_levels, prior=CLASSES)
+    add("two-level masks, changed", closed(changed(two_levels, 0.01)), last=levels, prior=CLASSES)
     start = add("masks against the first", changed(common, 0.02), first=common, prior=CLASSES)
     delta = add(
         "flips by classes", changed(start.tensors, 0.02), last=start, first=common, prior=CLASSES

@@ -39,8 +39,8 @@ class DeviceSettings:
     # say in the handshake, and so in the record, which classes the agent holds, and how
     # many
     tell_classes: bool = field(default=True, metadata=FREE)
-    # "mask", "pt2" or "onnx": the personal model as a file at the end of the run, in the
-    # record where the agent is simulated, else in models/ below state_dir
+    # "mask", "pt2" or "onnx": the personal model as a file at the end of the run, in
+    # the record where the agent is simulated, else in models/ below state_dir
     export: str = field(default="", metadata=FREE)
 
     def __post_init__(self) -> None:

@@ -40,7 +40,9 @@ FIXED = struct.Struct("<4sBBHIII8s8sI")
 CONTENT = slice(28, 36)  # where the content lies in it
 
 FrameBytes = bytes | bytearray | memoryview | NDArray[np.uint8]
-WITH_CLASSES, WITH_RECENT = 0x20, 0x40  # in the coding byte of a layer's line
+# in the coding byte of a layer's line
+WITH_CLASSES, WITH_RECENT, AMONG_LIVE = 0x20, 0x40, 0x80
+GATES = ":filters"  # behind a mask's name: the mask that says which of its rows are on
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class LayerEntry:
     precision: Codec | None  # None: a mask, without values
     with_classes: bool = False
     with_recent: bool = False
+    among_live: bool = False  # only weights of rows that are on are coded
     # weights that the range-coded section lists: that are on (ALONE) or flipped (DELTA)
     num_listed: int = 0
     num_values: int = 0  # of a sparse layer
@@ -86,6 +89,7 @@ class LayerEntry:
         """The layer's line in the header."""
         coding = (self.precision.code if self.precision else 0) | self.kind << 3
         coding |= self.with_classes * WITH_CLASSES | self.with_recent * WITH_RECENT
+        coding |= self.among_live * AMONG_LIVE
         line = bytes([coding]) + (self.precision.tag if self.precision else b"")
         line += varint(self.num_listed) if self.kind in (ALONE, DELTA) else b""
         return line + (varint(self.num_values) if self.is_sparse else b"")

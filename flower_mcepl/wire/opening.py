@@ -16,6 +16,7 @@ from flower_mcepl.errors import (
     TruncatedFrameError,
 )
 from flower_mcepl.wire.layout import (
+    AMONG_LIVE,
     DESCRIBED,
     DIGEST_NBYTES,
     FIXED,
@@ -247,7 +248,9 @@ class _Reader:
         kind, code = coding >> 3 & 3, coding & 7
         precision = self._named_codec(label) if code == NAMED else BY_CODE.get(code)
         sparse_differences = kind and precision is not None and precision.of_differences
-        if coding & 0x80 or (code and precision is None) or sparse_differences:
+        among_live = bool(coding & AMONG_LIVE)
+        odd = sparse_differences or (among_live and (kind < ALONE or code))
+        if odd or (code and precision is None):
             raise future(self._who, f"coding {coding:#04x} in {label}")
         num_listed = self.varint() if kind in (ALONE, DELTA) else 0
         num_values = self.varint() if kind and precision else 0
@@ -261,7 +264,15 @@ class _Reader:
         if shape is not None and (most := max(num_listed, num_values)) > math.prod(shape):
             raise corrupt(self._who, f"{label} of {math.prod(shape)} weights tells of {most}")
         return LayerEntry(
-            name, shape, kind, precision, with_classes, with_recent, num_listed, num_values
+            name,
+            shape,
+            kind,
+            precision,
+            with_classes,
+            with_recent,
+            among_live,
+            num_listed,
+            num_values,
         )
 
     def _named_codec(self, label: str) -> Codec:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flower_mcepl.errors import CorruptFrameError
 from flower_mcepl.wire.digits import Bits, Ints
+from flower_mcepl.wire.layout import GATES
 from flower_mcepl.wire.support import Known, Prior
 from flower_mcepl.wire.values import FLOAT32, Codec, Values
 
@@ -82,6 +83,18 @@ def known_of(
         last = support_of(reference.tensors[name])
     recent = None if last is None or reference is None else reference.flips.get(name)
     return Known(numel, last, recent, None if prior is None else prior.classes(name))
+
+
+def coding_order(name: str) -> tuple[bool, str]:
+    """Key by which layers are range-coded: gates first, which the others need."""
+    return not name.endswith(GATES), name
+
+
+def live_weights(shape: Sequence[int], gates: Bits | None) -> Bits | None:
+    """Weights of the rows that are on, flat; None where no row is off, or all are."""
+    if gates is None or not shape or len(gates) != shape[0] or gates.all() or not gates.any():
+        return None
+    return np.repeat(gates, math.prod(shape[1:]))
 
 
 def base_of(name: str, shape: Sequence[int], reference: Reference | None) -> Values | None:

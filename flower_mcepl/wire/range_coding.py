@@ -102,6 +102,14 @@ class Classes:
         np.cumsum(np.bincount(labels, minlength=len(starts) - 1), out=starts[1:])
         return cls(order, place, starts)
 
+    def among(self, live: Bits) -> "Classes":
+        """The same classes of the live weights alone, numbered anew in their order."""
+        chosen = live[self.order]
+        order = (np.cumsum(live) - 1)[self.order[chosen]]
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        return Classes(order, place, np.concatenate([[0], np.cumsum(chosen)])[self.starts])
+
 
 # Why groups. Positions among n weights cost about n H(share) bits (H: binary entropy).
 # H is concave: groups with different shares, each coded on its own, never cost more

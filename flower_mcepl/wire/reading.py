@@ -18,9 +18,10 @@ from flower_mcepl.errors import (
     CorruptFrameError,
     MissingReferenceError,
 )
-from flower_mcepl.wire.digits import Ints
+from flower_mcepl.wire.digits import Bits, Ints
 from flower_mcepl.wire.layout import (
     FREE_WEIGHTS,
+    GATES,
     WEIGHTS_PER_BYTE,
     FrameBytes,
     FrameHeader,
@@ -35,8 +36,11 @@ from flower_mcepl.wire.payload import (
     base_of,
     canonical_pieces,
     canonical_values,
+    coding_order,
     join_support,
     known_of,
+    live_weights,
+    support_of,
 )
 from flower_mcepl.wire.range_coding import BitReader
 from flower_mcepl.wire.support import (
@@ -46,7 +50,7 @@ from flower_mcepl.wire.support import (
     Prior,
     pack,
     packed_bytes,
-    read_support,
+    read_among,
     unpack,
 )
 from flower_mcepl.wire.values import Codec, Values, add_difference
@@ -144,28 +148,40 @@ def unpack_frame(
     who = name_frame(header.sender, header.round)
     split = len(payload) - header.coded_bytes
     coder, at = BitReader(payload[split:]), 0
-    tensors, flips, canonical = {}, {}, []
+    raws: dict[str, memoryview] = {}
+    layers: dict[str, _ReadLayer] = {}
     for entry in header.layers:
-        raw = payload[at : at + entry.raw_bytes()]
-        at += len(raw)
         assert entry.name is not None
+        raws[entry.name] = payload[at : at + entry.raw_bytes()]
+        at += len(raws[entry.name])
+    for entry in sorted(header.layers, key=lambda entry: coding_order(str(entry.name))):
+        assert entry.name is not None
+        gates = layers.get(entry.name + GATES)
         try:
-            layer = _read_layer(entry, raw, coder, reference, prior)
+            layers[entry.name] = _read_layer(
+                entry,
+                raws[entry.name],
+                coder,
+                reference,
+                prior,
+                None if gates is None else gates.tensor,
+            )
         except CorruptFrameError as error:
             # Range-coded bits also turn out unreadable where the two ends do not know
             # the same.
             raise _unfit(header, f"in layer {entry.name!r} {error}") from None
         except ConfigError as error:
             raise undecodable(who, f"layer {entry.name!r}", error) from error
-        tensors[entry.name] = layer.tensor
-        canonical += layer.canonical
-        if entry.kind == DELTA:
-            flips[entry.name] = layer.flipped
     if not coder.at_end():
         raise _unfit(header, "range-coded bits are left over")
-    if digest(canonical).hex() != header.content:
+    in_order = [(entry, layers[str(entry.name)]) for entry in header.layers]
+    if digest(piece for _, layer in in_order for piece in layer.canonical).hex() != header.content:
         raise _unfit(header, "it decodes to something else than was encoded")
-    return Frame(header, tensors, flips)
+    return Frame(
+        header,
+        {str(entry.name): layer.tensor for entry, layer in in_order},
+        {str(entry.name): layer.flipped for entry, layer in in_order if entry.kind == DELTA},
+    )
 
 
 @dataclass(frozen=True)
@@ -181,6 +197,7 @@ def _read_layer(
     coder: BitReader,
     reference: Reference | None,
     prior: Prior | None,
+    gates: Tensor | None,
 ) -> _ReadLayer:
     assert entry.name is not None
     assert entry.shape is not None
@@ -209,7 +226,8 @@ def _read_layer(
             known.recent if entry.with_recent else None,
             known.classes if entry.with_classes else None,
         )
-        bits, weights = read_support(coder, entry.num_listed, known)
+        live = _live_weights(entry, gates) if entry.among_live else None
+        bits, weights = read_among(coder, entry.num_listed, known, live)
         flipped = np.sort(weights) if entry.kind == DELTA else flipped
         support = pack(bits)
     canonical = canonical_pieces(support, entry.precision, raw)
@@ -220,6 +238,18 @@ def _read_layer(
     if bits is None:
         return _ReadLayer(torch.from_numpy(values).reshape(entry.shape), flipped, canonical)
     return _ReadLayer(join_support(bits, torch.from_numpy(values), entry.shape), flipped, canonical)
+
+
+def _live_weights(entry: LayerEntry, gates: Tensor | None) -> Bits:
+    live = None
+    if gates is not None and gates.dtype == torch.bool and gates.dim() == 1:
+        live = live_weights(entry.shape or (), support_of(gates))
+    if live is None:
+        raise CorruptFrameError(
+            f"its rows are said to be off by a mask {entry.name}{GATES}, and that turns none off, "
+            "turns all off, or is no mask of its rows"
+        )
+    return live
 
 
 def _read_differences(

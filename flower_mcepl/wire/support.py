@@ -4,7 +4,7 @@ Bit by bit, on its own, or as flips against an earlier frame.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 
@@ -81,6 +81,16 @@ class Known:
     recent: Ints | None = None  # weights that flipped when the reference was sent, ascending
     classes: Classes | None = None
 
+    def among(self, live: Bits) -> "Known":
+        """What is known of the live weights alone, numbered anew in their order."""
+        recent = self.recent
+        return Known(
+            int(live.sum()),
+            None if self.last is None else self.last[live],
+            None if recent is None else (np.cumsum(live) - 1)[recent[live[recent]]],
+            None if self.classes is None else self.classes.among(live),
+        )
+
 
 @dataclass(frozen=True)
 class SupportCode:
@@ -90,6 +100,7 @@ class SupportCode:
     num_bits: float  # about what it costs
     with_classes: bool = False
     with_recent: bool = False
+    among_live: bool = False  # the weights of filters that are off are not coded
     # that are on (ALONE) or have flipped (DELTA)
     weights: Ints = field(default_factory=lambda: NOTHING)
     sizes: Ints = field(default_factory=lambda: NOTHING)  # as in range_coding
@@ -102,21 +113,34 @@ class SupportCode:
             write_positions(writer, self.sizes, self.counts, self.ranks)
 
 
-def choose_code(bits: Bits, known: Known) -> SupportCode:
-    """The cheapest code of ``bits`` [numel] for a receiver who knows ``known``."""
-    options = [SupportCode(PACKED, 8.0 * packed_bytes(known.numel))]
+def choose_code(bits: Bits, known: Known, live: Bits | None = None) -> SupportCode:
+    """The cheapest code of ``bits`` [numel] for a receiver who knows ``known``.
+
+    ``live`` are the weights of filters that are on, which the receiver knows, too; all
+    others must be off.
+    """
+    packed = SupportCode(PACKED, 8.0 * packed_bytes(known.numel))
+    if live is None:
+        return min([packed, *_range_codes(bits, known)], key=lambda code: code.num_bits)
+    inside = _range_codes(bits[live], known.among(live))
+    places = np.flatnonzero(live)
+    codes = [replace(code, among_live=True, weights=places[code.weights]) for code in inside]
+    return min([packed, *codes], key=lambda code: code.num_bits)
+
+
+def _range_codes(bits: Bits, known: Known) -> list[SupportCode]:
+    """The ways to range-code ``bits`` that are worth comparing."""
+    codes = []
     if known.numel and known.last is not None:
         recent = known.recent
         if recent is not None and not 0 < len(recent) * FEW <= known.numel:
             recent = None
         flips = np.flatnonzero(bits ^ known.last)
-        options.append(_coded(DELTA, flips, Known(known.numel, known.last, recent, known.classes)))
+        codes.append(_coded(DELTA, flips, Known(known.numel, known.last, recent, known.classes)))
     # a good delta need not be compared
-    if known.numel and options[-1].num_bits > options[0].num_bits / 4:
-        options.append(
-            _coded(ALONE, np.flatnonzero(bits), Known(known.numel, classes=known.classes))
-        )
-    return min(options, key=lambda code: code.num_bits)
+    if known.numel and not (codes and codes[0].num_bits <= 2.0 * packed_bytes(known.numel)):
+        codes.append(_coded(ALONE, np.flatnonzero(bits), Known(known.numel, classes=known.classes)))
+    return codes
 
 
 def _coded(kind: int, weights: Ints, known: Known) -> SupportCode:
@@ -132,6 +156,16 @@ def _coded(kind: int, weights: Ints, known: Known) -> SupportCode:
         counts=counts,
         ranks=ranks,
     )
+
+
+def read_among(reader: BitReader, count: int, known: Known, live: Bits | None) -> tuple[Bits, Ints]:
+    """Read as `read_support` does, of the live weights alone where they are given."""
+    if live is None:
+        return read_support(reader, count, known)
+    inside, weights = read_support(reader, count, known.among(live))
+    bits = np.zeros(known.numel, np.bool_)
+    bits[live] = inside
+    return bits, np.flatnonzero(live)[weights]
 
 
 def read_support(reader: BitReader, count: int, known: Known) -> tuple[Bits, Ints]:

@@ -19,6 +19,7 @@ from flower_mcepl.wire.layout import (
     DESCRIBED,
     DIGEST_NBYTES,
     FIXED,
+    GATES,
     MAGIC,
     NO_REFERENCE,
     U16,
@@ -36,7 +37,9 @@ from flower_mcepl.wire.payload import (
     base_of,
     canonical_pieces,
     canonical_values,
+    coding_order,
     known_of,
+    live_weights,
     support_of,
     values_of,
 )
@@ -215,11 +218,18 @@ class _Inside:
         packed: bool,
     ) -> "_Inside":
         """Code every layer the cheapest way, or packed."""
-        codes = [part.code(reference, prior, packed=packed) for part in parts]
+        gates = {part.name: part.bits for part in parts if part.is_mask and len(part.shape) == 1}
+        codes = [
+            part.code(reference, prior, packed=packed, gates=gates.get(part.name + GATES))
+            for part in parts
+        ]
         entries = [part.entry(code) for part, code in zip(parts, codes, strict=True)]
         coder = BitWriter()
         flips = {}
-        for part, code in zip(parts, codes, strict=True):
+        in_order = sorted(
+            zip(parts, codes, strict=True), key=lambda pair: coding_order(pair[0].name)
+        )
+        for part, code in in_order:
             if code is not None:
                 code.write(coder)
                 if code.kind == DELTA:
@@ -308,6 +318,11 @@ class _Part:
         decoded = add_difference(base, precision.decode(memoryview(packed), values.size))
         return cls(name, shape, None, b"", values.size, packed, precision, decoded)
 
+    @property
+    def is_mask(self) -> bool:
+        """Whether it has bits and no values."""
+        return self.bits is not None and self.precision is None
+
     def canonical(self) -> list[bytes | memoryview]:
         """What stands for it in the content digest."""
         if self.decoded is not None:
@@ -317,9 +332,14 @@ class _Part:
         )
 
     def code(
-        self, reference: Reference | None, prior: Prior | None, *, packed: bool
+        self,
+        reference: Reference | None,
+        prior: Prior | None,
+        *,
+        packed: bool,
+        gates: Bits | None = None,
     ) -> SupportCode | None:
-        """How its bits are coded; None where there are none."""
+        """How its bits are coded, whose rows ``gates`` turn on; None without any."""
         if self.bits is None:
             return None
         if packed:
@@ -331,7 +351,10 @@ class _Part:
                 f"weights and classes for {len(known.classes.order)}. Make the classes from the "
                 "model that is sent."
             )
-        return choose_code(self.bits, known)
+        live = live_weights(self.shape, gates) if self.is_mask else None
+        if live is not None and self.bits[~live].any():
+            live = None
+        return choose_code(self.bits, known, live)
 
     def entry(self, code: SupportCode | None) -> LayerEntry:
         """Its place in the header."""
@@ -344,6 +367,7 @@ class _Part:
             self.precision,
             code.with_classes,
             code.with_recent,
+            code.among_live,
             len(code.weights),
             self.num_values,
         )

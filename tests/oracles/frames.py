@@ -122,6 +122,7 @@ class Telling:
     kind: int = PACKED
     with_classes: bool = False
     with_recent: bool = False
+    among_live: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def encode(
 ) -> bytes:
     names = sorted(layers, key=str.encode)
     lines, raw, canonical, coder = b"", b"", b"", Encoder()
+    coded_later = []  # after the gates
     builds_on = None
     for name in names:
         layer, telling = layers[name], tellings.get(name, Telling())
@@ -168,8 +170,17 @@ def encode(
                 math.prod(layer.shape), last, recent if telling.with_recent else None,
                 classes[name] if classes and telling.with_classes else None,
             )  # fmt: skip
-            write_positions(coder.write, [[int(k in listed) for k in group] for group in groups])
+            if telling.among_live:
+                live = live_weights(layer.shape, layers[name + ":filters"].bits)
+                listed = [k for k in listed if live[k]]
+                groups = [[k for k in group if live[k]] for group in groups]
+            taken = [[int(k in listed) for k in group] for group in groups]
+            if name.endswith(":filters"):
+                write_positions(coder.write, taken)
+            else:
+                coded_later.append(taken)
             coding += 0x20 * telling.with_classes + 0x40 * telling.with_recent
+            coding += 0x80 * telling.among_live
             line += varint(len(listed))
             if kind == DELTA:
                 builds_on = reference.round if reference else None
@@ -196,6 +207,8 @@ def encode(
                 canonical += named(precision) + values
             raw += values
         lines += bytes([coding]) + line
+    for taken in coded_later:
+        write_positions(coder.write, taken)
     coded = coder.finish()
     description = describe(fingerprint, {name: layers[name].shape for name in names})
     middle = (b"" if builds_on else description) + lines + varint(len(coded))
@@ -249,34 +262,49 @@ def decode(
     coded = stream.varint()
     around = blake(data[:28] + data[36 : stream.at])
     coder = Decoder(data[total - 8 - coded : total - 8])
-    layers, canonical = {}, b""
-    for name, (coding, kind, precision, num_listed, num_values) in zip(names, lines, strict=True):
+    stored, masks = {}, {}
+    for name, (_, kind, precision, _, num_values) in zip(names, lines, strict=True):
         numel = math.prod(shapes[name])
-        bits, values = None, None
         if kind == PACKED:
-            bits = unpack_bits(stream.take((numel + 7) // 8), numel)
-        elif kind in (ALONE, DELTA):
-            last = None
-            if kind == DELTA:
-                assert reference
-                assert reference.round == builds_on
-                last = reference.bits[name]
-            recent = reference.flips[name] if reference and coding & 0x40 else None
-            groups = sort_weights(
-                numel, last, recent, classes[name] if classes and coding & 0x20 else None
-            )
-            bits = list(last or [0] * numel)
-            for group, taken in zip(
-                groups, read_positions(coder.read, list(map(len, groups)), num_listed), strict=True
-            ):
-                for weight, flip in zip(group, taken, strict=True):
-                    bits[weight] ^= flip
+            masks[name] = unpack_bits(stream.take((numel + 7) // 8), numel)
+        if precision:
+            length = numel if num_values is None else num_values
+            stored[name] = stream.take(num_bytes(precision, length))
+    of_name = dict(zip(names, lines, strict=True))
+    for name in sorted(names, key=lambda name: (not name.endswith(":filters"), name.encode())):
+        coding, kind, _, num_listed, _ = of_name[name]
+        if kind not in (ALONE, DELTA):
+            continue
+        numel = math.prod(shapes[name])
+        last = None
+        if kind == DELTA:
+            assert reference
+            assert reference.round == builds_on
+            last = reference.bits[name]
+        recent = reference.flips[name] if reference and coding & 0x40 else None
+        groups = sort_weights(
+            numel, last, recent, classes[name] if classes and coding & 0x20 else None
+        )
+        bits = list(last or [0] * numel)
+        if coding & 0x80:
+            live = live_weights(shapes[name], masks[name + ":filters"])
+            groups = [[k for k in group if live[k]] for group in groups]
+            bits = [bit * on for bit, on in zip(bits, live, strict=True)]
+        for group, taken in zip(
+            groups, read_positions(coder.read, list(map(len, groups)), num_listed), strict=True
+        ):
+            for weight, flip in zip(group, taken, strict=True):
+                bits[weight] ^= flip
+        masks[name] = bits
+    layers, canonical = {}, b""
+    for name, (coding, kind, precision, _, num_values) in zip(names, lines, strict=True):
+        numel = math.prod(shapes[name])
+        bits, values = masks.get(name), None
         if bits is not None:
             canonical += pack_bits(bits)
         if precision:
             length = numel if num_values is None else num_values
-            stored = stream.take(num_bytes(precision, length))
-            values = unpack_values(stored, precision, length)
+            values = unpack_values(stored[name], precision, length)
             if of_differences(precision):
                 assert kind == ALL
                 assert reference
@@ -284,13 +312,21 @@ def decode(
                 values = add(reference.values[name], values)
                 canonical += b"\1" + pack_values(values, "float32")
             else:
-                canonical += bytes([coding & 7 | (8 if kind else 0)]) + named(precision) + stored
+                canonical += bytes([coding & 7 | (8 if kind else 0)]) + named(precision)
+                canonical += stored[name]
             assert bits is None or sum(bits) == len(values)
         layers[name] = Layer(shapes[name], bits, values, precision)
     assert stream.at == total - 8 - coded
     assert coder.all_read()
     assert exclusive_or(blake(canonical), around) == data[28:36]
     return layers
+
+
+def live_weights(shape: tuple[int, ...], gates: Sequence[int] | None) -> list[int]:
+    """The gate of each weight's row; weights are in C order."""
+    assert gates is not None
+    assert len(gates) == shape[0]
+    return [gate for gate in gates for _ in range(math.prod(shape[1:]))]
 
 
 # ---- bytes ---------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from flower_mcepl.wire import (
 )
 from flower_mcepl.wire.layout import model_digest, varint
 from flower_mcepl.wire.support import ALONE, DELTA, PACKED
+from flower_mcepl.wire.values import BUILT_IN
 from tests.oracles import frames as oracle
 
 quick = settings(deadline=None, max_examples=60)
@@ -174,6 +175,12 @@ class Case:
             self.reference.round, {n: b for n, b in bits.items() if b is not None}, flips, values
         )
 
+    def rows_are_off(self, name: str) -> bool:
+        """Whether its gates turn off some rows, not all, and it keeps nothing there."""
+        mask, gates = self.tensors[name], self.tensors[f"{name}:filters"]
+        some = bool(gates.any()) and not gates.all()
+        return some and mask.dtype == torch.bool and not mask[~gates].any()
+
     def plain_classes(self) -> dict[str, list[int]] | None:
         return (
             None
@@ -250,6 +257,15 @@ def cases(
         labels[name] = torch.randint(
             0, draw(st.sampled_from([1, 3, 9])), shape, generator=generator
         ).to(torch.uint8)
+    for name in [name for name in tensors if draw(st.integers(0, 2))]:
+        mask, gates = tensors[name], f"{name}:filters"
+        if mask.dtype == torch.bool and mask.dim():  # two-level masks, or nearly so
+            tensors[gates] = random_mask(mask.shape[:1], draw(densities))
+            if draw(st.integers(0, 5)):
+                mask[~tensors[gates]] = False
+            if draw(st.booleans()):
+                last[gates] = tensors[gates] ^ random_mask(mask.shape[:1], draw(rates))
+            labels[gates] = torch.zeros(mask.shape[:1], dtype=torch.uint8)
     reference = (
         Reference(draw(st.sampled_from([0, 6])), last, flips)
         if known or draw(st.booleans())
@@ -294,7 +310,9 @@ def test_round_trip_and_bytes_of_the_oracle(case: Case, packed: bool) -> None:
         assert_same(came, case.tensors)
     header = read_header(written.data, shapes_of(case.tensors))
     tellings = {
-        str(entry.name): oracle.Telling(entry.kind, entry.with_classes, entry.with_recent)
+        str(entry.name): oracle.Telling(
+            entry.kind, entry.with_classes, entry.with_recent, entry.among_live
+        )
         for entry in header.layers
     }
     again = oracle.encode(
@@ -329,7 +347,12 @@ def test_frames_of_the_oracle_coded_in_any_way_are_read(case: Case, data: st.Dat
             and data.draw(st.booleans())
         )
         with_classes = kind != PACKED and case.labels is not None and data.draw(st.booleans())
-        tellings[name] = oracle.Telling(kind, with_classes, with_recent)
+        among_live = (
+            kind != PACKED and f"{name}:filters" in case.tensors and case.rows_are_off(name)
+        )
+        tellings[name] = oracle.Telling(
+            kind, with_classes, with_recent, among_live and data.draw(st.booleans())
+        )
     frame = oracle.encode(
         case.plain(),
         tellings,
@@ -698,7 +721,9 @@ def test_never_longer_than_packed_bits(case: Case) -> None:
     best = encode(
         case.tensors, reference=case.reference, prior=case.prior, precision=case.precision
     )
-    assert len(best) <= len(packed)
+    floats = sum(tensor.dtype != torch.bool for tensor in case.tensors.values())
+    names = 0 if case.precision in BUILT_IN else floats * (1 + len(case.precision))
+    assert len(best) <= len(packed) + names
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.0005, 0.005, 0.05, 0.3])

@@ -54,6 +54,7 @@ def test_every_kind_of_layer_is_among_the_honest(fuzzer: ModuleType) -> None:
     assert {entry.precision.name for entry in entries if entry.precision} == {*PRECISIONS}
     assert any(entry.with_classes for entry in entries)
     assert any(entry.with_recent for entry in entries)
+    assert {entry.kind for entry in entries if entry.among_live} == {2, 3}
     assert any(entry.is_sparse for entry in entries)
 
 
