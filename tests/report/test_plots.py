@@ -28,7 +28,7 @@ from flower_mcepl.report.plots.canvas import new_figure, plain, wrapped
 from flower_mcepl.report.plots.charts import _stacked, draw_by_bytes, draw_by_round, draw_spread
 from flower_mcepl.report.plots.curves import AGENTS, SEEDS, curve_of, final_values
 from flower_mcepl.report.plots.degrees import draw_degrees
-from flower_mcepl.report.plots.filter_charts import off_text
+from flower_mcepl.report.plots.filter_charts import draw_live_filters, off_text
 from flower_mcepl.report.plots.filters import filter_densities
 from flower_mcepl.report.plots.gallery import (
     Gallery,
@@ -247,6 +247,29 @@ def test_filters_that_are_off_are_counted() -> None:
     assert off_text(both[0]) == "0 to 3 of 4 filters off, 1.5 on average"
     assert off_text(filter_densities({0: {"a": mask}})[0]) == "3 of 4 filters off in every agent"
     assert off_text(filter_densities({0: {"a": ~mask}})[0]) == "0 of 4 filters off"
+
+
+def test_live_filters_are_drawn_where_there_are_gates(copied: Path, tmp_path: Path) -> None:
+    def files(run: Path) -> list[str]:
+        return [picture.file for picture in draw_gallery([read_run(run)]).pictures]
+
+    assert "live-filters.png" not in files(copied)
+
+    def change(config: Any) -> None:
+        config["agents"][0]["live_filters"] = [2]
+
+    change_config(copied, change)
+    assert files(copied)[-2:] == ["filters.png", "live-filters.png"]
+
+
+def test_numbers_of_live_filters_change_the_picture() -> None:
+    mask = np.zeros((4, 2, 3), dtype=bool)
+    mask[1, 0, 2] = True
+    pictures = {
+        draw_live_filters(filter_densities({0: {"a": one}, 1: {"a": ~mask}}))
+        for one in (mask, ~mask)
+    }
+    assert len(pictures) == 2
 
 
 # --- who holds what ---

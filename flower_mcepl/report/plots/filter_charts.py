@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_LAYERS = 12  # panels in one picture
+_MOST_NUMBERS = 400  # cells in which there is room for the numbers themselves
 _GROUPS = 5  # more different densities than this get one color
 
 
@@ -28,6 +29,28 @@ def draw_filters(layers: Sequence[LayerDensity]) -> bytes:
         _draw_layer(axes, layer)
         if place % across == 0:
             axes.set_ylabel("share of kept weights in a filter")
+    return png(figure)
+
+
+def draw_live_filters(layers: Sequence[LayerDensity]) -> bytes:
+    """Draw a cell for each agent and layer: its number of live filters."""
+    live = np.stack([layer.num_filters - layer.off for layer in layers], axis=1)
+    shares = live / [layer.num_filters for layer in layers]
+    agents = layers[0].agents
+    figure = new_figure(max(1.1 * len(layers) + 3, 6), min(0.35 * len(agents) + 2.5, 14))
+    axes = figure.subplots()
+    image = axes.imshow(
+        shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest"
+    )
+    axes.set_xticks(range(len(layers)), [plain(layer.name) for layer in layers], rotation=30)
+    every = -(-len(agents) // 30)
+    places = list(range(0, len(agents), every))
+    axes.set_yticks(places, [str(agents[place]) for place in places])
+    axes.set_ylabel("agent")
+    for (row, column), number in np.ndenumerate(live) if live.size <= _MOST_NUMBERS else ():
+        ink = "black" if shares[row, column] > 0.6 else "white"
+        axes.text(column, row, f"{number}", ha="center", va="center", fontsize=8, color=ink)
+    figure.colorbar(image, ax=axes, label="share of the layer's filters")
     return png(figure)
 
 

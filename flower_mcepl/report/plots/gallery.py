@@ -13,8 +13,13 @@ from flower_mcepl.report.final_masks import Masks, final_masks
 from flower_mcepl.report.plots.agreement import agreement_of, classes_of
 from flower_mcepl.report.plots.charts import draw_by_bytes, draw_by_round, draw_spread
 from flower_mcepl.report.plots.curves import SEEDS, Curve, curve_of, final_values
-from flower_mcepl.report.plots.filter_charts import MOST_LAYERS, draw_filters, off_text
-from flower_mcepl.report.plots.filters import filter_densities
+from flower_mcepl.report.plots.filter_charts import (
+    MOST_LAYERS,
+    draw_filters,
+    draw_live_filters,
+    off_text,
+)
+from flower_mcepl.report.plots.filters import LayerDensity, filter_densities
 from flower_mcepl.report.plots.graph import draw_graphs
 from flower_mcepl.report.plots.heat_maps import draw_agreement
 from flower_mcepl.report.plots.holding_charts import draw_holdings
@@ -271,6 +276,22 @@ def _masks(gallery: Gallery, place: int) -> None:
     png = draw_filters(layers)
     gallery.pictures.append(
         Picture(f"filters{suffix}.png", "Density of filters", caption, png, place)
+    )
+    if any("live_filters" in facts for facts in subject.run.handshakes.values()):
+        _add_live_filters(gallery, layers, place, suffix, about)
+
+
+def _add_live_filters(
+    gallery: Gallery, layers: Sequence[LayerDensity], place: int, suffix: str, about: str
+) -> None:
+    shown = layers[:MOST_LAYERS]
+    caption = (
+        f"Live filters{about}: the number of each layer's output filters that keep any weight, by "
+        "agent; the others are off as a whole."
+    )
+    png = draw_live_filters(shown)
+    gallery.pictures.append(
+        Picture(f"live-filters{suffix}.png", "Live filters", caption, png, place)
     )
 
 
