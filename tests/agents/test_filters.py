@@ -1,5 +1,6 @@
 """Agents with two-level masks: settings, exchange, states, frames; the lasso's step."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,13 @@ from flower_mcepl import (
 from flower_mcepl.agents import find_algorithm, make_agent
 from flower_mcepl.agents.handshake import KEPT_BY_LAYER, check_common_ground
 from flower_mcepl.agents.registry import read_config
+from flower_mcepl.clients import make_agent_app
+from flower_mcepl.clients.app import agent_index
 from flower_mcepl.exchange.turn import Reply
+from flower_mcepl.strategies import GossipStrategy
 from tests.fleet.agents import SEED, Reader, same_tensors, split
+from tests.fleet.flower import state_of
+from tests.fleet.grid import InProcessGrid
 from tests.oracles import gates as oracles
 from tests.oracles import masks as mask_oracles
 
@@ -216,6 +222,24 @@ def test_a_fleet_runs_in_frames() -> None:
     assert {*payloads[5, 0]} == {*agents[0].model.layers, *GATES}
     assert [int(payloads[5, index][GATES[0]].sum()) for index in range(3)] == [2, 3, 6]
     assert {row["metrics"]["live-filters"] for row in result.rows if row["round"] == 5}
+
+
+def test_flower_gives_the_rows_and_states_of_simulate(tmp_path: Path) -> None:
+    changes = {"filters": "0.25, 0.5, 1.0"}
+    app = make_agent_app(lambda context: agent(agent_index(context), **changes))
+    grid = InProcessGrid(app, SIZE)
+    strategy = GossipStrategy(topology=Topology.complete(SIZE), evaluate_every=2, record=tmp_path)
+    strategy.start(grid=grid, num_rounds=4)
+    agents = fleet(**changes)
+    result = simulate(agents, Topology.complete(SIZE), num_rounds=4, evaluate_every=2)
+    rows = [
+        [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+        for rows in (result.rows, strategy.monitor.rows)
+    ]
+    assert rows[0] == rows[1]
+    for each in agents:
+        kept = state_of(grid.contexts[1000 + each.index]).state
+        assert same_tensors(kept.tensors, each.state().tensors)
 
 
 # --- handshake and state ---
