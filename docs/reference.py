@@ -86,7 +86,7 @@ NOTES = {
     "filters-layers": 'ρ of single layers, by name or pattern, for all agents: `"conv1.weight=0.8"`'
     "; 1: no gates. Convolutions and linear layers have them, but the first and the last layer",
     "retention-budget": '`"layer"`: each layer keeps its retention; `"network"`: all together keep '
-    "as many weights, those of the largest `abs(y) sqrt(fan_in)`",
+    "as many weights, those of the largest `abs(y)` over its mean in the layer, zeros left out",
     "lasso-step": '`"gradient"`: the lasso is part of the loss (paper); `"proximal"`: each step on '
     "the loss is followed by `z_f * max(0, 1 - ηλ / norm(z_f))`, which ends at zero",
 }

@@ -314,6 +314,18 @@ def shrunk(z: Float[Tensor, "*layer"], factors: Float[Tensor, "*layer"]) -> Floa
     return torch.copysign(reflected(z * factors), z)
 
 
+def relative_sizes(y: Float[Tensor, "*layer"]) -> Float[Tensor, "*layer"]:
+    """``|y|`` over its mean in the layer, without those that are zero.
+
+    So layers compare whatever their fan-in and fusion, and what a lasso has set to zero
+    (to the smallest normal number, see `shrunk`) does not make the others larger.
+    """
+    size = y.detach().abs()
+    counted = size > torch.finfo(size.dtype).tiny
+    mean = size.sum() / counted.sum().clamp_min(1)
+    return size / torch.where(mean == 0, torch.ones_like(mean), mean)
+
+
 def budget_masks(
     y: Mapping[str, Float[Tensor, "..."]], *, keep: int
 ) -> dict[str, Bool[Tensor, "..."]]:

@@ -88,7 +88,7 @@ class MaskRules:
         ρ of the layers that have gates, in the end.
     budget : str (default: "layer")
         "layer": each keeps its share r; "network": all together keep as many weights,
-        those of the largest ``|y| sqrt(fan_in)``, wherever they lie.
+        those of the largest `relative_sizes`, wherever they lie.
     opening : float (default: 0.0)
         Share of the filters above ρ that is on still: ρ + (1 - ρ) * opening stay.
     """
@@ -141,7 +141,7 @@ def _of_network(
     layers: Mapping[str, LayerSpec],
     rules: MaskRules,
 ) -> dict[str, Tensor]:
-    alike = {name: y[name] * spec.fan_in**0.5 for name, spec in layers.items()}
+    alike = {name: maths.relative_sizes(y[name]) for name in layers}
     chosen = {name: alike[name][live[name]] if name in live else alike[name] for name in layers}
     keep = sum(rules.num_kept(spec) for spec in layers.values())
     masks = maths.budget_masks(chosen, keep=keep)

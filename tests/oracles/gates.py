@@ -83,12 +83,12 @@ def proximal(z: Array, step: float, groups: int = 0) -> Array:
 
 
 def network_masks(y: list[Array], keep: int) -> list[Array]:
-    """Keep the largest ``|y| sqrt(fan_in)`` of all layers together."""
-    sizes = [
-        float(abs(value)) * sqrt(float(np.prod(layer.shape[1:])))
-        for layer in y
-        for value in layer.ravel()
-    ]
+    """Keep the largest ``|y|`` of all layers, over the layer's mean of the nonzero."""
+    sizes = []
+    for layer in y:
+        values = [abs(float(value)) for value in layer.ravel()]
+        counted = [value for value in values if value > 0]
+        sizes += [value / (sum(counted) / len(counted)) for value in values]
     on = np.array(largest(sizes, keep))
     ends = np.cumsum([layer.size for layer in y])[:-1]
     return [part.reshape(layer.shape) for part, layer in zip(np.split(on, ends), y, strict=True)]

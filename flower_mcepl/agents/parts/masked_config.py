@@ -72,7 +72,7 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
     # whether there are gates although ρ is 1, as in a fleet where others have less
     gated: bool = False
     # "layer": each layer keeps its retention; "network": all together keep as many
-    # weights, those of the largest ``|y| sqrt(fan_in)``
+    # weights, those of the largest ``|y|`` over its mean in the layer, zeros left out
     retention_budget: str = LAYER
     # β in [0, 1): evaluate at the scores' running mean z̄ = β z̄ + (1 - β) z; 0: at z
     score_averaging: float = 0.0
