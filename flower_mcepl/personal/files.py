@@ -71,7 +71,7 @@ def _write_mask(model: Exported, to: Path) -> list[str]:
     whole = human_bytes(sum(x.numel() * x.element_size() for x in file.tensors.values()))
     lines = [f"{to}: {human_bytes(size)} for {weights:,} masked weights; without masks {whole}"]
     if file.stored:
-        why = _why_stored(model.agent.parameters().get("weight_init"))
+        why = _why_stored(model.agent.parameters())
         lines.append(f"{human_bytes(file.stored)} of it are weights that are stored: {why}")
     if not model.network:
         lines.append(
@@ -81,11 +81,17 @@ def _write_mask(model: Exported, to: Path) -> list[str]:
     return lines
 
 
-def _why_stored(weight_init: object) -> str:
+def _why_stored(parameters: Mapping[str, Any]) -> str:
+    weight_init = parameters.get("weight_init")
     if weight_init is None:
         return "the algorithm trains weights"
     if weight_init == SIGNED_CONSTANT:
         return "under its masks they are no signed constants any more"
+    if parameters.get("filters", 1) != 1 or parameters.get("filters_layers"):
+        return (
+            "filters that are off scale the others' weights, which the run's seed then draws in "
+            'the same bits only with weight-init = "signed-constant"'
+        )
     return (
         "the run's seed does not draw them again, as it does with PyTorch's own initialization and "
         'with weight-init = "signed-constant"'
