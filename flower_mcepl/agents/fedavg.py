@@ -1,6 +1,7 @@
 """FedAvg: local SGD from one global model, which the server averages."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
@@ -97,12 +98,24 @@ class FedavgAgent(GlobalModelAgent[FedavgConfig]):
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the model, after the steps of fine-tuning if there are any."""
-        if not self.config.finetune_steps:
+        with self._finetuned():
             return super().evaluate()
+
+    def personal_model(self) -> nn.Module:
+        """Return a copy of the model that `evaluate` evaluates, fine-tuned as there."""
+        with self._finetuned():
+            return super().personal_model()
+
+    @contextlib.contextmanager
+    def _finetuned(self) -> Iterator[None]:
+        """Have the model after its fine-tuning for a while, if there is any."""
+        if not self.config.finetune_steps:
+            yield
+            return
         kept = {group: copied(tensors) for group, tensors in self._groups().items()}
         try:
             self._finetune()
-            return super().evaluate()
+            yield
         finally:
             self._take_back(kept)
 

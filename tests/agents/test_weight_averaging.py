@@ -114,6 +114,17 @@ def test_ditto_averages_its_personal_model() -> None:
     assert averaged == pytest.approx(alone, rel=1e-5)
 
 
+def test_a_fine_tuned_model_is_handed_out_as_it_was_evaluated() -> None:
+    agent = agent_of("fedavg", **{"finetune-steps": 2})
+    agent.train(round=1)
+    before = weights_of(agent)
+    model = agent.personal_model()
+    assert same_tensors(weights_of(agent), before), "it leaves no trace"
+    alone = agent.learner.evaluate(model, agent.data)["loss"]
+    assert alone == agent.evaluate()["loss"]
+    assert alone != agent.learner.evaluate(agent.model, agent.data)["loss"]
+
+
 def test_a_model_is_fine_tuned_or_averaged() -> None:
     with pytest.raises(ConfigError, match="weight-averaging must be 0 where finetune-steps"):
         FedavgConfig(finetune_steps=2, weight_averaging=DECAY)
