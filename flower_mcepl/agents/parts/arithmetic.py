@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def arithmetic(kind: str, *, device: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if kind == BFLOAT16:
             stack.enter_context(torch.autocast(torch.device(device).type, torch.bfloat16))
-        conv2d = _fast_conv2d if kind == FAST else _channels_last_conv2d
+        conv2d = partial(_conv2d, minimal=kind == FAST)
         stack.enter_context(_in_place_of({"elu": _elu, "conv2d": conv2d}))
         yield
 
@@ -101,7 +101,7 @@ class _Elu(torch.autograd.Function):
         return gradient, None
 
 
-def _channels_last_conv2d(
+def _conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -109,29 +109,22 @@ def _channels_last_conv2d(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    *,
+    minimal: bool,
 ) -> Tensor:
+    """Convolve in channels-last memory; if ``minimal``, by `winograd` where it fits."""
+    if (
+        minimal
+        and not isinstance(padding, str)
+        and winograd.fits(input, weight, stride=stride, dilation=dilation, groups=groups)
+    ):
+        pair = (padding, padding) if isinstance(padding, int) else tuple(padding)
+        y = winograd.conv5(input, weight, padding=pair)
+        return y if bias is None else y + bias.view(-1, 1, 1)
     if input.ndim == 4:
         input = input.contiguous(memory_format=torch.channels_last)
         weight = weight.contiguous(memory_format=torch.channels_last)
     return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-
-
-def _fast_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    if isinstance(padding, str) or not winograd.fits(
-        input, weight, stride=stride, dilation=dilation, groups=groups
-    ):
-        return _channels_last_conv2d(input, weight, bias, stride, padding, dilation, groups)
-    pair = (padding, padding) if isinstance(padding, int) else tuple(padding)
-    y = winograd.conv5(input, weight, padding=pair)
-    return y if bias is None else y + bias.view(-1, 1, 1)
 
 
 # A training step takes and frees some hundred megabytes of activations. glibc gives

@@ -217,7 +217,10 @@ class SparseAgent(DenseAgent[SparseT]):
     def _growth_gradients(self, round: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return the gradient of one batch on all weights, held or not."""
         self.model.eval()
-        with isolated_rng(self.seed, "regrowth", agent=self.index, round=round):
+        with (
+            isolated_rng(self.seed, "regrowth", agent=self.index, round=round),
+            self.learner.arithmetic(),
+        ):
             batches = self.data.train.training_batches(
                 round=round, steps=1, batch_size=self.config.batch_size, generator=generator
             )
