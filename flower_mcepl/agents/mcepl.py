@@ -20,10 +20,9 @@ from flower_mcepl.agents.parts.training import (
     train_locally,
 )
 from flower_mcepl.config.checks import check
-from flower_mcepl.config.patterns import best_key, matches_any
+from flower_mcepl.config.patterns import keys_by_name
 from flower_mcepl.config.ratios import per_layer
 from flower_mcepl.data.batches import AgentData
-from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks import formulas as maths
 
 SCORE_FORMS = ("signed", "magnitude")
@@ -79,14 +78,8 @@ class MceplConfig(MaskedConfig):
         ConfigError
             If a key of ``score_lr_layers`` fits no layer.
         """
-        names, of_layers = list(names), self._lr_of_layers()
-        for key in of_layers:
-            if not matches_any(key, names):
-                raise ConfigError(
-                    f"the key {key!r} of {LR_LAYERS} fits no layer; use names or patterns of: "
-                    f"{', '.join(names)}."
-                )
-        keys = {name: best_key(name, of_layers) for name in names}
+        of_layers = self._lr_of_layers()
+        keys = keys_by_name(names, of_layers, of=LR_LAYERS)
         return {n: self.score_lr if key is None else of_layers[key] for n, key in keys.items()}
 
     def _lr_of_layers(self) -> dict[str, float]:

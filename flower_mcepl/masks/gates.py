@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from flower_mcepl.config.patterns import best_key, matches_any
+from flower_mcepl.config.patterns import keys_by_name
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.layers import LayerSpec
@@ -55,12 +55,7 @@ def resolve_filters(
     names = list(layers)
     for key, value in by_layer.items():
         check_share(value, of=f"filters-layers, {key}")
-        if not matches_any(key, names):
-            raise ConfigError(
-                f"the key {key!r} of filters-layers fits no layer; use names or patterns of: "
-                f"{', '.join(names)}."
-            )
-    keys = {name: best_key(name, by_layer) for name in names}
+    keys = keys_by_name(names, by_layer, of="filters-layers")
     shares = {n: by_layer[key] for n, key in keys.items() if key is not None and by_layer[key] < 1}
     shares |= {n: share for n in names[1:-1] if keys[n] is None and _has_filters(module, n)}
     if not shares:
