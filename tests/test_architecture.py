@@ -37,7 +37,8 @@ ROOMS = {
     "messages": "errors agents exchange",
     "record": "errors files",
     "runs": "errors streams config files data topology agents exchange record terminal",
-    "clients": "errors streams config files data masks agents personal exchange messages runs",
+    "clients": "errors streams config files data masks agents personal record exchange messages "
+    "runs",
     "strategies": "errors config files masks topology agents exchange messages record runs report",
     "report": "errors streams config record masks agents terminal",
     "launch": "errors files terminal",

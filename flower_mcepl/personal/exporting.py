@@ -31,8 +31,9 @@ class Agreement:
     num_other: int  # inputs whose largest output is another one
 
     def holds(self, tolerance: float) -> bool:
-        """Whether they give the same, to the tolerance, and the same predictions."""
-        return self.difference <= tolerance * self.scale and not self.num_other
+        """Whether they give the same for some inputs: outputs and predictions."""
+        near = self.difference <= tolerance * self.scale
+        return self.num_inputs > 0 and near and not self.num_other
 
     def __str__(self) -> str:
         same = f"{self.num_inputs - self.num_other} of {self.num_inputs}"
@@ -71,6 +72,11 @@ def tensor_batches(batches: Iterable[tuple[Any, Any]]) -> list[Tensor]:
         If they are not one tensor each.
     """
     inputs = [given for given, _ in batches]
+    if not inputs:
+        raise ConfigError(
+            "an exported graph is checked on the agent's evaluated split, which gave no batch. "
+            "Export to .mask."
+        )
     for given in inputs:
         if not isinstance(given, Tensor):
             raise ConfigError(

@@ -12,10 +12,8 @@ from flower_mcepl.personal.agents import personal_network, save_agent
 from flower_mcepl.personal.compacting import compact_or_whole
 from flower_mcepl.personal.exporting import export_onnx, export_program, tensor_batches
 from flower_mcepl.personal.reading import read_personal
+from flower_mcepl.record.layout import EXPORTS
 from flower_mcepl.record.values import human_bytes
-
-# of the run-config key ``export``, and the endings of files
-FORMATS = {"mask": ".mask", "pt2": ".pt2", "onnx": ".onnx"}
 
 
 @dataclass(frozen=True)
@@ -40,19 +38,19 @@ def export_model(model: Exported, to: Path) -> list[str]:
     Raises
     ------
     ConfigError
-        If the file's ending is none of `FORMATS`, or the agent has no such model.
+        If the file's ending is none of `EXPORTS`, or the agent has no such model.
     UnsupportedLayerError
         If the network cannot be written so.
     """
     check_ending(to)
-    return (_write_mask if to.suffix == FORMATS["mask"] else _write_graph)(model, to)
+    return (_write_mask if to.suffix == EXPORTS["mask"] else _write_graph)(model, to)
 
 
 def check_ending(to: Path) -> None:
-    """Raise ConfigError unless a file's ending is one of `FORMATS`."""
-    if to.suffix not in FORMATS.values():
+    """Raise ConfigError unless a file's ending is one of `EXPORTS`."""
+    if to.suffix not in EXPORTS.values():
         raise ConfigError(
-            f"a model is exported to a file ending in {', '.join(FORMATS.values())}; got "
+            f"a model is exported to a file ending in {', '.join(EXPORTS.values())}; got "
             f"{to.name}. Name one."
         )
 
@@ -104,7 +102,7 @@ def _write_graph(model: Exported, to: Path) -> list[str]:
     if not model.whole:
         network, line = compact_or_whole(network, batches)
         lines.append(line)
-    write = export_onnx if to.suffix == FORMATS["onnx"] else export_program
+    write = export_onnx if to.suffix == EXPORTS["onnx"] else export_program
     agreed = write(network, to, batches)
     return [*lines, f"{to}: {human_bytes(to.stat().st_size)}; read back: {agreed}"]
 

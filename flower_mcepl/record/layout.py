@@ -9,7 +9,8 @@
     ├── traffic.jsonl  one line per round: frames and bytes over every link and uplink
     ├── summary.json   written once, at the end; a killed run has none
     ├── failures.txt  whole text of each failure, once; only where there was one
-    ├── agents/        agent-0003.safetensors ...: final states, in simulation only
+    ├── agents/        agent-0003.safetensors ...: final states, in simulation only;
+    │                  agent-0003.mask ...: personal models, where that was asked for
     ├── checkpoint/    what a run is resumed from; gone when it has finished
     └── frames/        00017-agent-0003.frame ...: every frame, where that was asked for
 
@@ -25,6 +26,9 @@ CONFIG, SUMMARY, AGENTS, FRAMES = "config.json", "summary.json", "agents", "fram
 FAILURES = "failures.txt"
 ROUNDS, RELAY, TRAFFIC = "rounds.jsonl", "relay.jsonl", "traffic.jsonl"
 STATUSES = ("finished", "incomplete", "interrupted", "failed")
+
+# personal models, by the run-config key ``export``: endings of their files
+EXPORTS = {"mask": ".mask", "pt2": ".pt2", "onnx": ".onnx"}
 
 _COUNTERS = ("sent_bytes", "received_bytes", "uplink_bytes", "seconds")
 AGENT_KEYS = (

@@ -15,11 +15,10 @@ from flower_mcepl.config.sizes import read_bytes
 from flower_mcepl.data.batches import EVALUATED
 from flower_mcepl.data.splits import check_data_keys
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.record.layout import EXPORTS
 from flower_mcepl.runs.options import FREE, RoundOptions
 from flower_mcepl.streams import check_seed
 from flower_mcepl.topology import Topology
-
-EXPORTS = ("", "mask", "pt2", "onnx")  # those of flower_mcepl.personal.files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class DeviceSettings:
 
     def __post_init__(self) -> None:
         check(
-            self.export in EXPORTS,
+            self.export in ("", *EXPORTS),
             'export must be "mask", "pt2", "onnx", or "" for no file',
             self.export,
         )

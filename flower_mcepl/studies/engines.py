@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from flower_mcepl.agents import Agent
 from flower_mcepl.agents.registry import find_algorithm, make_server
 from flower_mcepl.agents.server import Server
-from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import read_fields
 from flower_mcepl.errors import ConfigError, FlowerMceplError, RecordError
 from flower_mcepl.launch import run_app
@@ -19,7 +18,7 @@ from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings, read_device
 from flower_mcepl.runs.simulation import simulate
 from flower_mcepl.streams import torch_threads
-from flower_mcepl.studies.flower_app import FlowerApp, imported_client
+from flower_mcepl.studies.flower_app import FlowerApp, imported_client, refuse_export
 
 if TYPE_CHECKING:
     from flwr.app import Context
@@ -74,12 +73,7 @@ def run_in_process(app: FlowerApp, config: Mapping[str, Any], folder: Path, log:
     """
     settings = RunSettings.from_run_config(config, app_keys=app.config)
     device = read_fields(DeviceSettings, config)
-    check(
-        not device.export,
-        "export writes models at the end of a run under Flower; in process it must be empty",
-        device.export,
-        "Use flower-mcepl export on the record.",
-    )
+    refuse_export(config)
     contexts = _contexts(config, settings.num_agents)
     record = RunRecord.create(
         name=app.name,

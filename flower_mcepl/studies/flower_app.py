@@ -3,11 +3,12 @@
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flower_mcepl.config.checks import check
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.launch.plan import app_settings, flat
 
@@ -97,3 +98,13 @@ def _refuse_foreign(file: str | None, app: FlowerApp) -> None:
             f"the module of {app.client} must be that of the app in {app.folder}; Python has "
             f"loaded {file} under this name. Give the app's package a name of its own."
         )
+
+
+def refuse_export(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where models are to be written that no device writes."""
+    check(
+        not config.get("export"),
+        "export writes models at the end of a run under Flower; in process it must be empty",
+        config.get("export"),
+        "Use flower-mcepl export on the record.",
+    )

@@ -15,7 +15,7 @@ from flower_mcepl.config.checks import closest
 from flower_mcepl.errors import ConfigError, FlowerMceplError
 from flower_mcepl.launch.plan import format_run_config
 from flower_mcepl.record.pools import varied
-from flower_mcepl.studies.flower_app import FlowerApp, read_app
+from flower_mcepl.studies.flower_app import FlowerApp, read_app, refuse_export
 from flower_mcepl.studies.study_file import Combination, StudyFile
 
 OWN_KEY = "record-dir"  # the study says where the records go
@@ -155,6 +155,12 @@ def _check(file: StudyFile, app: FlowerApp, combination: Combination, engine: st
     problem = _problem(app, combination.settings)
     if problem is not None:
         raise _explain(file, app, combination, problem)
+    if engine == "in-process":
+        try:
+            refuse_export({**app.config, **combination.settings})
+        except ConfigError as error:
+            place = combination.places.get("export", combination.origin)
+            raise file.error(place, str(error)) from None
 
 
 def _wrong_type(key: str, value: Any, default: Any) -> str | None:

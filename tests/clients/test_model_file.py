@@ -12,7 +12,8 @@ from flwr.app import Context
 from flower_mcepl import ConfigError, load_personal
 from flower_mcepl.clients import app as client_app
 from flower_mcepl.clients import memory, model_file
-from flower_mcepl.personal import read_personal
+from flower_mcepl.clients.memory import DiskMemory
+from flower_mcepl.personal import files, read_personal
 from flower_mcepl.runs.settings import DeviceSettings
 from tests.fleet.agents import small_net, split
 from tests.fleet.flower_messages import RUN, a_context, a_message, be_a_node, the_answer, the_app
@@ -36,6 +37,16 @@ def lines() -> Iterator[list[str]]:
     yield lines
     logger.removeHandler(handler)
     logger.setLevel(level)
+
+
+def app_state(context: Context) -> dict[str, Any]:
+    """What a device's newest state says of the best one that it keeps."""
+    folder = Path(str(context.node_config["state-dir"]))
+    state = DiskMemory(folder, run=RUN, agent=2, keep_runs=2, checkpoints=()).recall(before=99)
+    assert state is not None
+    assert state.best is not None
+    best: dict[str, Any] = state.best.facts["best"]
+    return best
 
 
 def a_device(root: Path, **run: Any) -> Context:
@@ -86,7 +97,10 @@ def test_the_best_model_is_exported_where_one_was_kept(tmp_path: Path) -> None:
     app(a_message(2, neighbors=(), evaluate=True, keep_best=True), context)
     before = tmp_path / "models" / RUN / "agent-0002.mask"
     app(a_message(3, neighbors=(), evaluate=True, train=False, keep_best=True), context)
-    assert read_personal(before).facts["agent"] == 2
+    facts = read_personal(before).facts
+    best = app_state(context)
+    assert facts["round"] == best["round"]
+    assert "metrics" not in facts  # the last evaluation was of another model
 
 
 def test_a_file_that_cannot_be_written_costs_no_answer(tmp_path: Path, lines: list[str]) -> None:
@@ -94,6 +108,17 @@ def test_a_file_that_cannot_be_written_costs_no_answer(tmp_path: Path, lines: li
     metrics = whole_run(a_device(tmp_path, export="mask"))
     assert "accuracy" in metrics
     assert any("agent 2: its model was not exported to " in line for line in lines)
+
+
+def test_whatever_an_exporter_meets_costs_no_answer(
+    tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> list[str]:
+        raise RuntimeError("an exporter's own error")
+
+    monkeypatch.setattr(files, "export_model", fails)
+    assert "accuracy" in whole_run(a_device(tmp_path, export="mask"))
+    assert any("an exporter's own error" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flower_mcepl import ConfigError
+from flower_mcepl.personal.exporting import agreement, tensor_batches
 from flower_mcepl.personal.files import Exported, check_ending, export_model
+from flower_mcepl.record.layout import EXPORTS
+from flower_mcepl.runs.settings import DeviceSettings
 from tests.fleet.agents import make_agent
 
 
@@ -14,6 +18,19 @@ from tests.fleet.agents import make_agent
 def test_an_ending_says_what_is_written(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ending in \.mask, \.pt2, \.onnx"):
         check_ending(tmp_path / name)
+
+
+def test_nothing_agrees_on_no_inputs() -> None:
+    assert not agreement(torch.neg, torch.neg, []).holds(1.0)
+    assert agreement(torch.neg, torch.neg, [torch.ones(1, 2)]).holds(0.0)
+    with pytest.raises(ConfigError, match="which gave no batch"):
+        tensor_batches([])
+
+
+def test_the_key_and_the_files_know_the_same_endings() -> None:
+    for kind in EXPORTS:
+        assert DeviceSettings(export=kind).export == kind
+        check_ending(Path(f"a{EXPORTS[kind]}"))
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,23 @@ def test_wrong_settings_of_the_command_line_are_told_as_such(
         read_study(path, settings)
 
 
+@pytest.mark.parametrize("engine", ["flower", "in-process"])
+def test_models_that_no_device_would_write_are_refused_before_the_first_run(
+    engine: str, tmp_path: Path
+) -> None:
+    app = write_app(tmp_path / "apps")
+    pyproject = app / "pyproject.toml"
+    config = "[tool.flwr.app.config]\n"
+    text = pyproject.read_text(encoding="utf-8").replace(config, config + 'export = ""\n')
+    pyproject.write_text(text, encoding="utf-8")
+    path = write_study(tmp_path, app, "[config]\nexport = 'mask'\n", engine=engine)
+    if engine == "flower":
+        assert len(read_study(path).runs) == 1
+        return
+    with pytest.raises(ConfigError, match=r"line \d+: export writes models .* under Flower"):
+        read_study(path)
+
+
 def test_study_without_a_grid_is_one_run(study: Callable[..., Study]) -> None:
     (run,) = study("[config]\nseed = 3\n").runs
     assert run.slug == f"run_{run.digest[:8]}"
