@@ -28,6 +28,7 @@ def plot(
     \b
       accuracy-rounds.png    accuracy by round: a line for each combination of settings
       accuracy-bytes.png     accuracy by bytes over the links, on a logarithmic axis
+      accuracy-by-KEY.png    accuracy against a setting with three values or more
       spread.png             every agent's accuracy at the end
       graph.png              who talks to whom, colored by accuracy
       holdings*.png          who holds what: each agent's examples by class and split

@@ -1,7 +1,7 @@
 """Charts of the main metric: curves, and its spread over the agents."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from flower_mcepl.report.plots.canvas import (
     wrapped,
 )
 from flower_mcepl.report.plots.curves import Curve
+from flower_mcepl.report.plots.sweep import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ def draw_by_round(curves: Sequence[Curve], metric: MainMetric = ACCURACY) -> byt
     """Draw the main metric against rounds, one line a curve."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_figure(9, 4.6 + _legend_height(curves))
+    figure = new_figure(9, 4.6 + _legend_height(_labels(curves)))
     axes = figure.subplots()
     axes.set(xlabel="round", ylabel=_mean_of(metric))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
@@ -45,7 +46,7 @@ def draw_by_bytes(curves: Sequence[Curve], metric: MainMetric = ACCURACY) -> byt
     """Draw the main metric by bytes over links, log scale; silent runs are level."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure = new_figure(9, 4.6 + _legend_height(curves))
+    figure = new_figure(9, 4.6 + _legend_height(_labels(curves)))
     axes = figure.subplots()
     axes.set(xlabel="payload over all links since the start, logarithmic")
     axes.set_ylabel(_mean_of(metric))
@@ -65,6 +66,22 @@ def draw_by_bytes(curves: Sequence[Curve], metric: MainMetric = ACCURACY) -> byt
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(lambda value, _: _short_bytes(value))
     _finish(axes, curves, metric)
+    return png(figure)
+
+
+def draw_sweep(sweep: Sweep, metric: MainMetric = ACCURACY) -> bytes:
+    """Draw the last main metric against a swept setting, its values equally spaced."""
+    figure = new_figure(9, 4.6 + _legend_height([line.label for line in sweep.lines]))
+    axes = figure.subplots()
+    axes.set(xlabel=plain(sweep.key), ylabel=_mean_of(metric))
+    for place, line in enumerate(sweep.lines):
+        style: dict[str, Any] = {**line_style(place), "label": wrapped(line.label)}
+        errors = [sd or 0.0 for sd in line.sd] if any(line.sd) else None
+        axes.errorbar(line.at, line.mean, errors, lw=2, ms=6, capsize=4, **style)
+    axes.set_xticks(range(len(sweep.values)), [wrapped(value, 20) for value in sweep.values])
+    _frame(axes, metric)
+    several = any(any(line.sd) for line in sweep.lines)
+    _legend(axes, len(sweep.lines), "bars: ± 1 sd over the seeds" if several else None)
     return png(figure)
 
 
@@ -137,20 +154,27 @@ def _draw_curve(
 
 
 def _finish(axes: "Axes", curves: Sequence[Curve], metric: MainMetric) -> None:
-    axes.grid(color="0.92")
-    axes.spines[["top", "right"]].set_visible(False)
     if not any(curve.rounds for curve in curves):
         say(axes, "no agent was evaluated")
         return
+    _frame(axes, metric)
+    over = {curve.over for curve in curves} - {None}
+    _legend(axes, len(curves), f"bands: ± 1 sd over the {over.pop()}" if over else None)
+
+
+def _frame(axes: "Axes", metric: MainMetric) -> None:
+    axes.grid(color="0.92")
+    axes.spines[["top", "right"]].set_visible(False)
     low, high = axes.get_ylim()
     if metric.bounded:
         axes.set_ylim(max(-0.02, low), min(1.02, high))
-    over = {curve.over for curve in curves} - {None}
-    title = f"bands: ± 1 sd over the {over.pop()}" if over else None
+
+
+def _legend(axes: "Axes", lines: int, title: str | None) -> None:
     axes.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, -0.14),
-        ncols=_legend_columns(curves),
+        ncols=_legend_columns(lines),
         frameon=False,
         handlelength=3.2,  # long enough to show dashes beside the marker
         title=title,
@@ -158,13 +182,17 @@ def _finish(axes: "Axes", curves: Sequence[Curve], metric: MainMetric) -> None:
     )
 
 
-def _legend_columns(curves: Sequence[Curve]) -> int:
-    return 1 if len(curves) == 1 else 2
+def _legend_columns(lines: int) -> int:
+    return 1 if lines == 1 else 2
 
 
-def _legend_height(curves: Sequence[Curve]) -> float:
-    rows = -(-len(curves) // _legend_columns(curves))
-    lines = max(wrapped(curve.label).count("\n") + 1 for curve in curves)
+def _labels(curves: Sequence[Curve]) -> list[str]:
+    return [curve.label for curve in curves]
+
+
+def _legend_height(labels: Sequence[str]) -> float:
+    rows = -(-len(labels) // _legend_columns(len(labels)))
+    lines = max(wrapped(label).count("\n") + 1 for label in labels)
     return 0.21 * (rows * lines + 1)
 
 

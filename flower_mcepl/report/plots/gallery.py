@@ -8,10 +8,16 @@ from pathlib import Path
 from flower_mcepl.config.extras import report_extra
 from flower_mcepl.record.figures import one_metric
 from flower_mcepl.record.metric import MainMetric
+from flower_mcepl.record.pools import pool
 from flower_mcepl.record.reading import Run
 from flower_mcepl.report.final_masks import Masks, final_masks
 from flower_mcepl.report.plots.agreement import agreement_of, classes_of
-from flower_mcepl.report.plots.charts import draw_by_bytes, draw_by_round, draw_spread
+from flower_mcepl.report.plots.charts import (
+    draw_by_bytes,
+    draw_by_round,
+    draw_spread,
+    draw_sweep,
+)
 from flower_mcepl.report.plots.curves import SEEDS, Curve, curve_of, final_values
 from flower_mcepl.report.plots.filter_charts import (
     MOST_LAYERS,
@@ -25,6 +31,7 @@ from flower_mcepl.report.plots.heat_maps import draw_agreement
 from flower_mcepl.report.plots.holding_charts import draw_holdings
 from flower_mcepl.report.plots.holdings import Holdings, holdings_of
 from flower_mcepl.report.plots.subjects import Subject, subjects_of
+from flower_mcepl.report.plots.sweep import sweep_of
 from flower_mcepl.streams import torch_threads
 
 _GRAPHS = 12  # graphs in one picture
@@ -67,6 +74,8 @@ def draw_gallery(runs: Sequence[Run]) -> Gallery:
     subjects, notes = subjects_of(runs)
     gallery = Gallery(subjects, notes=notes)
     _curves(gallery)
+    if len(runs) > 1:
+        _sweep(gallery, runs)
     _spread(gallery)
     _graphs(gallery)
     _holdings(gallery)
@@ -125,6 +134,22 @@ def _curves(gallery: Gallery) -> None:
             f"{title} by bytes",
             caption,
             draw_by_bytes(curves, metric),
+        )
+    )
+
+
+def _sweep(gallery: Gallery, runs: Sequence[Run]) -> None:
+    sweep = sweep_of(pool(runs))
+    if sweep is None:
+        return
+    metric = _metric(gallery)
+    gallery.pictures.append(
+        Picture(
+            f"{_file_name(metric.name)}-by-{_file_name(sweep.key)}.png",
+            f"{metric.name[:1].upper() + metric.name[1:]} by {sweep.key}",
+            f"The last evaluated round of every run, a line for each combination of the other "
+            f"settings, mean over the seeds. The values of {sweep.key} are equally spaced.",
+            draw_sweep(sweep, metric),
         )
     )
 

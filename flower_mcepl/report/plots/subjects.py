@@ -1,6 +1,6 @@
 """Subjects of the pictures: the records of each combination of settings, labeled."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +55,13 @@ def subjects_of(runs: Sequence[Run]) -> tuple[list[Subject], tuple[str, ...]]:
     ], pooled.notes
 
 
+def settings_label(settings: Mapping[str, Any]) -> str:
+    """Settings as a picture names them; those that are not given are left out."""
+    return ", ".join(_part(key, value) for key, value in settings.items() if value is not None)
+
+
 def _label(one: Pool) -> str:
-    parts = [_part(key, value) for key, value in one.settings.items() if value is not None]
-    return ", ".join(parts) or one.runs[0].name
+    return settings_label(one.settings) or one.runs[0].name
 
 
 def _part(key: str, value: Any) -> str:

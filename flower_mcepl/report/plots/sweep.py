@@ -1,0 +1,107 @@
+"""Last values against a setting that a study sweeps: its axis, and a line a method."""
+
+import statistics
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flower_mcepl.record.pools import LABEL, Pool, Pooled
+from flower_mcepl.report.plots.subjects import settings_label
+
+FEWEST_VALUES = 3  # fewer make no line
+_NAMES = {LABEL, "algorithm", "run"}  # of methods and runs: no order that a line could follow
+
+
+@dataclass(frozen=True)
+class SweepLine:
+    """Last values of one combination of the other settings."""
+
+    label: str
+    at: tuple[int, ...]  # places of its values on the axis, rising
+    mean: tuple[float, ...]  # over the seeds of the mean over the agents
+    sd: tuple[float | None, ...]  # sample standard deviation over the seeds, of several
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A setting's values, and the last values of the main metric at each of them."""
+
+    key: str
+    values: tuple[str, ...]  # numbers rising, others as the study has them
+    lines: tuple[SweepLine, ...]
+
+
+def sweep_of(pooled: Pooled) -> Sweep | None:
+    """Sweep that the records hold; None if they hold none.
+
+    The axis is the setting, no name of a method, with at least `FEWEST_VALUES` values
+    by which the records fall into the fewest lines; each line has that many values.
+    """
+    sweeps = [
+        sweep
+        for key in pooled.keys
+        if key not in _NAMES and (sweep := _sweep_over(key, pooled.pools)) is not None
+    ]
+    return min(sweeps, key=lambda sweep: len(sweep.lines), default=None)
+
+
+def _sweep_over(key: str, pools: Sequence[Pool]) -> Sweep | None:
+    values = _in_order(one.settings.get(key) for one in pools)
+    if len(values) < FEWEST_VALUES:
+        return None
+    lines: dict[Hashable, list[Pool]] = {}
+    for one in pools:
+        lines.setdefault(_others(key, one.settings), []).append(one)
+    if min(map(len, lines.values())) < FEWEST_VALUES:
+        return None
+    places = {_exact(value): place for place, value in enumerate(values)}
+    drawn = [_line(key, line, places) for line in lines.values()]
+    return Sweep(key, tuple(map(str, values)), tuple(line for line in drawn if line.at))
+
+
+def _line(key: str, pools: Sequence[Pool], places: Mapping[Hashable, int]) -> SweepLine:
+    points: dict[int, list[float]] = {}
+    for one in pools:
+        results = [run.result()["mean"] for run in one.runs]
+        if None not in results:
+            points[places[_exact(one.settings.get(key))]] = results
+    at = sorted(points)
+    others = {name: value for name, value in pools[0].settings.items() if name not in (key, LABEL)}
+    return SweepLine(
+        settings_label(others) or "all runs",
+        tuple(at),
+        tuple(statistics.fmean(points[place]) for place in at),
+        tuple(statistics.stdev(points[place]) if len(points[place]) > 1 else None for place in at),
+    )
+
+
+def _others(key: str, settings: Mapping[str, Any]) -> Hashable:
+    return tuple(
+        (name, _exact(value)) for name, value in settings.items() if name not in (key, LABEL)
+    )
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    """Each value once: rising if all read as numbers, else as they come."""
+    different = list({_exact(value): value for value in values}.values())
+    numbers = [_number(value) for value in different]
+    if None in numbers:
+        return different
+    return [value for _, value in sorted(zip(numbers, different, strict=True), key=_first)]
+
+
+def _first(pair: tuple[Any, Any]) -> Any:
+    return pair[0]
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _exact(value: Any) -> Hashable:
+    return type(value), value if isinstance(value, Hashable) else repr(value)
