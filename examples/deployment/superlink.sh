@@ -18,6 +18,8 @@ folder=$PWD HOST=127.0.0.1 PORT=9443
 [[ ! -e superlink.env ]] || . ./superlink.env
 
 export FLWR_HOME=$folder/flwr FLWR_TELEMETRY_ENABLED=${FLWR_TELEMETRY_ENABLED:-0} FLWR_DISABLE_UPDATE_CHECK=1
+# seconds between looks for a message to play; Flower's own 1 is a second lost in every exchange
+export FLWR_SUPEREXEC_TASK_POLL_INTERVAL=${FLWR_SUPEREXEC_TASK_POLL_INTERVAL:-0.2}
 # Without --database all is in memory, and a restart forgets who is registered.
 # Runtime installation is off: what an app needs must be installed, and no run may install over it.
 exec flower-superlink --host "$HOST" --port "$PORT" --enable-supernode-auth --disable-runtime-dependency-installation \

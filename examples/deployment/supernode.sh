@@ -22,6 +22,8 @@ folder=$PWD
 . ./node.env
 
 export FLWR_HOME=$folder/flwr FLWR_TELEMETRY_ENABLED=${FLWR_TELEMETRY_ENABLED:-0} FLWR_DISABLE_UPDATE_CHECK=1
+# seconds between looks for a message to play; Flower's own 1 is a second lost in every exchange
+export FLWR_SUPEREXEC_TASK_POLL_INTERVAL=${FLWR_SUPEREXEC_TASK_POLL_INTERVAL:-0.2}
 exec flower-supernode --superlink "$SUPERLINK" --root-certificates "$folder/ca.crt" \
   --auth-supernode-private-key "$folder/key" --host 127.0.0.1 --port "${RUNTIME_PORT:-9094}" \
   --node-config "state-dir=\"$folder/state\" $NODE_CONFIG"

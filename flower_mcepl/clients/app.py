@@ -2,14 +2,14 @@
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
@@ -18,23 +18,22 @@ from flower_mcepl.agents.agent import best_file
 from flower_mcepl.agents.handshake import introduction
 from flower_mcepl.clients.device import (
     DataFn,
-    agent_index,
     device_settings,
     load_data,
     once,
     torch_device,
 )
-from flower_mcepl.clients.guard import answer_to, check_mods
 from flower_mcepl.clients.kept import KeptAgents, size_of
 from flower_mcepl.clients.memory import Memory, open_memory
+from flower_mcepl.clients.message_app import Finish, MessageApp, Mod
 from flower_mcepl.clients.model_file import export_last_model
-from flower_mcepl.errors import FlowerMceplError, FrameError, names_agent
+from flower_mcepl.clients.naming import agent_index
+from flower_mcepl.errors import FrameError
 from flower_mcepl.exchange.parcels import Answer, Parcel
 from flower_mcepl.exchange.turn import open_mail, play_round, refusal
 from flower_mcepl.masks.model import shared_module
 from flower_mcepl.messages.answer import to_records
 from flower_mcepl.messages.envelope import open_envelope
-from flower_mcepl.messages.identity import identity
 from flower_mcepl.messages.limits import LIMITS
 from flower_mcepl.messages.order import Order
 from flower_mcepl.runs.best import BestState
@@ -44,14 +43,13 @@ from flower_mcepl.streams import torch_threads
 
 ModelFn = Callable[[Context], nn.Module]
 AgentFn = Callable[[Context], Agent]
-Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
 
 _agents = KeptAgents()  # of this process, so that not every message builds its agent anew
 
 
 @final
-class AgentApp(ClientApp):
-    """ClientApp that plays one agent.
+class AgentApp(MessageApp):
+    """ClientApp that plays one agent in the process that gets its messages.
 
     Its functions give who runs it without Flower the same agent and network.
     """
@@ -59,89 +57,28 @@ class AgentApp(ClientApp):
     def __init__(
         self, agent_fn: AgentFn, module_fn: ModelFn | None, mods: Sequence[Mod] = ()
     ) -> None:
-        check_mods(mods)
-        super().__init__(mods=list(mods))
+        super().__init__(mods)
         self.agent_fn, self.module_fn = agent_fn, module_fn
         self.model_fn: ModelFn | None = None  # the user's own, where there is one
-        # Ray pickles the app for every message: identity must travel with it
-        self.id = uuid.uuid4().hex
-        self._open: contextlib.ExitStack | None = None  # what is held until the message is answered
-        self._finish: Callable[[], None] | None = None  # keeps the new state
 
-    def __call__(self, message: Message, context: Context) -> Message:
-        """Answer a message; keep the new state once nothing can fail, mods included."""
-        try:
-            with contextlib.ExitStack() as self._open:
-                reply = answer_to(message, context, super().__call__)
-                if self._finish is not None and not reply.has_error():
-                    with naming_the_agent(context):
-                        self._finish()
-                return reply
-        finally:
-            self._open = self._finish = None
-
-    def play(self, message: Message, context: Context) -> Message:
-        """Play the round that a message orders; `__call__` keeps the state."""
-        assert self._open is not None
-        with naming_the_agent(context):
-            # of an earlier call, where a mod calls twice: the round is then played
-            # again
-            self._open.close()
-            order = Order.from_records(message.content)
-            settings = device_settings(context)
-            memory = self._open.enter_context(
-                open_memory(context, order, agent=agent_index(context), settings=settings)
-            )
-            with torch_threads(settings.threads):
-                answer, self._finish = _play(self, order, context, memory)
-            content = RecordDict(to_records(answer, ArrayRecord, ConfigRecord, MetricRecord))
-            return Message(content, reply_to=message)
+    def begin(
+        self, content: RecordDict, context: Context, opened: contextlib.ExitStack
+    ) -> tuple[RecordDict, Finish]:
+        """Play the round that ``content`` orders; see `MessageApp.begin`."""
+        order = Order.from_records(content)
+        settings = device_settings(context)
+        memory = opened.enter_context(
+            open_memory(context, order, agent=agent_index(context), settings=settings)
+        )
+        with torch_threads(settings.threads):
+            answer, finish = _play(self, order, context, memory)
+        return RecordDict(to_records(answer, ArrayRecord, ConfigRecord, MetricRecord)), finish
 
 
-def make_client_app(
+def app_of_functions(
     model_fn: ModelFn, data_fn: DataFn, *, task: Task | None = None, mods: Sequence[Mod] = ()
-) -> ClientApp:
-    """Make the ClientApp of one agent from what a Flower app has anyway.
-
-    Parameters
-    ----------
-    model_fn : callable
-        ``model_fn(context)`` returns the network, freshly initialised. It is called on
-        the run's seed, so that every device draws the same weights; they are never
-        sent.
-    data_fn : callable
-        ``data_fn(context)`` returns the agent's splits ``(train, test)`` or ``(train,
-        validation, test)``: pairs of tensors, map-style datasets or DataLoaders (see
-        `flower_mcepl.data.batches.AgentData.of`). The run-config key ``evaluate-on``
-        says which of the last two the agent is evaluated on. Which agent it is stands
-        in ``context.node_config["partition-id"]``.
-    task : Task, optional
-        Loss, metrics and targets of one's own, in place of the run-config key ``task``
-        (``"classification"``, ``"binary"``, ``"multilabel"``, ``"regression"``,
-        ``"segmentation"`` or ``"tokens"``).
-    mods : sequence of callables (default: none)
-        Flower's mods around every message, ``mod(message, context, call_next)``, as for
-        any ClientApp. The agent's new state is kept only after they have let the answer
-        pass.
-
-    Raises
-    ------
-    ConfigError
-        If a mod cannot work here, as Flower's own that clip arrays or add noise.
-
-    Notes
-    -----
-    All parameters are read from the run config (``algorithm``, the parameters of that
-    algorithm, `DeviceSettings`, ``seed``); a SuperNode's node config may set
-    ``retention-conv``, ``retention-linear`` and the `DeviceSettings` for itself. Both
-    functions are called once per process and run, and their results are kept. On a
-    device every message is a process of its own; what they draw from a global generator
-    is the same each time.
-
-    Examples
-    --------
-    >>> app = make_client_app(lambda context: Net(), load_data)  # doctest: +SKIP
-    """
+) -> AgentApp:
+    """ClientApp of `make_client_app` for functions that are there."""
     app_id = uuid.uuid4().hex  # Ray pickles the app for every message: identity must travel with it
 
     def module_fn(context: Context) -> nn.Module:
@@ -171,8 +108,7 @@ def make_client_app(
             task=task,
         )
 
-    app = make_agent_app(agent_fn, module_fn, mods=mods)
-    assert isinstance(app, AgentApp)
+    app = AgentApp(agent_fn, module_fn, mods)
     app.model_fn = model_fn
     return app
 
@@ -188,45 +124,7 @@ def make_agent_app(
     ``module_fn`` gives the network that a server of these agents is made with, where
     they have one and are run without Flower; ``mods`` are as for `make_client_app`.
     """
-    app = AgentApp(agent_fn, module_fn, mods)
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return app.play(message, context)
-
-    @app.evaluate()
-    def close(message: Message, context: Context) -> Message:
-        return app.play(message, context)
-
-    @app.query()
-    def identify(message: Message, context: Context) -> Message:
-        """Say which agent this node is, without building it."""
-        return introduce(message, context)
-
-    return app
-
-
-def introduce(message: Message, context: Context) -> Message:
-    """Answer to the question which agent this node is."""
-    return Message(RecordDict(identity(agent_index(context), ConfigRecord)), reply_to=message)
-
-
-@contextlib.contextmanager
-def naming_the_agent(context: Context) -> Iterator[None]:
-    """Name the agent in every error: Flower passes on an exception's text alone."""
-    index = agent_index(context)
-    who = f"agent {index}"
-    try:
-        yield
-    except FlowerMceplError as error:
-        if names_agent(error, index):
-            raise
-        raise type(error)(f"{who}: {error}") from error
-    except Exception as error:
-        where = "the run's log" if in_simulation() else f"the log of node {context.node_id}"
-        raise FlowerMceplError(
-            f"{who}: {type(error).__name__}: {error}. Its traceback is in {where}."
-        ) from error
+    return AgentApp(agent_fn, module_fn, mods)
 
 
 # A client's round. Building an agent takes longer than playing its round, so a process

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from flwr.app import Context
 
+from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.config.fields import read_fields
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError, DataError
@@ -16,18 +17,6 @@ DataFn = Callable[[Context], tuple[object, object]]
 
 # modules and data of the present run, for all agents of this process
 _shared: dict[tuple[object, ...], Any] = {}
-
-
-def agent_index(context: Context) -> int:
-    """Number of the agent, the node config's ``partition-id``."""
-    index = context.node_config.get("partition-id")
-    if not isinstance(index, int) or index < 0:
-        raise ConfigError(
-            f"node {context.node_id} must say which agent it is: its node config needs "
-            f"partition-id, a number >= 0; got {index!r}. Start its SuperNode with --node-config "
-            "'partition-id=0' (one number per node)."
-        )
-    return index
 
 
 def device_settings(context: Context) -> DeviceSettings:

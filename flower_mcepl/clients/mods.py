@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from flower_mcepl.agents import Agent
 from flower_mcepl.agents.array_layout import Arrays
-from flower_mcepl.clients.app import AgentApp, introduce, make_agent_app, naming_the_agent
-from flower_mcepl.clients.device import agent_index
+from flower_mcepl.clients.app import AgentApp, make_agent_app
+from flower_mcepl.clients.message_app import MessageApp
 from flower_mcepl.clients.metric_names import read_evaluation, read_training
+from flower_mcepl.clients.naming import agent_index, introduce, naming_the_agent
 from flower_mcepl.errors import AnswerError, ConfigError
 from flower_mcepl.messages.identity import is_question
 from flower_mcepl.messages.order import AppInput, Order, is_order
@@ -103,7 +104,7 @@ class NeighborAverageMod:
                 "leave the mod out."
             )
         app = _running_app()
-        if isinstance(app, AgentApp):
+        if isinstance(app, MessageApp):
             raise ConfigError(
                 "an app of make_client_app exchanges with its neighbors by itself; "
                 "neighbor_average_mod is for an ordinary ClientApp with train and evaluate "

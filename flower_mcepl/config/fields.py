@@ -9,6 +9,9 @@ from flower_mcepl.errors import ConfigError
 T = TypeVar("T")
 RunConfig = Mapping[str, Any]
 
+# Metadata of a setting that may differ when a run is resumed: no bit depends on it.
+FREE = {"free": True}
+
 
 def read_fields(cls: type[T], run_config: RunConfig, **overrides: Any) -> T:
     """Settings of a dataclass from the run-config keys named as its fields.
@@ -41,6 +44,16 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
 def field_keys(*classes: type) -> set[str]:
     """Return the run-config keys that the settings classes read."""
     return {field.name.replace("_", "-") for cls in classes for field in dataclasses.fields(cls)}
+
+
+def free_keys(*classes: type) -> set[str]:
+    """Run-config keys of these settings that may differ when a run is resumed."""
+    return {
+        field.name.replace("_", "-")
+        for cls in classes
+        for field in dataclasses.fields(cls)
+        if field.metadata.get("free")
+    }
 
 
 def with_section(run_config: RunConfig, section: str) -> dict[str, Any]:

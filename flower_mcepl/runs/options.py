@@ -1,24 +1,12 @@
 """Options of a run's rounds, for both strategies and the run config."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
 from flower_mcepl.config.checks import check
+from flower_mcepl.config.fields import FREE
 from flower_mcepl.exchange.exchange import check_rounds
-
-# Metadata of a setting that may differ when a run is resumed: no bit depends on it.
-FREE = {"free": True}
-
-
-def free_keys(*settings: type) -> set[str]:
-    """Run-config keys of these settings that may differ when a run is resumed."""
-    return {
-        entry.name.replace("_", "-")
-        for cls in settings
-        for entry in fields(cls)
-        if entry.metadata.get("free")
-    }
 
 
 @dataclass(frozen=True, kw_only=True)

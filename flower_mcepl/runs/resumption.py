@@ -21,6 +21,7 @@ from typing import Any, Generic, NamedTuple, final
 
 from flower_mcepl.agents.registry import read_config
 from flower_mcepl.config.checks import check
+from flower_mcepl.config.fields import free_keys
 from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import FrameT
@@ -40,7 +41,6 @@ from flower_mcepl.runs.checkpoint import (
     set_damaged_aside,
 )
 from flower_mcepl.runs.monitor import RunMonitor
-from flower_mcepl.runs.options import free_keys
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.runs.store import StateStore
 

@@ -10,19 +10,20 @@ import torch
 
 from flower_mcepl.agents.registry import algorithm_keys, find_algorithm, read_config
 from flower_mcepl.config.checks import check, refuse_unknown_keys
-from flower_mcepl.config.fields import RunConfig, field_keys, read_fields
+from flower_mcepl.config.fields import FREE, RunConfig, field_keys, read_fields
 from flower_mcepl.config.sizes import read_bytes
 from flower_mcepl.data.batches import EVALUATED
 from flower_mcepl.data.splits import check_data_keys
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.record.layout import EXPORTS
-from flower_mcepl.runs.options import FREE, RoundOptions
+from flower_mcepl.runs.options import RoundOptions
+from flower_mcepl.runs.worker_settings import WorkerSettings
 from flower_mcepl.streams import check_seed
 from flower_mcepl.topology import Topology
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceSettings:
+class DeviceSettings(WorkerSettings):
     """Device settings of one agent; a SuperNode's node config may set the same keys."""
 
     # "auto" (CUDA, else MPS, else CPU), or a torch device such as "cpu" or "cuda:1"
@@ -43,6 +44,7 @@ class DeviceSettings:
     export: str = field(default="", metadata=FREE)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(
             self.export in ("", *EXPORTS),
             'export must be "mask", "pt2", "onnx", or "" for no file',

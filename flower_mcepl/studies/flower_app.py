@@ -59,8 +59,11 @@ def imported_client(app: FlowerApp) -> Iterator["AgentApp"]:
         `make_agent_app`.
     """
     from flower_mcepl.clients.app import AgentApp
+    from flower_mcepl.clients.named import NamedApp
 
     with imported_component(app) as client:
+        if isinstance(client, NamedApp):
+            client = client.load()
         if not isinstance(client, AgentApp):
             raise ConfigError(
                 "an in-process run needs a ClientApp from make_client_app or make_agent_app; "

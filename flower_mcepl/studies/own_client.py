@@ -28,6 +28,7 @@ def own_client(app: FlowerApp) -> OwnClient | None:
     ConfigError
         If what the app names is no ClientApp at all.
     """
+    from flower_mcepl.clients.message_app import MessageApp
     from flower_mcepl.clients.mods import NeighborAverageMod
 
     with imported_component(app) as client:
@@ -35,7 +36,7 @@ def own_client(app: FlowerApp) -> OwnClient | None:
             raise ConfigError(
                 f"a clientapp is a ClientApp; {app.client} is {type(client).__name__}."
             )
-        if hasattr(client, "agent_fn"):
+        if isinstance(client, MessageApp):
             return None
         # private names of Flower's, which has no public ones for them
         mods, is_older = getattr(client, "_mods", ()), getattr(client, "_call", None) is not None

@@ -227,6 +227,13 @@ def test_the_code_about_tasks_runs() -> None:
     assert agent.evaluate().keys() == {"f1", "loss", "num-examples", "density"}
 
 
+def test_the_code_about_the_resident_worker_names_functions() -> None:
+    (code,) = code_of("docs/deployment.md")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["app"].names == ("my_app.task:model_fn", "my_app.task:data_fn", None)
+
+
 def test_the_page_of_tasks_names_them_all() -> None:
     rows = {cells[0].split("`")[1]: cells for cells in table_cells("docs/tasks.md")[1:]}
     assert set(rows) == set(TASKS)
@@ -263,7 +270,7 @@ def test_the_code_about_personal_models_runs(in_a_folder: Path) -> None:
 def test_no_page_has_code_that_no_test_runs() -> None:
     run_here = {f"docs/{page}.md" for page in ("getting-started", "algorithms", "topologies")}
     run_here |= {"docs/data.md", "docs/studies.md", "docs/tasks.md", "docs/pretrained.md"}
-    run_here |= {"docs/mask-file.md"}
+    run_here |= {"docs/mask-file.md", "docs/deployment.md"}
     with_code = {name for name in NAMES if blocks(name, "python")}
     assert with_code - RUN_ELSEWHERE == run_here
 
@@ -419,7 +426,7 @@ def test_the_tables_name_every_key_with_its_true_default() -> None:
 def test_the_page_about_resuming_names_what_may_change() -> None:
     free = {field.name for field in dataclasses.fields(RunSettings) if "free" in field.metadata}
     (named,) = re.findall(r"Only these may change: (.*?)\. ", text_of("docs/resume.md"), re.DOTALL)
-    of_devices = {"state-runs", "tell-classes", "agent-cache", "export"}
+    of_devices = {"state-runs", "tell-classes", "agent-cache", "export", "worker", "worker-idle"}
     free = {name.replace("_", "-") for name in free} - {"resume"}
     assert set(re.findall(r"`([a-z-]+)`", named)) == free | of_devices
 

@@ -10,11 +10,11 @@ import torch
 from flower_mcepl import ConfigError, MceplConfig, Topology, TopologyError
 from flower_mcepl.agents.registry import ALGORITHMS, read_config
 from flower_mcepl.config.checks import refuse_unknown_keys
-from flower_mcepl.config.fields import field_keys, read_fields, with_section
+from flower_mcepl.config.fields import field_keys, free_keys, read_fields, with_section
 from flower_mcepl.config.ratios import per_agent
 from flower_mcepl.masks.model import MaskedModel
 from flower_mcepl.models import AlexNetCifar
-from flower_mcepl.runs.options import RoundKeywords, RoundOptions, free_keys
+from flower_mcepl.runs.options import RoundKeywords, RoundOptions
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 
 
@@ -300,5 +300,5 @@ def test_what_may_differ_when_a_run_is_resumed_decides_nothing_about_its_bits() 
     assert free_keys(RunSettings, DeviceSettings) == {
         *("resume", "record-dir", "num-rounds", "min-agents", "checkpoint-every", "keep-frames"),
         *("round-timeout", "wait-timeout", "timeout-factor", "agents", "takeover"),
-        *("state-runs", "tell-classes", "agent-cache", "export"),
+        *("state-runs", "tell-classes", "agent-cache", "export", "worker", "worker-idle"),
     }

@@ -30,6 +30,20 @@ def model_fn(context: Context) -> nn.Module:
     return make_network(str(run["network"]), float(run["width"]))
 
 
+def data_fn(context: Context):
+    """Return the training, validation and test split of the agent that this node is."""
+    run = context.run_config
+    train, validation, test = load_data(
+        int(context.node_config["partition-id"]),
+        data=str(run["data"]),
+        num_agents=int(run["num-agents"]),
+        settings=DataSettings.from_run_config(run),
+        seed=int(run["seed"]),
+        cache=str(run["cache"]),
+    )
+    return Augmented(*train) if run["augment"] else train, validation, test
+
+
 def load_split(data: str, split: str) -> Dataset:
     """One split with columns ``img`` and ``label``, from parquet files or the hub."""
     if is_on_the_hub(data):

@@ -1,21 +1,9 @@
-"""Device side: which network, which data."""
+"""Device side: which network, which data.
 
-from flwr.app import Context
+They are named, not imported: on a device, whose every message is a process of its own,
+torch and the data are then loaded once, in its resident worker.
+"""
 
 from flower_mcepl.clients import make_client_app
-from flower_mcepl.data import DataSettings
-from mcepl_pretrained.task import load_data, model_fn
 
-
-def data_fn(context: Context):
-    """Return the training, validation and test split of the agent that this node is."""
-    run = context.run_config
-    return load_data(
-        int(context.node_config["partition-id"]),
-        num_agents=int(run["num-agents"]),
-        settings=DataSettings.from_run_config(run),
-        seed=int(run["seed"]),
-    )
-
-
-app = make_client_app(model_fn=model_fn, data_fn=data_fn)
+app = make_client_app("mcepl_pretrained.task:model_fn", "mcepl_pretrained.task:data_fn")

@@ -47,6 +47,17 @@ def model_fn(context: Context) -> Net:
     return Net(num_classes=10)
 
 
+def data_fn(context: Context):
+    """Return the training, validation and test split of the agent that this node is."""
+    run = context.run_config
+    return load_data(
+        int(context.node_config["partition-id"]),
+        num_agents=int(run["num-agents"]),
+        settings=DataSettings.from_run_config(run),
+        seed=int(run["seed"]),
+    )
+
+
 @lru_cache
 def digits(*, new: bool) -> tuple[Tensor, Tensor]:
     """Images [n, 1, 8, 8] with values from -1 to 1, and labels: 5 to 9, or 0 to 4."""

@@ -60,6 +60,17 @@ def model_fn(context: Context) -> nn.Module:
     return make_network(name, width)
 
 
+def data_fn(context: Context):
+    """Return the training, validation and test split of the agent that this node is."""
+    run = context.run_config
+    return load_data(
+        int(context.node_config["partition-id"]),
+        num_agents=int(run["num-agents"]),
+        settings=DataSettings.from_run_config(run),
+        seed=int(run["seed"]),
+    )
+
+
 @lru_cache
 def digits() -> tuple[Tensor, Tensor]:
     """Return all images [1797, 1, 8, 8] with values from -1 to 1, and their labels."""

@@ -41,6 +41,17 @@ def model_fn(context: Context) -> Net:
     return Net(width=int(context.run_config["width"]))
 
 
+def data_fn(context: Context):
+    """Return the training, validation and test split of the agent that this node is."""
+    run = context.run_config
+    return load_data(
+        int(context.node_config["partition-id"]),
+        num_agents=int(run["num-agents"]),
+        settings=DataSettings.from_run_config(run),
+        seed=int(run["seed"]),
+    )
+
+
 @lru_cache
 def table() -> tuple[Tensor, Tensor]:
     """Return all rows [442, 10] and targets [442], both with mean 0 and variance 1."""
