@@ -25,14 +25,16 @@ from flower_mcepl.clients.device import (
 )
 from flower_mcepl.clients.kept import KeptAgents, size_of
 from flower_mcepl.clients.memory import Memory, open_memory
-from flower_mcepl.clients.message_app import Finish, MessageApp, Mod
+from flower_mcepl.clients.message_app import MessageApp, Mod
 from flower_mcepl.clients.model_file import export_last_model
 from flower_mcepl.clients.naming import agent_index
+from flower_mcepl.clients.seats import Finish, begin_all
 from flower_mcepl.errors import FrameError
 from flower_mcepl.exchange.parcels import Answer, Parcel
 from flower_mcepl.exchange.turn import open_mail, play_round, refusal
 from flower_mcepl.masks.model import shared_module
 from flower_mcepl.messages.answer import to_records
+from flower_mcepl.messages.bundle import is_bundle
 from flower_mcepl.messages.envelope import open_envelope
 from flower_mcepl.messages.limits import LIMITS
 from flower_mcepl.messages.order import Order
@@ -65,6 +67,8 @@ class AgentApp(MessageApp):
         self, content: RecordDict, context: Context, opened: contextlib.ExitStack
     ) -> tuple[RecordDict, Finish]:
         """Play the round that ``content`` orders; see `MessageApp.begin`."""
+        if is_bundle(content):
+            return begin_all(self.begin, content, context, opened)
         order = Order.from_records(content)
         settings = device_settings(context)
         memory = opened.enter_context(

@@ -13,9 +13,10 @@ from flwr.clientapp import ClientApp
 
 from flower_mcepl.clients.guard import answer_to, check_mods
 from flower_mcepl.clients.naming import introduce, naming_the_agent
+from flower_mcepl.clients.seats import Finish, introduce_all
+from flower_mcepl.messages.bundle import is_bundle
 
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
-Finish = Callable[[], None]
 
 
 class MessageApp(ClientApp, ABC):
@@ -46,7 +47,7 @@ class MessageApp(ClientApp, ABC):
             with contextlib.ExitStack() as self._open:
                 reply = answer_to(message, context, super().__call__)
                 if self._finish is not None and not reply.has_error():
-                    with naming_the_agent(context):
+                    with _naming(message, context):
                         self._finish()
                 return reply
         finally:
@@ -55,12 +56,18 @@ class MessageApp(ClientApp, ABC):
     def play(self, message: Message, context: Context) -> Message:
         """Play the round that a message orders; `__call__` keeps the state."""
         assert self._open is not None
-        with naming_the_agent(context):
+        with _naming(message, context):
             # of an earlier call, where a mod calls twice: the round is then played
             # again
             self._open.close()
             content, self._finish = self.begin(message.content, context, self._open)
             return Message(content, reply_to=message)
+
+
+def _naming(message: Message, context: Context) -> contextlib.AbstractContextManager[None]:
+    """Name the agent in errors; each of several names itself."""
+    several = is_bundle(message.content)
+    return contextlib.nullcontext() if several else naming_the_agent(context)
 
 
 def _register(app: MessageApp) -> None:
@@ -74,5 +81,7 @@ def _register(app: MessageApp) -> None:
 
     @app.query()
     def identify(message: Message, context: Context) -> Message:
-        """Say which agent this node is, without building it."""
+        """Say which agent this node is, or which it plays, without building it."""
+        if is_bundle(message.content):
+            return Message(introduce_all(message.content, context), reply_to=message)
         return introduce(message, context)

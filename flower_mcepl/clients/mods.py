@@ -20,6 +20,7 @@ from flower_mcepl.clients.message_app import MessageApp
 from flower_mcepl.clients.metric_names import read_evaluation, read_training
 from flower_mcepl.clients.naming import agent_index, introduce, naming_the_agent
 from flower_mcepl.errors import AnswerError, ConfigError
+from flower_mcepl.messages.bundle import is_bundle
 from flower_mcepl.messages.identity import is_question
 from flower_mcepl.messages.order import AppInput, Order, is_order
 
@@ -97,6 +98,11 @@ class NeighborAverageMod:
             return introduce(message, context)
         if kind == "query":
             return call_next(message, context)
+        if is_bundle(message.content):
+            raise ConfigError(
+                "agents-per-node above 1 needs an app of make_client_app; with "
+                "neighbor_average_mod a node plays one agent. Set agents-per-node to 1."
+            )
         if not is_order(message.content):
             raise ConfigError(
                 "neighbor_average_mod takes messages of GossipStrategy; this one holds "

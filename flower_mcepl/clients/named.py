@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, final
 from flwr.app import Context, RecordDict
 
 from flower_mcepl.clients import resident
-from flower_mcepl.clients.message_app import Finish, MessageApp, Mod
+from flower_mcepl.clients.message_app import MessageApp, Mod
+from flower_mcepl.clients.seats import Finish
 from flower_mcepl.config.fields import read_fields
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.runs.simulated import in_simulation

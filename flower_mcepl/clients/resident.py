@@ -24,8 +24,8 @@ from typing import Any, BinaryIO, cast
 
 from flwr.app import Context, RecordDict
 
-from flower_mcepl.clients.message_app import Finish
 from flower_mcepl.clients.naming import agent_index
+from flower_mcepl.clients.seats import Finish
 from flower_mcepl.errors import FlowerMceplError, StateError
 
 AVAILABLE = hasattr(socket, "AF_UNIX") and hasattr(os, "getuid")

@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 from flwr.app import Context, RecordDict
 
 from flower_mcepl.clients.app import AgentApp
-from flower_mcepl.clients.message_app import Finish
 from flower_mcepl.clients.named import Names, load_app
 from flower_mcepl.clients.naming import naming_the_agent
 from flower_mcepl.clients.resident import FAILED, KEEP, KEPT, PLAYED, READY, read, write
+from flower_mcepl.clients.seats import Finish
 
 _LOOK_UP = 1.0  # seconds between looks at the clock and at the SuperNode
 

@@ -35,7 +35,7 @@ def plan_run(
     refuse_windows()
     refuse_shadowed(app, Path.cwd())
     overrides = format_run_config(run_config)
-    nodes = num_agents(app, overrides) if num_supernodes is None else num_supernodes
+    nodes = num_nodes(app, overrides) if num_supernodes is None else num_supernodes
     return Plan(app, nodes, overrides, federation_line(nodes, federation_config))
 
 
@@ -94,16 +94,21 @@ def _toml_value(key: str, value: object) -> str:
     )
 
 
-def num_agents(app: Path, run_config: Sequence[str]) -> int:
-    """Number of agents: ``num-agents`` of the overrides, else of the app's settings."""
-    own = app_settings(app).get("config", {}).get("num-agents")
-    number: object = parse_run_config(run_config).get("num-agents", own)
+def num_nodes(app: Path, run_config: Sequence[str]) -> int:
+    """Number of nodes: ``num-agents`` over ``agents-per-node``, overrides first."""
+    agents = _number("num-agents", None, app, run_config)
+    return -(-agents // max(1, _number("agents-per-node", 1, app, run_config)))
+
+
+def _number(key: str, default: int | None, app: Path, run_config: Sequence[str]) -> int:
+    own = app_settings(app).get("config", {}).get(key, default)
+    number: object = parse_run_config(run_config).get(key, own)
     try:
         return int(str(number))
     except ValueError:
         problem = "has no" if number is None else f"has {number!r} as its"
         raise ConfigError(
-            f"the number of SuperNodes must be known; {app} {problem} `num-agents` in "
+            f"the number of SuperNodes must be known; {app} {problem} `{key}` in "
             "[tool.flwr.app.config]. Say it with --num-supernodes."
         ) from None
 

@@ -12,6 +12,13 @@ INITIAL = "initial-arrays"  # arrays; only where the node may lack them
 # In place of all these, a config without entries: say which agent you are, do nothing
 IDENTIFY = "identify"
 
+# Of a message to several agents of one node, and of its answer: config that says so.
+# Then each agent's records bear its seat, as "3/order".
+BUNDLE = "bundle"
+PER_NODE, SEATS = "agents-per-node", "seats"  # its keys: a number, and a list of them
+# in an answer, in place of a seat's records: config with the text of its failure
+FAILED, REASON = "failed", "reason"
+
 # --- keys of ORDER; those that may be left out stand last ---
 VERSION = "message-version"
 RUN = "run"  # 16 hex digits that stand for the run; the same when it is resumed

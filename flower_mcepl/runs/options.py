@@ -40,6 +40,9 @@ class RoundOptions:
     patience : int (default: 0)
         Stop when the mean over the agents of the main metric has not become better for
         so many evaluations in succession, on their validation splits; 0: never.
+    agents_per_node : int (default: 1)
+        Agents that one node plays: that with partition-id p has ``p * k`` to ``p * k +
+        k - 1``. One message carries what all of them get.
     keep_frames : bool (default: False)
         Keep every frame in the run record, for study.
     checkpoint_every : int (default: 25)
@@ -71,6 +74,7 @@ class RoundOptions:
     timeout_factor: float = field(default=5.0, metadata=FREE)
     keep_best: bool = False
     patience: int = 0
+    agents_per_node: int = field(default=1, metadata=FREE)
     keep_frames: bool = field(default=False, metadata=FREE)
     checkpoint_every: int = field(default=25, metadata=FREE)
     agents: str = field(default="", metadata=FREE)
@@ -86,6 +90,7 @@ class RoundOptions:
         check(self.min_agents >= 0, "min-agents must be >= 0 (0: all)", self.min_agents)
         check(self.wait_timeout > 0, "wait-timeout must be > 0 seconds", self.wait_timeout)
         check(self.timeout_factor >= 0, "timeout-factor must be >= 0 (0: off)", self.timeout_factor)
+        check(self.agents_per_node >= 1, "agents-per-node must be >= 1", self.agents_per_node)
         check(self.patience >= 0, "patience must be >= 0 evaluations (0: off)", self.patience)
         check(
             self.checkpoint_every >= 0,
@@ -105,6 +110,7 @@ class RoundKeywords(TypedDict, total=False):
     timeout_factor: float
     keep_best: bool
     patience: int
+    agents_per_node: int
     keep_frames: bool
     checkpoint_every: int
     agents: str

@@ -98,12 +98,13 @@ class Identities:
         return self._keys.get(node, _key(b"", node))
 
 
-def read_agent_keys(path: str | Path) -> dict[int, str]:
+def read_agent_keys(path: str | Path, *, per_key: int = 1) -> dict[int, str]:
     """Key of each agent from a file of lines: its number, and its public key.
 
     The key is as in the ``.pub`` file that belongs to ``--auth-supernode-private-key``
     (``ecdsa-sha2-nistp384 AAAA...``), or the path of that file, from the folder of this
     one. Empty lines, and those that begin with ``#``, say nothing.
+    The agents of one node have its key: ``per_key`` of them.
 
     Raises
     ------
@@ -128,9 +129,10 @@ def read_agent_keys(path: str | Path) -> dict[int, str]:
                 f"{file}, line {place} must be an agent's number and its public key, as in a .pub "
                 f"file, or the path of one; got {line!r:.80} ({error})."
             ) from error
-        if agent in keys or key in keys.values():
+        if agent in keys or [*keys.values()].count(key) >= per_key:
+            often = "once" if per_key == 1 else f"once and {per_key} times"
             raise ConfigError(
-                f"{file}, line {place}: each agent and each key may stand there once; got "
+                f"{file}, line {place}: each agent and each key may stand there {often}; got "
                 f"{line!r:.80} again."
             )
         keys[agent] = key

@@ -25,6 +25,7 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from flower_mcepl.config.checks import check
 from flower_mcepl.errors import ConfigError, RosterError
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Parcel
@@ -46,6 +47,7 @@ from flower_mcepl.strategies.no_arrays import CentralEvaluation, NoArrays, place
 from flower_mcepl.strategies.older_api import NotOfTheOlderApi
 from flower_mcepl.strategies.reporting import report
 from flower_mcepl.strategies.roster import Roster
+from flower_mcepl.strategies.shared_nodes import SharedNodes
 
 logger = getLogger("flwr")
 WITHOUT_EVALUATE = "No evaluate function registered"  # what Flower says of such an app
@@ -80,7 +82,13 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             raise ConfigError(f"min_agents must be in 0..{num_agents}; got {options.min_agents}.")
         self.record_root, self.name = record, name
         self.config = dict(config or {})
-        keys = read_agent_keys(options.agents) if options.agents else None
+        check(
+            num_agents % options.agents_per_node == 0,
+            f"the graph's {num_agents} agents must divide evenly over nodes of agents-per-node",
+            options.agents_per_node,
+        )
+        per_node = options.agents_per_node
+        keys = read_agent_keys(options.agents, per_key=per_node) if options.agents else None
         self.roster = Roster(num_agents, Identities(keys, takeover=options.takeover))
         self.attendance = Attendance(
             self.roster,
@@ -176,6 +184,8 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         RecordError, ConfigError
             If a run cannot be resumed, or not with these settings.
         """
+        if self.options.agents_per_node > 1:
+            grid = SharedNodes(grid, per_node=self.options.agents_per_node)
         num_rounds = self._num_rounds if num_rounds is None else num_rounds
         self._timeout = timeout = self._timeout if timeout is None else timeout
         if num_rounds < 1:

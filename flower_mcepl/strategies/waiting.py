@@ -137,13 +137,14 @@ class InFlight:
         if not messages:
             return set()
         now = time.monotonic()
-        taken = set(grid.push_messages(messages))
-        for message in messages:  # the grid fills in the ids
-            if message.metadata.message_id in taken:
-                self._sent[message.metadata.message_id] = Sent(
-                    message.metadata.dst_node_id, round, evaluating, now, now + ttl
-                )
-        return taken & self._sent.keys()
+        taken = {
+            message_id: message.metadata.dst_node_id
+            for message_id, message in zip(grid.push_messages(messages), messages, strict=False)
+            if message_id
+        }
+        for message_id, node in taken.items():
+            self._sent[message_id] = Sent(node, round, evaluating, now, now + ttl)
+        return {*taken}
 
     def owing(self, nodes: Collection[int]) -> set[str]:
         """Return the ids of the messages that these nodes owe an answer to."""

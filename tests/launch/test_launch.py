@@ -19,7 +19,7 @@ from flower_mcepl.errors import ConfigError
 from flower_mcepl.launch import RunOutcome, run_app
 from flower_mcepl.launch.command import main
 from flower_mcepl.launch.logs import excerpt
-from flower_mcepl.launch.plan import federation_line, format_run_config, num_agents, refuse_shadowed
+from flower_mcepl.launch.plan import federation_line, format_run_config, num_nodes, refuse_shadowed
 from flower_mcepl.launch.processes import ProcessFamily
 from flower_mcepl.launch.superlink import LOST, TIMED_OUT, private_environment
 
@@ -165,26 +165,26 @@ def test_formatted_values_survive_flowers_parser(text: str, number: int, flag: b
 
 
 def test_agents_come_from_the_app_then_from_overrides(app: Path, tmp_path: Path) -> None:
-    assert num_agents(app, []) == 2
-    assert num_agents(app, ["word='num-agents=9'", "num-agents=5 crash=true"]) == 5
+    assert num_nodes(app, []) == 2
+    assert num_nodes(app, ["word='num-agents=9'", "num-agents=5 crash=true"]) == 5
     settings = tmp_path / "settings.toml"
     settings.write_text("num-agents = 7\n")
-    assert num_agents(app, [str(settings)]) == 7
+    assert num_nodes(app, [str(settings)]) == 7
 
 
 @pytest.mark.parametrize("count", ["", "num-agents = 'many'"])
 def test_unknown_number_of_agents_names_the_way_out(app: Path, count: str) -> None:
     (app / "pyproject.toml").write_text(PYPROJECT.replace("num-agents = 2", count))
     with pytest.raises(ConfigError, match="--num-supernodes"):
-        num_agents(app, [])
+        num_nodes(app, [])
 
 
 def test_folder_without_an_app_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pyproject\.toml"):
-        num_agents(tmp_path, [])
+        num_nodes(tmp_path, [])
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     with pytest.raises(ConfigError, match=r"\[tool\.flwr\.app\]"):
-        num_agents(tmp_path, [])
+        num_nodes(tmp_path, [])
 
 
 def test_federation_line_gives_each_client_one_cpu_unless_told() -> None:

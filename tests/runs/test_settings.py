@@ -301,4 +301,5 @@ def test_what_may_differ_when_a_run_is_resumed_decides_nothing_about_its_bits() 
         *("resume", "record-dir", "num-rounds", "min-agents", "checkpoint-every", "keep-frames"),
         *("round-timeout", "wait-timeout", "timeout-factor", "agents", "takeover"),
         *("state-runs", "tell-classes", "agent-cache", "export", "worker", "worker-idle"),
+        "agents-per-node",
     }

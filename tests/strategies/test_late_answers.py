@@ -380,12 +380,14 @@ class ScriptedFleet:
         self._due: dict[str, tuple[float, Message]] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        keys = []
         for message in messages:
             key = message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            keys.append(key)
             seconds = self.takes(message.metadata.dst_node_id)
             reply = Message(RecordDict(), reply_to=message)
             self._due[key] = (self.clock.now + seconds, reply)
-        return list(self._due)
+        return keys
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         keys = [key for key in message_ids if self._due[key][0] <= self.clock.now]

@@ -1,0 +1,95 @@
+"""Bundle: what one node gets and answers for all of its agents, in one message.
+
+A node's agents sit on seats 0..k-1; the agent of seat i of the node with partition-id p
+is ``p * k + i``. A record of seat i bears its own name behind ``i/``.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, final
+
+from flower_mcepl.errors import ConfigError
+from flower_mcepl.messages import keys
+from flower_mcepl.messages.limits import LIMITS, MakeRecord, Records
+
+
+@final
+class Bundle:
+    """Records of several agents of one node, by seat.
+
+    Parameters
+    ----------
+    per_node : int
+        Number k of agents of every node.
+    parts : mapping
+        Each seat's records by name.
+    failures : mapping (default: none)
+        In an answer: why an agent gives none, by seat.
+    """
+
+    def __init__(
+        self,
+        per_node: int,
+        parts: Mapping[int, Mapping[str, Any]],
+        failures: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        self.per_node, self.parts, self.failures = per_node, dict(parts), dict(failures)
+
+    def to_records(self, configs: MakeRecord = dict) -> dict[str, Any]:
+        """All records, and one that says what they are."""
+        records = {
+            f"{seat}/{name}": record
+            for seat, part in self.parts.items()
+            for name, record in part.items()
+        }
+        failed = {
+            f"{seat}/{keys.FAILED}": configs({keys.REASON: reason[-LIMITS.error :]})
+            for seat, reason in self.failures.items()
+        }
+        seats = sorted({*self.parts, *self.failures})
+        about = {keys.PER_NODE: self.per_node, keys.SEATS: seats}
+        return {keys.BUNDLE: configs(about), **records, **failed}
+
+    @classmethod
+    def from_records(cls, records: Records) -> "Bundle":
+        """Read `to_records`.
+
+        Raises
+        ------
+        ConfigError
+            If it is no bundle, or one of other seats than it says.
+        """
+        about = records.get(keys.BUNDLE, {})
+        per_node, seats = about.get(keys.PER_NODE), about.get(keys.SEATS)
+        if (
+            type(per_node) is not int
+            or not 1 <= per_node <= LIMITS.agent
+            or not isinstance(seats, list)
+            or not all(type(seat) is int and 0 <= seat < per_node for seat in seats)
+            or len(set(seats)) != len(seats)
+        ):
+            raise ConfigError(
+                "a message to several agents of a node names their number and their seats below "
+                f"it; got {dict(about)!s:.200}. Use the same release of flower-mcepl on server "
+                "and devices."
+            )
+        parts: dict[int, dict[str, Any]] = {seat: {} for seat in seats}
+        for name, record in records.items():
+            seat, _, own = name.partition("/")
+            if own and seat.isdecimal() and int(seat) in parts:
+                parts[int(seat)][own] = record
+        failed = {seat for seat, part in parts.items() if keys.FAILED in part}
+        reasons = {seat: parts.pop(seat)[keys.FAILED].get(keys.REASON) for seat in failed}
+        return cls(
+            per_node,
+            parts,
+            {
+                seat: str(reason or "no reason given")[-LIMITS.error :]
+                for seat, reason in reasons.items()
+            },
+        )
+
+
+def is_bundle(records: Records) -> bool:
+    """Whether a message is to, or of, several agents of one node."""
+    return keys.BUNDLE in records

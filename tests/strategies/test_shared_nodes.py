@@ -1,0 +1,249 @@
+"""Several agents on one node: the bits of one node each, and failures of their own."""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flower_mcepl import ConfigError, Topology
+from flower_mcepl.clients import make_client_app, neighbor_average_mod
+from flower_mcepl.clients.app import agent_index
+from flower_mcepl.clients.seats import seat_context
+from flower_mcepl.messages.bundle import Bundle, is_bundle
+from flower_mcepl.strategies import GossipStrategy
+from flower_mcepl.strategies.shared_nodes import Seat, SharedNodes
+from tests.fleet.flower import RecordingGrid, app_grid, gossip
+from tests.fleet.flower_messages import RUN_CONFIG, a_context, be_a_node, data_fn, model_fn
+
+RING = Topology.ring(6)
+
+
+@pytest.fixture(autouse=True)
+def identity() -> None:
+    be_a_node()
+
+
+def traffic(strategy: GossipStrategy) -> list[Any]:
+    ledger = strategy.exchange.ledger
+    return [ledger.totals(), strategy.monitor.evaluations(), strategy.monitor.train_loss]
+
+
+def shared(nodes: int, per_node: int, **options: Any) -> tuple[RecordingGrid, GossipStrategy]:
+    grid = app_grid(nodes)
+    return grid, gossip(grid, RING, agents_per_node=per_node, **options)
+
+
+@pytest.mark.parametrize("per_node", [2, 3, 6])
+def test_the_bits_are_those_of_one_node_each(per_node: int) -> None:
+    alone = gossip(app_grid(6), RING)
+    grid, strategy = shared(6 // per_node, per_node)
+    assert traffic(strategy) == traffic(alone)
+    assert len(grid.log) == 6 // per_node * 5  # one message a node and round
+    assert all(is_bundle(message.content) for message in grid.log)
+
+
+def test_states_lie_on_the_disk_of_the_node_by_agent(tmp_path: Path) -> None:
+    grid = app_grid(3)
+    for context in grid.contexts.values():
+        context.node_config["state-dir"] = str(tmp_path)
+    strategy = gossip(grid, RING, agents_per_node=2)
+    assert traffic(strategy) == traffic(gossip(app_grid(6), RING))
+    found = {path.name for path in tmp_path.glob("*/agent-*") if path.is_dir()}
+    assert found == {f"agent-{agent:04d}" for agent in range(6)}
+
+
+def test_an_agent_that_fails_fails_alone() -> None:
+    def fragile(context: Context) -> Any:
+        if agent_index(context) == 3:
+            raise RuntimeError("no data today")
+        return data_fn(context)
+
+    grid = RecordingGrid(make_client_app(model_fn, fragile), 3, RUN_CONFIG)
+    strategy = gossip(grid, RING, agents_per_node=2, min_agents=5, incomplete=None)
+    assert strategy.roster.absent(strategy.roster.node_of) == [3]
+    assert strategy.monitor.evaluations()
+
+
+def test_a_node_that_is_away_takes_all_of_its_agents_along() -> None:
+    grid = app_grid(3)
+    strategy = GossipStrategy(
+        RING, record=None, evaluate_every=2, wait_timeout=0.01, min_agents=4, agents_per_node=2
+    )
+    counts, take_in = [], strategy._take_in
+
+    def counting(round: int, replies: Iterable[Message], *more: Any) -> None:
+        replies = list(replies)
+        counts.append(sum(not reply.has_error() for reply in replies))
+        take_in(round, replies, *more)
+
+    strategy._take_in = counting  # type: ignore[method-assign, assignment]
+    outage = {2: lambda: grid.down.add(1001), 3: grid.down.clear}
+
+    def between(round: int, _: object) -> None:
+        outage.pop(round + 1, lambda: None)()
+
+    strategy.start(grid, num_rounds=4, timeout=30.0, evaluate_fn=between)
+    assert counts[:4] == [6, 4, 6, 6]
+
+
+def hostile(spoil: Callable[[RecordDict], None]) -> ClientApp:
+    """App whose node with partition-id 1 spoils what it answers after round 1."""
+
+    def mod(message: Message, context: Context, call_next: Any) -> Message:
+        reply = call_next(message, context)
+        rounds = {
+            part["order"]["server-round"]
+            for part in Bundle.from_records(message.content).parts.values()
+            if "order" in part
+        }
+        if context.node_config["partition-id"] == 1 and rounds == {2}:
+            spoil(reply.content)
+        return reply  # type: ignore[no-any-return]
+
+    return make_client_app(model_fn, data_fn, mods=[mod])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content.pop("bundle"),
+        lambda content: content.update({"bundle": ConfigRecord({"seats": [0, 0]})}),
+        lambda content: content.update(
+            {"bundle": ConfigRecord({"agents-per-node": 2, "seats": [7]})}
+        ),
+        lambda content: [content.pop(name) for name in [*content] if name != "bundle"],
+        lambda content: content.update({"1/agent": ConfigRecord({"agent": 0})}),
+        lambda content: content.update({"1/failed": ConfigRecord({"reason": 3})}),
+    ],
+)
+def test_a_spoiled_answer_is_the_failure_of_its_own_agents(
+    spoil: Callable[[RecordDict], None],
+) -> None:
+    failures: dict[str, str] = {}
+    strategy = GossipStrategy(
+        RING, record=None, evaluate_every=4, wait_timeout=0.01, min_agents=4, agents_per_node=2
+    )
+    changes = strategy.attendance.changes
+
+    def noting(round: int, answered: Any, failed: Any, *more: Any) -> dict[str, str]:
+        failures.update(failed)
+        return changes(round, answered, failed, *more)
+
+    strategy.attendance.changes = noting  # type: ignore[method-assign, assignment]
+    strategy.start(RecordingGrid(hostile(spoil), 3, RUN_CONFIG), num_rounds=3, timeout=30.0)
+    assert set(failures) <= {"agent 2", "agent 3"}
+    assert "agent 3" in failures
+
+
+def a_question(seat: int) -> Message:
+    return Message(RecordDict({"identify": ConfigRecord()}), dst_node_id=seat, message_type="query")
+
+
+def test_a_node_that_plays_gets_nothing_for_its_other_agents() -> None:
+    nodes = app_grid(2)
+    nodes.slow.add(1000)
+    grid = SharedNodes(nodes, per_node=3)
+    assert [str(seat) for seat in grid.get_node_ids()] == [
+        f"{node}/{place}" for node in (1000, 1001) for place in range(3)
+    ]
+    (first,) = grid.push_messages([a_question(3000)])
+    held, other = grid.push_messages([a_question(3001), a_question(3003)])
+    assert (held, bool(first), bool(other)) == ("", True, True)
+    assert {answer.metadata.src_node_id for answer in grid.pull_messages([first, other])} == {3003}
+    nodes.deliver()
+    (answer,) = grid.pull_messages([first])
+    assert answer.content["agent"]["agent"] == 0
+    (again,) = grid.push_messages([a_question(3001)])
+    assert again
+
+
+def test_what_nobody_answers_is_forgotten_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = app_grid(1)
+    nodes.slow.add(1000)
+    grid = SharedNodes(nodes, per_node=2)
+    grid.push_messages([a_question(2000)])
+    later = a_question(2000).metadata.ttl + 1
+    clock = "flower_mcepl.strategies.shared_nodes.time.monotonic"
+    now = time.monotonic()
+    monkeypatch.setattr(clock, lambda: now + later)
+    (message_id,) = grid.push_messages([a_question(2001)])
+    assert message_id
+
+
+def test_asking_ends_with_its_time() -> None:
+    nodes = app_grid(2)
+    nodes.slow.add(1001)
+    answers = SharedNodes(nodes, per_node=2).send_and_receive(
+        [a_question(seat) for seat in range(2000, 2004)], timeout=0.05
+    )
+    assert [answer.content["agent"]["agent"] for answer in answers] == [0, 1]
+
+
+def test_a_resumed_run_asks_each_agent(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"agents_per_node": 2, "record": tmp_path, "checkpoint_every": 1}
+    whole = gossip(app_grid(3), RING, rounds=4, **options)
+    assert whole.record is not None
+    grid = app_grid(3)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gossip(grid, RING, rounds=4, before={4: stop}, **options)
+    (broken,) = (path for path in tmp_path.iterdir() if path != whole.record.path)
+    resumed = gossip(grid, RING, rounds=4, resume=broken, **options)
+    assert traffic(resumed)[1][4] == traffic(whole)[1][4]
+
+
+def test_agents_must_divide_evenly_over_the_nodes() -> None:
+    with pytest.raises(ConfigError, match=r"6 agents must divide evenly .* got 4"):
+        GossipStrategy(RING, agents_per_node=4)
+    with pytest.raises(ConfigError, match="agents-per-node must be >= 1"):
+        GossipStrategy(RING, agents_per_node=0)
+
+
+def test_an_app_of_its_own_plays_one_agent_a_node() -> None:
+    app = ClientApp(mods=[neighbor_average_mod])
+    app.train()(lambda message, context: message)
+    message = RecordDict(Bundle(2, {0: {}}).to_records(ConfigRecord))
+    with pytest.raises(ConfigError, match="agents-per-node above 1 needs an app of make_client"):
+        app(Message(message, dst_node_id=1, message_type="train"), a_context())
+
+
+def test_one_agent_sees_its_own_context_alone() -> None:
+    context = a_context(2, node={"num-partitions": 4, "state-dir": "none"})
+    context.state["agent-7/mine"] = ConfigRecord({"a": 1})
+    context.state["agent-6/other"] = ConfigRecord({"b": 1})
+    own = seat_context(context, seat=1, per_node=3)
+    assert own.node_config["partition-id"] == 7
+    assert own.node_config["num-partitions"] == 12
+    assert {*own.state} == {"mine"}
+    assert context.node_config["partition-id"] == 2
+
+
+REASONS = st.dictionaries(st.integers(10, 19), st.text(min_size=1, max_size=20))
+PARTS: st.SearchStrategy[dict[int, Any]] = st.dictionaries(
+    st.integers(0, 9), st.dictionaries(st.sampled_from(["order", "a/b", "0"]), st.just({}))
+)
+
+
+@given(PARTS, REASONS)
+def test_a_bundle_comes_back(parts: dict[int, Any], failures: dict[int, str]) -> None:
+    back = Bundle.from_records(Bundle(20, parts, failures).to_records())
+    assert (back.per_node, back.parts, back.failures) == (20, parts, failures)
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(1, 1000), st.data())
+def test_a_seat_is_a_number_that_leads_back_to_its_node(
+    node: int, per_node: int, data: st.DataObject
+) -> None:
+    place = data.draw(st.integers(0, per_node - 1))
+    seat = Seat(node, place, per_node)
+    assert divmod(seat, per_node) == (node, place)
+    assert f"{seat}" == f"{node}/{place}"
