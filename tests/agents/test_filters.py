@@ -22,7 +22,7 @@ from flower_mcepl.agents import find_algorithm, make_agent
 from flower_mcepl.agents.handshake import KEPT_BY_LAYER, check_common_ground
 from flower_mcepl.agents.registry import read_config
 from flower_mcepl.clients import make_agent_app
-from flower_mcepl.clients.app import agent_index
+from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.exchange.turn import Reply
 from flower_mcepl.strategies import GossipStrategy
 from tests.fleet.agents import SEED, Reader, same_tensors, split

@@ -28,7 +28,7 @@ from flower_mcepl.agents import make_agent as registered
 from flower_mcepl.agents.handshake import KEPT_BY_LAYER, check_common_ground
 from flower_mcepl.agents.registry import read_config
 from flower_mcepl.clients import make_agent_app
-from flower_mcepl.clients.app import agent_index
+from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.masks.formulas import init_scores
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.streams import torch_stream

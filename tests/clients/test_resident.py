@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from flower_mcepl import ConfigError, FlowerMceplError, StateError
 from flower_mcepl.clients import make_client_app, resident
 from flower_mcepl.clients.named import NamedApp
-from tests.fleet.flower_messages import a_context, a_message, be_a_node, frame_of, the_answer
+from flower_mcepl.messages.answer import from_records
+from flower_mcepl.messages.bundle import Bundle
+from tests.fleet.flower_messages import (
+    a_context,
+    a_message,
+    be_a_node,
+    frame_of,
+    the_answer,
+)
 
 MODULE = "tests.fleet.flower_messages"
 NAMES = (f"{MODULE}:model_fn", f"{MODULE}:data_fn")
@@ -89,6 +97,22 @@ def test_the_worker_gives_the_bits_of_processes_of_their_own(tmp_path: Path, run
     assert workers(runtime) == []
     assert frames(tmp_path / "with") == without
     assert len(workers(runtime)) == 1
+
+
+def test_one_worker_plays_all_agents_of_a_node(tmp_path: Path, runtime: Path) -> None:
+    def answers(root: Path, kind: str) -> list[bytes]:
+        context = a_device(root, worker=kind)
+        app = make_client_app(*NAMES)
+        parts = {seat: a_message(1).content for seat in range(3)}
+        content = RecordDict(Bundle(3, parts).to_records(ConfigRecord))
+        reply = app(Message(content, dst_node_id=1000, message_type="train"), context)
+        answered = Bundle.from_records(reply.content).parts
+        return [from_records(answered[seat]).raw[0] for seat in range(3)]
+
+    play(a_device(tmp_path / "before"), 1)
+    before = workers(runtime)
+    assert answers(tmp_path / "with", "resident") == answers(tmp_path / "without", "none")
+    assert workers(runtime) == before
 
 
 def test_a_state_in_the_context_comes_back_from_the_worker() -> None:

@@ -10,8 +10,8 @@ from flwr.app import ArrayRecord, Context, Message
 
 from flower_mcepl import Agent, Topology
 from flower_mcepl.clients import make_agent_app, make_client_app
-from flower_mcepl.clients.app import agent_index
 from flower_mcepl.clients.memory import STATE
+from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.errors import IncompleteRunError
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.strategies import GossipStrategy

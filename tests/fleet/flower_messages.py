@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity  # private, needed by Message()
 
 from flower_mcepl.clients import make_client_app
-from flower_mcepl.clients.app import agent_index
+from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.exchange.parcels import Answer, Parcel
 from flower_mcepl.messages.answer import from_records
 from flower_mcepl.messages.order import Order

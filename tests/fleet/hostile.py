@@ -26,7 +26,7 @@ from flower_mcepl import Agent, AgentData, Topology, shared_module
 from flower_mcepl.agents import find_algorithm, make_server
 from flower_mcepl.agents import make_agent as make_any_agent
 from flower_mcepl.clients import make_agent_app
-from flower_mcepl.clients.app import agent_index
+from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.errors import IncompleteRunError
 from flower_mcepl.strategies import GossipStrategy, ServerStrategy, waiting
 from flower_mcepl.strategies.rounds import ExchangeStrategy

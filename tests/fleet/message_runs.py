@@ -29,7 +29,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flower_mcepl import Agent, Topology
 from flower_mcepl.agents import AgentState
 from flower_mcepl.clients import make_agent_app, neighbor_average_mod
-from flower_mcepl.clients.app import agent_index
+from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.exchange.parcels import Parcel
 from flower_mcepl.exchange.turn import Reply
 from flower_mcepl.strategies import GossipStrategy

@@ -20,7 +20,7 @@ from flower_mcepl import ConfigError, RunRecord, Topology, read_run, simulate
 from flower_mcepl.agents import load_state
 from flower_mcepl.clients import app as client_module
 from flower_mcepl.clients import make_agent_app, memory
-from flower_mcepl.clients.app import agent_index
+from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.errors import RecordError, RosterError
 from flower_mcepl.exchange.parcels import Answer, Posted
 from flower_mcepl.exchange.relay import Relay

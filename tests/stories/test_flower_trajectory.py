@@ -10,7 +10,7 @@ import torch
 
 from flower_mcepl import Topology, simulate
 from flower_mcepl.clients import make_agent_app
-from flower_mcepl.clients.app import agent_index
+from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.strategies import GossipStrategy
 from tests.fleet.agents import Reader, without_run
 from tests.fleet.flower import state_of

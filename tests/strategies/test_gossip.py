@@ -28,7 +28,7 @@ from flower_mcepl import (
 )
 from flower_mcepl.clients import app as client_module
 from flower_mcepl.clients import make_agent_app, make_client_app
-from flower_mcepl.clients.app import agent_index
+from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.record.reading import Run
 from flower_mcepl.runs import book
 from flower_mcepl.strategies import GossipStrategy

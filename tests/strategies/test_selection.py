@@ -21,7 +21,7 @@ from flower_mcepl import (
 from flower_mcepl.agents import load_state, make_agent
 from flower_mcepl.clients import app as client_module
 from flower_mcepl.clients import make_agent_app, memory, neighbor_average_mod
-from flower_mcepl.clients.app import agent_index
+from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.record.reading import Run
 from flower_mcepl.runs.store import device_store
 from flower_mcepl.strategies import GossipStrategy, ServerStrategy, waiting

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flower_mcepl import ConfigError, Topology
 from flower_mcepl.clients import make_client_app, neighbor_average_mod
-from flower_mcepl.clients.app import agent_index
+from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.clients.seats import seat_context
 from flower_mcepl.messages.bundle import Bundle, is_bundle
 from flower_mcepl.strategies import GossipStrategy
