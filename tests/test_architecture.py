@@ -27,7 +27,7 @@ ROOMS = {
     "config": "errors",
     "files": "errors",
     "terminal": "",
-    "masks": "errors streams config",
+    "masks": "errors models streams config",
     "data": "errors streams config files",
     "topology": "errors streams config",
     "wire": "errors config",

@@ -1,9 +1,11 @@
 """MCE-PL: personal masks over shared random weights, fused with neighbors' masks."""
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, final
 
 import torch
@@ -23,13 +25,18 @@ from flower_mcepl.config.checks import check
 from flower_mcepl.config.patterns import keys_by_name
 from flower_mcepl.config.ratios import per_layer
 from flower_mcepl.data.batches import AgentData
+from flower_mcepl.errors import UnsupportedLayerError
 from flower_mcepl.masks import formulas as maths
+from flower_mcepl.masks.compact import CompactNetwork, check_compact
 
 SCORE_FORMS = ("signed", "magnitude")
 SCORE_GRADIENTS = ("raw", "normalized")
 GRADIENT, PROXIMAL = "gradient", "proximal"
 LASSO_STEPS = (GRADIENT, PROXIMAL)
+FULL, COMPACT = "full", "compact"
+FILTERS_TRAININGS = (FULL, COMPACT)
 LR_LAYERS = "score-lr-layers"
+WHY_FULL = "filters-training-full"  # fact of a handshake: why no step is compact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +64,12 @@ class MceplConfig(MaskedConfig):
     # "gradient": the lasso is part of the loss (paper); "proximal": each step on the
     # loss is followed by ``z_f * max(0, 1 - ηλ / ‖z_f‖)``, which ends at zero
     lasso_step: str = GRADIENT
+    # "full": a local step calculates all filters; "compact": those that are on, but for
+    # one step in filters_refresh; gates stand still between these, all else is the same
+    # up to rounding
+    filters_training: str = FULL
+    # >= 1: with "compact", one local step in so many is a full one, counted over rounds
+    filters_refresh: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +80,15 @@ class MceplConfig(MaskedConfig):
         self._check_one_of("score_gradient", SCORE_GRADIENTS)
         self._check_one_of("score_form", SCORE_FORMS)
         self._check_one_of("lasso_step", LASSO_STEPS)
+        self._check_one_of("filters_training", FILTERS_TRAININGS)
+        check(self.filters_refresh >= 1, "filters-refresh must be >= 1", self.filters_refresh)
+        check(
+            self.filters_training == FULL or self.has_gates,
+            "filters-training compact leaves out filters that are off and needs a share of filters "
+            "below 1",
+            self.filters,
+            'Set filters, such as "1.0, 0.5".',
+        )
         for name, lr in self._lr_of_layers().items():
             check(math.isfinite(lr) and lr > 0, f"key {LR_LAYERS}, {name}, must be > 0", lr)
 
@@ -126,11 +148,41 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         self._lr = config.lr_by_layer(self.model.all_scores)
         for z in self.model.all_scores.values():
             self._settle(z)
+        self._compact, self._why_full = self._compact_network()
+
+    def _compact_network(self) -> tuple[CompactNetwork | None, str]:
+        """Network of the compact steps; None, and why there is none."""
+        if self.config.filters_training == FULL:
+            return None, ""
+        try:
+            return CompactNetwork(self.model), ""
+        except UnsupportedLayerError as error:
+            warnings.warn(
+                f"agent {self.index} trains all of its filters in every step, also those that are "
+                f"off: {error}. Set filters-training to full, or mend the network.",
+                stacklevel=4,
+            )
+            return None, str(error)
+
+    def check(self) -> None:
+        """Check the first batches, and a compact network against the whole one."""
+        super().check()
+        compact = self._compact
+        if compact is not None:
+            self.model.eval()
+            self.learner.compare(self.data.train, lambda outputs: check_compact(compact, outputs))
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the handshake; of filters that cannot be left out, why."""
+        why = {WHY_FULL: self._why_full[:200]} if self._why_full else {}
+        return {**super().describe(), **why}
 
     def train(self, *, round: int) -> dict[str, float]:
         """Take the local steps on the scores; ``train-loss`` is their mean loss."""
         self._begin(round)
-        step = partial(self._local_step, round=round)
+        num_steps = self.config.num_steps(self.data.train.num_examples)
+        numbers = count((round - 1) * num_steps + 1)
+        step = partial(self._local_step, round=round, numbers=numbers)
         return train_locally(
             step,
             self.data.train,
@@ -160,8 +212,16 @@ class MceplAgent(MaskedAgent[MceplConfig]):
     # after every step, bit for bit, and so is every mask. A velocity belongs to one
     # side of zero: where z changes sides, its velocity goes on and carries z further
     # away from zero, whereas s keeps running against the wall, as its gradient says.
-    def _local_step(self, inputs: Any, labels: Tensor, *, round: int) -> float:
-        loss = self.learner.loss(self.model, inputs, labels)
+    #
+    # A compact step leaves the gates alone: those that are off have no gradient in it,
+    # and if the others moved without them, being off would last. Fine-tuning after it
+    # finds a gradient of zero.
+    def _local_step(
+        self, inputs: Any, labels: Tensor, *, round: int, numbers: Iterator[int]
+    ) -> float:
+        compact = self._compact_in(next(numbers))
+        scores = self.model.all_scores if compact is None else self.model.scores
+        loss = self.learner.loss(compact or self.model, inputs, labels)
         objective = (
             loss + self.config.group_lasso * self.model.group_lasso()
             if self.config.group_lasso and self.config.lasso_step == GRADIENT
@@ -170,7 +230,6 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         value = finite_loss(
             loss, agent=self.index, round=round, key="score-lr", lr=self.config.score_lr
         )
-        scores = self.model.all_scores
         self.gradient = gradients_of(objective, scores)
         factor = self.config.lr_factor(round)
         with torch.no_grad():
@@ -182,7 +241,20 @@ class MceplAgent(MaskedAgent[MceplConfig]):
                 )
                 self._shrink(name, z, lr=self._lr[name] * factor)
                 self._settle(z)
+        if compact is not None:
+            self.gradient |= {
+                name: torch.zeros_like(z)
+                for name, z in self.model.all_scores.items()
+                if name not in scores
+            }
         return value
+
+    def _compact_in(self, step: int) -> CompactNetwork | None:
+        """Network of a local step, by its number in the run; None: the whole model."""
+        compact = self._compact
+        if compact is None or step % self.config.filters_refresh == 0:
+            return None
+        return compact if compact.is_smaller else None
 
     def _shrink(self, name: str, z: Tensor, *, lr: float) -> None:
         step = lr * self.config.group_lasso

@@ -1,7 +1,7 @@
 """Tensors in the place of a module's weights for a while, and modules kept in eval."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def slots_of(module: nn.Module, names: Mapping[str, object]) -> dict[str, list[S
 # with a plain tensor where its parameter was; and it puts the weights back before the
 # backward pass, in which gradient checkpointing calls the layers once more.
 def call_with(
-    module: nn.Module,
+    module: Callable[..., Any],
     slots: Mapping[str, list[Slot]],
     tensors: Mapping[str, Tensor],
     args: Sequence[Any] = (),

@@ -16,36 +16,23 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from flower_mcepl.masks.channelwise import (
+    BINARY,
+    DROPOUT_CALLS,
+    DROPOUTS,
+    ELEMENTWISE,
+    ELEMENTWISE_CALLS,
+    POOL_CALLS,
+    POOLS,
+)
 from flower_mcepl.models import local_response_norm
 from flower_mcepl.personal.places import NORMS
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_ELEMENTWISE = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus),
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
-)
-_POOLS = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-)
-_F = nn.functional
-_ELEMENTWISE_CALLS: set[Any] = {
-    *(_F.relu, _F.relu6, _F.leaky_relu, _F.elu, _F.selu, _F.celu, _F.gelu, _F.silu, _F.mish),
-    *(_F.tanh, _F.sigmoid, _F.hardtanh, _F.hardswish, _F.hardsigmoid, _F.softplus, _F.dropout),
-    *(torch.relu, torch.tanh, torch.sigmoid),
-    *("relu", "relu_", "tanh", "sigmoid", "contiguous"),
-}
-_POOL_CALLS: set[Any] = {
-    *(_F.max_pool1d, _F.max_pool2d, _F.max_pool3d),
-    *(_F.adaptive_avg_pool1d, _F.adaptive_avg_pool2d, _F.adaptive_avg_pool3d),
-}
-_BINARY: set[Any] = {
-    *(operator.add, operator.iadd, torch.add, "add", "add_"),
-    *(operator.mul, operator.imul, torch.mul, "mul", "mul_"),
-}
+# in eval mode, in which networks are compacted, a dropout does nothing
+_ELEMENTWISE = (*ELEMENTWISE, *DROPOUTS)
+_ELEMENTWISE_CALLS = ELEMENTWISE_CALLS | DROPOUT_CALLS
 _MEANS: set[Any] = {torch.mean, "mean"}
 _FLATTENS: set[Any] = {torch.flatten, "flatten"}
 
@@ -112,7 +99,7 @@ class Liveness:
         self, node: fx.Node, module: nn.Module | None, inputs: list[fx.Node]
     ) -> Callable[[], None] | None:
         """What a node does to channels; None: nothing that is known."""
-        if len(inputs) == 2 and node.target in _BINARY and _same_shape(*inputs):
+        if len(inputs) == 2 and node.target in BINARY and _same_shape(*inputs):
             return lambda: self._join(node, *inputs)
         if len(inputs) != 1 or not _is_tensor(node):
             return None
@@ -126,11 +113,11 @@ class Liveness:
             return self._layer_rule(node, module, source)
         if kind in BATCH_NORMS and getattr(module, "running_mean", None) is not None:
             return (lambda: self._norm(node, source)) if target in self._alone else None
-        if kind in NORMS or target in (_F.local_response_norm, local_response_norm):
+        if kind in NORMS or target in (nn.functional.local_response_norm, local_response_norm):
             return lambda: self._mix(node, source)
-        if kind in _ELEMENTWISE or target in _ELEMENTWISE_CALLS or target in _BINARY:
+        if kind in _ELEMENTWISE or target in _ELEMENTWISE_CALLS or target in BINARY:
             return lambda: self._map(node, source, self._called(node, source))
-        if kind in _POOLS or target in _POOL_CALLS or _is_spatial_mean(node, source):
+        if kind in POOLS or target in POOL_CALLS or _is_spatial_mean(node, source):
             return lambda: self._map(node, source, self._values[source].constant)
         return None
 

@@ -97,6 +97,14 @@ class Learner:
             with torch.no_grad():
                 self._check_state(network, *batch)
 
+    def compare(self, split: BatchSource, check: Callable[[Callable[[Any], Tensor]], None]) -> None:
+        """Let ``check`` compare networks by their outputs for a split's first batch."""
+        batch = self._first_batch(split)
+        if batch is not None:
+            with torch.no_grad(), self._rng():
+                whose = self._whose("training")
+                check(lambda network: self._predict(network, *batch, whose)[0])
+
     def _check_state(self, network: nn.Module, inputs: Any, targets: Any) -> None:
         def outputs(module: nn.Module) -> Tensor:
             return self._predict(module, inputs, targets, self._whose("training"))[0]
@@ -113,10 +121,7 @@ class Learner:
         return isolated_rng(self.seed, "first-batches", agent=self.agent)
 
     def _check_first(self, network: nn.Module, split: BatchSource, whose: str) -> Batch | None:
-        # a split of one's own that only trains is checked as it does
-        cut = getattr(split, "evaluation_batches", None)
-        batches = () if cut is None else cut(batch_size=self.config.eval_batch_size)
-        batch = next(iter(batches), None)
+        batch = self._first_batch(split)
         if batch is None:  # training or evaluation will say so
             return None
         inputs, targets = batch
@@ -133,6 +138,12 @@ class Learner:
                 f"{described(inputs)} it raised {type(error).__name__}: {reason}. Let the data "
                 f"function give what the model function's network takes, in {self.dtype}."
             ) from error
+
+    def _first_batch(self, split: BatchSource) -> Batch | None:
+        # a split of one's own that only trains is checked as it does
+        cut = getattr(split, "evaluation_batches", None)
+        batches = () if cut is None else cut(batch_size=self.config.eval_batch_size)
+        return next(iter(batches), None)
 
     def _predict(
         self, network: Callable[..., Any], inputs: Any, targets: Any, whose: str
