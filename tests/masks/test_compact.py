@@ -151,7 +151,7 @@ def outputs_and_gradients(
     scores = model.scores
     loss = (outputs * weights).sum()
     gradients = torch.autograd.grad(loss, list(scores.values()), materialize_grads=True)
-    return outputs, dict(zip(scores, gradients, strict=True))
+    return outputs.detach(), dict(zip(scores, gradients, strict=True))
 
 
 def differences(
