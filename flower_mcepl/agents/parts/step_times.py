@@ -1,0 +1,73 @@
+"""Step times of a device, measured once for a network and kept on its disk."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flower_mcepl.files.atomic import replace_file
+
+VERSION = 1  # raise it when what is measured changes
+
+
+def cache_folder() -> Path:
+    """Where measured times lie; it may be emptied at any time."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "flower-mcepl" / "step-times"
+
+
+def machine() -> dict[str, Any]:
+    """What the time of a step depends on, besides the network and its settings."""
+    return {
+        "version": VERSION,
+        "machine": f"{platform.node()} {platform.machine()} {platform.processor()}",
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def cached_time(settings: Mapping[str, Any], measure: Callable[[], float]) -> float:
+    """Seconds that ``measure`` gives, from disk if they were measured before.
+
+    A file that is damaged is measured anew; where none can be written, the log says so.
+
+    Parameters
+    ----------
+    settings : mapping
+        What the time depends on, JSON-able, besides the `machine`.
+    measure : callable
+        Measures; called only where there is no file.
+    """
+    name = json.dumps({**settings, **machine()}, sort_keys=True)
+    digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+    path = cache_folder() / f"{digest}.json"
+    known = _read(path, name)
+    if known is not None:
+        return known
+    seconds = measure()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps({"of": name, "seconds": seconds}).encode())
+    except OSError as error:
+        getLogger(__name__).warning(
+            "step times are not kept in %s, so each process measures anew: %s", path.parent, error
+        )
+    return seconds
+
+
+def _read(path: Path, name: str) -> float | None:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    seconds = kept.get("seconds") if isinstance(kept, dict) and kept.get("of") == name else None
+    fits = isinstance(seconds, float) and math.isfinite(seconds) and seconds > 0
+    return seconds if fits else None
