@@ -1,12 +1,12 @@
 """Time of a training step by the share of filters that are on, whole and compact.
 
-One agent a share and kind on the network of the paper; the first layer and the
-classifier keep all filters. Kinds take turns, so that all see the same noise; medians
+One agent a share and kind on the network of the paper; the classifier keeps all
+filters, and without ``--first`` the first layer. Kinds take turns, so that all see the same noise; medians
 of processor time are compared with the whole step at the same share, step by step of
 the turns, and with a network without gates. One compact step in `filters-refresh` is a
 whole one; that is not in these times, but in the last column.
 
-    python benchmarks/filters_time.py [--repeats 20] [--batch-sizes 32,128]
+    python benchmarks/filters_time.py [--repeats 20] [--batch-sizes 32,128] [--first]
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=20, help="steps of each kind (default: 20)")
     options.add_argument("--batch-sizes", default="32,128", help="images a step")
     options.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
-    options.add_argument("--filters-layers", default="", help="shares of single layers")
+    options.add_argument("--first", action="store_true", help="gates in the first layer, too")
     options.add_argument("--arithmetic", default="exact", help="class of arithmetic")
     options.add_argument("--retention", type=float, default=0.5, help="r of all layers")
     args = options.parse_args()
@@ -51,7 +51,8 @@ def show(args: argparse.Namespace, size: int) -> None:
     times = measure(kinds, repeats=args.repeats)
     plain = statistics.median(times[PLAIN])
     print(
-        f"AlexNet-CIFAR, batch {size}, {args.threads} thread(s), {args.arithmetic}, processor "
+        f"AlexNet-CIFAR, {'first layer, too' if args.first else 'all but the first layer'}, "
+        f"batch {size}, {args.threads} thread(s), {args.arithmetic}, processor "
         f"time, median of {args.repeats} alternating steps; no gates: {1000 * plain:.0f} ms"
     )
     print("  share   whole   compact   compact / whole   / no gates   with 1 whole step in 10")
@@ -71,7 +72,8 @@ def step_of(args: argparse.Namespace, size: int, **filters: Any) -> Callable[[],
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(size, 3, 32, 32, generator=generator)
     labels = torch.randint(0, 10, (size,), generator=generator)
-    layers = {"filters_layers": args.filters_layers} if filters else {}
+    share = filters.get("filters", 1.0)
+    layers = {"filters_layers": f"conv1.weight={share}"} if args.first and share < 1 else {}
     config = MceplConfig(
         batch_size=size,
         arithmetic=args.arithmetic,

@@ -1,20 +1,25 @@
 """MCE-PL: personal masks over shared random weights, fused with neighbors' masks."""
 
 import math
+import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Any, final
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
 
+from flower_mcepl.agents.agent import AgentState
 from flower_mcepl.agents.algorithm import Algorithm
+from flower_mcepl.agents.parts.auto import check_auto, without_auto
 from flower_mcepl.agents.parts.mask_states import final_masks
 from flower_mcepl.agents.parts.masked import MaskedAgent
 from flower_mcepl.agents.parts.masked_config import MaskedConfig
+from flower_mcepl.agents.parts.pacing import Pacer
+from flower_mcepl.agents.parts.step_times import cached_time, median_seconds
 from flower_mcepl.agents.parts.training import (
     descent_direction,
     finite_loss,
@@ -22,6 +27,7 @@ from flower_mcepl.agents.parts.training import (
     train_locally,
 )
 from flower_mcepl.config.checks import check
+from flower_mcepl.config.fields import RunConfig
 from flower_mcepl.config.patterns import keys_by_name
 from flower_mcepl.config.ratios import per_layer
 from flower_mcepl.data.batches import AgentData
@@ -70,6 +76,11 @@ class MceplConfig(MaskedConfig):
     filters_training: str = FULL
     # >= 1: with "compact", one local step in so many is a full one, counted over rounds
     filters_refresh: int = 10
+    # > 0: seconds that a local step may take where filters is "auto": each device then
+    # chooses its ρ before every round, see `agents.parts.pace`
+    step_budget: float = 0.0
+    # whether filters is "auto"
+    filters_auto: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,8 +100,23 @@ class MceplConfig(MaskedConfig):
             self.filters,
             'Set filters, such as "1.0, 0.5".',
         )
+        check_auto(self)
         for name, lr in self._lr_of_layers().items():
             check(math.isfinite(lr) and lr > 0, f"key {LR_LAYERS}, {name}, must be > 0", lr)
+
+    @classmethod
+    def keys(cls) -> set[str]:
+        """Return the run-config keys: the fields, with ratios by kind and layer."""
+        return super().keys() - {"filters-auto"}
+
+    @classmethod
+    def from_run_config(
+        cls, run_config: RunConfig, *, agent: int, node_config: RunConfig | None = None
+    ) -> Self:
+        """Read the settings of one agent; ``filters`` may be "auto", here or there."""
+        run, node, auto = without_auto(run_config, node_config)
+        config = super().from_run_config(run, agent=agent, node_config=node)
+        return replace(config, **auto)
 
     def lr_by_layer(self, names: Iterable[str]) -> dict[str, float]:
         """Step size of each layer: an exact name wins over a pattern, both over all.
@@ -149,6 +175,8 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         for z in self.model.all_scores.values():
             self._settle(z)
         self._compact, self._why_full = self._compact_network()
+        # chooses the share of filters, where that is left to the device
+        self.pacer = Pacer(index, budget=config.step_budget) if config.filters_auto else None
 
     def _compact_network(self) -> tuple[CompactNetwork | None, str]:
         """Network of the compact steps; None, and why there is none."""
@@ -157,6 +185,8 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         try:
             return CompactNetwork(self.model), ""
         except UnsupportedLayerError as error:
+            if self.config.filters_auto:  # no share would make a step shorter
+                raise
             warnings.warn(
                 f"agent {self.index} trains all of its filters in every step, also those that are "
                 f"off: {error}. Set filters-training to full, or mend the network.",
@@ -180,10 +210,12 @@ class MceplAgent(MaskedAgent[MceplConfig]):
     def train(self, *, round: int) -> dict[str, float]:
         """Take the local steps on the scores; ``train-loss`` is their mean loss."""
         self._begin(round)
+        if self.pacer is not None:
+            self._set_share(self.pacer.begin(round, self.step_seconds))
         num_steps = self.config.num_steps(self.data.train.num_examples)
         numbers = count((round - 1) * num_steps + 1)
         step = partial(self._local_step, round=round, numbers=numbers)
-        return train_locally(
+        metrics = train_locally(
             step,
             self.data.train,
             self.config,
@@ -192,6 +224,59 @@ class MceplAgent(MaskedAgent[MceplConfig]):
             round=round,
             device=self.device,
         )
+        return metrics if self.pacer is None else {**metrics, **self.pacer.end(round)}
+
+    def state(self) -> AgentState:
+        """Return all that must survive, the pace of the device included."""
+        state = super().state()
+        more = {} if self.pacer is None else self.pacer.facts()
+        return AgentState({**state.facts, **more}, state.arrays) if more else state
+
+    def restore(self, state: AgentState) -> None:
+        """Continue exactly where `state` was taken."""
+        super().restore(state)
+        if self.pacer is not None:
+            self._set_share(self.pacer.restore(state.facts) or 1.0)
+
+    def step_seconds(self, share: float) -> float:
+        """Seconds of a local step with a share of the filters on.
+
+        They are measured once for a device and network; nothing is learned by it.
+        """
+        settings = {
+            "layers": {name: list(shape) for name, shape in self._shapes.items()},
+            "network": type(self.model.module).__qualname__,
+            **{
+                key: getattr(self.config, key)
+                for key in ("batch_size", "arithmetic", "filters_layers")
+            },
+            "retention": dict(self.model.retention),
+            **{"share": share, "device": self.device},
+        }
+        return cached_time(settings, partial(self._time_steps, share))
+
+    def _time_steps(self, share: float) -> float:
+        before = self.model.rules
+        self.model.train()
+        self._set_share(share)
+        compact = self._compact
+        network = compact if compact is not None and compact.is_smaller else self.model
+        try:
+            return self.learner.on_one_batch(
+                self.data.train,
+                self.model.module,
+                lambda inputs, labels: median_seconds(
+                    lambda: gradients_of(
+                        self.learner.loss(network, inputs, labels), self.model.scores
+                    )
+                ),
+            )
+        finally:
+            self.model.rules = before
+
+    def _set_share(self, share: float) -> None:
+        model = self.model
+        model.set_filters(self.config.shares(model.module, model.layers, share=share))
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the network under the agent's own mask, on its own test split.
@@ -219,7 +304,8 @@ class MceplAgent(MaskedAgent[MceplConfig]):
     def _local_step(
         self, inputs: Any, labels: Tensor, *, round: int, numbers: Iterator[int]
     ) -> float:
-        compact = self._compact_in(next(numbers))
+        start, number = time.perf_counter(), next(numbers)
+        compact = self._compact_in(number)
         scores = self.model.all_scores if compact is None else self.model.scores
         loss = self.learner.loss(compact or self.model, inputs, labels)
         objective = (
@@ -247,6 +333,8 @@ class MceplAgent(MaskedAgent[MceplConfig]):
                 for name, z in self.model.all_scores.items()
                 if name not in scores
             }
+        if self.pacer is not None and number % self.config.filters_refresh:
+            self.pacer.note(time.perf_counter() - start)
         return value
 
     def _compact_in(self, step: int) -> CompactNetwork | None:

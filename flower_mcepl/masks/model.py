@@ -159,6 +159,10 @@ class MaskedModel(nn.Module):
         """Set which share of the filters that are to go is on still, 0 to 1."""
         self.rules = replace(self.rules, opening=opening)
 
+    def set_filters(self, filters: Mapping[str, float]) -> None:
+        """Set the share of filters that stays on, of the layers that have gates."""
+        self.rules = replace(self.rules, filters=dict(filters))
+
     def set_neighbor_means(
         self, means: Mapping[str, Tensor] | None, *, num_neighbors: int = 1
     ) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flower_mcepl.agents.handshake import KEPT_BY_LAYER, PARAMETERS
+from flower_mcepl.agents.parts.pace import check_decision
 from flower_mcepl.errors import AnswerError, CorruptFrameError, visible, visible_json
 from flower_mcepl.exchange.parcels import Answer, FrameT, Posted
 from flower_mcepl.messages import keys
@@ -239,6 +240,8 @@ def _read_metrics(fields: Fields) -> dict[str, float]:
         fields.check(0 <= metrics.get(key, 0) <= 1, f"{key} must be in 0..1", metrics.get(key))
     if "num-examples" in metrics:
         fields.of(metrics, keys.METRICS).number("num-examples", most=_MOST)
+    if (broken := check_decision(metrics)) is not None:
+        fields.check(False, *broken)
     seconds = metrics.get("seconds", 0)
     fields.check(seconds >= 0, "seconds must be >= 0", seconds)
     return metrics

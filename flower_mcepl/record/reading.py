@@ -105,6 +105,15 @@ class Run:
         }
 
     @property
+    def decisions(self) -> dict[int, dict[int, float]]:
+        """Share of filters by agent, by round, where devices chose it."""
+        shares: dict[int, dict[int, float]] = {}
+        for line in self.relay:
+            for entry in _part(line, "decisions", list):
+                shares.setdefault(entry["agent"], {})[entry["round"]] = float(entry["share"])
+        return shares
+
+    @property
     def status(self) -> str | None:
         """Status of the run; None as long as it has no summary."""
         return None if self.summary is None else str(self.summary.get("status") or "-")

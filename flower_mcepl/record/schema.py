@@ -184,6 +184,18 @@ RELAY_LINE = _object(
         "answered": _AGENT,
         "agents": _AGENT,
         "train_loss": _number(),
+        "decisions": _list(
+            _object(
+                {
+                    "agent": _AGENT,
+                    "round": _ROUND,
+                    "share": _number(0.0, 1.0),
+                    "spent": _number(),
+                    "reason": _text,
+                },
+                required=("agent", "round", "share"),
+            )
+        ),
         "link_bytes": _BYTES,
         "uplink_bytes": _BYTES,
         "seconds": _SECONDS,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Generic
 
+from flower_mcepl.agents.parts.pace import decision_of
 from flower_mcepl.errors import first_line, same_reason
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, FrameT
@@ -259,6 +260,7 @@ class RunMonitor(Generic[FrameT]):
                     agent: a.content for agent, a in answers.items() if a.content and not a.late_of
                 },
                 **closed.evaluation_errors(),
+                **closed.decisions(),
                 "train_loss": self.train_loss.get(closed.round),
                 "link_bytes": totals["links_total"],
                 "uplink_bytes": totals["uplink_total"],
@@ -334,6 +336,15 @@ class _ClosedRound(Generic[FrameT]):
             if answer.evaluation_error
         }
         return {"evaluation_errors": errors} if errors else {}
+
+    def decisions(self) -> Row:
+        """Entry of ``relay.jsonl`` on shares of filters that devices chose."""
+        decisions = [
+            {"agent": agent, "round": answer.late_of or self.round, **decision}
+            for agent, answer in self.answers.items()
+            if (decision := decision_of(answer.metrics)) is not None
+        ]
+        return {"decisions": decisions} if decisions else {}
 
 
 # what an answer tells beside the metrics of a task; those of training are named train-*

@@ -9,6 +9,7 @@ from typing import Any
 from flower_mcepl.agents import Agent, agent_file, save_state
 from flower_mcepl.agents.agent import best_file
 from flower_mcepl.agents.handshake import check_common_ground, introduction
+from flower_mcepl.agents.parts.pacing import Decisions, StepSeconds, set_pace
 from flower_mcepl.agents.server import Server
 from flower_mcepl.config.checks import check
 from flower_mcepl.errors import ConfigError, RecordError, TopologyError
@@ -71,6 +72,8 @@ def simulate(
     record: RunRecord | None = None,
     checkpoint_every: int = 0,
     resume: str | Path | None = None,
+    decisions: Decisions | None = None,
+    step_seconds: StepSeconds | None = None,
     log: Callable[[str], None] = lambda line: None,
     on_reply: Callable[[int, int, Reply], None] = lambda round, agent, reply: None,
 ) -> SimulationResult:
@@ -110,6 +113,12 @@ def simulate(
     resume : str or Path, optional
         The record of a simulation that broke off, in place of ``record``: go on from
         its last checkpoint, with agents, graph and settings as they were made for it.
+    decisions : mapping, optional
+        Share of filters by agent, by round, as `Run.decisions` of a record: agents with
+        ``filters = "auto"`` take these, and so give that run's bits again.
+    step_seconds : callable, optional
+        ``step_seconds(agent, round, share)``: what a local step takes in place of
+        measured times, for the same agents; of round 0 before the first.
     log : callable, optional
         Gets one line a round, for example ``print``.
     on_reply : callable, optional
@@ -140,6 +149,7 @@ def simulate(
     exchange = _exchange(topology, server, evaluate_every, max_staleness, key_interval)
     _check_fleet(agents, exchange.topology, num_rounds)
     _check_server(agents[0], server)
+    set_pace(agents, decisions=decisions, step_seconds=step_seconds)
     if keep_best or patience:
         check_selection(agent.describe() for agent in agents)
     with torch_threads(threads):  # a second thread of the process is refused here already

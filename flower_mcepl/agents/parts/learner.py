@@ -1,6 +1,6 @@
 """An agent's task on its data: loss of a batch, evaluation, check of first batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from flower_mcepl.agents.tasks.network import described, float_dtype
 from flower_mcepl.agents.tasks.task import check_finite
 from flower_mcepl.data.batches import AgentData, Batch, BatchSource
 from flower_mcepl.errors import DataError, FlowerMceplError, UnsupportedLayerError
-from flower_mcepl.streams import isolated_rng
+from flower_mcepl.streams import isolated_rng, torch_stream
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,25 @@ class Learner:
         if batch is not None:
             with torch.no_grad():
                 self._check_state(network, *batch)
+
+    def on_one_batch(
+        self, split: BatchSource, module: nn.Module, measure: Callable[[Any, Tensor], float]
+    ) -> float:
+        """What ``measure`` gives for a training batch; nothing changes by it.
+
+        What it does to the buffers of ``module``, running statistics, is undone.
+        """
+        generator = torch_stream(self.seed, "measured-batch", agent=self.agent)
+        with isolated_rng(self.seed, "measured-batch", agent=self.agent), self.arithmetic():
+            batches: Iterator[Batch] = split.training_batches(
+                round=1, steps=1, batch_size=self.config.batch_size, generator=generator
+            )
+            buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+            try:
+                return measure(*next(batches))
+            finally:
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
     def compare(self, split: BatchSource, check: Callable[[Callable[[Any], Tensor]], None]) -> None:
         """Let ``check`` compare networks by their outputs for a split's first batch."""

@@ -21,6 +21,7 @@ STRENGTH = "fusion-strength"  # fact of a state, where it is not 1
 # facts of a state with gates: share of the filters that are to go that is on still, and
 # groups of the transposed convolutions that have any
 OPENING, TRANSPOSED = "filters-opening", "transposed-groups"
+SHARE = "filters-share"  # fact of a state whose device chooses its share of filters
 
 
 def rules_facts(model: MaskedModel) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _rules(
     scores: Mapping[str, Tensor],
 ) -> MaskRules:
     of_layers = per_layer("filters-layers", parameters.get("filters_layers", ""))
-    share = float(parameters.get("filters", 1.0))
+    share = float(state.facts.get(SHARE, parameters.get("filters", 1.0)))
     keys = {name: best_key(name, of_layers) for name in layers if gate_name(name) in scores}
     return MaskRules(
         retention=resolve_retention(parameters["retention"], layers),

@@ -89,6 +89,8 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             self.model.set_scores(self._weight_sizes())
         self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
         self.fingerprint = self.model.fingerprint
+        # of the handshake: a device may change its share of filters later
+        self._rules = replace(self.model.rules, opening=0.0)
         self._shapes = {name: tuple(spec.shape) for name, spec in self.model.layers.items()}
         shared = shared_shapes(config, self._shapes)
         self._gates = {
@@ -324,13 +326,13 @@ class MaskedAgent(Agent, Generic[MaskedT]):
 
     def _filter_facts(self) -> dict[str, Any]:
         """Number of filters that stay in the end, of each layer that has gates."""
-        rules, layers = replace(self.model.rules, opening=0.0), self.model.layers
+        rules, layers = self._rules, self.model.layers
         live = [rules.num_live(layers[name]) for name in sorted(rules.filters)]
         return {LIVE_FILTERS: live} if live else {}
 
     def _kept_by_layer(self) -> dict[str, int]:
-        rules = replace(self.model.rules, opening=0.0)
-        return {name: rules.num_kept(self.model.layers[name]) for name in self._counted}
+        layers = self.model.layers
+        return {name: self._rules.num_kept(layers[name]) for name in self._counted}
 
     def _retention_text(self) -> str:
         ratios = {

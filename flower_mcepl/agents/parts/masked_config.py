@@ -133,11 +133,14 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
             self.gated or self.filters < 1 or any(s < 1 for s in self._shares_of_layers().values())
         )
 
-    def shares(self, module: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[str, float]:
-        """Share ρ of the layers of a network that have gates."""
+    def shares(
+        self, module: nn.Module, layers: Mapping[str, LayerSpec], *, share: float | None = None
+    ) -> dict[str, float]:
+        """Share ρ of the layers of a network that have gates; ``share`` for filters."""
         if not self.has_gates:
             return {}
-        return resolve_filters(self.filters, self._shares_of_layers(), module, layers)
+        share = self.filters if share is None else share
+        return resolve_filters(share, self._shares_of_layers(), module, layers)
 
     def opening(self, round: int) -> float:
         """Share of the filters that are to go that is on still, in ``round`` (from 1).

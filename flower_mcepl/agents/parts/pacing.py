@@ -1,11 +1,12 @@
 """Pacing: an agent's share of filters before each round, measured or replayed."""
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, final
 
 from flower_mcepl.agents.agent import Agent
+from flower_mcepl.agents.parts.mask_states import SHARE
 from flower_mcepl.agents.parts.pace import (
     HOLD,
     LEVELS,
@@ -100,7 +101,8 @@ class Pacer:
         """Entries of an agent's state; none before the first round."""
         if self.pace is None:
             return {}
-        return {PACE: {**self.pace.facts(), "costs": list(self._costs), "spent": self._spent}}
+        pace = {**self.pace.facts(), "costs": list(self._costs), "spent": self._spent}
+        return {PACE: pace, SHARE: self.pace.share}
 
     def restore(self, facts: Mapping[str, Any]) -> float | None:
         """Go on from where `facts` was taken; returns the share, None if there is none.
@@ -149,7 +151,7 @@ class Pacer:
 
 
 def set_pace(
-    agents: Mapping[int, Agent] | list[Agent] | tuple[Agent, ...],
+    agents: Iterable[Agent],
     *,
     decisions: Decisions | None = None,
     step_seconds: StepSeconds | None = None,
@@ -163,10 +165,7 @@ def set_pace(
     """
     if decisions is None and step_seconds is None:
         return
-    members = agents.values() if isinstance(agents, Mapping) else agents
-    pacers = [
-        pacer for agent in members if isinstance(pacer := getattr(agent, "pacer", None), Pacer)
-    ]
+    pacers = [p for agent in agents if isinstance(p := getattr(agent, "pacer", None), Pacer)]
     if not pacers:
         raise ConfigError(
             'decisions and step_seconds are for agents with filters = "auto"; none of these has '

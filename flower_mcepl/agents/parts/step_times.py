@@ -5,6 +5,8 @@ import json
 import math
 import os
 import platform
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from logging import getLogger
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 
 from flower_mcepl.files.atomic import replace_file
 
+REPEATS = 5
 VERSION = 1  # raise it when what is measured changes
 
 
@@ -61,6 +64,17 @@ def cached_time(settings: Mapping[str, Any], measure: Callable[[], float]) -> fl
             "step times are not kept in %s, so each process measures anew: %s", path.parent, error
         )
     return seconds
+
+
+def median_seconds(step: Callable[[], object], *, most: float = 10.0) -> float:
+    """Median seconds of a step: of five after a first one, or fewer in so long."""
+    step()
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < REPEATS and sum(seconds) < most):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def _read(path: Path, name: str) -> float | None:
