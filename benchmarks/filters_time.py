@@ -1,10 +1,10 @@
 """Time of a training step by the share of filters that are on, whole and compact.
 
 One agent a share and kind on the network of the paper; the classifier keeps all
-filters, and without ``--first`` the first layer. Kinds take turns, so that all see the same noise; medians
-of processor time are compared with the whole step at the same share, step by step of
-the turns, and with a network without gates. One compact step in `filters-refresh` is a
-whole one; that is not in these times, but in the last column.
+filters, and without ``--first`` the first layer. Kinds take turns, so that all see the
+same noise; medians of processor time are compared with the whole step at the same
+share, step by step of the turns, and with a network without gates. One compact step in
+`filters-refresh` is a whole one; that is not in these times, but in the last column.
 
     python benchmarks/filters_time.py [--repeats 20] [--batch-sizes 32,128] [--first]
 """

@@ -19,7 +19,7 @@ from flower_mcepl.agents.parts.mask_states import final_masks
 from flower_mcepl.agents.parts.masked import MaskedAgent
 from flower_mcepl.agents.parts.masked_config import MaskedConfig
 from flower_mcepl.agents.parts.pacing import Pacer
-from flower_mcepl.agents.parts.step_times import cached_time, median_seconds
+from flower_mcepl.agents.parts.step_times import cached_time, facts_of, time_network
 from flower_mcepl.agents.parts.training import (
     descent_direction,
     finite_loss,
@@ -34,6 +34,7 @@ from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import UnsupportedLayerError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.compact import CompactNetwork, check_compact
+from flower_mcepl.masks.gates import gate_name
 
 SCORE_FORMS = ("signed", "magnitude")
 SCORE_GRADIENTS = ("raw", "normalized")
@@ -243,34 +244,16 @@ class MceplAgent(MaskedAgent[MceplConfig]):
 
         They are measured once for a device and network; nothing is learned by it.
         """
-        settings = {
-            "layers": {name: list(shape) for name, shape in self._shapes.items()},
-            "network": type(self.model.module).__qualname__,
-            **{
-                key: getattr(self.config, key)
-                for key in ("batch_size", "arithmetic", "filters_layers")
-            },
-            "retention": dict(self.model.retention),
-            **{"share": share, "device": self.device},
-        }
+        settings = {**facts_of(self.model, self.config), "share": share, "device": self.device}
         return cached_time(settings, partial(self._time_steps, share))
 
     def _time_steps(self, share: float) -> float:
         before = self.model.rules
         self.model.train()
         self._set_share(share)
-        compact = self._compact
-        network = compact if compact is not None and compact.is_smaller else self.model
+        network = self._compact_in(1) or self.model
         try:
-            return self.learner.on_one_batch(
-                self.data.train,
-                self.model.module,
-                lambda inputs, labels: median_seconds(
-                    lambda: gradients_of(
-                        self.learner.loss(network, inputs, labels), self.model.scores
-                    )
-                ),
-            )
+            return time_network(network, self.model, self.learner, self.data.train)
         finally:
             self.model.rules = before
 
@@ -328,14 +311,18 @@ class MceplAgent(MaskedAgent[MceplConfig]):
                 self._shrink(name, z, lr=self._lr[name] * factor)
                 self._settle(z)
         if compact is not None:
-            self.gradient |= {
-                name: torch.zeros_like(z)
-                for name, z in self.model.all_scores.items()
-                if name not in scores
-            }
+            self._let_gates_stand()
         if self.pacer is not None and number % self.config.filters_refresh:
             self.pacer.note(time.perf_counter() - start)
         return value
+
+    def _let_gates_stand(self) -> None:
+        """Note a gradient of zero for the gates, after a step that did without them."""
+        for name in map(gate_name, self.model.rules.filters):
+            zero = torch.zeros_like(self.model.all_scores[name])
+            self.gradient[name] = zero
+            if self.config.momentum:
+                self.velocity.setdefault(name, zero)
 
     def _compact_in(self, step: int) -> CompactNetwork | None:
         """Network of a local step, by its number in the run; None: the whole model."""

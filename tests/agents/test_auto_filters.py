@@ -38,7 +38,7 @@ from tests.fleet.grid import InProcessGrid
 SIZE = 3
 AUTO: dict[str, Any] = {
     **{"filters": "auto", "filters-training": "compact", "filters-refresh": 3},
-    **{"step-budget": 1.0, "num-rounds": 40},
+    **{"step-budget": 1.0, "num-rounds": 40, "filters-rounds": 0, "filters-warmup": 0},
 }
 RING = Topology.complete(SIZE)
 

@@ -194,6 +194,18 @@ def test_a_compact_network_that_gives_something_else_ends_the_run(
 # --- runs ---
 
 
+def test_a_state_after_a_first_compact_step_is_whole() -> None:
+    one, other = (agent(0, filters_warmup=0, filters_rounds=0, num_rounds=1) for _ in range(2))
+    one.config = other.config = type(one.config)(**{**vars(one.config), "local_steps": 1})
+    one.train(round=1)
+    assert set(one.velocity) == set(one.gradient) == set(one.model.all_scores)
+    other.restore(one.state())
+    for each in (one, other):
+        for round in (2, 3, 4, 5):
+            each.train(round=round)
+    assert same_tensors(one.state().tensors, other.state().tensors)
+
+
 def test_a_restored_fleet_goes_on_bit_for_bit() -> None:
     whole, first = fleet(), fleet()
     exchange(whole, 1, 2, 3, 4, 5)

@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from flower_mcepl.agents.parts.learner import Learner
+from flower_mcepl.agents.parts.masked_config import MaskedConfig
+from flower_mcepl.agents.parts.training import gradients_of
+from flower_mcepl.data.batches import BatchSource
 from flower_mcepl.files.atomic import replace_file
+from flower_mcepl.masks.model import MaskedModel
 
-REPEATS = 5
+REPEATS, MOST_SECONDS = 5, 10.0
 VERSION = 1  # raise it when what is measured changes
 
 
@@ -66,15 +72,35 @@ def cached_time(settings: Mapping[str, Any], measure: Callable[[], float]) -> fl
     return seconds
 
 
-def median_seconds(step: Callable[[], object], *, most: float = 10.0) -> float:
-    """Median seconds of a step: of five after a first one, or fewer in so long."""
-    step()
-    seconds: list[float] = []
-    while not seconds or (len(seconds) < REPEATS and sum(seconds) < most):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def facts_of(model: MaskedModel, config: MaskedConfig) -> dict[str, Any]:
+    """What the time of a step of a masked model depends on, besides the machine."""
+    return {
+        "network": type(model.module).__qualname__,
+        "layers": {name: list(spec.shape) for name, spec in model.layers.items()},
+        "retention": dict(model.retention),
+        "filters-layers": config.filters_layers,
+        "batch-size": config.batch_size,
+        "arithmetic": config.arithmetic,
+    }
+
+
+def time_network(
+    network: Callable[..., Any], model: MaskedModel, learner: Learner, split: BatchSource
+) -> float:
+    """Seconds of the gradients of one training batch: the median of five, in 10 s.
+
+    ``network`` is what is called: the model, or a compact one of it.
+    """
+
+    def measure(inputs: Any, labels: Tensor) -> float:
+        seconds: list[float] = []
+        while len(seconds) < 2 or (len(seconds) <= REPEATS and sum(seconds) < MOST_SECONDS):
+            start = time.perf_counter()
+            gradients_of(learner.loss(network, inputs, labels), model.scores)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[1:])  # the first one allocates
+
+    return learner.on_one_batch(split, model.module, measure)
 
 
 def _read(path: Path, name: str) -> float | None:
