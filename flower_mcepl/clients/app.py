@@ -16,6 +16,7 @@ from torch import nn
 from flower_mcepl.agents import Agent, Task, agent_file, make_agent, save_state
 from flower_mcepl.agents.agent import best_file
 from flower_mcepl.agents.handshake import introduction
+from flower_mcepl.agents.parts.pacing import set_pace
 from flower_mcepl.clients.device import (
     DataFn,
     device_settings,
@@ -38,6 +39,7 @@ from flower_mcepl.messages.bundle import is_bundle
 from flower_mcepl.messages.envelope import open_envelope
 from flower_mcepl.messages.limits import LIMITS
 from flower_mcepl.messages.order import Order
+from flower_mcepl.record.reading import read_run
 from flower_mcepl.runs.best import BestState
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.simulated import in_simulation
@@ -149,7 +151,7 @@ def _play(
     place = (context.run_id, app.id, agent_index(context))
     past = memory.recall(before=order.parcel.round)
     used = _agents.take(place)
-    agent = used if used is not None and past is not None else app.agent_fn(context)
+    agent = used if used is not None and past is not None else _new_agent(app, context)
     keeper = BestState() if order.keep_best else None
     mail = open_mail(agent, max_staleness=order.max_staleness, run=order.run, keeper=keeper)
     parcel, damaged = _opened(order.parcel)
@@ -181,6 +183,15 @@ def _play(
         model_fn=app.model_fn,
     )
     return answer, partial(_finish_round, memory, future, order, export)
+
+
+def _new_agent(app: AgentApp, context: Context) -> Agent:
+    """Build an agent, which replays the decisions of a record if it is to."""
+    agent = app.agent_fn(context)
+    record = device_settings(context).decisions
+    if record:
+        set_pace([agent], decisions=read_run(record).decisions)
+    return agent
 
 
 def _opened(parcel: Parcel[Any]) -> tuple[Parcel[bytes], list[str]]:

@@ -16,6 +16,7 @@ _PURPOSES = {
     "vision": "the examples' data",
     "report": "plots and reports",
     "tensorboard": "`flower-mcepl tensorboard`",
+    "sensors": "memory, battery and temperature, where filters is auto",
 }
 _NOT_FOR_USERS = ("dev", "all")  # tools of developers, and the sum of the others
 # what decides bits and messages: the same on all devices

@@ -42,6 +42,9 @@ class DeviceSettings(WorkerSettings):
     # "mask", "pt2" or "onnx": the personal model as a file at the end of the run, in
     # the record where the agent is simulated, else in models/ below state_dir
     export: str = field(default="", metadata=FREE)
+    # record of a run with filters = "auto", a path on the device: take its decisions
+    # again, and so give its bits
+    decisions: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -72,7 +72,7 @@ class Pacer:
         if self.decisions is not None:
             self.pace = self._replayed(self.decisions, round)
         elif self.pace is None:
-            self.pace = self._first(measure)
+            _, self.pace = self.measured(measure)
         elif self._spent is None:
             self.pace = replace(self.pace, reason=HOLD)
         else:
@@ -96,6 +96,18 @@ class Pacer:
         else:
             self._spent = statistics.median(self._steps) if self._steps else None
         return decision_metrics(self.pace, self._spent)
+
+    def measured(self, measure: Callable[[float], float]) -> tuple[dict[float, float], Pace]:
+        """What steps take at some shares, and the pace that a run begins at."""
+        told = self.step_seconds
+        shares = MEASURED if told is None else LEVELS
+        seconds = {s: measure(s) if told is None else self._told(0, s) for s in shares}
+        self._costs = interpolated(seconds)
+        return seconds, first_pace(seconds[1.0], self._costs, budget=self.budget)
+
+    def predicted(self, pace: Pace) -> float:
+        """What a step takes at a pace, by all that it goes by."""
+        return max(pace.window) * self._costs[pace.level]
 
     def facts(self) -> dict[str, Any]:
         """Entries of an agent's state; none before the first round."""
@@ -124,14 +136,6 @@ class Pacer:
             raise StateError(f"the saved time of a step must be a number > 0; got {spent!r}.")
         self._costs, self._spent = tuple(costs or ()), spent
         return self.pace.share
-
-    def _first(self, measure: Callable[[float], float]) -> Pace:
-        if self.step_seconds is not None:
-            measured = {share: self._told(0, share) for share in LEVELS}
-        else:
-            measured = {share: measure(share) for share in MEASURED}
-        self._costs = interpolated(measured)
-        return first_pace(measured[1.0], self._costs, budget=self.budget)
 
     def _told(self, round: int, share: float) -> float:
         assert self.step_seconds is not None
