@@ -80,7 +80,15 @@ NOTES = {
     "retention-layers": "r of single layers, by name or pattern, for all agents: "
     '`"conv1.weight=0.6, fc*=0.95"`',
     "filters": "ρ in (0, 1]: share of the [filters](algorithms.md) that stays on, in layers that "
-    'have gates; several are taken in turn: `"0.25, 0.5, 1.0"`',
+    'have gates; several are taken in turn: `"0.25, 0.5, 1.0"`; `"auto"`: '
+    "[the device chooses](algorithms.md#filters-that-the-device-chooses)",
+    "step-budget": 'with `filters = "auto"`, > 0: what a local step may take',
+    "step-budget-unit": '`"seconds"`, or `"joules"` of the processors where the machine tells them',
+    "filters-training": '`"full"`: a local step calculates all filters; `"compact"`: '
+    "[those that are on](algorithms.md#filters-that-are-off), but for one step in "
+    "`filters-refresh`, while gates stand still",
+    "filters-refresh": 'with `filters-training = "compact"`, >= 1: one local step in so many is a '
+    "whole one, counted over the rounds",
     "filters-rounds": "length of the cubic schedule from 1 down to ρ; 0: half of `num-rounds`",
     "filters-warmup": "rounds with all filters on before it; 0: a tenth of `num-rounds`",
     "filters-layers": 'ρ of single layers, by name or pattern, for all agents: `"conv1.weight=0.8"`'

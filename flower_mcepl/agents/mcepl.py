@@ -1,7 +1,6 @@
 """MCE-PL: personal masks over shared random weights, fused with neighbors' masks."""
 
 import math
-import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -18,8 +17,9 @@ from flower_mcepl.agents.parts.auto import check_auto, without_auto
 from flower_mcepl.agents.parts.mask_states import final_masks
 from flower_mcepl.agents.parts.masked import MaskedAgent
 from flower_mcepl.agents.parts.masked_config import MaskedConfig
+from flower_mcepl.agents.parts.meters import SECONDS, UNITS
 from flower_mcepl.agents.parts.pacing import Pacer
-from flower_mcepl.agents.parts.step_times import cached_time, facts_of, time_network
+from flower_mcepl.agents.parts.step_times import cached_cost, facts_of, step_cost
 from flower_mcepl.agents.parts.training import (
     descent_direction,
     finite_loss,
@@ -77,9 +77,10 @@ class MceplConfig(MaskedConfig):
     filters_training: str = FULL
     # >= 1: with "compact", one local step in so many is a full one, counted over rounds
     filters_refresh: int = 10
-    # > 0: seconds that a local step may take where filters is "auto": each device then
-    # chooses its ρ before every round, see `agents.parts.pace`
+    # > 0: what a local step may take where filters is "auto": each device then chooses
+    # its ρ before every round, see `agents.parts.pace`
     step_budget: float = 0.0
+    step_budget_unit: str = SECONDS  # or "joules", where the machine tells them
     # whether filters is "auto"
     filters_auto: bool = False
 
@@ -101,6 +102,7 @@ class MceplConfig(MaskedConfig):
             self.filters,
             'Set filters, such as "1.0, 0.5".',
         )
+        self._check_one_of("step_budget_unit", UNITS)
         check_auto(self)
         for name, lr in self._lr_of_layers().items():
             check(math.isfinite(lr) and lr > 0, f"key {LR_LAYERS}, {name}, must be > 0", lr)
@@ -177,7 +179,7 @@ class MceplAgent(MaskedAgent[MceplConfig]):
             self._settle(z)
         self._compact, self._why_full = self._compact_network()
         # chooses the share of filters, where that is left to the device
-        self.pacer = Pacer(index, budget=config.step_budget) if config.filters_auto else None
+        self.pacer = Pacer.of(index, config) if config.filters_auto else None
 
     def _compact_network(self) -> tuple[CompactNetwork | None, str]:
         """Network of the compact steps; None, and why there is none."""
@@ -212,7 +214,7 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         """Take the local steps on the scores; ``train-loss`` is their mean loss."""
         self._begin(round)
         if self.pacer is not None:
-            self._set_share(self.pacer.begin(round, self.step_seconds))
+            self._set_share(self.pacer.begin(round, self.step_cost))
         num_steps = self.config.num_steps(self.data.train.num_examples)
         numbers = count((round - 1) * num_steps + 1)
         step = partial(self._local_step, round=round, numbers=numbers)
@@ -239,21 +241,22 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         if self.pacer is not None:
             self._set_share(self.pacer.restore(state.facts) or 1.0)
 
-    def step_seconds(self, share: float) -> float:
-        """Seconds of a local step with a share of the filters on.
+    def step_cost(self, share: float) -> float:
+        """What a local step takes with a share of the filters on, by the budget's unit.
 
-        They are measured once for a device and network; nothing is learned by it.
+        It is measured once for a device and network; nothing is learned by it.
         """
         settings = {**facts_of(self.model, self.config), "share": share, "device": self.device}
-        return cached_time(settings, partial(self._time_steps, share))
+        return cached_cost(settings, partial(self._measure_step, share))
 
-    def _time_steps(self, share: float) -> float:
+    def _measure_step(self, share: float) -> float:
         before = self.model.rules
         self.model.train()
         self._set_share(share)
-        network = self._compact_in(1) or self.model
+        assert self.pacer is not None
+        network, meter = self._compact_in(1) or self.model, self.pacer.meter
         try:
-            return time_network(network, self.model, self.learner, self.data.train)
+            return step_cost(network, self.model, self.learner, self.data.train, meter=meter)
         finally:
             self.model.rules = before
 
@@ -287,7 +290,8 @@ class MceplAgent(MaskedAgent[MceplConfig]):
     def _local_step(
         self, inputs: Any, labels: Tensor, *, round: int, numbers: Iterator[int]
     ) -> float:
-        start, number = time.perf_counter(), next(numbers)
+        number = next(numbers)
+        start = 0.0 if self.pacer is None else self.pacer.meter()
         compact = self._compact_in(number)
         scores = self.model.all_scores if compact is None else self.model.scores
         loss = self.learner.loss(compact or self.model, inputs, labels)
@@ -313,7 +317,7 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         if compact is not None:
             self._let_gates_stand()
         if self.pacer is not None and number % self.config.filters_refresh:
-            self.pacer.note(time.perf_counter() - start)
+            self.pacer.note(self.pacer.meter() - start)
         return value
 
     def _let_gates_stand(self) -> None:

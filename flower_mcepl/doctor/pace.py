@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from flower_mcepl.agents import Agent, MceplAgent
+from flower_mcepl.agents.parts.meters import JOULES
 from flower_mcepl.agents.parts.step_times import cache_folder
 from flower_mcepl.doctor.findings import Examination, Finding
 
@@ -12,25 +13,31 @@ def check_pace(agent: Agent) -> Iterator[Finding]:
     if not isinstance(agent, MceplAgent) or agent.pacer is None:
         return
     with Examination("filters-auto", remedy="Empty the cache of step times.") as check:
-        seconds, pace = agent.pacer.measured(agent.step_seconds)
+        costs, pace = agent.pacer.measured(agent.step_cost)
         budget = agent.pacer.budget
         predicted = agent.pacer.predicted(pace)
-        times = ", ".join(f"{1000 * s:.3g} ms at {share:g}" for share, s in seconds.items())
+        joules = agent.config.step_budget_unit == JOULES
+        times = ", ".join(f"{_shown(s, joules)} at {share:g}" for share, s in costs.items())
         line = (
-            f"a local step takes {times} of the filters; within step-budget {1000 * budget:.3g} "
-            f"ms a run begins at {pace.share:g} (measured once, kept in {cache_folder()})"
+            f"a local step takes {times} of the filters; within step-budget "
+            f"{_shown(budget, joules)} a run begins at {pace.share:g} (measured once, kept in "
+            f"{cache_folder()})"
         )
         values = {
-            "step_seconds": {f"{share:g}": s for share, s in seconds.items()},
+            "step_costs": {f"{share:g}": s for share, s in costs.items()},
             "step_budget": budget,
             "filters": pace.share,
         }
         if predicted > budget:
             check.warn(
-                f"{line}; even there it takes {1000 * predicted:.3g} ms",
+                f"{line}; even there it takes {_shown(predicted, joules)}",
                 "Raise step-budget, lower batch-size, or take a smaller network.",
                 **values,
             )
         else:
             check.ok(line, **values)
     yield check.finding
+
+
+def _shown(spent: float, joules: bool) -> str:
+    return f"{spent:.3g} J" if joules else f"{1000 * spent:.3g} ms"

@@ -11,6 +11,7 @@ import torch
 
 from flower_mcepl import (
     AgentData,
+    AnswerError,
     ConfigError,
     MceplAgent,
     StateError,
@@ -22,11 +23,14 @@ from flower_mcepl import (
 from flower_mcepl.agents import find_algorithm, make_agent
 from flower_mcepl.agents.agent import AgentState
 from flower_mcepl.agents.parts import pacing, step_times
+from flower_mcepl.agents.parts.meters import find_meter
 from flower_mcepl.agents.parts.pace import LEVELS
 from flower_mcepl.agents.parts.strain import find_strain
 from flower_mcepl.agents.registry import read_config
 from flower_mcepl.clients import make_agent_app
 from flower_mcepl.clients.app import agent_index
+from flower_mcepl.exchange.parcels import Answer
+from flower_mcepl.messages.answer import from_records, to_records
 from flower_mcepl.record import RunRecord, read_run
 from flower_mcepl.strategies import GossipStrategy
 from tests.agents.test_compact_training import Branching
@@ -270,6 +274,38 @@ def test_flower_gives_the_bits_of_simulate(tmp_path: Path) -> None:
         assert read_run(strategy.monitor.record.path).decisions == decisions
 
 
+def test_the_key_decisions_replays_a_record(tmp_path: Path) -> None:
+    agents, record, _ = run(tmp_path, "simulated", step_seconds=speeds)
+    grid = InProcessGrid(make_agent_app(lambda context: agent(agent_index(context))), SIZE)
+    keys = {"decisions": str(record.path)}
+    for context in grid.contexts.values():
+        context.run_config = {**context.run_config, **keys}
+    strategy = GossipStrategy(topology=RING, evaluate_every=2, record=tmp_path)
+    strategy.start(grid=grid, num_rounds=7)
+    for each in agents:
+        kept = state_of(grid.contexts[1000 + each.index]).state
+        assert same_tensors(kept.tensors, each.state().tensors)
+
+
+BROKEN = [
+    ({"train-filters": 0.3, "train-filters-reason": 1.0}, "train-filters must be one of"),
+    ({"train-filters": 0.5}, "train-filters-reason must be a whole number"),
+    (
+        {"train-filters": 0.5, "train-filters-reason": 1.0, "train-filters-step": -1.0},
+        "train-filters-step must be > 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("metrics", "message"), BROKEN)
+def test_an_answer_with_a_decision_that_cannot_be_is_refused(
+    metrics: dict[str, float], message: str
+) -> None:
+    answer: Answer[Any] = Answer(facts={"agent": 0}, metrics={"seconds": 1.0, **metrics})
+    with pytest.raises(AnswerError, match=message):
+        from_records(to_records(answer))
+
+
 # --- measuring ---
 
 
@@ -288,15 +324,15 @@ def test_times_are_measured_once_for_a_device_and_network(
         seen.append(share)
         return share * 0.01
 
-    monkeypatch.setattr(MceplAgent, "_time_steps", told)
+    monkeypatch.setattr(MceplAgent, "_measure_step", told)
     for _ in range(2):
-        assert [agent(0).step_seconds(share) for share in (0.25, 1.0)] == [0.0025, 0.01]
+        assert [agent(0).step_cost(share) for share in (0.25, 1.0)] == [0.0025, 0.01]
     assert seen == [0.25, 1.0]
-    agent(0, batch_size=4).step_seconds(1.0)
+    agent(0, batch_size=4).step_cost(1.0)
     assert len(seen) == 3
     for path in folder.iterdir():
         path.write_text("[]" if path.stat().st_size % 2 else json.dumps({"of": "?"}))
-    agent(0).step_seconds(1.0)
+    agent(0).step_cost(1.0)
     assert len(seen) == 4
 
 
@@ -305,14 +341,14 @@ def test_where_nothing_can_be_kept_times_are_measured_all_the_same(
 ) -> None:
     folder.parent.mkdir(parents=True)
     folder.write_text("no folder")
-    assert step_times.cached_time({}, lambda: 2.5) == 2.5
+    assert step_times.cached_cost({}, lambda: 2.5) == 2.5
     assert "each process measures anew" in caplog.text
 
 
 def test_measuring_changes_nothing(folder: Path) -> None:
     one, other = agent(0), agent(0)
     for share in LEVELS:
-        assert one.step_seconds(share) > 0
+        assert one.step_cost(share) > 0
     for each in (one, other):
         pacing.set_pace([each], decisions={0: {1: 0.5}})
         each.train(round=1)
@@ -329,6 +365,49 @@ def test_on_a_machine_of_its_own_an_agent_measures_itself(folder: Path, tmp_path
     spent = {e["round"]: e["spent"] for e in entries if e["agent"] == 0}
     assert spent[3] is None  # a whole step
     assert all(0 < spent[round] < 1000 for round in (1, 2, 4))
+
+
+# --- energy ---
+
+
+def counter(folder: Path, name: str, energy: int, most: int = 10_000_000) -> None:
+    package = folder / name
+    package.mkdir(exist_ok=True)
+    (package / "energy_uj").write_text(f"{energy}\n")
+    (package / "max_energy_range_uj").write_text(f"{most}\n")
+
+
+def test_joules_are_those_of_all_packages_and_a_counter_may_begin_anew(tmp_path: Path) -> None:
+    for name, energy in (("intel-rapl:0", 1_000_000), ("intel-rapl:1", 9_000_000)):
+        counter(tmp_path, name, energy)
+    counter(tmp_path, "intel-rapl:0:0", 5)  # a part of a package
+    meter = find_meter("joules", powercap=tmp_path)
+    before = meter()
+    counter(tmp_path, "intel-rapl:0", 1_500_000)
+    counter(tmp_path, "intel-rapl:0:0", 900_000)
+    assert meter() - before == pytest.approx(0.5)
+    counter(tmp_path, "intel-rapl:1", 1_000_000)
+    assert meter() - before == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("energy", [None, "much"])
+def test_a_machine_that_does_not_tell_joules_is_refused(energy: str | None, tmp_path: Path) -> None:
+    if energy:
+        counter(tmp_path, "intel-rapl:0", 1)
+        (tmp_path / "intel-rapl:0" / "energy_uj").write_text(energy)
+    with pytest.raises(ConfigError, match="needs energy counters that this user may read"):
+        find_meter("joules", powercap=tmp_path)
+
+
+def test_the_budget_may_be_in_joules(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    readings = iter(range(10**6))
+    monkeypatch.setattr(pacing, "find_meter", lambda unit: lambda: float(next(readings)))
+    one = agent(0, step_budget_unit="joules", step_budget=2.0)
+    told = one.train(round=1)
+    assert (told["train-filters"], told["train-filters-step"]) == (1.0, 1.0)
+    assert one.step_cost(1.0) == 1.0
+    with pytest.raises(ConfigError, match="step-budget-unit must be one of seconds, joules"):
+        config({"step-budget-unit": "watts"})
 
 
 # --- strain ---

@@ -15,10 +15,10 @@ def test_the_share_that_fits_and_the_times_by_share(
     budget: float, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(MceplAgent, "_time_steps", lambda self, share: 0.1 + 0.8 * share)
+    monkeypatch.setattr(MceplAgent, "_measure_step", lambda self, share: 0.1 + 0.8 * share)
     (found,) = check_pace(agent(0, step_budget=budget))
     assert (found.status, found.values["filters"]) == ("ok", share)
-    assert found.values["step_seconds"] == pytest.approx({"0.25": 0.3, "0.5": 0.5, "1": 0.9})
+    assert found.values["step_costs"] == pytest.approx({"0.25": 0.3, "0.5": 0.5, "1": 0.9})
     assert "300 ms at 0.25, 500 ms at 0.5, 900 ms at 1 of the filters" in found.found
     assert f"a run begins at {share:g}" in found.found
 

@@ -7,6 +7,7 @@ from typing import Any, final
 
 from flower_mcepl.agents.agent import Agent
 from flower_mcepl.agents.parts.mask_states import SHARE
+from flower_mcepl.agents.parts.meters import Meter, find_meter
 from flower_mcepl.agents.parts.pace import (
     HOLD,
     LEVELS,
@@ -17,6 +18,7 @@ from flower_mcepl.agents.parts.pace import (
     interpolated,
     next_pace,
 )
+from flower_mcepl.agents.parts.step_times import PacedConfig
 from flower_mcepl.agents.parts.strain import find_strain
 from flower_mcepl.config.checks import check
 from flower_mcepl.errors import ConfigError, StateError
@@ -42,7 +44,9 @@ class Pacer:
     agent : int
         The agent's number.
     budget : float
-        Seconds that a local step may take.
+        What a local step may take, in the meter's unit.
+    meter : Meter
+        What a step takes is the difference of its readings before and after.
 
     Attributes
     ----------
@@ -54,8 +58,8 @@ class Pacer:
         Of the round that is going on, or the last; None before the first.
     """
 
-    def __init__(self, agent: int, *, budget: float) -> None:
-        self.agent, self.budget = agent, budget
+    def __init__(self, agent: int, *, budget: float, meter: Meter) -> None:
+        self.agent, self.budget, self.meter = agent, budget, meter
         self.step_seconds: StepSeconds | None = None
         self.decisions: Mapping[int, float] | None = None
         self.pace: Pace | None = None
@@ -63,10 +67,16 @@ class Pacer:
         self._spent: float | None = None  # of the last round, not yet decided on
         self._steps: list[float] = []  # of this round
 
+    @classmethod
+    def of(cls, agent: int, config: PacedConfig) -> "Pacer":
+        """Pacer of an agent with these settings."""
+        meter = find_meter(config.step_budget_unit)
+        return cls(agent, budget=config.step_budget, meter=meter)
+
     def begin(self, round: int, measure: Callable[[float], float]) -> float:
         """Share for the steps of ``round``.
 
-        ``measure`` gives the seconds of a step at a share; it is called at the start.
+        ``measure`` gives what a step takes at a share; it is called at the start.
         """
         self._steps = []
         if self.decisions is not None:
@@ -82,9 +92,10 @@ class Pacer:
             )
         return self.pace.share
 
-    def note(self, seconds: float) -> None:
+    def note(self, spent: float) -> None:
         """Take note of what a step of this round took."""
-        self._steps.append(seconds)
+        if spent > 0:  # a counter of energy moves in jumps
+            self._steps.append(spent)
 
     def end(self, round: int) -> dict[str, float]:
         """Metrics of the round: its share, why, and what a step took."""

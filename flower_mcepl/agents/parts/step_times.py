@@ -1,4 +1,4 @@
-"""Step times of a device, measured once for a network and kept on its disk."""
+"""Cost of a step on a device, measured once for a network and kept on its disk."""
 
 import hashlib
 import json
@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from flower_mcepl.agents.parts.learner import Learner
-from flower_mcepl.agents.parts.masked_config import MaskedConfig
+from flower_mcepl.agents.parts.meters import Meter
 from flower_mcepl.agents.parts.training import gradients_of
 from flower_mcepl.data.batches import BatchSource
 from flower_mcepl.files.atomic import replace_file
@@ -43,8 +43,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def cached_time(settings: Mapping[str, Any], measure: Callable[[], float]) -> float:
-    """Seconds that ``measure`` gives, from disk if they were measured before.
+def cached_cost(settings: Mapping[str, Any], measure: Callable[[], float]) -> float:
+    """What ``measure`` gives, from disk if it was measured before.
 
     A file that is damaged is measured anew; where none can be written, the log says so.
 
@@ -72,7 +72,36 @@ def cached_time(settings: Mapping[str, Any], measure: Callable[[], float]) -> fl
     return seconds
 
 
-def facts_of(model: MaskedModel, config: MaskedConfig) -> dict[str, Any]:
+class PacedConfig(Protocol):
+    """Settings that the cost of a step and its budget are read from."""
+
+    @property
+    def filters_layers(self) -> str:
+        """Shares of single layers."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Examples of a step."""
+        ...
+
+    @property
+    def arithmetic(self) -> str:
+        """Class of arithmetic."""
+        ...
+
+    @property
+    def step_budget(self) -> float:
+        """What a step may take."""
+        ...
+
+    @property
+    def step_budget_unit(self) -> str:
+        """Unit of what is measured."""
+        ...
+
+
+def facts_of(model: MaskedModel, config: PacedConfig) -> dict[str, Any]:
     """What the time of a step of a masked model depends on, besides the machine."""
     return {
         "network": type(model.module).__qualname__,
@@ -81,24 +110,31 @@ def facts_of(model: MaskedModel, config: MaskedConfig) -> dict[str, Any]:
         "filters-layers": config.filters_layers,
         "batch-size": config.batch_size,
         "arithmetic": config.arithmetic,
+        "unit": config.step_budget_unit,
     }
 
 
-def time_network(
-    network: Callable[..., Any], model: MaskedModel, learner: Learner, split: BatchSource
+def step_cost(
+    network: Callable[..., Any],
+    model: MaskedModel,
+    learner: Learner,
+    split: BatchSource,
+    *,
+    meter: Meter,
 ) -> float:
-    """Seconds of the gradients of one training batch: the median of five, in 10 s.
+    """What the gradients of one training batch take: the median of five, in 10 s.
 
     ``network`` is what is called: the model, or a compact one of it.
     """
 
     def measure(inputs: Any, labels: Tensor) -> float:
-        seconds: list[float] = []
-        while len(seconds) < 2 or (len(seconds) <= REPEATS and sum(seconds) < MOST_SECONDS):
-            start = time.perf_counter()
+        spent: list[float] = []
+        end = time.perf_counter() + MOST_SECONDS
+        while len(spent) < 2 or (len(spent) <= REPEATS and time.perf_counter() < end):
+            start = meter()
             gradients_of(learner.loss(network, inputs, labels), model.scores)
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[1:])  # the first one allocates
+            spent.append(meter() - start)
+        return statistics.median(spent[1:])  # the first one allocates
 
     return learner.on_one_batch(split, model.module, measure)
 
