@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from flower_mcepl.agents import Agent, MceplAgent
 from flower_mcepl.agents.parts.meters import JOULES
-from flower_mcepl.agents.parts.step_times import cache_folder
 from flower_mcepl.doctor.findings import Examination, Finding
 
 
@@ -12,7 +11,7 @@ def check_pace(agent: Agent) -> Iterator[Finding]:
     """Finding on step times by share, and the share; none where it is not chosen."""
     if not isinstance(agent, MceplAgent) or agent.pacer is None:
         return
-    with Examination("filters-auto", remedy="Empty the cache of step times.") as check:
+    with Examination("filters-auto", remedy="Correct the settings.") as check:
         costs, pace = agent.pacer.measured(agent.step_cost)
         budget = agent.pacer.budget
         predicted = agent.pacer.predicted(pace)
@@ -20,8 +19,7 @@ def check_pace(agent: Agent) -> Iterator[Finding]:
         times = ", ".join(f"{_shown(s, joules)} at {share:g}" for share, s in costs.items())
         line = (
             f"a local step takes {times} of the filters; within step-budget "
-            f"{_shown(budget, joules)} a run begins at {pace.share:g} (measured once, kept in "
-            f"{cache_folder()})"
+            f"{_shown(budget, joules)} a run begins at {pace.share:g} (measured once)"
         )
         values = {
             "step_costs": {f"{share:g}": s for share, s in costs.items()},

@@ -104,6 +104,7 @@ def run_in_process(app: FlowerApp, config: Mapping[str, Any], folder: Path, log:
             threads=device.threads,
             tell_classes=device.tell_classes,
             record=record,
+            decisions=read_run(device.decisions).decisions if device.decisions else None,
             log=log,
         )
     return record.path

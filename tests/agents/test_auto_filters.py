@@ -336,13 +336,21 @@ def test_times_are_measured_once_for_a_device_and_network(
     assert len(seen) == 4
 
 
+def without_home() -> Path:
+    raise RuntimeError("no home")
+
+
 def test_where_nothing_can_be_kept_times_are_measured_all_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder.parent.mkdir(parents=True)
     folder.write_text("no folder")
-    assert step_times.cached_cost({}, lambda: 2.5) == 2.5
-    assert "each process measures anew" in caplog.text
+    assert [step_times.cached_cost({}, lambda: 2.5) for _ in range(2)] == [2.5, 2.5]
+    assert caplog.text.count("each process measures anew") == 1
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", without_home)
+    assert step_times.cached_cost({}, lambda: 3.5) == 3.5
+    assert "no home folder" in caplog.text
 
 
 def test_measuring_changes_nothing(folder: Path) -> None:

@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from logging import getLogger
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,9 +28,19 @@ VERSION = 1  # raise it when what is measured changes
 
 
 def cache_folder() -> Path:
-    """Where measured times lie; it may be emptied at any time."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "flower-mcepl" / "step-times"
+    """Where measured times lie; it may be emptied at any time.
+
+    Raises
+    ------
+    OSError
+        If this user has no home folder.
+    """
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        base = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OSError("this user has no home folder") from error
+    return base / "flower-mcepl" / "step-times"
 
 
 def machine() -> dict[str, Any]:
@@ -57,19 +68,22 @@ def cached_cost(settings: Mapping[str, Any], measure: Callable[[], float]) -> fl
     """
     name = json.dumps({**settings, **machine()}, sort_keys=True)
     digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
-    path = cache_folder() / f"{digest}.json"
-    known = _read(path, name)
-    if known is not None:
-        return known
-    seconds = measure()
+    spent: float | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps({"of": name, "seconds": seconds}).encode())
+        path = cache_folder() / f"{digest}.json"
+        spent = _read(path, name)
+        if spent is None:
+            spent = measure()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, json.dumps({"of": name, "spent": spent}).encode())
     except OSError as error:
-        getLogger(__name__).warning(
-            "step times are not kept in %s, so each process measures anew: %s", path.parent, error
-        )
-    return seconds
+        _say_once(f"step times are not kept, so each process measures anew: {error}")
+    return measure() if spent is None else spent
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    getLogger(__name__).warning("%s", text)
 
 
 class PacedConfig(Protocol):
@@ -144,6 +158,6 @@ def _read(path: Path, name: str) -> float | None:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    seconds = kept.get("seconds") if isinstance(kept, dict) and kept.get("of") == name else None
-    fits = isinstance(seconds, float) and math.isfinite(seconds) and seconds > 0
-    return seconds if fits else None
+    spent = kept.get("spent") if isinstance(kept, dict) and kept.get("of") == name else None
+    fits = isinstance(spent, float) and math.isfinite(spent) and spent > 0
+    return spent if fits else None
