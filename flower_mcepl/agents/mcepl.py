@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import AgentState
 from flower_mcepl.agents.algorithm import Algorithm
-from flower_mcepl.agents.parts.auto import check_auto, without_auto
+from flower_mcepl.agents.parts.auto import COMPACT, FULL, check_compact_keys, without_auto
 from flower_mcepl.agents.parts.mask_states import final_masks
 from flower_mcepl.agents.parts.masked import MaskedAgent
 from flower_mcepl.agents.parts.masked_config import MaskedConfig
@@ -40,7 +40,6 @@ SCORE_FORMS = ("signed", "magnitude")
 SCORE_GRADIENTS = ("raw", "normalized")
 GRADIENT, PROXIMAL = "gradient", "proximal"
 LASSO_STEPS = (GRADIENT, PROXIMAL)
-FULL, COMPACT = "full", "compact"
 FILTERS_TRAININGS = (FULL, COMPACT)
 LR_LAYERS = "score-lr-layers"
 WHY_FULL = "filters-training-full"  # fact of a handshake: why no step is compact
@@ -94,16 +93,8 @@ class MceplConfig(MaskedConfig):
         self._check_one_of("score_form", SCORE_FORMS)
         self._check_one_of("lasso_step", LASSO_STEPS)
         self._check_one_of("filters_training", FILTERS_TRAININGS)
-        check(self.filters_refresh >= 1, "filters-refresh must be >= 1", self.filters_refresh)
-        check(
-            self.filters_training == FULL or self.has_gates,
-            "filters-training compact leaves out filters that are off and needs a share of filters "
-            "below 1",
-            self.filters,
-            'Set filters, such as "1.0, 0.5".',
-        )
         self._check_one_of("step_budget_unit", UNITS)
-        check_auto(self)
+        check_compact_keys(self)
         for name, lr in self._lr_of_layers().items():
             check(math.isfinite(lr) and lr > 0, f"key {LR_LAYERS}, {name}, must be > 0", lr)
 

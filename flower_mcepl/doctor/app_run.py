@@ -183,9 +183,7 @@ def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
         yield _data(facts, device)
         yield _weights(facts)
         yield from check_frozen(facts)
-        with torch_threads(device.threads):
-            paces = [*check_pace(agent)]
-        yield from paces
+        yield from check_pace(agent, threads=device.threads)
         heard = () if agent.server_based else graph.in_neighbors(run.agent, round=1)
         with Examination("local-step", remedy=_APP) as check:
             with torch_threads(device.threads):

@@ -5,14 +5,16 @@ from collections.abc import Iterator
 from flower_mcepl.agents import Agent, MceplAgent
 from flower_mcepl.agents.parts.meters import JOULES
 from flower_mcepl.doctor.findings import Examination, Finding
+from flower_mcepl.streams import torch_threads
 
 
-def check_pace(agent: Agent) -> Iterator[Finding]:
+def check_pace(agent: Agent, *, threads: int = 1) -> Iterator[Finding]:
     """Finding on step times by share, and the share; none where it is not chosen."""
     if not isinstance(agent, MceplAgent) or agent.pacer is None:
         return
     with Examination("filters-auto", remedy="Correct the settings.") as check:
-        costs, pace = agent.pacer.measured(agent.step_cost)
+        with torch_threads(threads):
+            costs, pace = agent.pacer.measured(agent.step_cost)
         budget = agent.pacer.budget
         predicted = agent.pacer.predicted(pace)
         joules = agent.config.step_budget_unit == JOULES

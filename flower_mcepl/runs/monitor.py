@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Generic
 
-from flower_mcepl.agents.parts.pace import decision_of
 from flower_mcepl.errors import first_line, same_reason
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, FrameT
@@ -16,6 +15,7 @@ from flower_mcepl.record.reading import Run
 from flower_mcepl.record.selection import BEST_ROUND, BEST_VALUE, best_columns, best_states
 from flower_mcepl.record.values import human_bytes
 from flower_mcepl.record.writing import RunRecord
+from flower_mcepl.runs.decisions import decisions_of
 
 _LOGGED = 20  # refusals of an agent in a round, or agents that it lacks, that are logged
 
@@ -260,7 +260,7 @@ class RunMonitor(Generic[FrameT]):
                     agent: a.content for agent, a in answers.items() if a.content and not a.late_of
                 },
                 **closed.evaluation_errors(),
-                **closed.decisions(),
+                **decisions_of(answers, round=closed.round),
                 "train_loss": self.train_loss.get(closed.round),
                 "link_bytes": totals["links_total"],
                 "uplink_bytes": totals["uplink_total"],
@@ -336,15 +336,6 @@ class _ClosedRound(Generic[FrameT]):
             if answer.evaluation_error
         }
         return {"evaluation_errors": errors} if errors else {}
-
-    def decisions(self) -> Row:
-        """Entry of ``relay.jsonl`` on shares of filters that devices chose."""
-        decisions = [
-            {"agent": agent, "round": answer.late_of or self.round, **decision}
-            for agent, answer in self.answers.items()
-            if (decision := decision_of(answer.metrics)) is not None
-        ]
-        return {"decisions": decisions} if decisions else {}
 
 
 # what an answer tells beside the metrics of a task; those of training are named train-*

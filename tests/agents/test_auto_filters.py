@@ -33,11 +33,14 @@ from flower_mcepl.exchange.parcels import Answer
 from flower_mcepl.messages.answer import from_records, to_records
 from flower_mcepl.record import RunRecord, read_run
 from flower_mcepl.strategies import GossipStrategy
+from flower_mcepl.studies import engines
+from flower_mcepl.studies.flower_app import read_app
 from tests.agents.test_compact_training import Branching
 from tests.agents.test_filters import GATES, KEYS, live, net
 from tests.fleet.agents import SEED, same_tensors, split
 from tests.fleet.flower import state_of
 from tests.fleet.grid import InProcessGrid
+from tests.fleet.study_app import write_app
 
 SIZE = 3
 AUTO: dict[str, Any] = {
@@ -285,6 +288,20 @@ def test_the_key_decisions_replays_a_record(tmp_path: Path) -> None:
     for each in agents:
         kept = state_of(grid.contexts[1000 + each.index]).state
         assert same_tensors(kept.tensors, each.state().tensors)
+
+
+def test_a_study_in_one_process_replays_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = RunRecord.create(tmp_path, name="told", config={})
+    entry = {"agent": 2, "round": 1, "share": 0.5, "spent": None, "reason": "hold"}
+    (record.path / "relay.jsonl").write_text(json.dumps({"round": 1, "decisions": [entry]}) + "\n")
+    seen: list[Any] = []
+    monkeypatch.setattr(engines, "simulate", lambda *args, **kwargs: seen.append(kwargs))
+    app = read_app(write_app(tmp_path, "auto"))
+    for more in ({}, {"decisions": str(record.path)}):
+        engines.run_in_process(app, {**app.config, **more}, tmp_path / f"{len(seen)}", print)
+    assert [kwargs["decisions"] for kwargs in seen] == [None, {2: {1: 0.5}}]
 
 
 BROKEN = [

@@ -1,4 +1,4 @@
-"""`filters = "auto"` in settings: a device chooses its share of filters itself."""
+"""Keys of compact training, and `filters = "auto"`: the device chooses its share."""
 
 import math
 from typing import Any, Protocol
@@ -8,11 +8,18 @@ from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig
 from flower_mcepl.errors import ConfigError
 
+FULL, COMPACT = "full", "compact"  # of filters-training
 AUTO, FILTERS, BUDGET = "auto", "filters", "step-budget"
 SCHEDULE = ("filters-rounds", "filters-warmup")
 
 
 class _Settings(Protocol):
+    @property
+    def filters(self) -> float: ...
+    @property
+    def has_gates(self) -> bool: ...
+    @property
+    def filters_refresh(self) -> int: ...
     @property
     def filters_auto(self) -> bool: ...
     @property
@@ -21,14 +28,23 @@ class _Settings(Protocol):
     def step_budget(self) -> float: ...
 
 
-def check_auto(config: _Settings) -> None:
-    """Check the settings that go with ``filters = "auto"``.
+def check_compact_keys(config: _Settings) -> None:
+    """Check the settings of compact training, and those of ``filters = "auto"``.
 
     Raises
     ------
     ConfigError
-        If it lacks a budget or compact training, or there is a budget without it.
+        If the first has no gates, or the second lacks a budget or compact training, or
+        there is a budget without it.
     """
+    check(config.filters_refresh >= 1, "filters-refresh must be >= 1", config.filters_refresh)
+    check(
+        config.filters_training == FULL or config.has_gates,
+        "filters-training compact leaves out filters that are off and needs a share of filters "
+        "below 1",
+        config.filters,
+        'Set filters, such as "1.0, 0.5".',
+    )
     budget = config.step_budget
     check(math.isfinite(budget) and budget >= 0, f"{BUDGET} must be a finite number >= 0", budget)
     if not config.filters_auto:
@@ -36,7 +52,7 @@ def check_auto(config: _Settings) -> None:
         return
     check(budget > 0, f'filters = "auto" needs a {BUDGET} > 0, seconds of a local step', budget)
     check(
-        config.filters_training == "compact",
+        config.filters_training == COMPACT,
         'filters = "auto" makes steps shorter only with filters-training compact',
         config.filters_training,
     )

@@ -89,8 +89,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             self.model.set_scores(self._weight_sizes())
         self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
         self.fingerprint = self.model.fingerprint
-        # of the handshake: a device may change its share of filters later
-        self._rules = replace(self.model.rules, opening=0.0)
+        self._rules = replace(self.model.rules, opening=0.0)  # of the handshake
         self._shapes = {name: tuple(spec.shape) for name, spec in self.model.layers.items()}
         shared = shared_shapes(config, self._shapes)
         self._gates = {
