@@ -6,6 +6,7 @@ has its type and range (`schema`), and no text holds a control character.
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,7 +93,7 @@ class Run:
         number = _part(self.config, "server", dict).get("number")
         return None if number is None else int(number)
 
-    @property
+    @cached_property
     def handshakes(self) -> dict[int, Row]:
         """Handshake of each agent in snake_case, its ``parameters`` among them."""
         return {
