@@ -7,7 +7,7 @@ A step may take 1.5 seconds. The same clock runs fleets in which agent 0 keeps o
 from the first round to the last; the best of those that are late in at most 5 % of its
 rounds is the best in hindsight.
 
-    python benchmarks/capability.py [--rounds 100] [--slow-from 30] [--seeds 1,2]
+    python benchmarks/capability.py [--rounds 100] [--seeds 1,2] [--shares .25]
 """
 
 import argparse
@@ -50,6 +50,9 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=100, help="training rounds (default: 100)")
     options.add_argument("--slow-from", type=int, default=30, help="agent 0 is slow from here on")
     options.add_argument("--seeds", default="1", help="of runs and noise (default: 1)")
+    options.add_argument(
+        "--shares", default=",".join(map(str, LEVELS)), help="fixed ones of agent 0 (default: all)"
+    )
     options.add_argument("--record", default="", help="folder that keeps the records")
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +84,7 @@ def show(args: argparse.Namespace, seed: int, folder: Path) -> None:
         f"{sum(entry['spent'] > BUDGET for entry in everyone)} of {len(everyone)}"
     )
     rows = {"auto": row_of(run)}
-    for share in LEVELS:
+    for share in map(float, args.shares.split(",")):
         rows[f"{share:g}"] = row_of(played(args, seed, folder, share))
     print("  share of agent 0   its late rounds   accuracy, mean   accuracy, agent 0")
     for name, (slow, mean, own) in rows.items():

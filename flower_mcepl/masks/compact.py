@@ -285,7 +285,8 @@ def _run_layer(layer: nn.Module, filters: _Filters, input: Tensor | Thin) -> Ten
     sizes = [1, *output.shape[1:]]
     sizes[axis] = len(filters.off)
     along = [-1 if place == axis else 1 for place in range(output.ndim)]
-    return Thin(output, rest.view(along).expand(sizes), filters.on, filters.off, axis)
+    # a copy: layers that work in place write on it
+    return Thin(output, rest.view(along).expand(sizes).clone(), filters.on, filters.off, axis)
 
 
 def _apply(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

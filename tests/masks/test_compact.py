@@ -29,7 +29,7 @@ def digits() -> nn.Module:
         nn.Conv2d(1, 6, 3, padding=1),
         nn.ReLU(),
         nn.Conv2d(6, 8, 3, padding=1),
-        nn.ELU(),
+        nn.ReLU(inplace=True),
         nn.MaxPool2d(2),
         nn.Dropout(0.3),
         nn.Conv2d(8, 7, 3, padding=1),
