@@ -79,6 +79,8 @@ NOTES = {
     "retention-linear": "r of linear layers, likewise",
     "retention-layers": "r of single layers, by name or pattern, for all agents: "
     '`"conv1.weight=0.6, fc*=0.95"`',
+    "depth": "[stages](algorithms.md#agents-of-unequal-depth) that the agent holds of a network "
+    'that has them, from the first on; several are taken in turn: `"2, 3, 4"`; 0: all',
     "filters": "ρ in (0, 1]: share of the [filters](algorithms.md) that stays on, in layers that "
     'have gates; several are taken in turn: `"0.25, 0.5, 1.0"`; `"auto"`: '
     "[the device chooses](algorithms.md#filters-that-the-device-chooses)",

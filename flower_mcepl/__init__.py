@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from flower_mcepl.data.batches import AgentData
     from flower_mcepl.masks.formulas import aggregate_scores, group_lasso, neighbor_step, topk_mask
     from flower_mcepl.masks.model import MaskedModel, shared_module
+    from flower_mcepl.models import Staged
     from flower_mcepl.personal.reading import load_personal
     from flower_mcepl.record.reading import read_run
     from flower_mcepl.record.writing import RunRecord
@@ -72,6 +73,7 @@ __all__ = [
     "ReplayedFrameError",
     "RosterError",
     "RunRecord",
+    "Staged",
     "StateError",
     "Topology",
     "TopologyError",
@@ -97,6 +99,7 @@ _LAZY = {
     "data.batches": ("AgentData",),
     "masks.formulas": ("aggregate_scores", "group_lasso", "neighbor_step", "topk_mask"),
     "masks.model": ("MaskedModel", "shared_module"),
+    "models": ("Staged",),
     "personal.reading": ("load_personal",),
     "record.reading": ("read_run",),
     "record.writing": ("RunRecord",),

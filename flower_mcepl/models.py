@@ -1,9 +1,13 @@
-"""Networks of the reference setting, in plain torch."""
+"""Networks of the reference setting, in plain torch, and networks in stages."""
 
-from typing import Any
+import copy
+from collections.abc import Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+
+from flower_mcepl.errors import ConfigError
 
 LRN_SIZE = 4
 LRN_ALPHAS = (2e-5, 1e-4, 1e-4)
@@ -39,6 +43,84 @@ class AlexNetCifar(nn.Module):
             x = local_response_norm(nn.functional.elu(conv(x)), size=LRN_SIZE, alpha=alpha)
             x = nn.functional.max_pool2d(x, 3, stride=2, padding=pad)
         return nn.functional.elu(self.fc2(nn.functional.elu(self.fc1(x.flatten(1)))))
+
+
+@final
+class Staged(nn.Module):
+    """A network of stages in a row, each with a small exit head of its own.
+
+    Agents of different depth hold different first parts of it (key ``depth``). An agent
+    of depth D has the stages 1 to D and the exit of the last of them; the outputs are
+    those of that exit.
+
+    Parameters
+    ----------
+    stages : sequence of nn.Module
+        Each takes what the one before it gives, the first one the network's input.
+    exits : sequence of nn.Module
+        One for each stage: from what the stage gives to the network's outputs.
+
+    Raises
+    ------
+    ConfigError
+        Unless there are as many exits as stages, and at least one.
+
+    Examples
+    --------
+    >>> net = Staged(
+    ...     [nn.Linear(8, 4), nn.Linear(4, 4)], exits=[nn.Linear(4, 3), nn.Linear(4, 3)]
+    ... )
+    >>> [name for name, _ in net.at_depth(1).named_parameters() if "weight" in name]
+    ['stages.0.weight', 'exits.0.weight']
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], exits: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if not stages or len(stages) != len(exits):
+            raise ConfigError(
+                "a staged network has one exit for each stage, and at least one stage; got "
+                f"{len(stages)} stages and {len(exits)} exits. Give each stage a head."
+            )
+        self.stages = nn.ModuleList(stages)
+        self.exits = nn.ModuleDict({str(place): head for place, head in enumerate(exits)})
+
+    @property
+    def num_stages(self) -> int:
+        """Number of its stages."""
+        return len(self.stages)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it comes from `at_depth`, without the exits of other depths."""
+        return len(self.exits) < len(self.stages)
+
+    def forward(self, x: Any) -> Any:
+        """Outputs of the last stage's exit."""
+        for stage in self.stages:
+            x = stage(x)
+        return self.exits[str(len(self.stages) - 1)](x)
+
+    # Names are the same at every depth, so that a weight is known by its name to all
+    # who hold it: the exit of stage D is called exits.D-1 whether others are there or
+    # not.
+    def at_depth(self, depth: int) -> "Staged":
+        """Network of the first ``depth`` stages and their exit, of the same modules.
+
+        Raises
+        ------
+        ConfigError
+            If there are fewer stages, or it has no exit there.
+        """
+        name, part = str(depth - 1), copy.copy(self)
+        if name not in self.exits:
+            raise ConfigError(
+                f"depth is a number of stages, and this network has {self.num_stages}, with exits "
+                f"of {', '.join(str(int(place) + 1) for place in self.exits)}; got {depth}. Use "
+                "one of these, or 0 for all stages."
+            )
+        exits = nn.ModuleDict({name: self.exits[name]})
+        part._modules = {"stages": self.stages[:depth], "exits": exits}
+        return part
 
 
 def local_response_norm(x: Tensor, *, size: int, alpha: float) -> Tensor:

@@ -22,7 +22,7 @@ from flower_mcepl import _LAZY
 # Each room, and the rooms that it may import from.
 ROOMS = {
     "errors": "",
-    "models": "",
+    "models": "errors",
     "streams": "errors",
     "config": "errors",
     "files": "errors",
@@ -31,7 +31,7 @@ ROOMS = {
     "data": "errors streams config files",
     "topology": "errors streams config",
     "wire": "errors config",
-    "agents": "errors streams config files masks data wire",
+    "agents": "errors models streams config files masks data wire",
     "personal": "errors models streams config files masks agents record wire",
     "exchange": "errors config files wire topology agents",
     "messages": "errors agents exchange",
@@ -45,7 +45,7 @@ ROOMS = {
     "studies": "errors streams config files record report agents runs clients launch",
     "doctor": "errors streams config record topology agents exchange runs launch studies",
     "cli": "errors config wire agents personal record report launch studies doctor terminal",
-    "__init__": "errors masks data topology wire agents personal record runs",
+    "__init__": "errors models masks data topology wire agents personal record runs",
     "__main__": "cli",
 }
 

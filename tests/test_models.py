@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from flower_mcepl import MaskedModel, shared_module
+from flower_mcepl import ConfigError, MaskedModel, Staged, shared_module
 from flower_mcepl.models import LRN_ALPHAS, AlexNetCifar, local_response_norm
 
 
@@ -91,3 +91,58 @@ def test_local_response_norm_of_float32_to_rounding() -> None:
         local_response_norm(x, size=4, alpha=1e-4),
         nn.functional.local_response_norm(x, 4, alpha=1e-4),
     )
+
+
+# --- stages ---
+
+
+def staged() -> Staged:
+    return Staged(
+        [nn.Linear(6, 5), nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)), nn.Linear(4, 4)],
+        exits=[nn.Linear(5, 2), nn.Linear(4, 2), nn.Linear(4, 2)],
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_part_is_the_first_stages_and_their_exit(depth: int) -> None:
+    net, inputs = staged().eval(), torch.randn(3, 6)
+    part = net.at_depth(depth)
+    x = inputs
+    for stage in [*net.stages][:depth]:
+        x = stage(x)
+    assert torch.equal(part(inputs), net.exits[str(depth - 1)](x))
+    assert torch.equal(part.at_depth(depth)(inputs), part(inputs))
+    whole = dict(net.named_parameters())
+    assert all(whole[name] is weight for name, weight in part.named_parameters())
+    assert (net.num_stages, net.is_part, len(net.exits)) == (3, False, 3)
+    assert (part.num_stages, part.is_part) == (depth, depth > 1)
+
+
+def test_the_whole_network_is_its_deepest_part() -> None:
+    net, inputs = staged().eval(), torch.randn(3, 6)
+    assert torch.equal(net(inputs), net.at_depth(3)(inputs))
+
+
+def test_a_part_leaves_its_network_in_its_mode() -> None:
+    net = staged()
+    net.stages[1].eval()
+    part = net.at_depth(2)
+    assert part.training
+    assert [stage.training for stage in part.stages] == [True, False]
+
+
+@pytest.mark.parametrize("depth", [0, -1, 4])
+def test_a_depth_beyond_the_stages_is_refused(depth: int) -> None:
+    with pytest.raises(ConfigError, match=rf"this network has 3, .* got {depth}\. Use one of"):
+        staged().at_depth(depth)
+
+
+def test_a_part_has_no_other_depth() -> None:
+    with pytest.raises(ConfigError, match="has 2, with exits of 2; got 1"):
+        staged().at_depth(2).at_depth(1)
+
+
+@pytest.mark.parametrize(("stages", "exits"), [(0, 0), (2, 1), (1, 2)])
+def test_each_stage_has_an_exit(stages: int, exits: int) -> None:
+    with pytest.raises(ConfigError, match=f"got {stages} stages and {exits} exits"):
+        Staged([nn.Identity()] * stages, [nn.Identity()] * exits)

@@ -40,6 +40,9 @@ class Agent(abc.ABC):
     weights_from: str = ""
     layers: dict[str, tuple[int, ...]]  # shape of each layer's outgoing tensor
     layers_down: dict[str, tuple[int, ...]] | None = None  # of what it hears; None: the same
+    depth: int = 0  # stages that it holds of the network; 0: the network has none
+    # `layers` of agents of each depth, where there are several
+    layers_by_depth: tuple[dict[str, tuple[int, ...]], ...] = ()
     # it hears a `Server` alone, which is number N in the graph, and never other agents
     server_based: bool = False
     # the algorithm's mixing weights are not defined on a directed graph
@@ -136,6 +139,7 @@ class Agent(abc.ABC):
             "agent": self.index,
             "seed": self.seed,
             "fingerprint": self.fingerprint,
+            **({"depth": self.depth} if self.depth else {}),
             **more,
         }
 

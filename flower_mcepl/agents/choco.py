@@ -11,6 +11,7 @@ from flower_mcepl.agents.agent import Payload
 from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.averaging import MixingAgent
 from flower_mcepl.agents.parts.dense import SgdConfig
+from flower_mcepl.agents.parts.depth import DepthConfig
 from flower_mcepl.agents.parts.groups import Shapes
 from flower_mcepl.agents.parts.sharing import SharingConfig
 from flower_mcepl.config.checks import check
@@ -20,7 +21,7 @@ SHARES = (0.001, 0.01, 0.1)  # of top-k; each is a codec of the wire
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChocoConfig(SgdConfig, SharingConfig):
+class ChocoConfig(SgdConfig, SharingConfig, DepthConfig):
     """Parameters of CHOCO-SGD (arXiv:1902.00340, arXiv:1907.09356).
 
     Tuned on the quickstart's digits (10 agents of 3 classes, validation split, one

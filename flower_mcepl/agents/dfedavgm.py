@@ -9,13 +9,14 @@ from torch import Tensor
 from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.averaging import MixingAgent
 from flower_mcepl.agents.parts.dense import SgdConfig
+from flower_mcepl.agents.parts.depth import DepthConfig
 from flower_mcepl.agents.parts.sharing import SharingConfig
 from flower_mcepl.config.checks import check
 from flower_mcepl.wire import PRECISIONS
 
 
 @dataclass(frozen=True, kw_only=True)
-class DfedavgmConfig(SgdConfig, SharingConfig):
+class DfedavgmConfig(SgdConfig, SharingConfig, DepthConfig):
     """Parameters of DFedAvgM (arXiv:2104.11375).
 
     The step size is tuned on the quickstart's digits (10 agents of 3 classes on a ring,

@@ -10,12 +10,13 @@ from flower_mcepl.agents.agent import Payload
 from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.averaging import MixingAgent
 from flower_mcepl.agents.parts.dense import SgdConfig
+from flower_mcepl.agents.parts.depth import DepthConfig
 from flower_mcepl.agents.parts.groups import Shapes
 from flower_mcepl.agents.parts.sharing import SharingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DsgdConfig(SgdConfig, SharingConfig):
+class DsgdConfig(SgdConfig, SharingConfig, DepthConfig):
     """Parameters of DSGD; one mini-batch a round, no momentum, as published.
 
     With ``share`` less than all weights the others are personal, as the head of FedPer

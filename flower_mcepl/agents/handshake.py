@@ -15,6 +15,10 @@ KEPT_BY_LAYER = "kept-by-layer"
 LIVE_FILTERS = "live-filters"
 FINGERPRINT, WEIGHTS_FROM = "fingerprint", "weights-from"
 SHARE = "share"  # patterns of the layers that agents send, where those are not all
+# Of a network in stages: how many of them the agent holds, and numbers of weights and
+# of masks or arrays that agents of each depth send, the shallowest first.
+DEPTH = "depth"
+WEIGHTS_BY_DEPTH, LAYERS_BY_DEPTH = "weights-by-depth", "layers-by-depth"
 
 
 def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:
@@ -74,11 +78,35 @@ def _origins(*both: Mapping[str, Any]) -> str:
 
 
 def _compared(key: str, facts: Mapping[str, Any]) -> Any:
-    """Fact as it is compared: of counts by layer, how many layers there are."""
+    """Fact as it is compared: of counts by layer, how many layers there are.
+
+    Where agents differ in depth, what goes with an agent's own depth is compared with
+    what all agree on; that it fits is all that counts.
+    """
     fact = facts.get(key)
-    return len(fact) if key in _BY_LAYER and isinstance(fact, list) else fact
+    if key in _BY_LAYER and isinstance(fact, list):
+        fact = len(fact)
+    return _OF_ITS_DEPTH if _fits_depth(key, fact, facts) else fact
 
 
+def _fits_depth(key: str, fact: Any, facts: Mapping[str, Any]) -> bool:
+    """Whether a fact is what all agents of such a depth say."""
+    depth, by_depth = facts.get(DEPTH), facts.get(_BY_DEPTH.get(key, ""))
+    if not isinstance(depth, int) or not isinstance(by_depth, list):
+        return False
+    due = by_depth[depth - 1] if 1 <= depth <= len(by_depth) else None
+    if key == LIVE_FILTERS:  # of fewer layers than are sent, or of none
+        some = isinstance(fact, int) and isinstance(due, int) and 0 < fact < due
+        return fact is None or some
+    return due is not None and bool(fact == due)
+
+
+_OF_ITS_DEPTH = "as of its depth"
+_BY_DEPTH = {
+    "num-weights": WEIGHTS_BY_DEPTH,
+    KEPT_BY_LAYER: LAYERS_BY_DEPTH,
+    LIVE_FILTERS: LAYERS_BY_DEPTH,
+}
 _BY_LAYER = (KEPT_BY_LAYER, LIVE_FILTERS)
 # What a run is judged by is the same for all: else the first agent would choose it.
 _OF_TASK = ("task", "main-metric", "higher-is-better", "metric-unit", KEPT_BY_LAYER)
@@ -90,6 +118,10 @@ _MUST_AGREE = (
         for key in ("main-metric", "higher-is-better", "metric-unit")
     ),
     (SHARE, "layers that they share (None: all)", "Set the same share on all devices."),
+    *(
+        (key, f"networks in stages ({key})", "Use the same model function and settings.")
+        for key in (WEIGHTS_BY_DEPTH, LAYERS_BY_DEPTH)
+    ),
     (
         "num-weights",
         "models (numbers of maskable weights)",

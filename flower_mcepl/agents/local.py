@@ -9,10 +9,11 @@ from torch import Tensor
 from flower_mcepl.agents.agent import Payload
 from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
+from flower_mcepl.agents.parts.depth import DepthConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalConfig(SgdConfig):
+class LocalConfig(SgdConfig, DepthConfig):
     """Parameters of local training: SGD on weights.
 
     The step size is tuned on the quickstart's digits (10 agents of 3 classes on a ring,

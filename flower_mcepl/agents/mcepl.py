@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flower_mcepl.agents.agent import AgentState
 from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.auto import COMPACT, FULL, check_compact_keys, without_auto
+from flower_mcepl.agents.parts.common_knowledge import shares_of
 from flower_mcepl.agents.parts.mask_states import final_masks
 from flower_mcepl.agents.parts.masked import MaskedAgent
 from flower_mcepl.agents.parts.masked_config import MaskedConfig
@@ -165,7 +166,7 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         device: str = "cpu",
     ) -> None:
         super().__init__(index, module, data, config, seed=seed, device=device)
-        self._lr = config.lr_by_layer(self.model.all_scores)
+        self._lr = config.lr_by_layer(self._common.names)
         for z in self.model.all_scores.values():
             self._settle(z)
         self._compact, self._why_full = self._compact_network()
@@ -252,8 +253,8 @@ class MceplAgent(MaskedAgent[MceplConfig]):
             self.model.rules = before
 
     def _set_share(self, share: float) -> None:
-        model = self.model
-        model.set_filters(self.config.shares(model.module, model.layers, share=share))
+        shares = shares_of(self.model.module, self.config, share=share)
+        self.model.set_filters(shares)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the network under the agent's own mask, on its own test split.

@@ -7,6 +7,7 @@ from torch import nn
 
 from flower_mcepl.agents.agent import Agent
 from flower_mcepl.agents.algorithm import Algorithm
+from flower_mcepl.agents.parts.depth import deepest
 from flower_mcepl.agents.parts.initial_weights import InitialWeights
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.agents.server import Server
@@ -149,6 +150,8 @@ def make_agent(
         config = dataclasses.replace(config, task=task)
     initial = InitialWeights.of(with_section(run_config, algorithm), node_config)
     module, origin = initial.begin(module)
+    if "depth" not in chosen.keys():
+        module = deepest(module)
     make: Callable[..., Agent] = chosen.agent
     agent = make(index, module, data, config, seed=seed, device=device)
     agent.algorithm, agent.weights_from = algorithm, origin
@@ -198,6 +201,6 @@ def make_server(
     initial = InitialWeights.of(with_section(run_config, algorithm), None)
     module, origin = initial.begin(module)
     make: Callable[..., Server] = kind or chosen.server
-    server = make(module, num_agents, config, seed=seed)
+    server = make(deepest(module), num_agents, config, seed=seed)
     server.algorithm, server.weights_from = algorithm, origin
     return server

@@ -230,10 +230,12 @@ def _sizes(sizes: Mapping[str, int]) -> str:
     )
 
 
+_WEIGHTS = "fingerprint num-weights kept-weights retention depth first-mask prior".split()
+
+
 def _weights(facts: Mapping[str, Any]) -> Finding:
     with Examination("weights", remedy=_APP) as check:
-        keys = ("fingerprint", "num-weights", "kept-weights", "retention", "first-mask", "prior")
-        values = {key.replace("-", "_"): facts[key] for key in keys if key in facts}
+        values = {key.replace("-", "_"): facts[key] for key in _WEIGHTS if key in facts}
         parts = [f"fingerprint {facts['fingerprint']} (the same on all devices of a run)"]
         if "num-weights" in facts:
             parts.append(f"{facts['num-weights']:,} weights")
@@ -241,6 +243,8 @@ def _weights(facts: Mapping[str, Any]) -> Finding:
             parts.append(f"{facts['kept-weights']:,} kept")
         if "retention" in facts:
             parts.append(f"retention {facts['retention']}")
+        if "depth" in facts:
+            parts.append(f"depth {facts['depth']} of {len(facts['weights-by-depth'])} stages")
         check.ok(", ".join(parts), **values)
     return check.finding
 

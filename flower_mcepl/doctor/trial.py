@@ -119,6 +119,7 @@ def _neighbor_of(agent: Agent, max_staleness: int) -> Mailbox:
         dtype=None,
         prior=agent.prior,
         first=agent.first_payload(),
+        lists=agent.layers_by_depth,
     )
 
 

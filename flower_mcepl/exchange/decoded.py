@@ -35,23 +35,26 @@ class DecodedFrames:
         self._lock = threading.Lock()
 
     @staticmethod
-    def key(data: FrameBytes, header: FrameHeader, references: Sequence[Reference]) -> Key | None:
+    def key(
+        data: FrameBytes, header: FrameHeader, references: Sequence[Reference], within: str = ""
+    ) -> Key | None:
         """Return what a checked frame is kept under; None if it is not to be kept.
 
         ``references`` are what the receiver may decode it with, in the order of
-        `unpack_frame`.
+        `unpack_frame`; ``within`` stands for the layers among which the payload is
+        held, where those are more than its own.
         """
         if not header.coded_bytes:
             return None
         if header.reference is None:
-            return bytes(data), ""
+            return bytes(data), within
         known = next((r for r in references if r.round == header.reference), None)
         if known is None or not known.content:
             return None
         flips = digest(
             part for name in sorted(known.flips) for part in (name.encode(), known.flips[name].data)
         )
-        return bytes(data), known.content + flips.hex()
+        return bytes(data), within + known.content + flips.hex()
 
     def get(self, key: Key | None) -> Held | None:
         """Return the payload under that key, if it is still there."""

@@ -103,14 +103,20 @@ class Held:
             start += numel
         return Reference(self.round, tensors, flips, self.content)
 
+    def names(self, layers: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Layers that the payload has, sorted by name."""
+        in_order = zip(sorted(layers), self.kinds, strict=True)
+        return [name for name, kind in in_order if kind != ABSENT]
+
     def counts(self, layers: Mapping[str, tuple[int, ...]]) -> list[int]:
-        """Number of weights that each layer keeps, the layers sorted by name."""
+        """Number of weights that each layer of `names` keeps."""
         counts, at = [], 0
         for kind, name in zip(self.kinds, sorted(layers), strict=True):
             numel = math.prod(layers[name])
             size = packed_bytes(numel) if kind in (MASK, SPARSE) else 0
             on = int(_ONES[self.bits[at : at + size]].sum())
-            counts.append(numel if kind == DENSE else on)
+            if kind != ABSENT:
+                counts.append(numel if kind == DENSE else on)
             at += size
         return counts
 
@@ -181,3 +187,20 @@ class Held:
             raise ValueError(f"{len(self.values)} values")
         if np.any(np.diff(self.flips.astype(np.int64)) <= 0) or np.any(self.flips >= sizes.sum()):
             raise ValueError("flips that do not ascend or lie beyond the model")
+
+
+def restore_held(
+    arrays: Mapping[str, NDArray[Any]], layers: Mapping[str, tuple[int, ...]], where: str
+) -> dict[int, Held]:
+    """Payload held under each number, from arrays by names such as ``"3/bits"``."""
+    grouped: dict[str, dict[str, NDArray[Any]]] = {}
+    for name, array in arrays.items():
+        number, _, part = name.partition("/")
+        grouped.setdefault(number, {})[part] = array
+    held = {}
+    for number, parts in grouped.items():
+        try:
+            held[int(number)] = Held.from_arrays(parts, layers)
+        except (StateError, ValueError) as error:
+            raise StateError(f"{where}, number {number}: {error}") from error
+    return held

@@ -16,10 +16,10 @@ from flower_mcepl.errors import (
     ForeignFrameError,
     FrameError,
     ReplayedFrameError,
-    StateError,
 )
 from flower_mcepl.exchange.decoded import DecodedFrames, Key, common_reference
-from flower_mcepl.exchange.held import Held
+from flower_mcepl.exchange.held import Held, restore_held
+from flower_mcepl.exchange.layer_lists import LayerLists, Layers
 from flower_mcepl.files.bundle import Arrays
 from flower_mcepl.wire import (
     FrameBytes,
@@ -64,6 +64,9 @@ class Mailbox:
         The common first payload; None leaves neighbors that were never heard of out.
     run : str (default: "")
         Id of the run that every frame must belong to, as in `decode_frame`.
+    lists : sequence of mappings (default: ())
+        Where senders hold different parts of a network: the layers that a frame may
+        have, each list by names and shapes; ``layers`` is one of them.
 
     Raises
     ------
@@ -76,12 +79,13 @@ class Mailbox:
         *,
         owner: int,
         fingerprint: str,
-        layers: Mapping[str, tuple[int, ...]],
+        layers: Layers,
         max_staleness: int,
         dtype: torch.dtype | None = torch.bool,
         prior: Prior | None = None,
         first: Mapping[str, Tensor] | None = None,
         run: str = "",
+        lists: Sequence[Layers] = (),
     ) -> None:
         if max_staleness < 0:
             raise ConfigError(
@@ -90,7 +94,8 @@ class Mailbox:
             )
         self._owner = owner
         self._fingerprint = check_fingerprint(fingerprint)
-        self._layers = {name: tuple(shape) for name, shape in layers.items()}
+        self._lists = LayerLists(layers, lists, fingerprint=self._fingerprint, prior=prior)
+        self._layers = self._lists.all  # those that a payload lacks are absent from what is held
         self._max_staleness, self.run = max_staleness, run
         self._most_bytes = most_bytes(
             sum(map(math.prod, self._layers.values())), only_masks=dtype == torch.bool
@@ -157,7 +162,7 @@ class Mailbox:
             payload, header = check_frame(
                 data,
                 fingerprint=self._fingerprint,
-                layers=self._layers,
+                layers=self._lists.of(data, run=self.run),
                 dtype=self._dtype,
                 sender=sender,
                 latest_round=latest_round,
@@ -169,7 +174,7 @@ class Mailbox:
             if not is_new and not doubtful:
                 continue
             usable = [*known, *self._common]
-            key = DecodedFrames.key(data, header, usable)
+            key = DecodedFrames.key(data, header, usable, self._lists.digest)
             try:
                 reference, came = self._unpack(payload, header, usable, key)
                 self._check_kept(sender, came)
@@ -200,8 +205,8 @@ class Mailbox:
         due = self._kept.get(sender)
         if due is None:
             return
-        counts = came.counts(self._layers)
-        sizes = [math.prod(self._layers[name]) for name in sorted(self._layers)]
+        counts, names = came.counts(self._layers), came.names(self._layers)
+        sizes = [math.prod(self._layers[name]) for name in names]
         # no retention is 0: a layer that has weights keeps one at least
         if counts != due or any(count == 0 < size for count, size in zip(due, sizes, strict=True)):
             raise ForeignFrameError(
@@ -331,20 +336,3 @@ def _check_finite(tensors: Mapping[str, Tensor], who: str) -> None:
                 f"values must be finite; {who} has some in layer {name!r} that are infinite or "
                 "not a number. Look at why its training left the finite numbers."
             )
-
-
-def restore_held(
-    arrays: Mapping[str, NDArray[Any]], layers: Mapping[str, tuple[int, ...]], where: str
-) -> dict[int, Held]:
-    """Payload held under each number, from arrays by names such as ``"3/bits"``."""
-    grouped: dict[str, dict[str, NDArray[Any]]] = {}
-    for name, array in arrays.items():
-        number, _, part = name.partition("/")
-        grouped.setdefault(number, {})[part] = array
-    held = {}
-    for number, parts in grouped.items():
-        try:
-            held[int(number)] = Held.from_arrays(parts, layers)
-        except (StateError, ValueError) as error:
-            raise StateError(f"{where}, number {number}: {error}") from error
-    return held

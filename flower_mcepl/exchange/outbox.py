@@ -7,8 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flower_mcepl.exchange.held import Held
-from flower_mcepl.exchange.mailbox import restore_held
+from flower_mcepl.exchange.held import Held, restore_held
 from flower_mcepl.files.bundle import Arrays
 from flower_mcepl.wire import Prior, Reference, WrittenFrame, check_fingerprint, write_frame
 from flower_mcepl.wire.payload import support_of

@@ -115,6 +115,7 @@ def open_mail(
         prior=agent.prior,
         first=first,
         run=run,
+        lists=agent.layers_by_depth,
     )
     outbox = Outbox(
         owner=agent.index,

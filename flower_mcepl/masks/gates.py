@@ -39,7 +39,12 @@ def check_share(share: float, *, of: str) -> None:
 # class: turning a filter off there costs much and saves little. Rows of embeddings,
 # recurrent and attention weights are no filters that could go alone.
 def resolve_filters(
-    share: float, by_layer: Mapping[str, float], module: nn.Module, layers: Mapping[str, LayerSpec]
+    share: float,
+    by_layer: Mapping[str, float],
+    module: nn.Module,
+    layers: Mapping[str, LayerSpec],
+    *,
+    may_be_none: bool = False,
 ) -> dict[str, float]:
     """Share ρ of each layer that has gates.
 
@@ -49,7 +54,8 @@ def resolve_filters(
     Raises
     ------
     ConfigError
-        If a share is out of range, a key fits no layer, or no layer is left.
+        If a share is out of range, a key fits no layer, or no layer is left, where it
+        must.
     """
     check_share(share, of="filters")
     names = list(layers)
@@ -58,7 +64,7 @@ def resolve_filters(
     keys = keys_by_name(names, by_layer, of="filters-layers")
     shares = {n: by_layer[key] for n, key in keys.items() if key is not None and by_layer[key] < 1}
     shares |= {n: share for n in names[1:-1] if keys[n] is None and _has_filters(module, n)}
-    if not shares:
+    if not shares and not may_be_none:
         raise ConfigError(
             "filters turns off filters of convolutions and linear layers between the first and "
             f"the last layer; this network has none there, only {', '.join(names)}. Name layers "

@@ -103,6 +103,7 @@ class MaskedModel(nn.Module):
         _check_network(module)
         self.fusion, self.fusion_strength = fusion, fusion_strength
         self.num_neighbors = 0  # of whom `neighbor_means` was heard
+        self._holders: dict[str, int] = {}  # fewer of them, in layers that not all of them hold
         self.layers = find_maskable(module)
         self.retention = resolve_retention(retention, self.layers)
         self.rules = MaskRules(retention=self.retention, filters=filters or {}, budget=budget)
@@ -163,14 +164,25 @@ class MaskedModel(nn.Module):
         """Set the share of filters that stays on, of the layers that have gates."""
         self.rules = replace(self.rules, filters=dict(filters))
 
+    def num_holders(self, name: str) -> int:
+        """Number of masks that ``n`` of a layer was heard from."""
+        return self._holders.get(name, self.num_neighbors)
+
     def set_neighbor_means(
-        self, means: Mapping[str, Tensor] | None, *, num_neighbors: int = 1
+        self,
+        means: Mapping[str, Tensor] | None,
+        *,
+        num_neighbors: int = 1,
+        holders: Mapping[str, int] | None = None,
     ) -> None:
         """Set ``n`` by layer, and of how many masks it is; None: of nobody.
 
-        Layers that are missing are personal: nobody's masks count in them.
+        Layers that are missing are personal, or none of the neighbors holds them:
+        nobody's masks count in them. ``holders`` are the layers that fewer than all
+        neighbors hold, and how many do.
         """
         self.num_neighbors = 0 if means is None else num_neighbors
+        self._holders = {} if means is None else dict(holders or {})
         for name, z in self.all_scores.items():
             n = None if means is None else means.get(name)
             setattr(self, _slot("mean", name), None if n is None else n.to(z.device, z.dtype))
@@ -179,20 +191,21 @@ class MaskedModel(nn.Module):
     def hear(self, payloads: Sequence[Mapping[str, Tensor]]) -> None:
         """Take in the neighbors' masks as ``n``, by the rule of fusion.
 
-        All payloads hold the same layers; the others are personal.
+        A layer is fused over those payloads that hold it.
 
         Raises
         ------
         ConfigError
             If the rule gives another shape, no floats, or numbers that are not finite.
         """
-        own = self.masks() if payloads else {}
-        means = {
-            name: self._heard([payload[name].to(mask.device) for payload in payloads], mask)
-            for name, mask in own.items()
-            if name in payloads[0]
-        }
-        self.set_neighbor_means(means or None, num_neighbors=len(payloads))
+        own, means, holders = self.masks() if payloads else {}, {}, {}
+        for name, mask in own.items():
+            heard = [payload[name].to(mask.device) for payload in payloads if name in payload]
+            if heard:
+                means[name] = self._heard(heard, mask)
+            if len(heard) < len(payloads):
+                holders[name] = len(heard)
+        self.set_neighbor_means(means or None, num_neighbors=len(payloads), holders=holders)
 
     def aggregation(self) -> dict[str, Tensor]:
         """Return the aggregation tensor ``y`` by layer, differentiable in scores."""
@@ -301,7 +314,7 @@ class MaskedModel(nn.Module):
         n = self.neighbor_means[name]
         if n is None or self.fusion.blend is None:
             return m
-        x = self.fusion.blend(m, n, num_neighbors=self.num_neighbors)
+        x = self.fusion.blend(m, n, num_neighbors=self.num_holders(name))
         return check_formula(x, m, name="blend")
 
     def _check_rules(self) -> None:

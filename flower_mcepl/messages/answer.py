@@ -11,7 +11,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from flower_mcepl.agents.handshake import KEPT_BY_LAYER, PARAMETERS
+from flower_mcepl.agents.handshake import (
+    DEPTH,
+    KEPT_BY_LAYER,
+    LAYERS_BY_DEPTH,
+    PARAMETERS,
+    WEIGHTS_BY_DEPTH,
+)
 from flower_mcepl.agents.parts.pace import check_decision
 from flower_mcepl.errors import AnswerError, CorruptFrameError, visible, visible_json
 from flower_mcepl.exchange.parcels import Answer, FrameT, Posted
@@ -213,6 +219,10 @@ def _read_handshake(fields: Fields) -> dict[str, Any]:
         fields.number(key, most=_MOST)
     if KEPT_BY_LAYER in fields:
         fields.numbers(KEPT_BY_LAYER, most=MOST_WEIGHTS)
+    if WEIGHTS_BY_DEPTH in fields or LAYERS_BY_DEPTH in fields:
+        stages = len(fields.numbers(WEIGHTS_BY_DEPTH, most=_MOST))
+        fields.numbers(LAYERS_BY_DEPTH, most=_MOST)
+        fields.number(DEPTH, least=1, most=stages)
     fields.text("fingerprint", most=fields.limits.text)
     for key, value in fields.rest.items():
         rule = f"{key} must be a finite number, bool, text, or list of one of these"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents import Agent
 from flower_mcepl.personal.inputs import PIXELS
-from flower_mcepl.personal.network import NETWORK
+from flower_mcepl.personal.network import DEPTH, NETWORK
 from flower_mcepl.personal.origins import Origin
 from flower_mcepl.personal.writing import save_personal
 
@@ -53,6 +53,7 @@ def save_agent(
         "agent": agent.index,
         "seed": agent.seed,
         **({} if round is None else {"round": round}),
+        **({DEPTH: agent.depth} if agent.depth else {}),
         **{key: handshake[key] for key in _TOLD if key in handshake},
         **({NETWORK: dict(network)} if network else {}),
         **({"metrics": dict(metrics)} if metrics else {}),

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks.model import shared_module
+from flower_mcepl.models import Staged
 
-NETWORK = "network"  # fact of a file: who builds it
+# facts of a file: who builds its network, and how many stages of that it is
+NETWORK, DEPTH = "network", "depth"
 _WAY_OUT = "Pass the model function: load_personal(path, model_fn)."
 
 
@@ -22,6 +24,15 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a network, each once, by name, names ascending."""
     both = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: both[name] for name in sorted(both)}
+
+
+def part_of(module: nn.Module, facts: Mapping[str, Any]) -> nn.Module:
+    """The part of a network that a file is of: of one in stages the first few."""
+    if not isinstance(module, Staged):
+        return module
+    depth = facts.get(DEPTH, module.num_stages)
+    fits = isinstance(depth, int) and 1 <= depth <= module.num_stages
+    return module.at_depth(depth) if fits else module
 
 
 def structure(module: nn.Module) -> str:

@@ -39,10 +39,22 @@ def final_masks(run: Run) -> tuple[dict[int, Masks], str | None]:
             masks[agent] = own
     except FlowerMceplError as error:
         return {}, str(error)
-    shapes = [{name: mask.shape for name, mask in layers.items()} for layers in masks.values()]
-    if any(other != shapes[0] for other in shapes):
+    shapes = {name: mask.shape for layers in masks.values() for name, mask in layers.items()}
+    if any(m.shape != shapes[name] for layers in masks.values() for name, m in layers.items()):
         return {}, "the agents' masks are not of the same layers"
     return masks, None
+
+
+def common_layers(masks: Mapping[int, Masks]) -> dict[int, Masks]:
+    """The masks of those layers that all agents hold; they may differ in depth."""
+    first, *others = masks.values()
+    names = [name for name in first if all(name in other for other in others)]
+    return {agent: {name: layers[name] for name in names} for agent, layers in masks.items()}
+
+
+def all_layers(masks: Mapping[int, Masks]) -> list[str]:
+    """Names of the layers that any agent holds, in a natural order."""
+    return sorted({name for layers in masks.values() for name in layers}, key=_natural)
 
 
 def _masks_of(state: AgentState, handshake: Mapping[str, Any]) -> Masks | str:

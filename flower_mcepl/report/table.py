@@ -34,11 +34,22 @@ def agent_table(run: Run) -> str:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     noun = examples(run)
     tested, main = f"{run.evaluated_on}\n{noun}", run.metric.name
-    for title in ("agent", "retention", "classes", f"train\n{noun}", tested, main, "density"):
+    deep = any("depth" in handshake for handshake in run.handshakes.values())
+    depth = ("depth",) if deep else ()
+    for title in (
+        "agent",
+        "retention",
+        *depth,
+        "classes",
+        f"train\n{noun}",
+        tested,
+        main,
+        "density",
+    ):
         table.add_column(Text(title), justify="left" if title == "classes" else "right")
     for title in ("sent", "received"):
         table.add_column(title, justify="right", no_wrap=True)
-    for cells in _agent_cells(run):
+    for cells in _agent_cells(run, with_depth=deep):
         table.add_row(*map(Text, cells))  # Text: brackets in a class name are no markup
 
     sink = io.StringIO()
@@ -51,13 +62,14 @@ def agent_table(run: Run) -> str:
     return "\n".join(line.rstrip() for line in [*lines, *_byte_lines(run.totals)]) + "\n"
 
 
-def _agent_cells(run: Run) -> Iterator[list[str]]:
+def _agent_cells(run: Run, *, with_depth: bool) -> Iterator[list[str]]:
     handshakes, last, metric = run.handshakes, run.final(), run.metric
     for agent in sorted({*handshakes, *last}):
         handshake, row = handshakes.get(agent, {}), last.get(agent, {})
         yield [
             str(agent),
             _cell(handshake.get("retention")),
+            *([_cell(handshake.get("depth"))] if with_depth else []),
             _cell(handshake.get("classes")),
             _cell(handshake.get("num_examples")),
             _cell(row.get("num_examples")),

@@ -195,6 +195,13 @@ class RunSettings(RoundOptions):
             "Remove it, set score-lr and finetune-lr of masks, or write it into a section such as "
             "dsgd.lr.",
         )
+        check(
+            run_config.get("depth", 0) == 0 or "depth" in algorithm.keys() | app_keys,
+            f"agents of algorithm {settings.algorithm} all hold the whole network; depth",
+            run_config.get("depth"),
+            "Remove it, write it into a section such as mcepl.depth, or use mcepl, local, dsgd, "
+            "dfedavgm or choco.",
+        )
         graph = settings.graph()
         check(
             not (graph.directed and algorithm.agent.undirected_only),

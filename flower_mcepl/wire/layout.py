@@ -37,7 +37,7 @@ U16, U32 = 2**16 - 1, 2**32 - 1
 NO_REFERENCE = U32
 # magic version flags layers sender round reference model content total
 FIXED = struct.Struct("<4sBBHIII8s8sI")
-CONTENT = slice(28, 36)  # where the content lies in it
+MODEL, CONTENT = slice(20, 28), slice(28, 36)  # where these lie in it
 
 FrameBytes = bytes | bytearray | memoryview | NDArray[np.uint8]
 # in the coding byte of a layer's line
@@ -178,6 +178,14 @@ def model_digest(description: bytes, prior: Prior | None, run: str) -> bytes:
     """
     number = bytes.fromhex(check_run(run)).ljust(RUN_NBYTES, b"\0")
     return digest([number, description, b"" if prior is None else prior.digest])
+
+
+def model_of(data: FrameBytes) -> str:
+    """The `model_digest` that a frame names, as hex digits; of a stub, fewer of them.
+
+    It is unchecked, for choosing among the layers that may be expected.
+    """
+    return bytes(data[MODEL]).hex()
 
 
 def digest(parts: Iterable[bytes | memoryview]) -> bytes:

@@ -143,7 +143,9 @@ def test_it_draws_no_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
-    monkeypatch.setattr("flower_mcepl.agents.parts.masked.shared_prior", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "flower_mcepl.agents.parts.common_knowledge.shared_prior", lambda *_, **__: None
+    )
     assert make_agent(0).prior is None
     without = masks_of_a_run()
     assert all(same_tensors(one, other) for one, other in zip(with_prior, without, strict=True))

@@ -169,7 +169,10 @@ def test_the_app_of_getting_started_runs(in_a_folder: Path) -> None:
 
 
 def test_the_code_about_algorithms_runs() -> None:
-    (code,) = code_of("docs/algorithms.md")
+    stages, code = code_of("docs/algorithms.md")
+    staged: dict[str, Any] = {}
+    exec(stages, staged)
+    assert staged["model_fn"](None).at_depth(1)(torch.zeros(2, 64)).shape == (2, 10)
     names: dict[str, Any] = {"net": Net(), "data": AgentData.of(a_split(1), a_split(2), agent=0)}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, names)

@@ -651,3 +651,102 @@ def test_masks_with_values_travel_as_changes_of_the_mask() -> None:
             found, truth = dense(held.current([1], round=round)[1]), dense(sent)
             assert all(torch.equal(found[name], truth[name]) for name in truth)
         box = renewed
+
+
+# --- senders that hold different parts of a network ---
+
+PARTS = [{"conv": (20, 3), "exit": (7,)}, {"conv": (20, 3), "fc": (500,), "head": (9, 2)}]
+
+
+@cache
+def part_masks(part: int, round: int) -> dict[str, Tensor]:
+    """What the holder of a part sends: another twentieth of it flips each time."""
+    generator = torch.Generator().manual_seed(10 * part + round)
+    drawn = {name: torch.rand(shape, generator=generator) for name, shape in PARTS[part].items()}
+    if not round:
+        return {name: draw < 0.5 for name, draw in drawn.items()}
+    return {name: mask ^ (drawn[name] < 0.05) for name, mask in part_masks(part, round - 1).items()}
+
+
+def part_chain(sender: int, part: int, *rounds: int, run: str = "") -> list[bytes]:
+    """Frames of a sender that holds one of the parts, each built on the one before."""
+    frames, reference = [], None
+    for round in rounds:
+        written = write_frame(
+            part_masks(part, round),
+            sender=sender,
+            round=round,
+            fingerprint=FINGERPRINT,
+            reference=reference,
+            run=run,
+        )
+        reference = Reference(round, part_masks(part, round), written.flips)
+        frames.append(written.data)
+    return frames
+
+
+def parts_box(own: int = 0, **options: Any) -> Mailbox:
+    return mailbox(layers=PARTS[own], lists=PARTS, **options)
+
+
+def assert_has(box: Mailbox, sender: int, part: int, round: int) -> None:
+    held = box.current([sender], round=round)[sender]
+    due = part_masks(part, round)
+    assert held.keys() == due.keys()
+    assert all(torch.equal(held[name], mask) for name, mask in due.items())
+
+
+@pytest.mark.parametrize("own", [0, 1])
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_frame_is_read_by_its_senders_layers(own: int, part: int) -> None:
+    box = parts_box(own)
+    box.put(1, part_chain(1, part, 3, 4), latest_round=4)
+    assert_has(box, 1, part, 4)
+    box.put(1, part_chain(1, part, 4, 5)[1:], latest_round=5)
+    assert_has(box, 1, part, 5)
+    copy = parts_box(own)
+    copy.restore(box.arrays())
+    copy.put(1, part_chain(1, part, 5, 6)[1:], latest_round=6)
+    assert_has(copy, 1, part, 6)
+
+
+def test_a_layer_of_another_part_counts_no_weights() -> None:
+    box = parts_box()
+    kept = [int(part_masks(1, 3)[name].sum()) for name in sorted(PARTS[1])]
+    box.put(1, part_chain(1, 1, 3), latest_round=3, kept=kept)
+    with pytest.raises(errors.ForeignFrameError, match="must keep as many weights"):
+        box.put(2, part_chain(2, 0, 3), latest_round=3, kept=kept)
+
+
+def test_a_delta_without_its_frame_is_missing_a_reference_at_any_depth() -> None:
+    box = parts_box()
+    with pytest.raises(errors.MissingReferenceError):
+        box.put(1, part_chain(1, 1, 3, 4)[1:], latest_round=4)
+    assert box.doubts(1)
+
+
+def test_a_delta_of_another_part_than_what_is_held_fits_nothing() -> None:
+    box = parts_box()
+    box.put(1, part_chain(1, 0, 3), latest_round=3)
+    with pytest.raises(errors.MissingReferenceError):
+        box.put(1, part_chain(1, 1, 3, 4)[1:], latest_round=4)
+    assert_has(box, 1, 0, 3)
+
+
+def test_layers_that_no_part_has_are_foreign() -> None:
+    box = parts_box()
+    with pytest.raises(errors.ForeignFrameError, match="must have the receiver's layers"):
+        box.put(1, [frame(1, 3)], latest_round=3)
+    with pytest.raises(errors.ForeignFrameError, match="of the receiver's run"):
+        box.put(1, part_chain(1, 0, 3, run="0" * 15 + "1"), latest_round=3)
+    with pytest.raises(errors.FrameError):
+        box.put(1, [b"MCPL"], latest_round=3)
+
+
+def test_the_same_frame_is_held_among_the_layers_of_each_mailbox() -> None:
+    """What one mailbox has decoded serves no other that holds more."""
+    frames = part_chain(1, 0, 3)
+    small, large = mailbox(layers=PARTS[0]), parts_box()
+    for box in (small, large):
+        box.put(1, frames, latest_round=3)
+        assert_has(box, 1, 0, 3)

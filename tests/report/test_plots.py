@@ -21,7 +21,7 @@ from flower_mcepl.errors import ConfigError
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report import overview
-from flower_mcepl.report.final_masks import Masks, final_masks
+from flower_mcepl.report.final_masks import Masks, common_layers, final_masks
 from flower_mcepl.report.plots import graph
 from flower_mcepl.report.plots.agreement import agreement_of, classes_of
 from flower_mcepl.report.plots.canvas import new_figure, plain, wrapped
@@ -270,6 +270,38 @@ def test_numbers_of_live_filters_change_the_picture() -> None:
         for one in (mask, ~mask)
     }
     assert len(pictures) == 2
+
+
+def unequal_masks() -> dict[int, Masks]:
+    """Three agents, of which one holds a layer more, and another lacks the last."""
+    generator = np.random.default_rng(0)
+    shapes = {"stages.0": (4, 3), "stages.1": (6, 4), "exits.1": (3, 6)}
+    held = {0: ["stages.0"], 1: [*shapes], 2: [*shapes]}
+    return {
+        agent: {name: generator.random(shapes[name]) < 0.5 for name in names}
+        for agent, names in held.items()
+    }
+
+
+def test_layers_that_not_all_agents_hold_are_drawn_of_those_who_do() -> None:
+    masks = unequal_masks()
+    layers = filter_densities(masks)
+    assert {layer.name: layer.agents for layer in layers} == {
+        "exits.1": (1, 2),
+        "stages.0": (0, 1, 2),
+        "stages.1": (1, 2),
+    }
+    assert layers[2].shares.shape == (2, 6)
+    assert draw_live_filters(layers) != draw_live_filters(layers[1:])
+
+
+def test_agreement_is_of_the_layers_that_all_agents_hold() -> None:
+    masks = unequal_masks()
+    alike = common_layers(masks)
+    assert [[*layers] for layers in alike.values()] == [["stages.0"]] * 3
+    one, other = masks[0]["stages.0"], masks[1]["stages.0"]
+    due = (one & other).sum() / (one | other).sum()
+    assert agreement_of(alike, {}).masks[0, 1] == pytest.approx(due)
 
 
 # --- who holds what ---

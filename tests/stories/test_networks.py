@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl import ConfigError, MaskedModel, shared_module
+from flower_mcepl.agents.parts.depth import deepest
 from flower_mcepl.masks.weight_init import with_weights
 
 pytest.importorskip("torchvision")
@@ -18,8 +19,15 @@ pytest.importorskip("torchvision")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPES = {"quickstart": (1, 8, 8), "cifar10": (3, 32, 32)}
 NAMES = {
-    "quickstart": ("resnet8-groupnorm", "resnet8-batchnorm", "mobilenetv2", "vit"),
-    "cifar10": ("alexnet", "resnet20-groupnorm", "resnet20-batchnorm", "mobilenetv2", "vit"),
+    "quickstart": ("resnet8-groupnorm", "resnet8-batchnorm", "mobilenetv2", "vit", "staged"),
+    "cifar10": (
+        "alexnet",
+        "resnet20-groupnorm",
+        "resnet20-batchnorm",
+        "mobilenetv2",
+        "vit",
+        "staged",
+    ),
 }
 CASES = [(app, name) for app, names in NAMES.items() for name in names]
 
@@ -36,7 +44,7 @@ def networks(app: str) -> ModuleType:
 
 
 def masked(app: str, name: str, *, init: str = "signed-constant") -> MaskedModel:
-    module = shared_module(lambda: networks(app).make_network(name, 0.5), seed=1)
+    module = deepest(shared_module(lambda: networks(app).make_network(name, 0.5), seed=1))
     module = with_weights(module, init, seed=1)
     return MaskedModel(module, retention=0.5, generator=torch.Generator().manual_seed(1))
 
@@ -89,7 +97,7 @@ def test_resnet20_is_the_papers(norm: str) -> None:
 
 @pytest.mark.parametrize("app", NAMES)
 def test_an_unknown_network_is_refused(app: str) -> None:
-    with pytest.raises(ConfigError, match=r"must be one of .*vit; got .lenet."):
+    with pytest.raises(ConfigError, match=r"must be one of .*staged; got .lenet."):
         networks(app).make_network("lenet", 1.0)
 
 
@@ -98,3 +106,15 @@ def test_width_scales_the_weights(app: str, name: str) -> None:
     make = networks(app).make_network
     sizes = [sum(p.numel() for p in make(name, width).parameters()) for width in (0.5, 1.0, 2.0)]
     assert all(2 * one < two for one, two in itertools.pairwise(sizes))
+
+
+@pytest.mark.parametrize("app", NAMES)
+def test_the_staged_network_has_four_depths(app: str) -> None:
+    net = networks(app).make_network("staged", 0.5)
+    sizes = []
+    for depth in range(1, net.num_stages + 1):
+        part = net.at_depth(depth)
+        assert part(batch(app)[0]).shape == (8, 10)
+        sizes.append(sum(p.numel() for p in part.parameters()))
+    assert len(sizes) == 4
+    assert all(shallow < deep for shallow, deep in itertools.pairwise(sizes))

@@ -7,11 +7,13 @@ none begins at zero where it has to learn: see `vit`.
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torchvision.models import MobileNetV2, VisionTransformer
 from torchvision.models.resnet import BasicBlock
 
+from flower_mcepl import Staged
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.models import AlexNetCifar
 
@@ -98,6 +100,28 @@ def vit(width: float = 1.0) -> nn.Module:
     return net
 
 
+def staged(width: float = 1.0) -> Staged:
+    """The paper's three convolutions and a fourth as stages, with linear exits.
+
+    Agents of any depth, 1 to 4, hold a part of it.
+    """
+    sizes = [GROUPS * max(1, round(width * size / GROUPS)) for size in (64, 128, 256, 256)]
+    stages, exits = [], []
+    for place, (inputs, planes) in enumerate(pairwise([3, *sizes])):
+        stage = nn.Sequential(
+            nn.Conv2d(inputs, planes, 5 if place < 3 else 3, padding=1, bias=False),
+            nn.GroupNorm(GROUPS, planes, affine=False),
+            nn.ELU(),
+        )
+        if place < 3:
+            stage.append(nn.MaxPool2d(3, stride=2, padding=1))
+        stages.append(stage)
+        exits.append(
+            nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * planes, 10))
+        )
+    return Staged(stages, exits)
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """A group norm of `GROUPS` groups."""
     return nn.GroupNorm(GROUPS, channels)
@@ -109,6 +133,7 @@ NETWORKS: dict[str, Callable[[float], nn.Module]] = {
     "resnet20-batchnorm": partial(resnet20, nn.BatchNorm2d),
     "mobilenetv2": mobilenet,
     "vit": vit,
+    "staged": staged,
 }
 
 

@@ -6,11 +6,13 @@ and nothing begins at zero where it has to learn.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torchvision.models import MobileNetV2, VisionTransformer
 from torchvision.models.resnet import BasicBlock
 
+from flower_mcepl import Staged
 from flower_mcepl.errors import ConfigError
 
 GROUPS = 8  # of channels, for the group norm
@@ -78,6 +80,29 @@ def vit(width: float = 1.0) -> nn.Module:
     return net
 
 
+def staged(width: float = 1.0) -> Staged:
+    """Four stages of a convolution each, with linear exits, for agents of any depth."""
+    sizes = [GROUPS * max(1, round(width * size / GROUPS)) for size in (32, 64, 64, 128)]
+    stages, exits = [], []
+    for place, (inputs, planes) in enumerate(pairwise([1, *sizes])):
+        stage = nn.Sequential(
+            nn.Conv2d(inputs, planes, 3, padding=1, bias=False),
+            nn.GroupNorm(GROUPS, planes, affine=False),
+            nn.ELU(),
+        )
+        if place % 2 == 0:
+            stage.append(nn.MaxPool2d(2))
+        stages.append(stage)
+        exits.append(
+            nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * planes, 10))
+        )
+    net = Staged(stages, exits)
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+    return net
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """A group norm of `GROUPS` groups."""
     return nn.GroupNorm(GROUPS, channels)
@@ -88,6 +113,7 @@ NETWORKS: dict[str, Callable[[float], nn.Module]] = {
     "resnet8-batchnorm": partial(resnet8, nn.BatchNorm2d),
     "mobilenetv2": mobilenet,
     "vit": vit,
+    "staged": staged,
 }
 
 

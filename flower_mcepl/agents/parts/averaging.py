@@ -29,7 +29,8 @@ def metropolis_weight(degree: int, other_degree: int) -> float:
 
 # Differences from one's own weights, and not a weighted sum: whatever is missing from
 # the inbox then falls to the agent itself without a renormalization, and where all are
-# equal the result is equal, too, bit for bit.
+# equal the result is equal, too, bit for bit. So is a layer that a neighbor of another
+# depth does not hold: W of that layer stays symmetric, with rows that sum to 1.
 def metropolis_pull(
     own: Mapping[str, Tensor], inbox: Mapping[int, Payload], *, degree: int
 ) -> dict[str, Tensor]:
@@ -54,7 +55,8 @@ def metropolis_pull(
     for sender in sorted(inbox):  # float sums depend on the order
         payload = inbox[sender]
         weight = metropolis_weight(degree, sent_degree(payload))
-        for name, x in own.items():
+        for name in own.keys() & payload.keys():
+            x = own[name]
             pull[name].add_(payload[name].to(x).to_dense() - x, alpha=weight)
     return pull
 
@@ -93,7 +95,7 @@ class MixingAgent(DenseAgent[ConfigT]):
         device: str = "cpu",
     ) -> None:
         super().__init__(index, module, data, config, seed=seed, device=device)
-        self.layers = {**self.shared, DEGREE: (1,)}
+        self._send([{**shared, DEGREE: (1,)} for shared in self._shared_by_depth])
         self.consensus_lr = 1.0  # γ: factor on what the neighbors pull
         self._degree = 0  # number of neighbors in the last inbox; 0: unknown
 
@@ -117,7 +119,7 @@ class MixingAgent(DenseAgent[ConfigT]):
 
     def first_payload(self) -> dict[str, Tensor]:
         """Return the common initial weights, and a degree of 0: unknown."""
-        return {**{name: self._initial[name] for name in self.shared}, DEGREE: torch.zeros(1)}
+        return {**self._initial, DEGREE: torch.zeros(1)}
 
     def _degree_said(self) -> dict[str, Tensor]:
         return {DEGREE: torch.tensor([float(self._degree)])}

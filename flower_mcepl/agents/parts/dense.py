@@ -1,7 +1,7 @@
 """Dense weights: the agent's own copy of the network, trained by SGD."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, data_facts
+from flower_mcepl.agents.parts.depth import Depths, at_depth, depth_facts, depth_of, held_names
 from flower_mcepl.agents.parts.groups import Shapes, check_group, groups_of, state_of
 from flower_mcepl.agents.parts.learner import Learner
 from flower_mcepl.agents.parts.sharing import num_elements, share_fact, shared_shapes
@@ -120,8 +121,10 @@ class DenseAgent(Agent, Generic[ConfigT]):
         )
         self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
         self.fingerprint = fingerprint(module, find_maskable(module))
-        self.model = copy.deepcopy(module).to(device)
-        self._frozen = kept_in_eval(module)
+        depths = Depths.of(module, depth_of(config))
+        self.depth = depths.depth
+        self.model = copy.deepcopy(depths.held).to(device)
+        self._frozen = kept_in_eval(depths.held)
         self.weights = {
             name: weight for name, weight in self.model.named_parameters() if weight.requires_grad
         }
@@ -130,16 +133,26 @@ class DenseAgent(Agent, Generic[ConfigT]):
                 f"{type(module).__name__} has no weight to train: requires_grad is False for all "
                 "of its parameters. Leave it True in the model function."
             )
-        self._initial = {
+        self._initial = {  # of all layers, which those of another depth begin with
             name: weight.detach()
             for name, weight in module.named_parameters()
-            if name in self.weights
+            if weight.requires_grad
         }
         self.velocity: dict[str, Tensor] = {}
         self._average: dict[str, Tensor] = {}  # x̄ of the rounds before, if there is any
         self.shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
-        self.shared = shared_shapes(config, self.shapes)  # the others are personal
-        self.layers = self.shared  # they go out, unless the algorithm says otherwise
+        whole = shared_shapes(config, {name: tuple(x.shape) for name, x in self._initial.items()})
+        self._initial = {name: self._initial[name] for name in whole}
+        self._shared_by_depth = [
+            {name: whole[name] for name in held_names(whole, dict(part.named_parameters()))}
+            for part in depths.parts
+        ]
+        self.shared = at_depth(self._shared_by_depth, self.depth)  # the others are personal
+        self._send(self._shared_by_depth)  # unless the algorithm says otherwise
+
+    def _send(self, by_depth: Sequence[dict[str, tuple[int, ...]]]) -> None:
+        """Set what agents of each depth send."""
+        self.layers, self.layers_by_depth = at_depth(by_depth, self.depth), tuple(by_depth)
 
     def train(self, *, round: int) -> dict[str, float]:
         """Take the local steps; the metrics hold the mean loss of the steps.
@@ -191,11 +204,13 @@ class DenseAgent(Agent, Generic[ConfigT]):
 
     def describe(self) -> dict[str, Any]:
         """Facts for the handshake: who this is, its weights and its data."""
+        sizes = [*map(num_elements, self._shared_by_depth)]
         return {
             **super().describe(),
             **share_fact(self.config),
             "num-weights": self.num_weights(),
             "kept-weights": self.num_kept(),
+            **depth_facts(self.depth, self.layers_by_depth, sizes),
             **self.learner.task.facts(),
             **data_facts(self.data),
         }

@@ -3,7 +3,6 @@
 Their agents differ in how they train and evaluate, and in the rule of fusion.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
@@ -13,28 +12,25 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import Agent, AgentState, Payload, data_facts
 from flower_mcepl.agents.handshake import KEPT_BY_LAYER, LIVE_FILTERS
-from flower_mcepl.agents.parts.groups import Shapes, check_group, groups_of, state_of
+from flower_mcepl.agents.parts.common_knowledge import CommonKnowledge, digest_of, gate_shapes
+from flower_mcepl.agents.parts.depth import Depths, at_depth, depth_facts
+from flower_mcepl.agents.parts.groups import check_group, groups_of, state_of
 from flower_mcepl.agents.parts.learner import Learner
 from flower_mcepl.agents.parts.mask_states import (
     OPENING,
     STRENGTH,
+    heard_facts,
     heard_group,
     heard_means,
+    read_heard,
     rules_facts,
 )
-from flower_mcepl.agents.parts.masked_config import INDEPENDENT, MAGNITUDE, MaskedConfig
-from flower_mcepl.agents.parts.prior import shared_prior
-from flower_mcepl.agents.parts.sharing import num_elements, share_fact, shared_shapes
+from flower_mcepl.agents.parts.masked_config import MaskedConfig
+from flower_mcepl.agents.parts.sharing import num_elements, share_fact
 from flower_mcepl.data.batches import AgentData
-from flower_mcepl.errors import StateError
 from flower_mcepl.masks import formulas as maths
-from flower_mcepl.masks.fusion import FUSIONS
-from flower_mcepl.masks.gates import LAYER, gate_name
-from flower_mcepl.masks.layers import find_maskable
-from flower_mcepl.masks.model import MaskedModel
-from flower_mcepl.masks.retention import resolve_retention
+from flower_mcepl.masks.gates import LAYER
 from flower_mcepl.masks.weight_init import with_weights
-from flower_mcepl.streams import torch_stream
 
 MaskedT = TypeVar("MaskedT", bound=MaskedConfig)
 
@@ -74,36 +70,24 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     ) -> None:
         self.index, self.seed, self.data, self.config = index, seed, data, config
         self.device = device
-        owner = index if config.score_init == INDEPENDENT else None
-        fusion = FUSIONS.find(config.fusion)
-        self.model = MaskedModel(
-            with_weights(module, config.weight_init, seed=seed),
-            retention=config.retention,
-            fusion=fusion,
-            fusion_strength=config.strength(1),
-            filters=self._shares(module),
-            budget=config.retention_budget,
-            generator=torch_stream(seed, "scores", agent=owner),
-        ).to(device)
-        if config.score_init == MAGNITUDE:
-            self.model.set_scores(self._weight_sizes())
+        # not kept: a shallow agent need not hold what is deeper
+        depths = Depths.of(with_weights(module, config.weight_init, seed=seed), config.depth)
+        self.depth = depths.depth
+        self._common = CommonKnowledge.of(depths, config, seed=seed, agent=index)
+        self.model = self._common.model.to(device)
         self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
-        self.fingerprint = self.model.fingerprint
+        self.fingerprint, self.prior = self._common.fingerprint, self._common.prior
         self._rules = replace(self.model.rules, opening=0.0)  # of the handshake
         self._shapes = {name: tuple(spec.shape) for name, spec in self.model.layers.items()}
-        shared = shared_shapes(config, self._shapes)
-        self._gates = {
-            gate_name(name): (self.model.layers[name].num_filters,)
-            for name in self.model.rules.filters
-        }
-        self.layers = shared | self._gates_of(shared) if fusion.exchanges else {}
-        self.prior = shared_prior(
-            self.model, seed=seed, score_init=config.score_init, names=list(shared)
-        )
+        self._gates = gate_shapes(self.model, [*self.model.rules.filters])
         # of layers that count in the bytes: those that are sent, where anything is
-        self._counted = shared if fusion.exchanges else self._shapes
-        self._first_mask = self._draw_first_mask()
-        self._first_mask_digest = _digest(self._first_mask)
+        self._counted = at_depth(self._common.counted, self.depth)
+        self.layers, self.layers_by_depth = {}, ()
+        if self.model.fusion.exchanges:
+            self.layers_by_depth = tuple(self._common.lists)
+            self.layers = self._heard_shapes()
+        self._first_mask = self._common.first
+        self._first_mask_digest = digest_of(self._first_mask)
         # of the last local step, until the fine-tuning step has used it
         self.gradient: dict[str, Tensor] = {}
         self.velocity: dict[str, Tensor] = {}  # of the momentum, if there is any
@@ -162,6 +146,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             **super().describe(),
             **share_fact(self.config),
             "num-weights": num_elements(self._counted),
+            **depth_facts(self.depth, self._common.lists, self._common.sizes()),
             "kept-weights": sum(kept.values()),
             "first-mask": self._first_mask_digest,
             "prior": self.prior.digest.hex() if self.prior else "",
@@ -181,7 +166,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         """Return scores, their mean, gradient, momentum, ``n`` and batch statistics."""
         strength = self.model.fusion_strength
         facts = self._facts(
-            **{"num-neighbors": self.model.num_neighbors},
+            **heard_facts(self.model, self._heard_shapes()),
             **({} if strength == 1 else {STRENGTH: strength}),
             **rules_facts(self.model),
         )
@@ -190,21 +175,16 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     def restore(self, state: AgentState) -> None:
         """Continue exactly where `state` was taken."""
         self._check_facts(state.facts)
-        num_neighbors = state.facts.get("num-neighbors")
-        if not isinstance(num_neighbors, int) or num_neighbors < 0:
-            raise StateError(
-                f"the saved state of agent {self.index} does not say its num-neighbors. Start "
-                "afresh."
-            )
+        heard_by = read_heard(state.facts, self._heard_shapes(), whose=f"agent {self.index}")
         groups = groups_of(state, device=self.device)
         heard = "neighbor-mean" if "neighbor-mean" in groups else "neighbor-count"
         for group in ("scores", "gradient", "velocity", "average", heard):
             check_group(
                 groups,
                 group,
-                self._heard_shapes() if group == heard else self._shapes | self._gates,
+                heard_by.shapes if group == heard else self._shapes | self._gates,
                 whose=f"agent {self.index}",
-                may_be_absent=group != "scores" and (group != heard or not num_neighbors),
+                may_be_absent=group != "scores" and (group != heard or not heard_by.number),
             )
         self.model.fusion_strength = float(state.facts.get(STRENGTH, 1.0))
         self.model.set_opening(float(state.facts.get(OPENING, 0.0)))
@@ -212,7 +192,9 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         self.gradient, self.velocity = groups.get("gradient", {}), groups.get("velocity", {})
         self._average = groups.get("average", {})
         self.model.set_neighbor_means(
-            heard_means(groups, num_neighbors) or None, num_neighbors=num_neighbors
+            heard_means(groups, heard_by) or None,
+            num_neighbors=heard_by.number,
+            holders=heard_by.holders,
         )
         buffers = dict(self.model.module.named_buffers())
         for name, tensor in groups.get("buffer", {}).items():
@@ -279,49 +261,14 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         kept = sum(int(mask.count_nonzero()) for mask in masks.values())
         return kept / self.model.num_weights
 
-    def _weight_sizes(self) -> dict[str, Tensor]:
-        """Return the sizes of the frozen weights, none of them zero; gates as is."""
-        module = self.model.module
-        return {**self.model.all_scores} | {
-            name: maths.reflected(module.get_parameter(name).detach().to(z.dtype))
-            for name, z in self.model.scores.items()
-        }
-
-    def _draw_first_mask(self) -> dict[str, Tensor]:
-        ratios = self.config.first_retention
-        resolved = resolve_retention(
-            self.config.retention if ratios is None else ratios, self.model.layers
-        )
-        if self.config.first_mask == "scores":
-            masks = {
-                name: maths.topk_mask(z, retention=resolved[name]).cpu()
-                for name, z in self.model.scores.items()
-            }
-        else:
-            generator = torch_stream(self.seed, "first-mask")
-            masks = {
-                name: maths.bernoulli_mask(
-                    torch.Size(shape), retention=resolved[name], generator=generator
-                )
-                for name, shape in self._shapes.items()
-            }
-        masks |= {gate: torch.ones(shape, dtype=torch.bool) for gate, shape in self._gates.items()}
-        return {name: masks[name] for name in self._heard_shapes()}
-
-    def _shares(self, module: nn.Module) -> dict[str, float]:
-        return self.config.shares(module, find_maskable(module)) if self.config.has_gates else {}
-
-    def _gates_of(self, layers: Shapes) -> dict[str, tuple[int, ...]]:
-        """Shapes of the gates of some layers, those of them that have any."""
-        names = [gate_name(name) for name in layers]
-        return {name: self._gates[name] for name in names if name in self._gates}
-
     def _heard_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {**self._counted, **self._gates_of(self._counted)}
+        """Shapes of what neighbors may send of the layers that the agent holds."""
+        return at_depth(self._common.lists, self.depth)
 
     def _is_plain(self) -> bool:
         """Whether masks travel that keep as many weights of each layer, always."""
-        return bool(self.layers) and not self._gates and self.config.retention_budget == LAYER
+        uneven = self.config.has_gates or self.config.retention_budget != LAYER
+        return bool(self.layers) and not uneven
 
     def _filter_facts(self) -> dict[str, Any]:
         """Number of filters that stay in the end, of each layer that has gates."""
@@ -339,12 +286,3 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             for name, spec in self.model.layers.items()
         }
         return ", ".join(sorted(ratios))
-
-
-def _digest(masks: Mapping[str, Tensor]) -> str:
-    """Return 16 hex characters that stand for bool masks."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, mask in masks.items():
-        digest.update(name.encode())
-        digest.update(mask.contiguous().numpy().data)
-    return digest.hexdigest()

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from torch import nn
-
+from flower_mcepl.agents.parts.depth import DepthConfig, read_depth
 from flower_mcepl.agents.parts.frozen_weights import FrozenWeightsConfig
 from flower_mcepl.agents.parts.sharing import SharingConfig
 from flower_mcepl.config.checks import check
@@ -14,8 +13,7 @@ from flower_mcepl.config.fields import RunConfig, read_fields
 from flower_mcepl.config.ratios import per_layer, ratios_of
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.fusion import FUSIONS
-from flower_mcepl.masks.gates import BUDGETS, LAYER, check_share, resolve_filters
-from flower_mcepl.masks.layers import LayerSpec
+from flower_mcepl.masks.gates import BUDGETS, LAYER, check_share
 from flower_mcepl.masks.retention import Retention, check_retentions
 from flower_mcepl.masks.weight_init import MODULE
 
@@ -27,7 +25,7 @@ FUSION_SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedConfig(SharingConfig, FrozenWeightsConfig):
+class MaskedConfig(SharingConfig, FrozenWeightsConfig, DepthConfig):
     """Parameters of scores, masks and fusion; the defaults are those of the paper.
 
     Raises
@@ -107,7 +105,7 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
             0 <= self.score_averaging < 1, "score-averaging must be in [0, 1)", self.score_averaging
         )
         check_share(self.filters, of="filters")
-        self._shares_of_layers()
+        self.shares_of_layers()
         for name in ("filters_rounds", "filters_warmup"):
             rounds = getattr(self, name)
             check(rounds >= 0, f"{name.replace('_', '-')} must be >= 0", rounds)
@@ -130,17 +128,8 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
     def has_gates(self) -> bool:
         """Whether masks have two levels."""
         return (
-            self.gated or self.filters < 1 or any(s < 1 for s in self._shares_of_layers().values())
+            self.gated or self.filters < 1 or any(s < 1 for s in self.shares_of_layers().values())
         )
-
-    def shares(
-        self, module: nn.Module, layers: Mapping[str, LayerSpec], *, share: float | None = None
-    ) -> dict[str, float]:
-        """Share ρ of the layers of a network that have gates; ``share`` for filters."""
-        if not self.has_gates:
-            return {}
-        share = self.filters if share is None else share
-        return resolve_filters(share, self._shares_of_layers(), module, layers)
 
     def opening(self, round: int) -> float:
         """Share of the filters that are to go that is on still, in ``round`` (from 1).
@@ -153,7 +142,8 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
         passed = (round - 1 - self.filters_warmup) / self.filters_rounds
         return (1 - min(max(passed, 0.0), 1.0)) ** 3
 
-    def _shares_of_layers(self) -> dict[str, float]:
+    def shares_of_layers(self) -> dict[str, float]:
+        """Share ρ of single layers, by name or pattern."""
         shares = per_layer(FILTERS_LAYERS, self.filters_layers, example="conv1.weight=0.8")
         for name, share in shares.items():
             check_share(share, of=f"key {FILTERS_LAYERS}, {name}")
@@ -224,4 +214,5 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig):
             first_retention=first | layers,
             filters=filters,
             gated=gated,
+            depth=read_depth(run_config, node_config, agent=agent),
         )

@@ -33,10 +33,16 @@ def draw_filters(layers: Sequence[LayerDensity]) -> bytes:
 
 
 def draw_live_filters(layers: Sequence[LayerDensity]) -> bytes:
-    """Draw a cell for each agent and layer: its number of live filters."""
-    live = np.stack([layer.num_filters - layer.off for layer in layers], axis=1)
+    """Draw a cell for each agent and layer: its number of live filters.
+
+    It is empty where the agent does not hold the layer.
+    """
+    agents = sorted({agent for layer in layers for agent in layer.agents})
+    live = np.full((len(agents), len(layers)), np.nan)
+    for place, layer in enumerate(layers):
+        holders = [agents.index(agent) for agent in layer.agents]
+        live[holders, place] = layer.num_filters - layer.off
     shares = live / [layer.num_filters for layer in layers]
-    agents = layers[0].agents
     figure = new_figure(max(1.1 * len(layers) + 3, 6), min(0.35 * len(agents) + 2.5, 14))
     axes = figure.subplots()
     image = axes.imshow(
@@ -49,7 +55,8 @@ def draw_live_filters(layers: Sequence[LayerDensity]) -> bytes:
     axes.set_ylabel("agent")
     for (row, column), number in np.ndenumerate(live) if live.size <= _MOST_NUMBERS else ():
         ink = "black" if shares[row, column] > 0.6 else "white"
-        axes.text(column, row, f"{number}", ha="center", va="center", fontsize=8, color=ink)
+        text = "" if np.isnan(number) else f"{number:.0f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
     figure.colorbar(image, ax=axes, label="share of the layer's filters")
     return png(figure)
 

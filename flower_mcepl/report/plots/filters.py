@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flower_mcepl.report.final_masks import Masks
+from flower_mcepl.report.final_masks import Masks, all_layers
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class LayerDensity:
     """One layer's filters, agent by agent."""
 
     name: str
-    agents: tuple[int, ...]
+    agents: tuple[int, ...]  # those that hold the layer
     shares: NDArray[np.float64]  # [agents, filters], each row sorted downwards
 
     @property
@@ -40,9 +40,9 @@ class LayerDensity:
 
 def filter_densities(masks: Mapping[int, Masks]) -> list[LayerDensity]:
     """Share of kept weights of every filter, layer by layer."""
-    agents = tuple(sorted(masks))
     layers = []
-    for name in masks[agents[0]] if agents else ():
+    for name in all_layers(masks):
+        agents = tuple(agent for agent in sorted(masks) if name in masks[agent])
         rows = [masks[agent][name].reshape(len(masks[agent][name]), -1) for agent in agents]
         kept = -np.sort([-row.mean(axis=1) for row in rows], axis=1)
         layers.append(LayerDensity(name, agents, np.asarray(kept, dtype=np.float64)))

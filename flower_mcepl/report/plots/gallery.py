@@ -10,7 +10,7 @@ from flower_mcepl.record.figures import one_metric
 from flower_mcepl.record.metric import MainMetric
 from flower_mcepl.record.pools import pool
 from flower_mcepl.record.reading import Run
-from flower_mcepl.report.final_masks import Masks, final_masks
+from flower_mcepl.report.final_masks import Masks, all_layers, common_layers, final_masks
 from flower_mcepl.report.plots.agreement import agreement_of, classes_of
 from flower_mcepl.report.plots.charts import (
     draw_by_bytes,
@@ -268,8 +268,9 @@ def _masks(gallery: Gallery, place: int) -> None:
     if problem is not None:
         gallery.missing.append(f"mask agreement and filter densities of {subject.label}: {problem}")
         return
-    if len(masks) > 1:
-        agreement = agreement_of(masks, classes_of(subject.run))
+    alike = common_layers(masks)
+    if len(masks) > 1 and all(alike.values()):
+        agreement = agreement_of(alike, classes_of(subject.run))
         if agreement.classes is None:
             gallery.missing.append(
                 f"overlap of classes of {subject.label}: the record does not tell every agent's "
@@ -281,14 +282,16 @@ def _masks(gallery: Gallery, place: int) -> None:
             "keeps, the share that both keep, and for classes likewise. Masks with as many kept "
             f"weights in each layer, drawn at random, would have {agreement.by_chance:.2f} off "
             f"the diagonal; equal first scores make for more. Agents in the order {order}, both "
-            f"matrices on one scale.{_uneven(masks)}"
+            f"matrices on one scale.{_unequal_depth(masks, alike)}{_uneven(alike)}"
         )
         png = draw_agreement(agreement)
         gallery.pictures.append(
             Picture(f"agreement{suffix}.png", "Agreement of masks", caption, png, place)
         )
     else:
-        gallery.missing.append(f"mask agreement of {subject.label}: it takes two agents")
+        gallery.missing.append(
+            f"mask agreement of {subject.label}: it takes two agents that hold the same layers"
+        )
     layers = filter_densities(masks)
     left_out = (
         f" The first {MOST_LAYERS} of {len(layers)} layers." if len(layers) > MOST_LAYERS else ""
@@ -318,6 +321,13 @@ def _add_live_filters(
     gallery.pictures.append(
         Picture(f"live-filters{suffix}.png", "Live filters", caption, png, place)
     )
+
+
+def _unequal_depth(masks: Mapping[int, Masks], alike: Mapping[int, Masks]) -> str:
+    num_common, num_all = len(next(iter(alike.values()))), len(all_layers(masks))
+    if num_common == num_all:
+        return ""
+    return f" Agents differ in depth: of the {num_common} of {num_all} layers that all hold."
 
 
 def _uneven(masks: Mapping[int, Masks]) -> str:
