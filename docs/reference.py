@@ -97,6 +97,9 @@ NOTES = {
     "; 1: no gates. Convolutions and linear layers have them, but the first and the last layer",
     "retention-budget": '`"layer"`: each layer keeps its retention; `"network"`: all together keep '
     "as many weights, those of the largest `abs(y)` over its mean in the layer, zeros left out",
+    "block": '`"2:4"`: linear layers whose number of inputs is a multiple of 4 keep the 2 of '
+    "largest `abs(y)` of every 4 inputs, so half of their weights "
+    '([blocks](algorithms.md#two-of-four)); `"none"`: any',
     "lasso-step": '`"gradient"`: the lasso is part of the loss (paper); `"proximal"`: each step on '
     "the loss is followed by `z_f * max(0, 1 - ηλ / norm(z_f))`, which ends at zero",
 }

@@ -43,7 +43,7 @@ ROOMS = {
     "report": "errors streams config record masks agents terminal",
     "launch": "errors files terminal",
     "studies": "errors streams config files record report agents runs clients launch",
-    "doctor": "errors streams config record topology agents exchange runs launch studies",
+    "doctor": "errors streams config record topology agents personal exchange runs launch studies",
     "cli": "errors config wire agents personal record report launch studies doctor terminal",
     "__init__": "errors models masks data topology wire agents personal record runs",
     "__main__": "cli",

@@ -14,6 +14,7 @@ from flower_mcepl.doctor.frozen import check_frozen
 from flower_mcepl.doctor.machine import existing
 from flower_mcepl.doctor.own_client import examine_own
 from flower_mcepl.doctor.pace import check_pace
+from flower_mcepl.doctor.personal_file import check_personal_model
 from flower_mcepl.doctor.trial import Trial, try_rounds
 from flower_mcepl.errors import ConfigError, first_line
 from flower_mcepl.launch.plan import flat
@@ -184,6 +185,7 @@ def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
         yield _weights(facts)
         yield from check_frozen(facts)
         yield from check_pace(agent, threads=device.threads)
+        yield check_personal_model(agent, facts)
         heard = () if agent.server_based else graph.in_neighbors(run.agent, round=1)
         with Examination("local-step", remedy=_APP) as check:
             with torch_threads(device.threads):

@@ -109,7 +109,8 @@ class CompactNetwork:
             for name in rules.filters
         }
         thin = set(self._thin.values())
-        by_layer = rules.budget == LAYER and all(name in thin for name in rules.filters)
+        by_layer = rules.budget == LAYER and not rules.blocks
+        by_layer = by_layer and all(name in thin for name in rules.filters)
         masks = None if by_layer else masks_of(y, layers, rules)
         filters, placed = {}, {}
         for name, spec in layers.items():

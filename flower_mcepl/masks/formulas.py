@@ -82,12 +82,7 @@ def topk_mask(y: Float[Tensor, "*layer"], *, retention: float) -> Bool[Tensor, "
 
 def largest_mask(y: Float[Tensor, "*layer"], *, keep: int) -> Bool[Tensor, "*layer"]:
     """Keep the ``keep`` entries of largest magnitude; ties as in `topk_mask`."""
-    magnitude = y.detach().abs().contiguous()  # channels_last too: positions count in C order
-    if magnitude.sum().isnan():
-        raise DivergedError(
-            "a mask cannot be ranked: the aggregation tensor holds NaN. Lower the score step size "
-            "(score-lr)."
-        )
+    magnitude = _magnitude(y)
     if keep == y.numel():
         return torch.ones_like(magnitude, dtype=torch.bool)
     if keep == 0:
@@ -99,6 +94,27 @@ def largest_mask(y: Float[Tensor, "*layer"], *, keep: int) -> Bool[Tensor, "*lay
         ties = (magnitude == smallest_kept).flatten().nonzero().squeeze(1)
         mask.view(-1)[ties[-surplus:]] = False
     return mask
+
+
+def two_of_four(y: Float[Tensor, "*layer"]) -> Bool[Tensor, "*layer"]:
+    """Keep the 2 largest ``|y|`` of every 4 inputs in a row; ties as in `topk_mask`.
+
+    The last axis is that of the inputs, and a multiple of 4.
+    """
+    size = _magnitude(y).reshape(-1, 4)
+    first = size.sort(dim=1, descending=True, stable=True).indices[:, :2]
+    return torch.zeros_like(size, dtype=torch.bool).scatter_(1, first, True).view(y.shape)
+
+
+def _magnitude(y: Tensor) -> Tensor:
+    """``|y|`` in C order, without NaN."""
+    magnitude = y.detach().abs().contiguous()  # channels_last too: positions count in C order
+    if magnitude.sum().isnan():
+        raise DivergedError(
+            "a mask cannot be ranked: the aggregation tensor holds NaN. Lower the score step size "
+            "(score-lr)."
+        )
+    return magnitude
 
 
 def _order_statistic(magnitude: Tensor, rank: int) -> Tensor:

@@ -4,7 +4,7 @@ A gate is one bit a filter; symbols as in `formulas`. The tensors of a layer's g
 bear its name with `GATES` behind it, in payloads and states.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -90,6 +90,8 @@ class MaskRules:
     budget : str (default: "layer")
         "layer": each keeps its share r; "network": all together keep as many weights,
         those of the largest `relative_sizes`, wherever they lie.
+    blocks : collection of str (default: none)
+        Layers that keep 2 of every 4 inputs, and so have r = 0.5.
     opening : float (default: 0.0)
         Share of the filters above ρ that is on still: ρ + (1 - ρ) * opening stay.
     """
@@ -98,6 +100,7 @@ class MaskRules:
     filters: Mapping[str, float] = field(default_factory=dict)
     budget: str = LAYER
     opening: float = 0.0
+    blocks: Collection[str] = ()
 
     def num_live(self, spec: LayerSpec) -> int:
         """Number of a layer's filters that are on."""
@@ -109,6 +112,12 @@ class MaskRules:
         """Number of weights that stay: the share r of those in filters that are on."""
         numel = spec.shape.numel() // spec.num_filters * self.num_live(spec)
         return maths.kept_weights(numel, retention=self.retention[spec.name])
+
+    def as_if_open(self, spec: LayerSpec, y: Tensor, mask: Tensor, live: Tensor) -> Tensor:
+        """``u``: what a layer's mask would be if all of its gates were open."""
+        if spec.name in self.blocks:
+            return maths.two_of_four(y)
+        return maths.as_if_open(y, mask, live)
 
     def scale(self, spec: LayerSpec) -> float:
         """Factor on the weights that stay."""
@@ -128,12 +137,18 @@ def masks_of(
         masks = _of_network(y, live, layers, rules)
     else:
         masks = {
-            name: maths.live_mask(y[name], live[name], keep=rules.num_kept(spec))
-            if name in live
-            else maths.topk_mask(y[name], retention=rules.retention[name])
-            for name, spec in layers.items()
+            name: _of_layer(y[name], live.get(name), spec, rules) for name, spec in layers.items()
         }
     return masks | {gate_name(name): gate for name, gate in gates.items()}
+
+
+def _of_layer(y: Tensor, live: Tensor | None, spec: LayerSpec, rules: MaskRules) -> Tensor:
+    if spec.name in rules.blocks:
+        mask = maths.two_of_four(y)
+        return mask if live is None else mask & live
+    if live is None:
+        return maths.topk_mask(y, retention=rules.retention[spec.name])
+    return maths.live_mask(y, live, keep=rules.num_kept(spec))
 
 
 def _of_network(

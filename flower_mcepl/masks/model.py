@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks import formulas as maths
+from flower_mcepl.masks.blocks import check_block_retention
 from flower_mcepl.masks.fusion import MCEPL, Fusion, check_formula
 from flower_mcepl.masks.gates import LAYER, MaskRules, gate_name, masks_of
 from flower_mcepl.masks.layers import LayerSpec, find_frozen, find_maskable
@@ -72,6 +73,8 @@ class MaskedModel(nn.Module):
     budget : str (default: "layer")
         Whether each layer keeps its own ratio, or the network as many weights in all;
         see `MaskRules`.
+    blocks : collection of str (default: none)
+        Linear layers that keep 2 of every 4 inputs; see `block_layers`.
     generator : torch.Generator
         Source of the initial scores (uniform in ±1/sqrt(fan_in)).
 
@@ -97,6 +100,7 @@ class MaskedModel(nn.Module):
         fusion_strength: float = 1.0,
         filters: Mapping[str, float] | None = None,
         budget: str = LAYER,
+        blocks: Collection[str] = (),
         generator: torch.Generator,
     ) -> None:
         super().__init__()
@@ -106,7 +110,9 @@ class MaskedModel(nn.Module):
         self._holders: dict[str, int] = {}  # fewer of them, in layers that not all of them hold
         self.layers = find_maskable(module)
         self.retention = resolve_retention(retention, self.layers)
-        self.rules = MaskRules(retention=self.retention, filters=filters or {}, budget=budget)
+        self.rules = MaskRules(
+            retention=self.retention, filters=filters or {}, budget=budget, blocks=blocks
+        )
         self._check_rules()
         self.module = copy.deepcopy(module).requires_grad_(False)
         self._slots = slots_of(self.module, self.layers)
@@ -235,7 +241,7 @@ class MaskedModel(nn.Module):
 
     def masked_weights(self) -> dict[str, Tensor]:
         """Return ``w * m`` by layer, with the gradient straight to the scores."""
-        if self.rules.filters or self.rules.budget != LAYER:
+        if self._is_structured():
             return self._structured_weights()
         return {
             name: maths.masked_weight(
@@ -264,7 +270,7 @@ class MaskedModel(nn.Module):
         return maths.gated_weight(
             self._weight(name),
             y[name],
-            maths.as_if_open(y[name], masks[name], q),
+            self.rules.as_if_open(spec, y[name], masks[name], q),
             a=spec.spread(y[gate]),
             q=q,
             scale=self.rules.scale(spec),
@@ -317,13 +323,18 @@ class MaskedModel(nn.Module):
         x = self.fusion.blend(m, n, num_neighbors=self.num_holders(name))
         return check_formula(x, m, name="blend")
 
+    def _is_structured(self) -> bool:
+        """Whether masks are more than the largest of each layer."""
+        return bool(self.rules.filters or self.rules.budget != LAYER or self.rules.blocks)
+
     def _check_rules(self) -> None:
-        structured = self.rules.filters or self.rules.budget != LAYER
-        if structured and self.fusion.blend is not None:
+        check_block_retention(self.rules.blocks, self.retention)
+        if self._is_structured() and self.fusion.blend is not None:
             raise ConfigError(
-                "filters and retention-budget need a rule of fusion under whose own mask the "
-                "network runs; this one blends it with the neighbors', so that nothing would be "
-                "off. Use fusion mcepl, or leave filters and retention-budget as they are."
+                "filters, block and retention-budget need a rule of fusion under whose own mask "
+                "the network runs; this one blends it with the neighbors', so that nothing would "
+                "be off. Use fusion mcepl, or leave filters, block and retention-budget as they "
+                "are."
             )
 
     def _warn_of_zero_weights(self) -> None:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents import Agent
+from flower_mcepl.files.atomic import replace_file
 from flower_mcepl.personal.inputs import PIXELS
 from flower_mcepl.personal.network import DEPTH, NETWORK
 from flower_mcepl.personal.origins import Origin
-from flower_mcepl.personal.writing import save_personal
+from flower_mcepl.personal.writing import personal_bytes
 
 _TOLD = ("task", "main-metric", "higher-is-better", "metric-unit")  # of the handshake
 
@@ -47,6 +48,26 @@ def save_agent(
     ConfigError
         If the agent's algorithm has no network to hand out.
     """
+    data = agent_bytes(agent, round=round, reference=network, metrics=metrics, pixels=pixels)
+    replace_file(Path(path), data)
+    return len(data)
+
+
+def agent_bytes(
+    agent: Agent,
+    *,
+    network: nn.Module | None = None,
+    drawn: bool = True,
+    round: int | None = None,
+    reference: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    pixels: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The bytes that `save_agent` writes.
+
+    ``network`` is another one in the place of the agent's own; one whose weights are
+    not ``drawn`` by the run's seed has them stored, whatever they are now.
+    """
     handshake = agent.describe()
     facts = {
         "algorithm": agent.algorithm,
@@ -55,18 +76,22 @@ def save_agent(
         **({} if round is None else {"round": round}),
         **({DEPTH: agent.depth} if agent.depth else {}),
         **{key: handshake[key] for key in _TOLD if key in handshake},
-        **({NETWORK: dict(network)} if network else {}),
-        **({"metrics": dict(metrics)} if metrics else {}),
+        **({NETWORK: dict(reference)} if reference else {}),
+        **({"metrics": dict(metrics), "metrics-of": _evaluated(agent)} if metrics else {}),
         **({PIXELS: dict(pixels)} if pixels else {}),
     }
-    return save_personal(
-        personal_network(agent),
-        path,
-        origin=Origin(agent.seed, agent.index),
+    return personal_bytes(
+        personal_network(agent) if network is None else network,
+        origin=Origin(agent.seed, agent.index) if drawn else None,
         facts=facts,
         fingerprint=agent.fingerprint,
         input_shape=input_shape(agent),
     )
+
+
+def _evaluated(agent: Agent) -> str:
+    """Split that an agent's metrics are of: "test" or "validation"."""
+    return str(getattr(getattr(agent, "data", None), "evaluated", "test"))
 
 
 def personal_network(agent: Agent) -> nn.Module:

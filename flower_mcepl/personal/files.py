@@ -85,11 +85,6 @@ def _why_stored(parameters: Mapping[str, Any]) -> str:
         return "the algorithm trains weights"
     if weight_init == SIGNED_CONSTANT:
         return "under its masks they are no signed constants any more"
-    if parameters.get("filters", 1) != 1 or parameters.get("filters_layers"):
-        return (
-            "filters that are off scale the others' weights, which the run's seed then draws in "
-            'the same bits only with weight-init = "signed-constant"'
-        )
     return (
         "the run's seed does not draw them again, as it does with PyTorch's own initialization and "
         'with weight-init = "signed-constant"'

@@ -14,8 +14,9 @@ from typing import Any
 from flower_mcepl.errors import StateError
 from flower_mcepl.wire.support import packed_bytes
 
-# raise it when a field moves, or a recipe or the classes of weights change
-FILE_VERSION = 1
+# raise it when a field moves, or a recipe or the classes of weights change; a file has
+# the first version that knows its recipes
+FIRST_VERSION, SCALED_VERSION = 1, 2
 
 MAGIC = b"\x89MASK\r\n\x1a"  # shows a transfer as text, as PNG's does
 DIGEST_NBYTES = 16
@@ -27,8 +28,10 @@ MAX_WORDS = 2**29  # of all twisters together, that a file may ask for
 FREE_WEIGHTS, WEIGHTS_PER_BYTE = 2**20, 2**10
 
 # how a tensor comes back
-RAW, LIVE, TERNARY, SIGNS, UNIFORM = range(5)
-MASKED = (LIVE, TERNARY, SIGNS, UNIFORM)
+RAW, LIVE, TERNARY, SIGNS, UNIFORM, SCALED = range(6)
+MASKED = (LIVE, TERNARY, SIGNS, UNIFORM, SCALED)
+UNIFORMS = (UNIFORM, SCALED)
+DRAWN = (SIGNS, *UNIFORMS)
 BY_SCORES, BY_ROWS = 1, 2  # how a mask is coded
 
 DTYPES = {  # name in torch: code and size
@@ -64,10 +67,11 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     recipe: int  # RAW, or one of MASKED
-    magnitude: float = 0.0  # of TERNARY and SIGNS; the bound of UNIFORM
-    draw: Draw | None = None  # of SIGNS and UNIFORM
+    magnitude: float = 0.0  # of TERNARY and SIGNS; the bound of UNIFORM and SCALED
+    draw: Draw | None = None  # of DRAWN
     scores: Draw | None = None  # first scores, by which the mask is coded; None: it is not
     rows: bytes = b""  # 1 bit for each row, set where it is all off; empty: the file does not say
+    factor: float = 1.0  # of SCALED: on what was drawn
 
     @property
     def numel(self) -> int:
@@ -84,8 +88,10 @@ class Entry:
         code = DTYPES[self.dtype][0]
         line = struct.pack(f"<H{len(label)}s", len(label), label)
         line += struct.pack(f"<BBB{len(self.shape)}I", code, self.recipe, self._dims, *self.shape)
-        if self.recipe in (TERNARY, SIGNS, UNIFORM):
+        if self.recipe in (TERNARY, *DRAWN):
             line += struct.pack("<d", self.magnitude)
+        if self.recipe == SCALED:
+            line += struct.pack("<d", self.factor)
         if self.draw is not None:
             line += Draw.LAYOUT.pack(self.draw.seed, self.draw.skip)
         if self.recipe in MASKED:
@@ -124,7 +130,9 @@ def join(parts: Parts) -> bytes:
     body = [facts, table, bytes(parts.frame), bytes(parts.values)]
     total = HEADER.size + sum(map(len, body)) + DIGEST_NBYTES
     count = len(parts.entries)
-    header = HEADER.pack(MAGIC, FILE_VERSION, count, total, *map(len, body), parts.digest)
+    scaled = any(entry.recipe == SCALED for entry in parts.entries)
+    version = SCALED_VERSION if scaled else FIRST_VERSION
+    header = HEADER.pack(MAGIC, version, count, total, *map(len, body), parts.digest)
     data = header + b"".join(body)
     return data + checksum(data)
 
@@ -142,10 +150,10 @@ def split(data: bytes, *, where: str) -> Parts:
     if checksum(data[:-DIGEST_NBYTES]) != data[-DIGEST_NBYTES:]:
         raise damaged(where, f"the checksum over its {len(data)} bytes is wrong")
     _, version, count, total, *sizes, digest = HEADER.unpack_from(data)
-    if version != FILE_VERSION:
+    if not FIRST_VERSION <= version <= SCALED_VERSION:
         raise StateError(
             f"{where} is a personal model of format version {version}; this flower_mcepl reads "
-            f"version {FILE_VERSION}. Update it, or export the model anew."
+            f"versions {FIRST_VERSION} to {SCALED_VERSION}. Update it, or export the model anew."
         )
     if total != len(data) or HEADER.size + sum(sizes) + DIGEST_NBYTES != total:
         raise damaged(where, "its parts do not add up to its length")
@@ -154,7 +162,8 @@ def split(data: bytes, *, where: str) -> Parts:
         pieces.append(memoryview(data)[at : at + size])
         at += size
     try:
-        facts, entries = json.loads(bytes(pieces[0])), _table(pieces[1], count)
+        last = SCALED if version >= SCALED_VERSION else UNIFORM
+        facts, entries = json.loads(bytes(pieces[0])), _table(pieces[1], count, last)
     except (ValueError, struct.error, IndexError, KeyError, RecursionError) as error:
         raise damaged(where, f"its table cannot be read ({error!r})") from error
     if not isinstance(facts, dict):
@@ -185,10 +194,11 @@ def tensors_digest(tensors: Iterable[tuple[Entry, bytes]]) -> bytes:
     return state.digest()
 
 
-def _table(data: memoryview, count: int) -> list[Entry]:
+def _table(data: memoryview, count: int, last: int) -> list[Entry]:
+    """Entries of a table, whose recipes go up to the last that its version knows."""
     entries, at = [], 0
     for _ in range(count):
-        entry, at = _entry(data, at)
+        entry, at = _entry(data, at, last)
         entries.append(entry)
     names = [entry.name for entry in entries]
     if at != len(data) or names != sorted(set(names)):
@@ -196,7 +206,7 @@ def _table(data: memoryview, count: int) -> list[Entry]:
     return entries
 
 
-def _entry(data: memoryview, at: int) -> tuple[Entry, int]:
+def _entry(data: memoryview, at: int, last: int) -> tuple[Entry, int]:
     def take(layout: struct.Struct) -> tuple[Any, ...]:
         nonlocal at
         fields = layout.unpack_from(data, at)
@@ -209,21 +219,21 @@ def _entry(data: memoryview, at: int) -> tuple[Entry, int]:
     (length,) = take(struct.Struct("<H"))
     (label,) = take(struct.Struct(f"<{length}s"))
     code, recipe, dims = take(struct.Struct("<BBB"))
-    if recipe > UNIFORM or dims > MAX_DIMS or (recipe == UNIFORM and _NAMES[code] != "float32"):
+    odd = recipe in UNIFORMS and _NAMES[code] != "float32"
+    if recipe > last or dims > MAX_DIMS or odd:
         raise ValueError(f"no tensor has recipe {recipe}, {dims} dimensions and type {code}")
     shape = take(struct.Struct(f"<{dims}I"))
-    magnitude = take(struct.Struct("<d"))[0] if recipe in (TERNARY, SIGNS, UNIFORM) else 0.0
-    words = draw() if recipe in (SIGNS, UNIFORM) else None
+    magnitude = take(struct.Struct("<d"))[0] if recipe in (TERNARY, *DRAWN) else 0.0
+    factor = take(struct.Struct("<d"))[0] if recipe == SCALED else 1.0
+    words = draw() if recipe in DRAWN else None
     coding = take(struct.Struct("<B"))[0] if recipe in MASKED else 0
     if coding > BY_SCORES | BY_ROWS or (coding & BY_ROWS and not math.prod(shape[:1])):
         raise ValueError(f"no mask is coded in way {coding}")
     scores = draw() if coding & BY_SCORES else None
     size = packed_bytes(shape[0]) if coding & BY_ROWS else 0
     (rows,) = take(struct.Struct(f"<{size}s"))
-    entry = Entry(
-        bytes(label).decode(), _NAMES[code], shape, recipe, magnitude, words, scores, rows
-    )
-    return entry, at
+    name, kind = bytes(label).decode(), _NAMES[code]
+    return Entry(name, kind, shape, recipe, magnitude, words, scores, rows, factor), at
 
 
 # Before anything is allocated: a file of a few bytes must not make its reader fill the

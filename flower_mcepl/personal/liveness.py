@@ -1,40 +1,23 @@
 """Liveness of channels: which are constant, who reads them, which belong together.
 
 Every value of a traced network has channels on axis 1. Values whose channels come and
-go together form a group: what elementwise layers, norms, pools and additions lead from
-one to the other. Convolutions and linear layers lie between groups: they make the
-channels of one (their filters) and read those of another.
+go together form a group: what elementwise layers, norms, pools, additions and grouped
+convolutions lead from one to the other. Other convolutions and linear layers lie
+between groups: they make the channels of one (their filters) and read those of another.
 """
 
 import math
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from flower_mcepl.masks.channelwise import (
-    BINARY,
-    DROPOUT_CALLS,
-    DROPOUTS,
-    ELEMENTWISE,
-    ELEMENTWISE_CALLS,
-    POOL_CALLS,
-    POOLS,
-)
 from flower_mcepl.models import local_response_norm
+from flower_mcepl.personal import operations as ops
+from flower_mcepl.personal.operations import columns_of, pads, shape_of
 from flower_mcepl.personal.places import NORMS
-
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# in eval mode, in which networks are compacted, a dropout does nothing
-_ELEMENTWISE = (*ELEMENTWISE, *DROPOUTS)
-_ELEMENTWISE_CALLS = ELEMENTWISE_CALLS | DROPOUT_CALLS
-_MEANS: set[Any] = {torch.mean, "mean"}
-_FLATTENS: set[Any] = {torch.flatten, "flatten"}
 
 
 @dataclass
@@ -43,9 +26,13 @@ class Group:
 
     size: int
     locked: str = ""  # why its channels must stay; empty: they need not
+    # channels that stand side by side go as one, in steps of so many: a group of a norm
+    step: int = 1
+    step_of: str = ""  # whose step it is
     makers: list[str] = field(default_factory=list)  # layers whose filters they are
     readers: list[tuple[str, "Value"]] = field(default_factory=list)  # layers, what they read
-    norms: list[tuple[str, "Value"]] = field(default_factory=list)  # batch norms
+    # norms and grouped convolutions, through which channels pass, alone or in steps
+    passed: list[tuple[str, "Value"]] = field(default_factory=list)
     mixing: list[tuple[fx.Node, "Value"]] = field(default_factory=list)  # local response norms
     merged: "Group | None" = None
 
@@ -69,8 +56,9 @@ class Liveness:
     def __init__(self, graph_module: fx.GraphModule, example: Tensor) -> None:
         self.modules = dict(graph_module.named_modules())
         self.groups: list[Group] = []
+        self.made: dict[str, Tensor] = {}  # constants among the outputs of each maker
         self._values: dict[fx.Node, Value] = {}
-        self._alone = set(_called_once(graph_module))
+        self._alone = set(ops.called_once(graph_module))
         with torch.no_grad():
             ShapeProp(graph_module).propagate(example)
             for node in graph_module.graph.nodes:
@@ -90,41 +78,72 @@ class Liveness:
         handle = self._rule(node, module, inputs)
         if handle is not None:
             handle()
-        elif not _reads_batch_size(node):
-            what = type(module).__name__ if module is not None else _name(target)
-            self._lock(node, f"{what} mixes channels, or is not known")
+        elif not ops.reads_batch_size(node):
+            what = type(module).__name__ if module is not None else ops.name_of(target)
+            self._lock(node, self._why_not(node, module, what))
             self._new(node, f"it comes from {what}")
+
+    def _why_not(self, node: fx.Node, module: nn.Module | None, what: str) -> str:
+        known = isinstance(module, (*ops.LAYERS, *ops.BATCH_NORMS, nn.GroupNorm))
+        if known and str(node.target) not in self._alone:
+            return f"{what} {node.target} is called more than once, or shares its weights"
+        return f"{what} mixes channels, or is not known"
 
     def _rule(
         self, node: fx.Node, module: nn.Module | None, inputs: list[fx.Node]
     ) -> Callable[[], None] | None:
         """What a node does to channels; None: nothing that is known."""
-        if len(inputs) == 2 and node.target in BINARY and _same_shape(*inputs):
+        if len(inputs) == 2 and node.target in ops.BINARY and ops.same_shape(*inputs):
             return lambda: self._join(node, *inputs)
-        if len(inputs) != 1 or not _is_tensor(node):
+        if len(inputs) != 1 or not ops.is_tensor(node):
             return None
         (source,) = inputs
-        if _is_flatten(node, module, source):
+        if ops.is_flatten(node, module, source):
             return lambda: self._flatten(node, source)
         if node.all_input_nodes != inputs:
             return None
+        if module is not None and str(node.target) in self._alone:
+            rule = self._module_rule(node, module, source)
+            if rule is not None:
+                return rule
+        return self._channelwise_rule(node, module, source)
+
+    def _module_rule(
+        self, node: fx.Node, module: nn.Module, source: fx.Node
+    ) -> Callable[[], None] | None:
+        """The rule of a module with parameters that are its own."""
+        kind = type(module)
+        if kind is nn.Linear and len(shape_of(source) or ()) == 2:
+            return lambda: self._layer(node, source)
+        if isinstance(module, ops.CONVOLUTIONS) and kind in ops.CONVOLUTIONS:
+            if module.padding_mode != "zeros":
+                return None
+            if module.groups == 1:
+                return lambda: self._layer(node, source)
+            return self._grouped_rule(node, module, source)
+        if kind in ops.BATCH_NORMS and module.running_mean is not None:
+            return lambda: self._pass(node, source, self._called(node, source))
+        if isinstance(module, nn.GroupNorm):
+            return lambda: self._group_norm(node, module, source)
+        return None
+
+    def _channelwise_rule(
+        self, node: fx.Node, module: nn.Module | None, source: fx.Node
+    ) -> Callable[[], None] | None:
         kind, target = type(module), node.target
-        if isinstance(module, LAYERS) and kind in LAYERS:
-            return self._layer_rule(node, module, source)
-        if kind in BATCH_NORMS and getattr(module, "running_mean", None) is not None:
-            return (lambda: self._norm(node, source)) if target in self._alone else None
         if kind in NORMS or target in (nn.functional.local_response_norm, local_response_norm):
             return lambda: self._mix(node, source)
-        if kind in _ELEMENTWISE or target in _ELEMENTWISE_CALLS or target in BINARY:
+        calls = target in ops.ELEMENTWISE_CALLS or target in ops.BINARY
+        if kind in ops.ELEMENTWISE or calls:
             return lambda: self._map(node, source, self._called(node, source))
-        if kind in POOLS or target in POOL_CALLS or _is_spatial_mean(node, source):
+        if ops.is_pool(node, module) or ops.is_spatial_mean(node, source):
             return lambda: self._map(node, source, self._values[source].constant)
         return None
 
     # ---- rules ----
 
     def _new(self, node: fx.Node, locked: str = "") -> Value | None:
-        shape = _shape(node)
+        shape = shape_of(node)
         if shape is None or len(shape) < 2:
             return None
         group = Group(shape[1], locked)
@@ -138,44 +157,70 @@ class Liveness:
             if source in self._values:
                 self._values[source].group.root().locked = why
 
-    def _layer_rule(
-        self, node: fx.Node, module: nn.Module, source: fx.Node
-    ) -> Callable[[], None] | None:
-        if isinstance(module, nn.Linear):
-            usual = len(_shape(source) or ()) == 2
-        else:
-            settings: Any = module
-            usual = settings.groups == 1 and settings.padding_mode == "zeros"
-        plain = usual and str(node.target) in self._alone
-        return (lambda: self._layer(node, source)) if plain else None
-
     def _layer(self, node: fx.Node, source: fx.Node) -> None:
         name, read = str(node.target), self._values[source]
         read.group.root().readers.append((name, read))
         made = self._new(node)
         assert made is not None
         made.group.makers.append(name)
-        made.constant = self._outputs(self.modules[name], read)
+        made.constant = self.made[name] = self._outputs(self.modules[name], read.constant)
 
     @staticmethod
-    def _outputs(layer: nn.Module, read: Value) -> Tensor:
+    def _outputs(layer: nn.Module, read: Tensor) -> Tensor:
         """Constant outputs of a layer: no input that is not constant has a weight."""
         weight = columns_of(layer)
-        constant = read.constant.nan_to_num(0.0)
+        groups = getattr(layer, "groups", 1)
+        # [groups, outputs, inputs, elements] against [groups, 1, inputs]
+        weight = weight.reshape(groups, -1, *weight.shape[1:])
+        read = read.reshape(groups, 1, -1)
+        constant = read.nan_to_num(0.0)
         bias = layer.bias.double() if isinstance(layer.bias, Tensor) else 0.0
-        outputs = (weight * constant[:, None]).sum((1, 2)) + bias
-        moving = read.constant.isnan() | ((constant != 0) & pads(layer))
-        outputs[(weight[:, moving] != 0).any(2).any(1)] = math.nan
+        outputs = (weight.sum(3) * constant).sum(2).flatten() + bias
+        moving = read.isnan() | ((constant != 0) & pads(layer))
+        outputs[((weight != 0).any(3) & moving).any(2).flatten()] = math.nan
         return outputs
 
-    def _map(self, node: fx.Node, source: fx.Node, constant: Tensor) -> None:
+    def _map(
+        self, node: fx.Node, source: fx.Node, constant: Tensor, *, factor: int | None = None
+    ) -> None:
         value = self._values[source]
-        self._values[node] = Value(value.group.root(), value.factor, constant)
+        self._values[node] = Value(value.group.root(), factor or value.factor, constant)
 
-    def _norm(self, node: fx.Node, source: fx.Node) -> None:
+    def _pass(
+        self, node: fx.Node, source: fx.Node, constant: Tensor, *, factor: int | None = None
+    ) -> None:
         value = self._values[source]
-        value.group.root().norms.append((str(node.target), value))
-        self._map(node, source, self._called(node, source))
+        value.group.root().passed.append((str(node.target), value))
+        self._map(node, source, constant, factor=factor)
+
+    # A norm over a group of channels sees how many there are, also of constant ones. So
+    # only whole groups can go, where all channels are constant.
+    def _group_norm(self, node: fx.Node, norm: nn.GroupNorm, source: fx.Node) -> None:
+        self._step(source, norm.num_channels // norm.num_groups, f"a group of {node.target}")
+        # of more than one pixel, which torch asks for; constants are the same in all
+        self._pass(node, source, self._called(node, source, pixels=2))
+
+    def _grouped_rule(
+        self, node: fx.Node, layer: nn.Module, source: fx.Node
+    ) -> Callable[[], None] | None:
+        """A grouped convolution: groups of inputs and of outputs go together."""
+        value, groups = self._values[source], int(layer.groups)  # type: ignore[arg-type]
+        inputs, outputs = (int(getattr(layer, k)) for k in ("in_channels", "out_channels"))
+        if value.factor * outputs % inputs:
+            return None
+
+        def handle() -> None:
+            self._step(source, inputs // groups, f"a group of {node.target}")
+            constant = self._outputs(layer, value.constant)
+            self._pass(node, source, constant, factor=value.factor * outputs // inputs)
+
+        return handle
+
+    def _step(self, source: fx.Node, features: int, whose: str) -> None:
+        """Let channels go in steps of so many features alone."""
+        value = self._values[source]
+        step = features // math.gcd(features, value.factor)
+        _refine(value.group.root(), step, whose)
 
     def _mix(self, node: fx.Node, source: fx.Node) -> None:
         value = self._values[source]
@@ -189,22 +234,28 @@ class Liveness:
         if left.factor != right.factor:
             self._lock(node, "values of different layouts are added")
         merge(left.group.root(), right.group.root())
-        multiplies = node.target in (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-        both = torch.mul if multiplies else torch.add
-        self._map(node, one, both(left.constant, right.constant))
+        if node.target in ops.PRODUCTS:
+            both = left.constant * right.constant
+            both[(left.constant == 0) | (right.constant == 0)] = 0
+        else:
+            both = left.constant + right.constant
+        self._map(node, one, both)
 
     def _flatten(self, node: fx.Node, source: fx.Node) -> None:
-        value, shape = self._values[source], _shape(node)
+        value, shape = self._values[source], shape_of(node)
         assert shape is not None
+        ops.as_flatten(node, source)
         factor = shape[1] // len(value.constant)
         constant = value.constant.repeat_interleave(factor)
-        self._values[node] = Value(value.group.root(), value.factor * factor, constant)
+        self._map(node, source, constant, factor=value.factor * factor)
 
-    def _called(self, node: fx.Node, source: fx.Node) -> Tensor:
-        """What an elementwise layer makes of constants."""
-        constant, shape = self._values[source].constant, _shape(source)
+    def _called(self, node: fx.Node, source: fx.Node, *, pixels: int = 1) -> Tensor:
+        """What a layer makes of constants."""
+        constant, shape = self._values[source].constant, shape_of(source)
         assert shape is not None
-        inputs = constant.float().reshape(1, -1, *(1 for _ in shape[2:]))
+        space = (pixels,) if pixels > 1 else (1 for _ in shape[2:])
+        ones = torch.ones(1, len(constant), *space)
+        inputs = ones * constant.float().reshape(1, -1, *(1 for _ in ones.shape[2:]))
         args = [inputs if arg is source else arg for arg in node.args]
         kwargs = {key: inputs if arg is source else arg for key, arg in node.kwargs.items()}
         if node.op == "call_module":
@@ -214,91 +265,21 @@ class Liveness:
         else:
             assert callable(node.target)
             outputs = node.target(*args, **kwargs)
-        return outputs.double().reshape(-1)  # type: ignore[no-any-return]
+        return outputs.double().reshape(len(constant), -1)[:, 0]  # type: ignore[no-any-return]
 
 
 def merge(one: Group, other: Group) -> None:
     """Make two groups one."""
     if one is other:
         return
-    for name in ("makers", "readers", "norms", "mixing"):
+    for name in ("makers", "readers", "passed", "mixing"):
         getattr(one, name).extend(getattr(other, name))
     one.locked = one.locked or other.locked
+    _refine(one, other.step, other.step_of)
     other.merged = one
 
 
-def columns_of(layer: nn.Module) -> Tensor:
-    """Weights of a layer as [outputs, inputs, elements of the kernel], float64."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().double().reshape(weight.shape[0], weight.shape[1], -1)
-
-
-def pads(layer: nn.Module) -> bool:
-    """Whether a layer sees zeros around its inputs, so that constants are not so."""
-    if isinstance(layer, nn.Linear):
-        return False
-    padding = layer.padding
-    if isinstance(padding, str):
-        return padding != "valid"
-    return any(padding)  # type: ignore[arg-type]
-
-
-def _called_once(graph_module: fx.GraphModule) -> Iterator[str]:
-    """Submodules that one node calls, and whose parameters are theirs alone."""
-    calls: dict[str, int] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-    owners: dict[int, set[str]] = {}
-    for name, parameter in graph_module.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
-    shared = {name for names in owners.values() if len(names) > 1 for name in names}
-    read = (str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr")
-    others = shared | {name.rpartition(".")[0] for name in read}
-    return (name for name, count in calls.items() if count == 1 and name not in others)
-
-
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    meta = node.meta.get("tensor_meta")
-    shape = getattr(meta, "shape", None)
-    return None if shape is None else tuple(shape)
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return len(_shape(node) or ()) >= 2
-
-
-def _same_shape(one: fx.Node, other: fx.Node) -> bool:
-    return _is_tensor(one) and _shape(one) == _shape(other)
-
-
-def _reads_batch_size(node: fx.Node) -> bool:
-    return node.target == "size" and node.args[1:] == (0,)
-
-
-def _is_spatial_mean(node: fx.Node, source: fx.Node) -> bool:
-    if node.target not in _MEANS or "dtype" in node.kwargs:
-        return False
-    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    ndim = len(_shape(source) or ())
-    listed = [dims] if isinstance(dims, int) else dims
-    return bool(listed) and all(isinstance(d, int) and d % ndim >= 2 for d in listed)
-
-
-def _is_flatten(node: fx.Node, module: nn.Module | None, source: fx.Node) -> bool:
-    before = _shape(source) or ()
-    if _shape(node) != (*before[:1], math.prod(before[1:])):
-        return False
-    if node.target in ("view", "reshape"):
-        return bool(node.args[2:] == (-1,) and _first_is_batch(node, source))
-    return isinstance(module, nn.Flatten) or node.target in _FLATTENS
-
-
-def _first_is_batch(node: fx.Node, source: fx.Node) -> bool:
-    first = node.args[1]
-    return isinstance(first, fx.Node) and _reads_batch_size(first) and first.args[0] is source
-
-
-def _name(target: object) -> str:
-    return target if isinstance(target, str) else getattr(target, "__name__", repr(target))
+def _refine(group: Group, step: int, whose: str) -> None:
+    if group.step % step:
+        group.step = math.lcm(group.step, step)
+        group.step_of = whose

@@ -12,16 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flower_mcepl.masks.formulas import keep_variance
 from flower_mcepl.masks.layers import LayerSpec
 from flower_mcepl.masks.weight_init import sign_seed
-from flower_mcepl.personal.layout import LIVE, SIGNS, TERNARY, UNIFORM, Draw, Entry
-from flower_mcepl.personal.recipes import Words, uniform
+from flower_mcepl.personal.layout import LIVE, SCALED, SIGNS, TERNARY, UNIFORM, Draw, Entry
+from flower_mcepl.personal.recipes import Words, scaled
 from flower_mcepl.streams import mersenne_seed, mersenne_words, stream_seed
 
 _MOST_PARAMETERS = 2**27  # of a network whose draws are looked for at all
 _MOST_WORDS = 2**24  # in which draws are looked for: 64 MB
 _ANCHORS = 4  # largest weights of a layer, by which its place among the words shows
 _ULPS = 3  # around the bound that the largest weight suggests
+_SAMPLE = 64  # weights that are looked at before all of them
 
 
 def with_recipe(plain: Entry, flat: Tensor, origin: "Origin | None", *, parameters: int) -> Entry:
@@ -73,17 +75,24 @@ class Origin:
     # that nobody knows: modules may draw twice, and biases lie between. The ratios of a
     # layer's largest weights do not depend on the bound, and tell its place.
     def uniform(self, plain: Entry, flat: Tensor, *, parameters: int) -> Entry | None:
-        """Recipe of a layer that torch's ``uniform_`` drew on the run's seed."""
+        """Recipe of a layer that torch's ``uniform_`` drew on the run's seed.
+
+        Where filters are off, the others come times ``1 / sqrt(ρ)``, see `MaskRules`.
+        """
         seed = mersenne_seed(stream_seed(self.seed, "weights"))
         words = _words(seed, min(3 * parameters + 1000, _MOST_WORDS))
         weights = flat.numpy()
         on = weights != 0
+        factors = _factors(on.reshape(plain.shape))
         for skip in _places(words, weights):
-            layer = words[skip : skip + plain.numel]
-            for bound in _bounds(layer, weights):
-                if np.array_equal(uniform(layer[on], bound), weights[on]):
-                    draw = Draw(seed, skip)
-                    return replace(plain, recipe=UNIFORM, magnitude=bound, draw=draw)
+            layer, draw = words[skip : skip + plain.numel], Draw(seed, skip)
+            for factor in factors:
+                for bound in _bounds(layer, weights, factor):
+                    if _gives(layer[on], weights[on], bound, factor):
+                        recipe = UNIFORM if factor == 1 else SCALED
+                        return replace(
+                            plain, recipe=recipe, magnitude=bound, draw=draw, factor=factor
+                        )
         return None
 
     def scores(self, layers: Mapping[str, LayerSpec]) -> Iterator[dict[str, Draw]]:
@@ -119,10 +128,30 @@ def _places(words: Words, weights: NDArray[np.float32]) -> Iterator[int]:
     yield from map(int, np.flatnonzero(near))
 
 
-def _bounds(layer: Words, weights: NDArray[np.float32]) -> Iterator[float]:
+def _factors(on: NDArray[np.bool_]) -> list[float]:
+    """Factors that a layer's weights may have: 1, or those of its filters that are on.
+
+    A filter that is on may have lost all of its weights, so there may be more of them.
+    """
+    if on.ndim < 2:
+        return [1.0]
+    filters, least = len(on), int(on.reshape(len(on), -1).any(1).sum())
+    shares = (live / filters for live in range(least, filters))
+    return [1.0, *(float(np.float32(keep_variance(share))) for share in shares)]
+
+
+def _gives(words: Words, weights: NDArray[np.float32], bound: float, factor: float) -> bool:
+    """Whether these words are these weights; a few are looked at first."""
+    return all(
+        np.array_equal(scaled(words[:end], bound, factor), weights[:end])
+        for end in (_SAMPLE, len(words))
+    )
+
+
+def _bounds(layer: Words, weights: NDArray[np.float32], factor: float) -> Iterator[float]:
     """Bounds with which the largest weight would come of its word."""
     largest = int(np.argmax(np.abs(weights)))
-    bound = np.float32(weights[largest] / _unit(layer[largest : largest + 1])[0])
+    bound = np.float32(weights[largest] / _unit(layer[largest : largest + 1])[0] / factor)
     if bound > 0:
         near = bound.view(np.int32) + np.arange(-_ULPS, _ULPS + 1, dtype=np.int32)
         yield from near.astype(np.int32).view(np.float32).tolist()

@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flower_mcepl.personal.elements import from_bytes
-from flower_mcepl.personal.layout import LIVE, SIGNS, TERNARY, UNIFORM, Draw, Entry, pieces_by_seed
+from flower_mcepl.personal.layout import (
+    LIVE,
+    SIGNS,
+    TERNARY,
+    UNIFORMS,
+    Draw,
+    Entry,
+    pieces_by_seed,
+)
 from flower_mcepl.streams import mersenne_pieces
 from flower_mcepl.wire import Prior
 
@@ -49,6 +57,11 @@ def uniform(words: Words, bound: float) -> Floats:
     return (doubled - bound).astype(np.float32)
 
 
+def scaled(words: Words, bound: float, factor: float) -> Floats:
+    """Weights uniform in ±bound, times a float32, rounded once more."""
+    return uniform(words, bound) * np.float32(factor)
+
+
 def restored(entry: Entry, on: NDArray[np.bool_], values: memoryview, twisters: Twisters) -> Tensor:
     """The flat tensor of an entry whose mask is ``on``, from its values in the file."""
     flat = torch.zeros(entry.numel, dtype=getattr(torch, entry.dtype))
@@ -67,8 +80,8 @@ def _live(entry: Entry, on: NDArray[np.bool_], values: memoryview, twisters: Twi
     words = twisters.words(entry.draw, entry.numel)[on]
     if entry.recipe == SIGNS:
         return _signed(words & 1 == 0, entry.magnitude, dtype)
-    assert entry.recipe == UNIFORM
-    return torch.from_numpy(uniform(words, entry.magnitude))
+    assert entry.recipe in UNIFORMS
+    return torch.from_numpy(scaled(words, entry.magnitude, entry.factor))
 
 
 def _signed(negative: NDArray[np.bool_], magnitude: float, dtype: torch.dtype) -> Tensor:
@@ -94,7 +107,7 @@ def _labels(entry: Entry, twisters: Twisters) -> NDArray[np.uint8]:
     labels = np.zeros(entry.numel, np.int64)
     if entry.scores is not None:
         labels = _levels(twisters.words(entry.scores, entry.numel), SCORE_LEVELS)
-        if entry.recipe == UNIFORM and entry.draw is not None:
+        if entry.recipe in UNIFORMS and entry.draw is not None:
             sizes = _levels(twisters.words(entry.draw, entry.numel), WEIGHT_LEVELS)
             labels = labels * WEIGHT_LEVELS + sizes
     if entry.rows:

@@ -69,7 +69,7 @@ def test_a_mask_file_is_the_agents_model(run: Run, app: Path, tmp_path: Path, st
     loaded = load_personal(file)
     assert torch.equal(loaded(inputs), network(inputs))
     facts = read_personal(file).facts
-    assert facts["metrics"] == metrics
+    assert (facts["metrics"], facts["metrics-of"]) == (metrics, "test")
     assert (facts["algorithm"], facts["agent"], facts["task"]) == ("mcepl", 2, "classification")
     best = {row["agent"]: row["round"] for row in run.best_states()}[2]
     assert facts["round"] == (best if state == "best" else 3)

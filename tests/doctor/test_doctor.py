@@ -277,6 +277,10 @@ def test_a_sound_run_has_all_figures(app: Path) -> None:
     assert found["weights"].values["fingerprint"] == expected["fingerprint"]
     assert found["weights"].values["num_weights"] == 36 + 192
     assert found["weights"].values["first_mask"] == expected["first-mask"]
+    model = found["personal-model"]
+    assert "at most: written now, under random masks" in model.found
+    assert model.values["retention"] == found["weights"].values["retention"]
+    assert 0 < model.values["file_bytes"] < 1000
     assert found["data"].values["num_examples"] == 24
     assert found["data"].values["train_counts"] == expected["train-counts"]
     assert found["graph"].values == {

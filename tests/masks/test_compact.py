@@ -285,3 +285,29 @@ def test_a_trace_that_is_not_the_network_is_refused() -> None:
     model.module.scale = 2.0
     with pytest.raises(UnsupportedLayerError, match=r"got a difference of 0\.5"):
         check_compact(compact, lambda network: network(inputs))
+
+
+def test_blocks_of_four_stay_blocks_in_compact_steps() -> None:
+    torch.manual_seed(3)
+    module = nn.Sequential(
+        nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)
+    ).double()
+    layers = find_maskable(module)
+    model = MaskedModel(
+        module,
+        retention=0.5,
+        filters=resolve_filters(0.5, {}, module, layers),
+        blocks=[*layers],
+        generator=generator(3),
+    ).double()
+    x = torch.randn(5, 8, dtype=torch.float64)
+    compact = CompactNetwork(model)
+    assert compact.is_smaller
+    outputs = compact(x)
+    torch.testing.assert_close(outputs, model(x), rtol=0, atol=1e-10)
+    scores = [*model.scores.values()]
+    one = torch.autograd.grad(outputs.square().sum(), scores)
+    other = torch.autograd.grad(model(x).square().sum(), scores)
+    for mine, whole in zip(one, other, strict=True):
+        live = mine != 0
+        torch.testing.assert_close(mine[live], whole[live], rtol=0, atol=1e-10)

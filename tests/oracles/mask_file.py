@@ -29,6 +29,7 @@ class Line:
     draw: tuple[int, int] | None = None
     scores: tuple[int, int] | None = None
     rows: list[int] | None = None
+    factor: float = 1.0
 
 
 def read(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -36,7 +37,8 @@ def read(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     assert data[:8] == b"\x89MASK\r\n\x1a"
     assert blake(data[:-16]) == data[-16:]
     version, count, total, f, table, m, v = struct.unpack_from("<HIQIIQQ", data, 8)
-    assert (version, total) == (1, len(data))
+    assert version in (1, 2)
+    assert total == len(data)
     at = 62
     facts, at = data[at : at + f], at + f
     lines, at = [*read_table(data[at : at + table], count)], at + table
@@ -44,6 +46,7 @@ def read(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     values, at = data[at : at + v], at + v
     assert at == total - 16
     masked = [line for line in lines if line.recipe]
+    assert version == (2 if any(line.recipe == 5 for line in lines) else 1)
     classes = {line.name: [*class_of(line)] for line in masked if line.scores or line.rows}
     layers = frames.decode(frame, classes=classes or None)
     assert {n: x.shape for n, x in layers.items()} == {line.name: line.shape for line in masked}
@@ -71,6 +74,8 @@ def read_table(data: bytes, count: int) -> Iterator[Line]:
         line = Line(name, code, shape, recipe)
         if recipe >= 2:
             (line.magnitude,) = struct.unpack("<d", stream.take(8))
+        if recipe == 5:
+            (line.factor,) = struct.unpack("<d", stream.take(8))
         if recipe >= 3:
             line.draw = (stream.number(4), stream.number(8))
         coding = stream.number(1) if recipe else 0
@@ -110,12 +115,15 @@ def drawn(line: Line, word: int) -> float:
     if line.recipe == 3:
         return b if word & 1 else -b
     exact = Fraction(word % 2**24) * Fraction(2 * b) / 2**24 - Fraction(b)
-    return float(exact)  # struct rounds it to float32
+    if line.recipe == 4:
+        return float(exact)  # struct rounds it to float32
+    (once,) = struct.unpack("<f", struct.pack("<f", float(exact)))
+    return once * line.factor  # exact in binary64, rounded again
 
 
 def class_of(line: Line) -> Iterator[int]:
     numel = math.prod(line.shape)
-    own = words_of(line.draw, numel) if line.recipe == 4 else []
+    own = words_of(line.draw, numel) if line.recipe >= 4 else []
     scores = words_of(line.scores, numel) if line.scores else []
     for k in range(numel):
         by_score = level(scores[k], 16) if scores else 0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -67,11 +67,17 @@ class Everything(nn.Module):
 
 
 def baked(
-    model_fn: Any = small_net, *, retention: Any = 0.3, init: str = "module", seed: int = SEED
+    model_fn: Any = small_net,
+    *,
+    retention: Any = 0.3,
+    init: str = "module",
+    seed: int = SEED,
+    filters: dict[str, float] | None = None,
 ) -> nn.Module:
     module = with_weights(shared_module(model_fn, seed=SEED), init, seed=SEED)
     scores = torch_stream(seed, "scores")
-    return MaskedModel(module, retention=retention, generator=scores).bake().eval()
+    model = MaskedModel(module, retention=retention, filters=filters, generator=scores)
+    return model.bake().eval()
 
 
 def same(left: Tensor, right: Tensor) -> bool:
@@ -102,12 +108,13 @@ def test_a_file_gives_every_bit_again(
 @pytest.mark.parametrize("init", ["module", "signed-constant"])
 @pytest.mark.parametrize("model_fn", [small_net, Everything])
 @pytest.mark.parametrize("origin", [None, SMALL])
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("rows", [False, True, "gates"])
 def test_a_second_reader_reads_the_same(
-    model_fn: Any, init: str, origin: Origin | None, rows: bool
+    model_fn: Any, init: str, origin: Origin | None, rows: bool | str
 ) -> None:
-    module = baked(model_fn, init=init)
-    if rows:
+    first = "0.weight" if model_fn is small_net else "body.weight"
+    module = baked(model_fn, init=init, filters={first: 0.7} if rows == "gates" else None)
+    if rows is True:
         with torch.no_grad():
             for weight in filter(torch.Tensor.dim, module.parameters()):
                 weight[:1] = 0
@@ -127,6 +134,41 @@ def test_drawn_weights_take_no_bytes() -> None:
         assert opened(personal_bytes(module, origin=SMALL), where="x").stored == 0
         assert opened(personal_bytes(module), where="x").stored > 0
         assert opened(personal_bytes(module, origin=Origin(8, 0)), where="x").stored > 0
+
+
+@settings(max_examples=20)
+@given(
+    share=st.floats(0.05, 1.0),
+    retention=st.sampled_from([0.05, 0.3, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_gates_cost_no_weights(share: float, retention: float, seed: int) -> None:
+    """Filters that are off scale the others, by a factor that the file says."""
+    filters = {"conv2.weight": share, "fc1.weight": share}
+    module = baked(AlexNetCifarNarrow, retention=retention, filters=filters, seed=seed)
+    file = opened(personal_bytes(module, origin=SMALL), where="x")
+    assert file.stored == 0
+    for name, tensor in named_tensors(module).items():
+        assert torch.equal(file.tensors[name], tensor), name
+
+
+def test_a_version_is_the_first_that_knows_a_files_recipes() -> None:
+    plain = personal_bytes(baked(), origin=SMALL)
+    gated = personal_bytes(baked(filters={"0.weight": 0.5}), origin=SMALL)
+    assert (plain[8], gated[8]) == (1, 2)
+    older = bytearray(gated)
+    older[8] = 1
+    with pytest.raises(StateError, match="its table cannot be read"):
+        opened(forged(bytes(older)), where="x")
+
+
+def test_a_file_of_version_1_opens() -> None:
+    data = (Path(__file__).parents[1] / "vectors" / "personal-1.mask").read_bytes()
+    file = opened(data, where="x")
+    assert (data[8], file.stored, file.facts["agent"]) == (1, 0, 1)
+    for name, tensor in named_tensors(baked()).items():
+        assert torch.equal(file.tensors[name], tensor), name
+    assert isinstance(file.network(small_net), nn.Module)
 
 
 def test_a_weight_that_is_not_drawn_is_stored_and_never_rounded() -> None:
@@ -344,6 +386,7 @@ GOOD = {
     )
     for init in ("module", "signed-constant")
 }
+GOOD["gates"] = personal_bytes(baked(noisy_net, filters={"0.weight": 0.5}), origin=SMALL)
 
 
 @pytest.mark.parametrize("init", [*GOOD])
@@ -432,6 +475,6 @@ def test_sizes_are_bounded_before_anything_is_allocated(changes: dict[str, int])
 
 def test_a_newer_version_says_so() -> None:
     data = bytearray(GOOD["module"])
-    data[8] = 2
-    with pytest.raises(StateError, match=r"format version 2; .* reads version 1"):
+    data[8] = 3
+    with pytest.raises(StateError, match=r"format version 3; .* reads versions 1 to 2"):
         opened(forged(bytes(data)), where="x")

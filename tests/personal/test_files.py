@@ -1,17 +1,20 @@
 """One door for all files of personal models."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from flower_mcepl import ConfigError
+from flower_mcepl.personal import read_personal
 from flower_mcepl.personal.exporting import agreement, tensor_batches
 from flower_mcepl.personal.files import Exported, check_ending, export_model
 from flower_mcepl.record.layout import EXPORTS
 from flower_mcepl.runs.settings import DeviceSettings
-from tests.fleet.agents import make_agent
+from tests.fleet.agents import make_agent, small_net
 
 
 @pytest.mark.parametrize("name", ["model.h5", "model", "model.MASK"])
@@ -34,17 +37,40 @@ def test_the_key_and_the_files_know_the_same_endings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "why"),
+    "settings",
     [
-        ({}, ""),
-        ({"filters_layers": "0.weight=0.5"}, "filters that are off scale the others' weights"),
-        ({"filters_layers": "0.weight=0.5", "weight_init": "signed-constant"}, ""),
+        {},
+        {"filters_layers": "0.weight=0.5"},
+        {"filters_layers": "0.weight=0.5", "weight_init": "signed-constant"},
     ],
 )
-def test_why_weights_are_stored_is_said(settings: dict[str, Any], why: str, tmp_path: Path) -> None:
+def test_no_weights_are_stored_of_masks_over_drawn_ones(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     agent = make_agent(0, **settings)
     agent.train(round=1)
     lines = export_model(Exported(agent, 1), tmp_path / "a.mask")
-    stored = [line for line in lines if "are stored" in line]
-    assert bool(stored) == bool(why)
-    assert all(why in line for line in stored)
+    assert not [line for line in lines if "are stored" in line]
+
+
+def test_why_weights_are_stored_is_said(tmp_path: Path) -> None:
+    agent = make_agent(0, model_fn=normal_net)
+    lines = export_model(Exported(agent, 1), tmp_path / "a.mask")
+    assert any("the run's seed does not draw them again" in line for line in lines)
+
+
+def normal_net() -> nn.Module:
+    module = small_net()
+    nn.init.normal_(module.get_parameter("3.weight"))
+    return module
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_metrics_name_the_split_that_they_are_of(split: str, tmp_path: Path) -> None:
+    agent = make_agent(0)
+    agent.data = replace(agent.data, evaluated=split)
+    export_model(Exported(agent, 1, agent.evaluate()), tmp_path / "a.mask")
+    facts = read_personal(tmp_path / "a.mask").facts
+    assert (facts["metrics"], facts["metrics-of"]) == (agent.evaluate(), split)
+    export_model(Exported(agent, 1), tmp_path / "b.mask")
+    assert "metrics-of" not in read_personal(tmp_path / "b.mask").facts

@@ -18,6 +18,7 @@ from flower_mcepl.agents.parts.prior import shared_prior
 from flower_mcepl.agents.parts.sharing import num_elements, shared_shapes
 from flower_mcepl.config.patterns import keys_by_name
 from flower_mcepl.masks import formulas as maths
+from flower_mcepl.masks.blocks import block_layers
 from flower_mcepl.masks.fusion import FUSIONS
 from flower_mcepl.masks.gates import gate_name, resolve_filters
 from flower_mcepl.masks.layers import find_maskable
@@ -119,6 +120,7 @@ def _whole_model(
         fusion_strength=config.strength(1),
         filters={} if depths.depth else shares[0],
         budget=config.retention_budget,
+        blocks=block_layers(config.block, depths.whole, find_maskable(depths.whole)),
         generator=torch_stream(seed, "scores", agent=owner),
     )
     if config.score_init == MAGNITUDE:
@@ -138,6 +140,7 @@ def _part_of(
         fusion_strength=whole.fusion_strength,
         filters=at_depth(shares, depths.depth),
         budget=whole.rules.budget,
+        blocks=held_names(whole.rules.blocks, names),
         generator=torch.Generator(),
     )
     model.set_scores({**model.all_scores} | {name: whole.scores[name] for name in names})
@@ -164,7 +167,9 @@ def _first_mask(
     resolved = resolve_retention(config.retention if ratios is None else ratios, whole.layers)
     if config.first_mask == "scores":
         masks = {
-            name: maths.topk_mask(z.detach(), retention=resolved[name])
+            name: maths.two_of_four(z.detach())
+            if name in whole.rules.blocks
+            else maths.topk_mask(z.detach(), retention=resolved[name])
             for name, z in whole.scores.items()
         }
     else:

@@ -28,15 +28,17 @@ STRENGTH = "fusion-strength"  # fact of a state, where it is not 1
 # groups of the transposed convolutions that have any
 OPENING, TRANSPOSED = "filters-opening", "transposed-groups"
 SHARE = "filters-share"  # fact of a state whose device chooses its share of filters
+IN_BLOCKS = "block-layers"  # fact of a state: layers that keep 2 of every 4 inputs
 
 
 def rules_facts(model: MaskedModel) -> dict[str, Any]:
-    """What a state must say of its gates, besides their scores; nothing without any."""
+    """What a state must say of its gates and blocks; nothing without any."""
     rules, layers = model.rules, model.layers
+    blocks = {IN_BLOCKS: [*rules.blocks]} if rules.blocks else {}
     if not rules.filters:
-        return {}
+        return blocks
     groups = {n: g for n in rules.filters if (g := layers[n].transposed_groups)}
-    return {OPENING: rules.opening, **({TRANSPOSED: groups} if groups else {})}
+    return {**blocks, OPENING: rules.opening, **({TRANSPOSED: groups} if groups else {})}
 
 
 # A state travels to and from the agent with every message of a simulation, so what was
@@ -149,6 +151,7 @@ def _rules(
         filters={n: share if key is None else of_layers[key] for n, key in keys.items()},
         budget=parameters.get("retention_budget", LAYER),
         opening=float(state.facts.get(OPENING, 0.0)),
+        blocks=tuple(state.facts.get(IN_BLOCKS, ())),
     )
 
 

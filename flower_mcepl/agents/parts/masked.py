@@ -281,8 +281,9 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         return {name: self._rules.num_kept(layers[name]) for name in self._counted}
 
     def _retention_text(self) -> str:
+        blocks = self.model.rules.blocks
         ratios = {
-            f"{spec.kind} {self.model.retention[name]:g}"
+            f"{spec.kind} {self.model.retention[name]:g}{' as 2:4' if name in blocks else ''}"
             for name, spec in self.model.layers.items()
         }
         return ", ".join(sorted(ratios))

@@ -12,6 +12,7 @@ from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig, read_fields
 from flower_mcepl.config.ratios import per_layer, ratios_of
 from flower_mcepl.masks import formulas as maths
+from flower_mcepl.masks.blocks import BLOCK_RETENTION, BLOCKS, NONE
 from flower_mcepl.masks.fusion import FUSIONS
 from flower_mcepl.masks.gates import BUDGETS, LAYER, check_share
 from flower_mcepl.masks.retention import Retention, check_retentions
@@ -72,6 +73,9 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig, DepthConfig):
     # "layer": each layer keeps its retention; "network": all together keep as many
     # weights, those of the largest ``|y|`` over its mean in the layer, zeros left out
     retention_budget: str = LAYER
+    # "2:4": linear layers whose number of inputs is a multiple of 4 keep the 2 of
+    # largest ``|y|`` of every 4 inputs, so half of their weights; "none": any
+    block: str = NONE
     # β in [0, 1): evaluate at the scores' running mean z̄ = β z̄ + (1 - β) z; 0: at z
     score_averaging: float = 0.0
 
@@ -110,6 +114,12 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig, DepthConfig):
             rounds = getattr(self, name)
             check(rounds >= 0, f"{name.replace('_', '-')} must be >= 0", rounds)
         self._check_one_of("retention_budget", BUDGETS)
+        self._check_one_of("block", BLOCKS)
+        check(
+            self.block == NONE or self.retention_budget == LAYER,
+            f"block {self.block} fixes what each layer keeps and needs retention-budget {LAYER}",
+            self.retention_budget,
+        )
         for retention in (self.retention, self.first_retention):
             if retention is not None:
                 check_retentions(retention)
@@ -167,12 +177,16 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig, DepthConfig):
         agent's own ratios. ``retention-layers`` sets single layers, by name or pattern,
         for all agents alike: ``"conv1.weight=0.6, fc*=0.95"``.
 
+        Without ``retention-linear``, ``block = "2:4"`` means its .5.
+
         ``filters`` is one share or several in turn, likewise, and a device's own in its
         node config. If any in the run config is below 1, all agents have gates.
         """
         own, first = {}, {}
         defaults = cls().retention
         assert isinstance(defaults, Mapping)
+        if run_config.get("block", NONE) != NONE:
+            defaults = {**defaults, "linear": BLOCK_RETENTION}
         for kind in ("conv", "linear"):
             key = f"retention-{kind}"
             ratios, own[kind] = ratios_of(
