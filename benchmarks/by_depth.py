@@ -33,7 +33,7 @@ def grouped(runs: Iterable[Run]) -> Groups:
     for run in runs:
         if run.finished:
             config = run.config["run_config"]
-            key = str(config["partition"]), str(run.config.get(LABEL, run.name))
+            key = str(config["partition"]), str(run.study.get(LABEL, run.name))
             for depth, mean in by_depth(run).items():
                 groups[key][depth].append(mean)
     return groups
