@@ -25,7 +25,7 @@ from tests.explore import UNTIL
 
 # No deadlines: the first call into torch takes seconds, which is no property of the
 # code under test.
-settings.register_profile("fast", deadline=None, derandomize=True)
+settings.register_profile("fast", deadline=None, derandomize=True, max_examples=40)
 settings.register_profile(
     "explore", deadline=None, max_examples=200, print_blob=True, database=None
 )

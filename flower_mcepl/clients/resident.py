@@ -162,7 +162,7 @@ def _connect(place: Place) -> BinaryIO | None:
 def _started(place: Place, names: Sequence[str | None], *, idle: float) -> BinaryIO:
     import fcntl
 
-    with place.lock.open("w") as lock:
+    with place.lock.open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one worker, however many messages come at once
         stream = _connect(place)
         if stream is not None:
@@ -235,7 +235,7 @@ def _ask(stream: BinaryIO, place: Place, question: Any, *, expected: str) -> Any
 
 def _last_line(log: Path) -> str:
     try:
-        lines = log.read_text(errors="replace").strip().splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         return "it left no log"
     return lines[-1][:300] if lines else "it printed nothing"

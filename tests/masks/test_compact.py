@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -167,6 +167,7 @@ def differences(
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 10**6), share=st.sampled_from([0.2, 0.5, 0.8]), data=st.data())
 def test_outputs_and_gradients_are_the_whole_networks(
     name: str, seed: int, share: float, data: st.DataObject

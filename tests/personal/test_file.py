@@ -355,6 +355,7 @@ def test_what_no_file_can_hold_is_refused() -> None:
         personal_bytes(nn.ReLU())
 
 
+@pytest.mark.slow
 def test_another_process_reads_the_same_bits(tmp_path: Path) -> None:
     module = baked(AlexNetCifarNarrow, init="signed-constant")
     save_personal(module, tmp_path / "a.mask", origin=SMALL, input_shape=(2, 3, 32, 32))

@@ -161,7 +161,7 @@ def as_page(path: Path) -> None:
     assert "\x1b" not in report_page(read_source(path))
 
 
-QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @given(data=st.data())

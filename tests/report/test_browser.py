@@ -20,9 +20,12 @@ pytest.importorskip("matplotlib")
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason=f"no Chromium: none of {', '.join(NAMES)} is on PATH"
-)
+pytestmark = [
+    pytest.mark.slow,  # a page of a study takes as long to make as to look at
+    pytest.mark.skipif(
+        BROWSER is None, reason=f"no Chromium: none of {', '.join(NAMES)} is on PATH"
+    ),
+]
 
 SWITCHES = (
     *(

@@ -102,7 +102,7 @@ def test_the_gallery_draws_a_sweep_of_records(tmp_path: Path) -> None:
     for number, rounds in enumerate((1, 2, 10)):
         path = tmp_path / str(number)
         config: dict[str, Any] = {"local-steps": rounds}
-        record_run(path, fleet("local-masks"), algorithm="local-masks", **config)
+        record_run(path, fleet("dsgd"), algorithm="dsgd", **config)
         runs.append(read_run(path))
     gallery = draw_gallery(runs)
     (picture,) = (one for one in gallery.pictures if "-by-" in one.file)

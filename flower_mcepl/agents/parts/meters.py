@@ -51,7 +51,7 @@ def _energy(powercap: Path) -> Meter:
 
 
 def _microjoules(package: Path, name: str) -> int:
-    return int((package / name).read_text())
+    return int((package / name).read_text(encoding="ascii"))
 
 
 def _missing(powercap: Path, why: str) -> str:
