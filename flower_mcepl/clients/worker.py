@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,8 @@ _LOOK_UP = 1.0  # seconds between looks at the clock and at the SuperNode
 
 def main(start: Mapping[str, Any]) -> None:
     """Serve at a socket until it was idle for long enough, or the SuperNode is gone."""
+    if sys.platform == "win32":  # see `resident.AVAILABLE`
+        raise AssertionError("no sockets of the user's own")
     app = load_app(Names(*start["names"]), id="resident")
     with socket.socket(socket.AF_UNIX) as door:
         before = os.umask(0o177)
