@@ -75,7 +75,8 @@ def pool(runs: Sequence[Run]) -> Pooled:
     keys = varied(settings_of(run) for run in finished)
     groups: dict[Any, dict[Any, Run]] = {}
     for run in finished:
-        group = groups.setdefault(_exact(settings_of(run).get(key) for key in keys), {})
+        settings = settings_of(run)
+        group = groups.setdefault(tuple(exact(settings.get(key)) for key in keys), {})
         older, newer = sorted((group.get(run.seed, run), run), key=lambda twin: twin.started)
         group[run.seed] = newer
         if older is not newer:
@@ -118,8 +119,9 @@ def varied(settings: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """Keys whose values are not the same, and of the same type, in all settings."""
     settings = list(settings)
     keys = dict.fromkeys(key for one in settings for key in one)
-    return tuple(key for key in keys if len({_exact([one.get(key)]) for one in settings}) > 1)
+    return tuple(key for key in keys if len({exact(one.get(key)) for one in settings}) > 1)
 
 
-def _exact(values: Iterable[Any]) -> tuple[tuple[type, Any], ...]:
-    return tuple((type(value), value) for value in values)  # True == 1 == 1.0
+def exact(value: Any) -> tuple[type, Any]:
+    """Value that equals no other of another type, as True, 1 and 1.0 do."""
+    return type(value), value

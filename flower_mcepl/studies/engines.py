@@ -33,12 +33,6 @@ Engine = Callable[[FlowerApp, Mapping[str, Any], Path, Log], Path]
 _run_ids = itertools.count(1)
 
 
-def _num_nodes(config: Mapping[str, Any]) -> int | None:
-    if "num-agents" not in config:
-        return None
-    return -(-int(config["num-agents"]) // max(1, int(config.get("agents-per-node", 1))))
-
-
 def run_in_flower(app: FlowerApp, config: Mapping[str, Any], folder: Path, log: Log) -> Path:
     """Run the app in a private SuperLink.
 
@@ -54,7 +48,6 @@ def run_in_flower(app: FlowerApp, config: Mapping[str, Any], folder: Path, log: 
     outcome = run_app(
         app.folder,
         run_config={**set_here, "record-dir": folder},
-        num_supernodes=_num_nodes(config),
         on_line=log,
     )
     if not outcome.ok:

@@ -8,8 +8,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from functools import lru_cache
-from logging import getLogger
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from flower_mcepl.agents.parts.learner import Learner
 from flower_mcepl.agents.parts.meters import Meter
+from flower_mcepl.agents.parts.notices import warn_once
 from flower_mcepl.agents.parts.training import gradients_of
 from flower_mcepl.data.batches import BatchSource
 from flower_mcepl.files.atomic import replace_file
@@ -77,13 +76,8 @@ def cached_cost(settings: Mapping[str, Any], measure: Callable[[], float]) -> fl
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, json.dumps({"of": name, "spent": spent}).encode())
     except OSError as error:
-        _say_once(f"step times are not kept, so each process measures anew: {error}")
+        warn_once(f"step times are not kept, so each process measures anew: {error}")
     return measure() if spent is None else spent
-
-
-@lru_cache
-def _say_once(text: str) -> None:
-    getLogger(__name__).warning("%s", text)
 
 
 class PacedConfig(Protocol):

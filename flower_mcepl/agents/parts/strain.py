@@ -2,15 +2,13 @@
 
 import importlib
 from collections.abc import Iterator
-from logging import getLogger
 from typing import Any
 
+from flower_mcepl.agents.parts.notices import warn_once
 from flower_mcepl.agents.parts.pace import BATTERY, MEMORY, TEMPERATURE
 
 LEAST_MEMORY = 0.05  # share of the memory that is available
 LEAST_CHARGE = 20.0  # percent of a battery that is not being charged
-
-_said: set[str] = set()
 
 
 def find_strain(psutil: Any = None) -> str:
@@ -26,7 +24,7 @@ def find_strain(psutil: Any = None) -> str:
         try:
             psutil = importlib.import_module("psutil")
         except ImportError:
-            _say_once(
+            warn_once(
                 "psutil is not installed, so filters = auto goes by step times alone, without "
                 'memory, battery and temperature (pip install "flower-mcepl[sensors]")'
             )
@@ -53,11 +51,5 @@ def _read(psutil: Any, sensor: str) -> Any:
     except (AttributeError, OSError, RuntimeError):
         value = None
     if not value:
-        _say_once(f"this machine has no {sensor}: filters = auto goes without")
+        warn_once(f"this machine has no {sensor}: filters = auto goes without")
     return value or None
-
-
-def _say_once(text: str) -> None:
-    if text not in _said:
-        _said.add(text)
-        getLogger(__name__).info("%s", text)

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flower_mcepl.record.pools import LABEL, Pool, Pooled
+from flower_mcepl.record.pools import LABEL, Pool, Pooled, exact
 from flower_mcepl.report.plots.subjects import settings_label
 
 FEWEST_VALUES = 3  # fewer make no line
@@ -54,17 +54,17 @@ def _sweep_over(key: str, pools: Sequence[Pool]) -> Sweep | None:
         lines.setdefault(_others(key, one.settings), []).append(one)
     if min(map(len, lines.values())) < FEWEST_VALUES:
         return None
-    places = {_exact(value): place for place, value in enumerate(values)}
+    places = {exact(value): place for place, value in enumerate(values)}
     drawn = [_line(key, line, places) for line in lines.values()]
     return Sweep(key, tuple(map(str, values)), tuple(line for line in drawn if line.at))
 
 
-def _line(key: str, pools: Sequence[Pool], places: Mapping[Hashable, int]) -> SweepLine:
+def _line(key: str, pools: Sequence[Pool], places: Mapping[tuple[type, Any], int]) -> SweepLine:
     points: dict[int, list[float]] = {}
     for one in pools:
         results = [run.result()["mean"] for run in one.runs]
         if None not in results:
-            points[places[_exact(one.settings.get(key))]] = results
+            points[places[exact(one.settings.get(key))]] = results
     at = sorted(points)
     others = {name: value for name, value in pools[0].settings.items() if name not in (key, LABEL)}
     return SweepLine(
@@ -77,13 +77,13 @@ def _line(key: str, pools: Sequence[Pool], places: Mapping[Hashable, int]) -> Sw
 
 def _others(key: str, settings: Mapping[str, Any]) -> Hashable:
     return tuple(
-        (name, _exact(value)) for name, value in settings.items() if name not in (key, LABEL)
+        (name, exact(value)) for name, value in settings.items() if name not in (key, LABEL)
     )
 
 
 def _in_order(values: Iterable[Any]) -> list[Any]:
     """Each value once: rising if all read as numbers, else as they come."""
-    different = list({_exact(value): value for value in values}.values())
+    different = list({exact(value): value for value in values}.values())
     numbers = [_number(value) for value in different]
     if None in numbers:
         return different
@@ -101,7 +101,3 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError):
         return None
-
-
-def _exact(value: Any) -> Hashable:
-    return type(value), value if isinstance(value, Hashable) else repr(value)
