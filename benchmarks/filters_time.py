@@ -11,11 +11,11 @@ share, step by step of the turns, and with a network without gates. One compact 
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from step_time import timed
 
 from flower_mcepl import AgentData, MceplAgent, MceplConfig, shared_module
 from flower_mcepl.models import AlexNetCifar
@@ -48,7 +48,7 @@ def show(args: argparse.Namespace, size: int) -> None:
         kinds[f"{share:g} compact"] = step_of(
             args, size, filters=share, filters_training="compact", filters_refresh=10**6
         )
-    times = measure(kinds, repeats=args.repeats)
+    times = timed(kinds, repeats=args.repeats)
     plain = statistics.median(times[PLAIN])
     print(
         f"AlexNet-CIFAR, {'first layer, too' if args.first else 'all but the first layer'}, "
@@ -85,18 +85,6 @@ def step_of(args: argparse.Namespace, size: int, **filters: Any) -> Callable[[],
     data = AgentData.of((images, labels), (images, labels), agent=0)
     agent = MceplAgent(0, shared_module(AlexNetCifar, seed=0), data, config, seed=0)
     return lambda: agent.train(round=1)
-
-
-def measure(kinds: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
-    """Processor seconds of each kind, in turns, after two warm-up runs."""
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    for turn in range(repeats + 2):
-        for name, run in kinds.items():
-            start = time.process_time()
-            run()
-            if turn >= 2:
-                times[name].append(time.process_time() - start)
-    return times
 
 
 if __name__ == "__main__":

@@ -143,7 +143,13 @@ def matrix_product_speed(size: int = 1024, repeats: int = 10) -> float:
 
 
 def measure(kinds: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
-    """Median processor seconds of each kind, in turns, after two warm-up runs."""
+    """Median processor seconds of each kind; see `timed`."""
+    times = timed(kinds, repeats=repeats)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def timed(kinds: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
+    """Processor seconds of each kind, in turns, after two warm-up runs."""
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for turn in range(repeats + 2):
         for name, run in kinds.items():
@@ -151,7 +157,7 @@ def measure(kinds: dict[str, Callable[[], object]], *, repeats: int) -> dict[str
             run()
             if turn >= 2:
                 times[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 if __name__ == "__main__":

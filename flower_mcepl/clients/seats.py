@@ -8,7 +8,7 @@ from logging import getLogger
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from flower_mcepl.clients.naming import agent_index, naming_the_agent
-from flower_mcepl.messages.bundle import Bundle
+from flower_mcepl.messages.bundle import NodeBundle
 from flower_mcepl.messages.identity import identity
 
 Finish = Callable[[], None]
@@ -23,7 +23,7 @@ def begin_all(
 
     Returns the content of the answer, and what keeps the new states.
     """
-    bundle = Bundle.from_records(content)
+    bundle = NodeBundle.from_records(content)
     answers: dict[int, RecordDict] = {}
     failures: dict[int, str] = {}
     kept: list[tuple[Context, Finish]] = []
@@ -43,20 +43,20 @@ def begin_all(
             prefix = _prefix(agent_index(own))
             context.state.update({prefix + name: record for name, record in own.state.items()})
 
-    answer = Bundle(bundle.per_node, answers, failures)
+    answer = NodeBundle(bundle.per_node, answers, failures)
     return RecordDict(answer.to_records(ConfigRecord)), keep
 
 
 def introduce_all(content: RecordDict, context: Context) -> RecordDict:
     """Answer to the question which agents this node plays."""
-    bundle = Bundle.from_records(content)
+    bundle = NodeBundle.from_records(content)
     parts = {
         seat: identity(
             agent_index(seat_context(context, seat=seat, per_node=bundle.per_node)), ConfigRecord
         )
         for seat in bundle.parts
     }
-    return RecordDict(Bundle(bundle.per_node, parts).to_records(ConfigRecord))
+    return RecordDict(NodeBundle(bundle.per_node, parts).to_records(ConfigRecord))
 
 
 def seat_context(context: Context, *, seat: int, per_node: int) -> Context:

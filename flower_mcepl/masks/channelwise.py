@@ -37,6 +37,10 @@ POOL_CALLS: set[Any] = {
     *(_F.adaptive_avg_pool1d, _F.adaptive_avg_pool2d, _F.adaptive_avg_pool3d),
 }
 AVERAGE_POOL_CALLS: set[Any] = {_F.avg_pool1d, _F.avg_pool2d, _F.avg_pool3d}
+# each channel by numbers of its own, which are the layer's
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+FLATTENS: set[Any] = {torch.flatten, "flatten"}
+MEANS: set[Any] = {torch.mean, "mean"}
 BINARY: set[Any] = {
     *(operator.add, operator.iadd, torch.add, "add", "add_"),
     *(operator.mul, operator.imul, torch.mul, "mul", "mul_"),

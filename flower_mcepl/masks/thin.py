@@ -17,11 +17,14 @@ from torch import Tensor, fx, nn
 from flower_mcepl.masks.channelwise import (
     AVERAGE_POOL_CALLS,
     AVERAGE_POOLS,
+    BATCH_NORMS,
     BINARY,
     DROPOUT_CALLS,
     DROPOUTS,
     ELEMENTWISE,
     ELEMENTWISE_CALLS,
+    FLATTENS,
+    MEANS,
     POOL_CALLS,
     POOLS,
 )
@@ -33,9 +36,7 @@ _CHANNELWISE_CALLS = ELEMENTWISE_CALLS | POOL_CALLS | AVERAGE_POOL_CALLS | BINAR
 # a channel that is 0 everywhere stays so
 _ZERO_KEEPING = (*DROPOUTS, nn.LocalResponseNorm)
 _ZERO_KEEPING_CALLS = DROPOUT_CALLS | {_F.local_response_norm, local_response_norm}
-# each channel by numbers of its own, which are the layer's
-_INDEPENDENT = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_FLATTENS, _VIEWS, _MEANS = {torch.flatten, "flatten"}, {"view", "reshape"}, {torch.mean, "mean"}
+_VIEWS = {"view", "reshape"}
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _of_one(
         return x.mapped(on) if _is_elementwise(target) or x.axis == 1 else None
     if _is_spatial_mean(target, x, args, kwargs):
         return x.mapped(on)
-    if _is_one_of(target, _INDEPENDENT, set()):
+    if _is_one_of(target, BATCH_NORMS, set()):
         return x.taken_from(on(x.whole())) if x.axis == 1 else None
     if _is_one_of(target, _ZERO_KEEPING, _ZERO_KEEPING_CALLS):
         return x.taken_from(on(x.whole())) if x.is_zero else None
@@ -202,7 +203,7 @@ def _is_flatten(target: Any, x: Thin, args: Sequence[Any], kwargs: dict[str, Any
         return False
     if isinstance(target, nn.Flatten):
         return (target.start_dim, target.end_dim) == (1, -1)
-    if target in _FLATTENS:
+    if target in FLATTENS:
         first = args[1] if len(args) > 1 else kwargs.get("start_dim", 0)
         last = args[2] if len(args) > 2 else kwargs.get("end_dim", -1)
         return (first, last) == (1, -1)
@@ -211,7 +212,7 @@ def _is_flatten(target: Any, x: Thin, args: Sequence[Any], kwargs: dict[str, Any
 
 
 def _is_spatial_mean(target: Any, x: Thin, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    if target not in _MEANS or x.axis != 1 or "dtype" in kwargs:
+    if target not in MEANS or x.axis != 1 or "dtype" in kwargs:
         return False
     dims = args[1] if len(args) > 1 else kwargs.get("dim")
     listed = [dims] if isinstance(dims, int) else dims or []

@@ -14,7 +14,7 @@ from flower_mcepl.messages.limits import LIMITS, MakeRecord, Records
 
 
 @final
-class Bundle:
+class NodeBundle:
     """Records of several agents of one node, by seat.
 
     Parameters
@@ -51,7 +51,7 @@ class Bundle:
         return {keys.BUNDLE: configs(about), **records, **failed}
 
     @classmethod
-    def from_records(cls, records: Records) -> "Bundle":
+    def from_records(cls, records: Records) -> "NodeBundle":
         """Read `to_records`.
 
         Raises

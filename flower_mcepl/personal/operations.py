@@ -12,14 +12,12 @@ from flower_mcepl.masks import channelwise
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = channelwise.BATCH_NORMS
 # in eval mode, in which networks are compacted, a dropout does nothing
 ELEMENTWISE = (*channelwise.ELEMENTWISE, *channelwise.DROPOUTS)
 ELEMENTWISE_CALLS = channelwise.ELEMENTWISE_CALLS | channelwise.DROPOUT_CALLS
 BINARY = channelwise.BINARY
 PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-_MEANS: set[Any] = {torch.mean, "mean"}
-_FLATTENS: set[Any] = {torch.flatten, "flatten"}
 _VIEWS: set[Any] = {torch.reshape, "view", "reshape"}
 
 
@@ -55,7 +53,7 @@ def _tuple(value: Any) -> tuple[int, ...]:
 
 def is_spatial_mean(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node averages over axes behind the channels."""
-    if node.target not in _MEANS or "dtype" in node.kwargs:
+    if node.target not in channelwise.MEANS or "dtype" in node.kwargs:
         return False
     dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     ndim = len(shape_of(source) or ())
@@ -70,7 +68,7 @@ def is_flatten(node: fx.Node, module: nn.Module | None, source: fx.Node) -> bool
         return False
     if node.target in _VIEWS:
         return _keeps_batch(node)
-    return isinstance(module, nn.Flatten) or node.target in _FLATTENS
+    return isinstance(module, nn.Flatten) or node.target in channelwise.FLATTENS
 
 
 def _keeps_batch(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
 from flower_mcepl.errors import FlowerMceplError
-from flower_mcepl.messages.bundle import Bundle
+from flower_mcepl.messages.bundle import NodeBundle
 from flower_mcepl.strategies.launcher import heed_stop_request
 
 _RAISED = 2  # Flower's code for a ClientApp that raised
@@ -165,7 +165,7 @@ class SharedNodes(Grid):
 
     def _bundle(self, node: int, parts: dict[int, Message]) -> Message:
         first = next(iter(parts.values())).metadata
-        content = Bundle(self._per_node, {place: part.content for place, part in parts.items()})
+        content = NodeBundle(self._per_node, {place: part.content for place, part in parts.items()})
         return Message(
             RecordDict(content.to_records(ConfigRecord)),
             dst_node_id=node,
@@ -177,7 +177,9 @@ class SharedNodes(Grid):
     def _taken_apart(self, bundle_id: str, sent: _Sent, reply: Message) -> Iterator[Message]:
         try:
             error = reply.error if reply.has_error() else None
-            answer = Bundle(self._per_node, {}) if error else Bundle.from_records(reply.content)
+            answer = (
+                NodeBundle(self._per_node, {}) if error else NodeBundle.from_records(reply.content)
+            )
         except (FlowerMceplError, AttributeError, TypeError, ValueError) as wrong:
             error = Error(_RAISED, f"the node's answer cannot be read: {wrong}")
         for place in sent.messages:
@@ -187,7 +189,7 @@ class SharedNodes(Grid):
             yield Message(error or _own(answer, place), metadata=metadata)  # type: ignore[call-overload]
 
 
-def _own(answer: Bundle, place: int) -> RecordDict | Error:
+def _own(answer: NodeBundle, place: int) -> RecordDict | Error:
     """What an agent answered, or why it failed."""
     if place in answer.parts:
         return RecordDict(dict(answer.parts[place]))

@@ -19,7 +19,7 @@ from flower_mcepl import ConfigError, FlowerMceplError, StateError
 from flower_mcepl.clients import make_client_app, resident
 from flower_mcepl.clients.named import NamedApp
 from flower_mcepl.messages.answer import from_records
-from flower_mcepl.messages.bundle import Bundle
+from flower_mcepl.messages.bundle import NodeBundle
 from tests.fleet.flower_messages import (
     a_context,
     a_message,
@@ -104,9 +104,9 @@ def test_one_worker_plays_all_agents_of_a_node(tmp_path: Path, runtime: Path) ->
         context = a_device(root, worker=kind)
         app = make_client_app(*NAMES)
         parts = {seat: a_message(1).content for seat in range(3)}
-        content = RecordDict(Bundle(3, parts).to_records(ConfigRecord))
+        content = RecordDict(NodeBundle(3, parts).to_records(ConfigRecord))
         reply = app(Message(content, dst_node_id=1000, message_type="train"), context)
-        answered = Bundle.from_records(reply.content).parts
+        answered = NodeBundle.from_records(reply.content).parts
         return [from_records(answered[seat]).raw[0] for seat in range(3)]
 
     play(a_device(tmp_path / "before"), 1)

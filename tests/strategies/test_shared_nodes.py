@@ -15,7 +15,7 @@ from flower_mcepl import ConfigError, Topology
 from flower_mcepl.clients import make_client_app, neighbor_average_mod
 from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.clients.seats import seat_context
-from flower_mcepl.messages.bundle import Bundle, is_bundle
+from flower_mcepl.messages.bundle import NodeBundle, is_bundle
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.strategies.shared_nodes import Seat, SharedNodes
 from tests.fleet.flower import RecordingGrid, app_grid, gossip
@@ -99,7 +99,7 @@ def hostile(spoil: Callable[[RecordDict], None]) -> ClientApp:
         reply = call_next(message, context)
         rounds = {
             part["order"]["server-round"]
-            for part in Bundle.from_records(message.content).parts.values()
+            for part in NodeBundle.from_records(message.content).parts.values()
             if "order" in part
         }
         if context.node_config["partition-id"] == 1 and rounds == {2}:
@@ -211,7 +211,7 @@ def test_agents_must_divide_evenly_over_the_nodes() -> None:
 def test_an_app_of_its_own_plays_one_agent_a_node() -> None:
     app = ClientApp(mods=[neighbor_average_mod])
     app.train()(lambda message, context: message)
-    message = RecordDict(Bundle(2, {0: {}}).to_records(ConfigRecord))
+    message = RecordDict(NodeBundle(2, {0: {}}).to_records(ConfigRecord))
     with pytest.raises(ConfigError, match="agents-per-node above 1 needs an app of make_client"):
         app(Message(message, dst_node_id=1, message_type="train"), a_context())
 
@@ -235,7 +235,7 @@ PARTS: st.SearchStrategy[dict[int, Any]] = st.dictionaries(
 
 @given(PARTS, REASONS)
 def test_a_bundle_comes_back(parts: dict[int, Any], failures: dict[int, str]) -> None:
-    back = Bundle.from_records(Bundle(20, parts, failures).to_records())
+    back = NodeBundle.from_records(NodeBundle(20, parts, failures).to_records())
     assert (back.per_node, back.parts, back.failures) == (20, parts, failures)
 
 
