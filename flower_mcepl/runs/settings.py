@@ -1,6 +1,5 @@
 """The settings of a run and of a device, as keys of the run config."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from flower_mcepl.config.sizes import read_bytes
 from flower_mcepl.data.batches import EVALUATED
 from flower_mcepl.data.splits import check_data_keys
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.files.user_folders import user_folder
 from flower_mcepl.record.layout import EXPORTS
 from flower_mcepl.runs.options import RoundOptions
 from flower_mcepl.runs.worker_settings import WorkerSettings
@@ -96,10 +96,7 @@ class DeviceSettings(WorkerSettings):
         try:
             if self.state_dir:
                 return Path(self.state_dir).expanduser()
-            home = os.environ.get("XDG_STATE_HOME", "")
-            return (
-                Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "state"
-            ) / "flower_mcepl"
+            return user_folder("XDG_STATE_HOME", ".local", "state") / "flower_mcepl"
         except RuntimeError as error:
             raise ConfigError(
                 f"this process has no home folder for its agent's state ({error}); state-dir is "

@@ -20,6 +20,7 @@ from flower_mcepl.agents.parts.notices import warn_once
 from flower_mcepl.agents.parts.training import gradients_of
 from flower_mcepl.data.batches import BatchSource
 from flower_mcepl.files.atomic import replace_file
+from flower_mcepl.files.user_folders import user_folder
 from flower_mcepl.masks.model import MaskedModel
 
 REPEATS, MOST_SECONDS = 5, 10.0
@@ -34,12 +35,10 @@ def cache_folder() -> Path:
     OSError
         If this user has no home folder.
     """
-    home = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        base = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
+        return user_folder("XDG_CACHE_HOME", ".cache") / "flower-mcepl" / "step-times"
     except RuntimeError as error:
         raise OSError("this user has no home folder") from error
-    return base / "flower-mcepl" / "step-times"
 
 
 def machine() -> dict[str, Any]:
