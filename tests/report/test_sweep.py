@@ -19,13 +19,19 @@ from tests.report.test_plots import fleet, record_run
 pytest.importorskip("matplotlib")
 
 
-def pooled(settings: list[dict[str, Any]], results: list[list[float | None]]) -> Pooled:
+def pooled(
+    settings: list[dict[str, Any]], results: list[list[float | None]], *, agents: int = 4
+) -> Pooled:
     keys = varied(settings)
     pools = [
         Pool(
             {key: one.get(key) for key in keys},
             tuple(
-                SimpleNamespace(name="run", result=lambda mean=mean: {"mean": mean})  # type: ignore[misc]
+                SimpleNamespace(  # type: ignore[misc]
+                    name="run",
+                    num_agents=4,
+                    result=lambda mean=mean: {"mean": mean, "agents": agents},
+                )
                 for mean in means
             ),
         )
@@ -95,6 +101,15 @@ def test_a_run_that_was_never_evaluated_leaves_a_gap() -> None:
     sweep = sweep_of(pooled(settings, [[0.5], [None], [0.7]]))
     assert sweep is not None
     assert sweep.lines[0].at == (0, 2)
+
+
+def test_a_line_whose_means_are_of_few_agents_says_so() -> None:
+    settings = [{"width": width} for width in (1, 2, 3)]
+    whole, part = (sweep_of(pooled(settings, [[0.5]] * 3, agents=n)) for n in (4, 3))
+    assert whole is not None
+    assert part is not None
+    assert whole.lines[0].label == "all runs"
+    assert part.lines[0].label == "all runs (in part of 3 of 4 agents)"
 
 
 def test_the_gallery_draws_a_sweep_of_records(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Numbers behind the curves: main metric by round and bytes, and each agent's last."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flower_mcepl.record.figures import bytes_by_round
@@ -56,10 +57,14 @@ def _fewer(subject: Subject, rounds: tuple[int, ...]) -> str:
         for round, count in run.partial_rounds().items()
         if round in rounds
     ]
+    return in_part(counts, subject.runs)
+
+
+def in_part(counts: Sequence[int], runs: Sequence[Run]) -> str:
+    """What a line's label says where means are of so few agents; none: of all."""
     if not counts:
         return ""
-    of = max(run.num_agents for run in subject.runs)
-    return f" (in part of {min(counts)} of {of} agents)"
+    return f" (in part of {min(counts)} of {max(run.num_agents for run in runs)} agents)"
 
 
 def final_values(run: Run) -> dict[int, float]:

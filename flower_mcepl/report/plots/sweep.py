@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flower_mcepl.record.pools import LABEL, Pool, Pooled, exact
+from flower_mcepl.report.plots.curves import in_part
 from flower_mcepl.report.plots.subjects import settings_label
 
 FEWEST_VALUES = 3  # fewer make no line
@@ -51,7 +52,8 @@ def _sweep_over(key: str, pools: Sequence[Pool]) -> Sweep | None:
         return None
     lines: dict[Hashable, list[Pool]] = {}
     for one in pools:
-        lines.setdefault(_others(key, one.settings), []).append(one)
+        others = _others(key, one.settings)
+        lines.setdefault(tuple(map(exact, others.values())), []).append(one)
     if min(map(len, lines.values())) < FEWEST_VALUES:
         return None
     places = {exact(value): place for place, value in enumerate(values)}
@@ -66,19 +68,19 @@ def _line(key: str, pools: Sequence[Pool], places: Mapping[tuple[type, Any], int
         if None not in results:
             points[places[exact(one.settings.get(key))]] = results
     at = sorted(points)
-    others = {name: value for name, value in pools[0].settings.items() if name not in (key, LABEL)}
+    runs = [run for one in pools for run in one.runs]
+    counts = [run.result()["agents"] or 0 for run in runs]
+    few = [count for count, run in zip(counts, runs, strict=True) if 0 < count < run.num_agents]
     return SweepLine(
-        settings_label(others) or "all runs",
+        (settings_label(_others(key, pools[0].settings)) or "all runs") + in_part(few, runs),
         tuple(at),
         tuple(statistics.fmean(points[place]) for place in at),
         tuple(statistics.stdev(points[place]) if len(points[place]) > 1 else None for place in at),
     )
 
 
-def _others(key: str, settings: Mapping[str, Any]) -> Hashable:
-    return tuple(
-        (name, exact(value)) for name, value in settings.items() if name not in (key, LABEL)
-    )
+def _others(key: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in (key, LABEL)}
 
 
 def _in_order(values: Iterable[Any]) -> list[Any]:
