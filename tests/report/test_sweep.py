@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from flower_mcepl.record.pools import LABEL, Pool, Pooled, varied
 from flower_mcepl.record.reading import read_run
 from flower_mcepl.report.plots.gallery import draw_gallery
-from flower_mcepl.report.plots.sweep import FEWEST_VALUES, sweep_of
+from flower_mcepl.report.plots.sweep import FEWEST_VALUES, Sweep, sweeps_of
 from tests.report.test_plots import fleet, record_run
 
 pytest.importorskip("matplotlib")
@@ -38,6 +38,13 @@ def pooled(
         for one, means in zip(settings, results, strict=True)
     ]
     return Pooled(keys, tuple(pools))
+
+
+def sweep_of(records: Pooled) -> Sweep | None:
+    """The only sweep of records, or None."""
+    sweeps = sweeps_of(records)
+    assert len(sweeps) <= 1
+    return sweeps[0] if sweeps else None
 
 
 VALUES = st.lists(st.integers(-9, 9), min_size=FEWEST_VALUES, max_size=6, unique=True)
@@ -94,6 +101,26 @@ def test_of_two_swept_settings_the_one_with_fewer_lines_is_the_axis() -> None:
     sweep = sweep_of(pooled(grid, [[0.5]] * 12))
     assert sweep is not None
     assert (sweep.key, len(sweep.lines)) == ("degree", 3)
+
+
+@given(VALUES, VALUES)
+def test_settings_that_vary_one_at_a_time_have_a_sweep_each(
+    widths: list[int], degrees: list[int]
+) -> None:
+    star = [{"width": width, "degree": degrees[0]} for width in widths]
+    star += [{"width": widths[0], "degree": degree} for degree in degrees[1:]]
+    by_width, by_degree = sweeps_of(pooled(star, [[0.5]] * len(star)))
+    assert (by_width.key, by_width.values) == ("width", tuple(map(str, sorted(widths))))
+    assert (by_degree.key, by_degree.values) == ("degree", tuple(map(str, sorted(degrees))))
+    assert [line.label for line in by_width.lines] == [f"degree {degrees[0]}"]
+
+
+def test_a_record_outside_of_every_line_leaves_no_sweep() -> None:
+    star = [{"width": w, "degree": 1} for w in (1, 2, 3)]
+    star += [{"width": 1, "degree": d} for d in (2, 3)]
+    assert len(sweeps_of(pooled(star, [[0.5]] * 5))) == 2
+    star.append({"width": 9, "degree": 9})
+    assert sweeps_of(pooled(star, [[0.5]] * 6)) == []
 
 
 def test_a_run_that_was_never_evaluated_leaves_a_gap() -> None:

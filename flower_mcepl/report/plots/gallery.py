@@ -31,7 +31,7 @@ from flower_mcepl.report.plots.heat_maps import draw_agreement
 from flower_mcepl.report.plots.holding_charts import draw_holdings
 from flower_mcepl.report.plots.holdings import Holdings, holdings_of
 from flower_mcepl.report.plots.subjects import Subject, subjects_of
-from flower_mcepl.report.plots.sweep import sweep_of
+from flower_mcepl.report.plots.sweep import Sweep, sweeps_of
 from flower_mcepl.streams import torch_threads
 
 _GRAPHS = 12  # graphs in one picture
@@ -75,7 +75,8 @@ def draw_gallery(runs: Sequence[Run]) -> Gallery:
     gallery = Gallery(subjects, notes=notes)
     _curves(gallery)
     if len(runs) > 1:
-        _sweep(gallery, runs)
+        for sweep in sweeps_of(pool(runs)):
+            _sweep(gallery, sweep)
     _spread(gallery)
     _graphs(gallery)
     _holdings(gallery)
@@ -138,10 +139,7 @@ def _curves(gallery: Gallery) -> None:
     )
 
 
-def _sweep(gallery: Gallery, runs: Sequence[Run]) -> None:
-    sweep = sweep_of(pool(runs))
-    if sweep is None:
-        return
+def _sweep(gallery: Gallery, sweep: Sweep) -> None:
     metric = _metric(gallery)
     gallery.pictures.append(
         Picture(

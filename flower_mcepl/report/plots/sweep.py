@@ -32,32 +32,44 @@ class Sweep:
     lines: tuple[SweepLine, ...]
 
 
-def sweep_of(pooled: Pooled) -> Sweep | None:
-    """Sweep that the records hold; None if they hold none.
+def sweeps_of(pooled: Pooled) -> list[Sweep]:
+    """Sweeps that the records hold, none to several.
 
-    The axis is the setting, no name of a method, with at least `FEWEST_VALUES` values
-    by which the records fall into the fewest lines; each line has that many values.
+    An axis is a setting, no name of a method, with lines of at least `FEWEST_VALUES`
+    values. A grid of several has one sweep, that with the fewest lines. Where no axis
+    has all records, as in a star of settings that vary one at a time, each has its
+    own, if every record stands in one of them.
     """
-    sweeps = [
-        sweep
+    found = {
+        key: lines
         for key in pooled.keys
-        if key not in _NAMES and (sweep := _sweep_over(key, pooled.pools)) is not None
-    ]
-    return min(sweeps, key=lambda sweep: len(sweep.lines), default=None)
+        if key not in _NAMES and (lines := _long_lines(key, pooled.pools))
+    }
+    whole = [key for key in found if _count(found[key]) == len(pooled.pools)]
+    if whole:
+        axes = [min(whole, key=lambda key: len(found[key]))]
+    else:
+        drawn = {id(one) for lines in found.values() for line in lines for one in line}
+        axes = list(found) if len(drawn) == len(pooled.pools) else []
+    return [_sweep_over(key, found[key]) for key in axes]
 
 
-def _sweep_over(key: str, pools: Sequence[Pool]) -> Sweep | None:
-    values = _in_order(one.settings.get(key) for one in pools)
-    if len(values) < FEWEST_VALUES:
-        return None
+def _count(lines: Iterable[Sequence[Pool]]) -> int:
+    return sum(map(len, lines))
+
+
+def _long_lines(key: str, pools: Sequence[Pool]) -> list[list[Pool]]:
     lines: dict[Hashable, list[Pool]] = {}
     for one in pools:
         others = _others(key, one.settings)
         lines.setdefault(tuple(map(exact, others.values())), []).append(one)
-    if min(map(len, lines.values())) < FEWEST_VALUES:
-        return None
+    return [line for line in lines.values() if len(line) >= FEWEST_VALUES]
+
+
+def _sweep_over(key: str, lines: Sequence[Sequence[Pool]]) -> Sweep:
+    values = _in_order(one.settings.get(key) for line in lines for one in line)
     places = {exact(value): place for place, value in enumerate(values)}
-    drawn = [_line(key, line, places) for line in lines.values()]
+    drawn = [_line(key, line, places) for line in lines]
     return Sweep(key, tuple(map(str, values)), tuple(line for line in drawn if line.at))
 
 
