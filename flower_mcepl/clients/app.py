@@ -5,7 +5,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -13,8 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, Re
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from flower_mcepl.agents import Agent, Task, agent_file, make_agent, save_state
-from flower_mcepl.agents.agent import best_file
+from flower_mcepl.agents import Agent, Task, make_agent
 from flower_mcepl.agents.handshake import introduction
 from flower_mcepl.agents.parts.pacing import set_pace
 from flower_mcepl.clients.device import (
@@ -34,9 +32,9 @@ from flower_mcepl.errors import FrameError
 from flower_mcepl.exchange.parcels import Answer, Parcel
 from flower_mcepl.exchange.turn import open_mail, play_round, refusal
 from flower_mcepl.masks.model import shared_module
-from flower_mcepl.messages.answer import to_records
+from flower_mcepl.messages.answer import handed_records, to_records
 from flower_mcepl.messages.bundle import is_bundle
-from flower_mcepl.messages.envelope import open_envelope
+from flower_mcepl.messages.envelope import open_envelope, raw_array
 from flower_mcepl.messages.limits import LIMITS
 from flower_mcepl.messages.order import Order
 from flower_mcepl.record.reading import read_run
@@ -146,7 +144,7 @@ def make_agent_app(
 
 def _play(
     app: AgentApp, order: Order[Array], context: Context, memory: Memory
-) -> tuple[Answer[Array], Callable[[], None]]:
+) -> tuple[Answer[Array], Finish]:
     """Play the round; return what the agent answers, and what keeps its new state."""
     place = (context.run_id, app.id, agent_index(context))
     past = memory.recall(before=order.parcel.round)
@@ -212,11 +210,12 @@ def _frame_array(frame: bytes) -> Array:
 
 
 def _finish_round(
-    memory: Memory, future: Generation, order: Order[Array], export: Callable[[], None]
-) -> None:
-    if order.agents_dir and not order.parcel.train and in_simulation():
-        save_state(future.state, Path(order.agents_dir) / agent_file(future.agent))
-        if future.best is not None:
-            save_state(future.best, Path(order.agents_dir) / best_file(future.agent))
+    memory: Memory, future: Generation, order: Order[Array], export: Callable[[], dict[str, bytes]]
+) -> dict[str, ArrayRecord]:
+    """Keep the state; a simulated agent hands over what the run record is to hold."""
     memory.remember(future)
-    export()
+    model = export()
+    if not (order.store and in_simulation()):
+        return {}
+    exported = {ending: raw_array(data, Array) for ending, data in model.items()}
+    return handed_records(raw_array(future.encode(), Array), exported, ArrayRecord)

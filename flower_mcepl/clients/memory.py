@@ -10,11 +10,12 @@ from flwr.app import Array, ArrayRecord, Context
 
 from flower_mcepl.errors import StateError
 from flower_mcepl.files.room import refuse_unusable
+from flower_mcepl.messages.envelope import raw_array
 from flower_mcepl.messages.order import Order
 from flower_mcepl.runs.generation import Generation
 from flower_mcepl.runs.settings import DeviceSettings
 from flower_mcepl.runs.simulated import in_simulation
-from flower_mcepl.runs.store import StateStore, device_store, forget_runs
+from flower_mcepl.runs.store import device_store, forget_runs
 
 STATE = "mcepl-state"  # the record in Context.state
 _WHAT = "the device's folder of states (state-dir)"
@@ -41,31 +42,40 @@ class ContextMemory:
 
     It travels with every message and ends with the process. It is one array: Flower
     handles each on its own, and many small ones take longer than a large one.
+
+    Parameters
+    ----------
+    context : Context
+        Flower's, of the agent.
+    run : str
+        Of which run the state must be.
+    handed : Array, optional
+        State with which a resumed run begins, where the context has none.
     """
 
-    def __init__(self, context: Context, *, run: str) -> None:
-        self._context, self._run = context, run
+    def __init__(self, context: Context, *, run: str, handed: Array | None = None) -> None:
+        self._context, self._run, self._handed = context, run, handed
 
     def recall(self, *, before: int) -> Generation | None:
         """Last state, if it is of this run and of an earlier round."""
         records = self._context.state.array_records
-        if STATE not in records:
-            return None
-        last = Generation.decode(records[STATE]["generation"].data)
-        if last.run == self._run and last.round < before:
-            return last
-        logger.warning(
-            f"agent {last.agent} starts afresh: round {before} of run {self._run} was "
-            f"asked for, and its state is that after round {last.round} of run {last.run}."
+        arrays = (
+            [self._handed] if STATE not in records else [*records[STATE].values(), self._handed]
         )
+        states = [Generation.decode(array.data) for array in arrays if array is not None]
+        for last in states:
+            if last.run == self._run and last.round < before:
+                return last
+        for last in states:
+            logger.warning(
+                f"agent {last.agent} starts afresh: round {before} of run {self._run} was "
+                f"asked for, and its state is that after round {last.round} of run {last.run}."
+            )
         return None
 
     def remember(self, generation: Generation) -> None:
         """Put the state into the context."""
-        data = generation.encode()
-        # Bytes as they are: NumPy's format, in which Flower carries arrays, would copy
-        # them twice more.
-        array = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
+        array = raw_array(generation.encode(), Array)
         self._context.state[STATE] = ArrayRecord({"generation": array})
 
 
@@ -105,40 +115,6 @@ class DiskMemory:
             forget_runs(self._root, agent=self._agent, keep=self._keep_runs, log=logger.warning)
 
 
-@final
-class CheckpointedMemory:
-    """State of a simulated agent: in the context, and in the record for resumption.
-
-    It is written there in the rounds that a checkpoint follows (``store``), and read in
-    any.
-    """
-
-    def __init__(
-        self, context: Context, folder: Path, *, run: str, agent: int, store: bool
-    ) -> None:
-        self._context, self._run, self._agent, self._stores = (
-            ContextMemory(context, run=run),
-            run,
-            agent,
-            store,
-        )
-        self._store = StateStore(folder, log=logger.warning)
-
-    def recall(self, *, before: int) -> Generation | None:
-        """State in the context; in the record where a resumed run begins without."""
-        last = self._context.recall(before=before)
-        if last is not None:
-            return last
-        return self._store.load(self._agent, run=self._run, before=before)
-
-    def remember(self, generation: Generation) -> None:
-        """Keep the state in both places, or in the context alone."""
-        if self._stores:
-            with self._store.hold(self._agent, wait=True):
-                self._store.save(generation)
-        self._context.remember(generation)
-
-
 @contextlib.contextmanager
 def open_memory(
     context: Context, order: Order[Array], *, agent: int, settings: DeviceSettings
@@ -153,12 +129,10 @@ def open_memory(
     """
     run = order.run
     folder = settings.state_folder()
-    if in_simulation() or folder is None:
-        if order.agents_dir is not None and in_simulation():
-            record = Path(order.agents_dir)
-            yield CheckpointedMemory(context, record, run=run, agent=agent, store=order.store)
-        else:
-            yield ContextMemory(context, run=run)
+    if in_simulation():
+        yield ContextMemory(context, run=run, handed=order.state)
+    elif folder is None:
+        yield ContextMemory(context, run=run)
     else:
         store = device_store(folder, run=run, agent=agent)
         with contextlib.ExitStack() as held:

@@ -48,7 +48,7 @@ class MessageApp(ClientApp, ABC):
                 reply = answer_to(message, context, super().__call__)
                 if self._finish is not None and not reply.has_error():
                     with _naming(message, context):
-                        self._finish()
+                        reply.content.update(self._finish())
                 return reply
         finally:
             self._open = self._finish = None

@@ -1,6 +1,8 @@
 """Personal model of an agent as a file, at the end of a run (``export``)."""
 
+import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from flower_mcepl.messages.order import Order
 from flower_mcepl.record.layout import EXPORTS
 from flower_mcepl.runs.best import BEST
 from flower_mcepl.runs.generation import Generation
-from flower_mcepl.runs.settings import DeviceSettings
 from flower_mcepl.runs.simulated import in_simulation
 from flower_mcepl.streams import torch_threads
 
@@ -31,18 +32,45 @@ def export_last_model(
     order: Order[Array],
     context: Context,
     model_fn: Callable[[Context], Any] | None,
-) -> None:
-    """Write the agent's best model, or its last where none was kept; log the file."""
+) -> dict[str, bytes]:
+    """Export the agent's best model, or its last where none was kept; log the file.
+
+    A device keeps it. Of a simulated agent it is handed over to the relay: returned, by
+    the ending of the file's name.
+    """
     settings = device_settings(context)
     if not settings.export or order.parcel.train:
-        return
+        return {}
+    name = Path(agent_file(agent.index)).with_suffix(EXPORTS[settings.export])
+    export = partial(_export, agent, last, metrics, context=context, model_fn=model_fn)
+    if not (order.store and in_simulation()):
+        root = settings.state_folder()
+        assert root is not None  # refused beside export
+        to = root / MODELS / order.run / name
+        export(to, shown=str(to))
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        to = Path(folder) / name
+        return {to.suffix: to.read_bytes()} if export(to, shown=to.name) else {}
+
+
+def _export(
+    agent: Agent,
+    last: Generation,
+    metrics: Mapping[str, float],
+    to: Path,
+    *,
+    shown: str,
+    context: Context,
+    model_fn: Callable[[Context], Any] | None,
+) -> bool:
+    """Write the file, and log it under the name to be shown; whether that went well."""
     from flower_mcepl.personal.files import Exported, export_model
     from flower_mcepl.personal.network import reference_to_app
 
-    name = Path(agent_file(agent.index)).with_suffix(EXPORTS[settings.export])
-    to, round = _folder(order, settings) / name, last.round
+    round = last.round
     try:
-        with torch_threads(settings.threads):
+        with torch_threads(device_settings(context).threads):
             if last.best is not None:
                 agent.restore(last.best)
                 metrics, round = {}, last.best.facts[BEST]["round"]
@@ -54,16 +82,8 @@ def export_last_model(
             to.parent.mkdir(parents=True, exist_ok=True)
             lines = export_model(Exported(agent, round, metrics, network), to)
     except Exception as error:
-        logger.warning(f"agent {agent.index}: its model was not exported to {to}: {error}")
-        return
+        logger.warning(f"agent {agent.index}: its model was not exported to {shown}: {error}")
+        return False
     for line in lines:
-        logger.info(f"agent {agent.index}: {line}")
-
-
-def _folder(order: Order[Array], settings: DeviceSettings) -> Path:
-    """Run record where an agent is simulated; else a folder of the device, by run."""
-    if in_simulation() and order.agents_dir:
-        return Path(order.agents_dir)
-    root = settings.state_folder()
-    assert root is not None  # refused beside export
-    return root / MODELS / order.run
+        logger.info(f"agent {agent.index}: {line.replace(str(to), shown)}")
+    return True

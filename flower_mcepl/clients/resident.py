@@ -22,7 +22,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from flwr.app import Context, RecordDict
+from flwr.app import ArrayRecord, Context, RecordDict
 
 from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.clients.seats import Finish
@@ -74,11 +74,12 @@ def begin(
     stream = opened.enter_context(_connect(place) or _started(place, names, idle=idle))
     answer = _ask(stream, place, (PLAY, content, context), expected=PLAYED)
 
-    def finish() -> None:
+    def finish() -> dict[str, ArrayRecord]:
         state = _ask(stream, place, (KEEP,), expected=KEPT)
         for name in [*context.state]:
             del context.state[name]
         context.state.update(state)
+        return {}  # a device hands nothing over
 
     return answer, finish
 

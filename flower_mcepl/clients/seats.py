@@ -5,13 +5,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from logging import getLogger
 
-from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 
 from flower_mcepl.clients.naming import agent_index, naming_the_agent
-from flower_mcepl.messages.bundle import NodeBundle
+from flower_mcepl.messages.bundle import NodeBundle, seat_records
 from flower_mcepl.messages.identity import identity
 
-Finish = Callable[[], None]
+# Keeps an agent's new state, and gives the records that go on top of its answer.
+Finish = Callable[[], dict[str, ArrayRecord]]
 Begin = Callable[[RecordDict, Context, contextlib.ExitStack], tuple[RecordDict, Finish]]
 logger = getLogger("flwr")
 
@@ -26,22 +27,24 @@ def begin_all(
     bundle = NodeBundle.from_records(content)
     answers: dict[int, RecordDict] = {}
     failures: dict[int, str] = {}
-    kept: list[tuple[Context, Finish]] = []
+    kept: dict[int, tuple[Context, Finish]] = {}
     for seat, part in bundle.parts.items():
         own = seat_context(context, seat=seat, per_node=bundle.per_node)
         try:
             with naming_the_agent(own):
                 answers[seat], finish = begin(RecordDict(dict(part)), own, opened)
-                kept.append((own, finish))
+                kept[seat] = own, finish
         except Exception as error:
             logger.exception("%s", error)
             failures[seat] = str(error)
 
-    def keep() -> None:
-        for own, finish in kept:
-            finish()
+    def keep() -> dict[str, ArrayRecord]:
+        handed: dict[int, dict[str, ArrayRecord]] = {}
+        for seat, (own, finish) in kept.items():
+            handed[seat] = finish()
             prefix = _prefix(agent_index(own))
             context.state.update({prefix + name: record for name, record in own.state.items()})
+        return seat_records(handed)
 
     answer = NodeBundle(bundle.per_node, answers, failures)
     return RecordDict(answer.to_records(ConfigRecord)), keep

@@ -66,6 +66,10 @@ class Answer(Generic[FrameT]):
     # the facts were told with this answer; else they are those told earlier
     introduces: bool = False
     evaluation_error: str = ""  # why an evaluation that was due is missing
+    # Of a simulated agent, for the run record: its encoded state, and its exported
+    # model by the ending of the file's name.
+    state: bytes = b""
+    exported: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def shipments(posts: Sequence[Posted[Any]], facts: Mapping[str, Any]) -> list[Shipment]:

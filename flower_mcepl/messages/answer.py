@@ -2,13 +2,14 @@
 
 The class is `flower_mcepl.exchange.parcels.Answer`: what an agent says and what a relay
 takes in are one thing. Two of its fields do not travel: ``raw`` follows from the
-frames, and ``late_of`` is for the relay to say.
+frames, and ``late_of`` is for the relay to say. What a simulated agent hands over for
+the run record stands in a record of its own, which it gets when all else is done.
 """
 
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flower_mcepl.agents.handshake import (
@@ -42,6 +43,7 @@ _COUNTS = (  # of a handshake
     *("num-weights", "kept-weights"),
     *("num-examples", "num-validation-examples", "num-test-examples"),
 )
+_HANDED = 2  # a state, and an exported model
 _FRACTIONS = ("accuracy", "density")
 _MOST = 10**15  # of a count; readers of a record take no larger one
 _OWN = frozenset(
@@ -145,6 +147,7 @@ def from_records(records: Records, limits: Limits = LIMITS) -> Answer[Any]:
     if keys.EVALUATION_ERROR in fields:
         error = fields.text(keys.EVALUATION_ERROR, most=limits.reason)
         evaluation_error = visible(error, lines=True)
+    state, exported = _read_handed(fields.of(records.get(keys.HANDED, {}), keys.HANDED))
     introduces = PARAMETERS in fields
     facts = _read_handshake(fields) if introduces else {}
     if not introduces:
@@ -162,7 +165,23 @@ def from_records(records: Records, limits: Limits = LIMITS) -> Answer[Any]:
         raw=tuple(frame for _, frame in posts),
         introduces=introduces,
         evaluation_error=evaluation_error,
+        state=state,
+        exported=exported,
     )
+
+
+def handed_records(
+    state: FrameT, exported: Mapping[str, FrameT], arrays: MakeRecord = dict
+) -> dict[str, Any]:
+    """Record that is added to the answer of a simulated agent, for the run record."""
+    return {keys.HANDED: arrays({keys.GENERATION: state, **exported})}
+
+
+def _read_handed(fields: Fields) -> tuple[bytes, dict[str, bytes]]:
+    fields.check_names(entries=_HANDED)
+    fields.check_arrays()
+    arrays = {name: array.data for name, array in fields.rest.items()}
+    return arrays.pop(keys.GENERATION, b""), arrays
 
 
 def _read_held(fields: Fields) -> dict[int, int]:

@@ -37,11 +37,7 @@ class NodeBundle:
 
     def to_records(self, configs: MakeRecord = dict) -> dict[str, Any]:
         """All records, and one that says what they are."""
-        records = {
-            f"{seat}/{name}": record
-            for seat, part in self.parts.items()
-            for name, record in part.items()
-        }
+        records = seat_records(self.parts)
         failed = {
             f"{seat}/{keys.FAILED}": configs({keys.REASON: reason[-LIMITS.error :]})
             for seat, reason in self.failures.items()
@@ -88,6 +84,13 @@ class NodeBundle:
                 for seat, reason in reasons.items()
             },
         )
+
+
+def seat_records(parts: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Records of several seats under the names that they have in a bundle."""
+    return {
+        f"{seat}/{name}": record for seat, part in parts.items() for name, record in part.items()
+    }
 
 
 def is_bundle(records: Records) -> bool:

@@ -2,10 +2,20 @@
 
 import io
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from flower_mcepl.errors import CorruptFrameError
+
+
+def raw_array(data: bytes, make: Callable[..., Any]) -> Any:
+    """Array of Flower's, by its class ``make``, of bytes as they are.
+
+    NumPy's format, in which Flower carries arrays, would copy them twice more.
+    """
+    return make(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
 
 
 def open_envelope(data: bytes) -> bytes:

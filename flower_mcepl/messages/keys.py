@@ -1,6 +1,6 @@
 """Names in Flower's messages, in kebab-case, with a version; for this room alone."""
 
-MESSAGE_VERSION = 4  # raise it when a record or key changes its meaning
+MESSAGE_VERSION = 5  # raise it when a record or key changes its meaning
 
 # --- records of an order, relay to agent ---
 FRAMES = "frames"  # arrays; "3/0" is the first frame of agent 3, "3/1" the one that builds on it
@@ -8,6 +8,9 @@ ORDER = "order"  # config: what to do
 # For an app of neighbor_average_mod. Settings of its functions, left out if empty:
 TRAIN_CONFIG, EVALUATE_CONFIG = "train-config", "evaluate-config"
 INITIAL = "initial-arrays"  # arrays; only where the node may lack them
+
+STATE = "state"  # arrays, simulation only: where the agent goes on in a resumed run
+GENERATION = "generation"  # its only array
 
 # In place of all these, a config without entries: say which agent you are, do nothing
 IDENTIFY = "identify"
@@ -35,9 +38,7 @@ NEIGHBORS = "neighbors"  # list of agents
 KEPT_AGENTS, KEPT_COUNTS = "kept-agents", "kept-counts"
 CHECKPOINTS = "checkpoints"  # list of rounds that the relay could go back to
 KEEP_BEST = "keep-best"  # keep the state that was evaluated, if it is the best so far
-STORE = "store"  # simulation only: keep the state after this round in AGENTS_DIR, too
-# simulation only: folder of the final states, and with STORE of each round's
-AGENTS_DIR = "agents-dir"
+STORE = "store"  # simulation only: hand over what belongs into the run record
 LAYOUT = "layout"  # JSON: names, types and shapes of the initial arrays
 
 # --- records of an answer ---
@@ -45,6 +46,7 @@ AGENT = "agent"  # config: who answers; with the handshake where the order says 
 METRICS = "metrics"  # metrics
 FRAME = "frame"  # arrays: FRAME, and KEY_FRAME where one was asked for
 KEY_FRAME = "key-frame"
+HANDED = "handed-over"  # arrays, simulation only: GENERATION, and an exported model by its ending
 
 # --- keys of AGENT beside those of `Agent.describe`; lists are left out if empty ---
 NUMBER = "agent"

@@ -40,7 +40,6 @@ class Limits:
     depth: int = 20  # of nested JSON
     frame: int = 2**31  # bytes of a frame with its envelope, or of another array
     arrays: int = 100_000  # of one record: frames, or those that an app begins with
-    path: int = 4_096  # characters
     setting: int = 1_000_000  # characters or bytes of a setting of the user's own
     metric: float = 1e100  # magnitude of a metric; sums of squares stay finite
 
@@ -179,6 +178,14 @@ class Fields:
         rule = f"{key} must be a JSON object of at most {depth} levels, its numbers finite"
         self.check(isinstance(value, dict) and is_json(value, depth=depth), rule, text)
         return dict(value)
+
+    def check_arrays(self) -> None:
+        """Check how many fields are left, and that they are arrays within limits."""
+        rule = f"{self.name} may hold {self.limits.arrays} arrays"
+        self.check(len(self.rest) <= self.limits.arrays, rule, len(self.rest))
+        for array in self.rest.values():
+            rule = f"{self.name} must hold arrays of at most {self.limits.frame} bytes"
+            self.check(is_array(array, most=self.limits.frame), rule, array)
 
     def check_names(self, *, entries: int, printable: bool = True) -> None:
         """Check how many fields are left, how long their names are, and printable."""

@@ -18,14 +18,13 @@ from flower_mcepl.messages.limits import (
     Limits,
     MakeRecord,
     Records,
-    is_array,
     is_setting,
 )
 
 _OWN = frozenset(
     {keys.VERSION, keys.RUN, keys.ROUND, keys.FUSE, keys.EVALUATE, keys.TRAIN, keys.MAX_STALENESS}
     | {keys.WHOLE, keys.INTRODUCE, keys.ACKNOWLEDGED, keys.NEIGHBORS, keys.CHECKPOINTS}
-    | {keys.STORE, keys.AGENTS_DIR, keys.LAYOUT, keys.KEPT_AGENTS, keys.KEPT_COUNTS}
+    | {keys.STORE, keys.LAYOUT, keys.KEPT_AGENTS, keys.KEPT_COUNTS}
     | {keys.KEEP_BEST}
 )
 _PLACE = re.compile("(0|[1-9][0-9]{0,8})/(0|[1-9][0-9]{0,8})")  # sender / place in its chain
@@ -65,9 +64,10 @@ class Order(Generic[FrameT]):
     keep_best : bool
         Whether to keep the state that is evaluated, if it is the best so far.
     store : bool
-        In simulation: whether to keep the state after this round in `agents_dir`, too.
-    agents_dir : str, optional
-        In simulation: folder of the final states, and with `store` of each round's.
+        In simulation: whether the relay wants the state after this round, and at the
+        end the exported model, for the run record.
+    state : frame, optional
+        In simulation: the encoded state from which the agent goes on in a resumed run.
     config : mapping
         What the user says to the app. Under a key of the order's own it does not count.
     app : AppInput, optional
@@ -81,7 +81,7 @@ class Order(Generic[FrameT]):
     checkpoints: tuple[int, ...] = ()
     keep_best: bool = False
     store: bool = False
-    agents_dir: str | None = None
+    state: FrameT | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     app: AppInput[FrameT] | None = None
 
@@ -113,12 +113,13 @@ class Order(Generic[FrameT]):
             keys.CHECKPOINTS: list(self.checkpoints),
             keys.KEEP_BEST: self.keep_best,
             keys.STORE: self.store,
-            keys.AGENTS_DIR: self.agents_dir,
             keys.LAYOUT: None if app is None else app.layout.to_json(),
         }
         # Flower's tools trip over empty lists
         order |= {key: value for key, value in optional.items() if value}
         records = {keys.FRAMES: arrays(_places(parcel)), keys.ORDER: configs(order)}
+        if self.state is not None:
+            records[keys.STATE] = arrays({keys.GENERATION: self.state})
         if app is not None:
             settings = {
                 keys.TRAIN_CONFIG: app.train_config,
@@ -160,11 +161,7 @@ class Order(Generic[FrameT]):
             checkpoints=fields.numbers(keys.CHECKPOINTS, most=limits.round),
             keep_best=fields.flag(keys.KEEP_BEST) if keys.KEEP_BEST in fields else False,
             store=fields.flag(keys.STORE) if keys.STORE in fields else False,
-            agents_dir=(
-                fields.text(keys.AGENTS_DIR, most=limits.path)
-                if keys.AGENTS_DIR in fields
-                else None
-            ),
+            state=_read_state(fields, records),
             app=_read_app(fields, records) if keys.LAYOUT in fields else None,
             config=fields.rest,
         )
@@ -215,7 +212,7 @@ def _read_kept(fields: Fields) -> dict[int, tuple[int, ...]]:
 def _read_chains(fields: Fields) -> dict[int, list[Any]]:
     """Frames of each sender, oldest first."""
     chains: dict[int, list[Any]] = {}
-    _check_arrays(fields)
+    fields.check_arrays()
     for key, frame in fields.rest.items():
         place = _PLACE.fullmatch(key)
         chain = chains.setdefault(int(place[1]) if place else 0, [])
@@ -229,6 +226,19 @@ def _read_chains(fields: Fields) -> dict[int, list[Any]]:
     return chains
 
 
+def _read_state(fields: Fields, records: Records) -> Any:
+    if keys.STATE not in records:
+        return None
+    arrays = fields.of(records[keys.STATE], keys.STATE)
+    fields.check(
+        [*arrays.rest] == [keys.GENERATION],
+        f"{keys.STATE} must hold {keys.GENERATION} alone",
+        [*arrays.rest],
+    )
+    arrays.check_arrays()
+    return arrays.rest[keys.GENERATION]
+
+
 def _read_app(fields: Fields, records: Records) -> AppInput[Any]:
     settings = {
         key: fields.of(records.get(key, {}), key)
@@ -239,7 +249,7 @@ def _read_app(fields: Fields, records: Records) -> AppInput[Any]:
     arrays = None
     if keys.INITIAL in records:
         initial = fields.of(records[keys.INITIAL], keys.INITIAL)
-        _check_arrays(initial)
+        initial.check_arrays()
         arrays = initial.rest
     return AppInput(
         layout=_read_layout(fields),
@@ -265,14 +275,6 @@ def _read_layout(fields: Fields) -> ArrayLayout:
         sound = False
     fields.check(sound, f"{keys.LAYOUT} must tell names, types and shapes of arrays", text)
     return layout
-
-
-def _check_arrays(fields: Fields) -> None:
-    rule = f"{fields.name} may hold {fields.limits.arrays} arrays"
-    fields.check(len(fields.rest) <= fields.limits.arrays, rule, len(fields.rest))
-    for array in fields.rest.values():
-        rule = f"{fields.name} must hold arrays of at most {fields.limits.frame} bytes"
-        fields.check(is_array(array, most=fields.limits.frame), rule, array)
 
 
 def _check_settings(fields: Fields) -> None:

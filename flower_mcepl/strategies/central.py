@@ -12,6 +12,7 @@ from flower_mcepl.agents import find_algorithm, make_server, save_state
 from flower_mcepl.agents.handshake import check_common_ground
 from flower_mcepl.agents.server import Server
 from flower_mcepl.exchange.center import Center
+from flower_mcepl.exchange.parcels import Answer
 from flower_mcepl.masks.model import shared_module
 from flower_mcepl.runs.options import RoundKeywords, RoundOptions
 from flower_mcepl.runs.settings import RunSettings, recorded
@@ -103,9 +104,10 @@ class ServerStrategy(ExchangeStrategy):
     def _about(self) -> dict[str, Any]:
         return {"server": {"number": self.server.index, **self.server.parameters()}}
 
-    def _check_agent(self, agent: int, facts: Mapping[str, Any]) -> None:
-        super()._check_agent(agent, facts)
-        check_common_ground(f"agent {agent}", facts, "the server", self.server.describe())
+    def _check_agent(self, agent: int, answer: Answer[Array]) -> None:
+        super()._check_agent(agent, answer)
+        server = self.server.describe()
+        check_common_ground(f"agent {agent}", answer.facts, "the server", server)
 
     def _finish(self) -> None:
         if self.record is not None:

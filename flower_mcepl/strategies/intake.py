@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from logging import WARNING, getLogger
-from typing import Any, final
+from typing import final
 
 from flwr.app import Array, Message
 
@@ -50,12 +50,13 @@ class Intake:
     attendance : Attendance
         Who is there, and which node is which agent.
     check_agent : callable
-        Gets the agent and its handshake; raises FingerprintError where the agent does
-        not fit the strategy, beyond what the roster compares.
+        Gets the agent and its answer; raises FingerprintError where the agent does not
+        fit the strategy, beyond what the roster compares, and AnswerError where the
+        answer does not.
     """
 
     def __init__(
-        self, attendance: Attendance, check_agent: Callable[[int, Mapping[str, Any]], None]
+        self, attendance: Attendance, check_agent: Callable[[int, Answer[Array]], None]
     ) -> None:
         self._attendance, self._roster = attendance, attendance.roster
         self._check_agent = check_agent
@@ -158,7 +159,7 @@ class Intake:
     def _admit(self, node: int, answer: Answer[Array], *, round: int) -> int:
         """Agent that the node is, as which its answer counts."""
         agent = self._roster.admit(node, answer.facts, online=self._attendance.online)
-        self._check_agent(agent, answer.facts)
+        self._check_agent(agent, answer)
         check_sizes(answer.posts, answer.facts)
         if answer.fresh and round > 1:
             logger.log(

@@ -28,7 +28,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flower_mcepl.config.checks import check
 from flower_mcepl.errors import ConfigError, RosterError
 from flower_mcepl.exchange.exchange import Exchange
-from flower_mcepl.exchange.parcels import Parcel
+from flower_mcepl.exchange.parcels import Answer, Parcel
 from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.messages.order import Order
 from flower_mcepl.record.writing import RunRecord
@@ -39,6 +39,7 @@ from flower_mcepl.runs.settings import RunSettings
 from flower_mcepl.strategies.answers import array_record
 from flower_mcepl.strategies.attendance import Attendance
 from flower_mcepl.strategies.dispatch import Dispatch
+from flower_mcepl.strategies.handover import Handover, check_handed
 from flower_mcepl.strategies.identities import Identities, read_agent_keys
 from flower_mcepl.strategies.initial import InitialArrays
 from flower_mcepl.strategies.intake import Intake, Replies
@@ -99,9 +100,10 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         self._num_rounds, self._timeout = 3, 3600.0
         self._intake = Intake(self.attendance, self._check_agent)
         self._dispatch = self._new_dispatch()
-        # both until `start`
+        # until `start`
         self._book: RunBook[Array] | None = None
         self._initial: InitialArrays | None = None
+        self._handover: Handover | None = None  # only where there is a record
 
     @property
     def book(self) -> RunBook[Array]:
@@ -200,6 +202,8 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         try:
             with self._opened(num_rounds, timeout) as self._book:
                 self.exchange.begin(self._book.run)
+                if self.record is not None:
+                    self._handover = Handover(self.record.agents_dir, run=self._book.run)
                 if self.record is not None:
                     announce_record(self.record.path)
                 result = self._run(
@@ -400,21 +404,20 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
     def _message(
         self, node: int, parcel: Parcel[Array], config: ConfigRecord, message_type: str
     ) -> Message:
-        checkpoints, record = self.book.checkpoints, self.record
-        store = parcel.train and self.book.due(parcel.round)
-        # a simulated agent finds its state in the record
+        checkpoints, agent = self.book.checkpoints, self.roster.agent_of(node)
         resumed = self.book.resumed is not None and not self.roster.has_met(node)
-        needs_dir = store or resumed or not parcel.train
         assert self._initial is not None
         order = Order(
             parcel=parcel,
             run=self.book.run,
             max_staleness=self.exchange.max_staleness,
             keep_best=self.options.keep_best,
-            introduce=not self.roster.has_met(node) or self.roster.agent_of(node) is None,
+            introduce=not self.roster.has_met(node) or agent is None,
             checkpoints=() if checkpoints is None else tuple(checkpoints.rounds()),
-            store=store,
-            agents_dir=str(record.agents_dir) if record and needs_dir else None,
+            store=self._handover is not None and (not parcel.train or self.book.due(parcel.round)),
+            state=self._handover.state_before(parcel.round, agent)
+            if self._handover and resumed and agent is not None
+            else None,
             config=config,
             app=self._initial.input_for(node),
         )
@@ -454,15 +457,18 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         left = self.attendance.gone()  # as of the round before
         barred = self._intake.quarantined(round)
         states = self.attendance.changes(round, answers, failed, busy, barred)
+        if self._handover is not None:
+            self._handover.keep(answers, closing=closing)
         self.book.close_round(
             round, answers, failed=failed, missing=missing, states=states, left=left
         )
 
-    def _check_agent(self, agent: int, facts: Mapping[str, Any]) -> None:
-        """Raise RosterError or FingerprintError for an agent that does not fit."""
+    def _check_agent(self, agent: int, answer: Answer[Array]) -> None:
+        """Raise RosterError, FingerprintError or AnswerError for what does not fit."""
+        check_handed(answer, agent=agent, run=self.book.run)
         if self.options.keep_best or self.options.patience:
             try:
-                check_selection([facts])
+                check_selection([answer.facts])
             except ConfigError as error:
                 raise RosterError(str(error)) from error
 

@@ -527,7 +527,7 @@ def test_a_message_of_another_strategy_or_version(
 ) -> None:
     message = Message(content, dst_node_id=1000, message_type=message_type)
     expected = (
-        rf"agent 2: .*messages of version 4; got {came}\. Use GossipStrategy, and the same release"
+        rf"agent 2: .*messages of version 5; got {came}\. Use GossipStrategy, and the same release"
     )
     with pytest.raises(ConfigError, match=expected):
         the_app()(message, a_context(2))

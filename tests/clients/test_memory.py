@@ -1,5 +1,5 @@
 """Where an agent's state is between two messages: on the device's disk, in the Context,
-in a simulation's record.
+handed over to the relay of a simulation.
 """
 
 import logging
@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Array, Context, Message, RecordDict
 
 from flower_mcepl import ConfigError, StateError
-from flower_mcepl.agents import load_state
 from flower_mcepl.clients import app as client_app
 from flower_mcepl.clients import make_client_app, memory
 from flower_mcepl.clients.kept import KeptAgents, size_of
 from flower_mcepl.config.sizes import read_bytes
 from flower_mcepl.files import room
+from flower_mcepl.messages.envelope import raw_array
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.runs.store import StateStore
-from tests.fleet.agents import make_agent, noisy_net, same_tensors
+from tests.fleet.agents import make_agent, noisy_net
 from tests.fleet.flower import state_of
 from tests.fleet.flower_messages import (
     RUN,
@@ -258,16 +258,13 @@ def test_the_message_must_say_of_which_run_it_is(run: str, tmp_path: Path) -> No
 
 
 def test_a_device_writes_nowhere_else_than_in_its_state_dir(tmp_path: Path) -> None:
-    """The folder of the run record is one of another machine, the relay's."""
-    play(a_device(tmp_path / "state"), 1, store=True, agents_dir=str(tmp_path / "record"))
-    play(
-        a_device(tmp_path / "state"),
-        2,
-        train=False,
-        store=True,
-        agents_dir=str(tmp_path / "record"),
-    )
+    """Nor does it send its state, which the relay asks of simulated agents."""
+    answers = [
+        play(a_device(tmp_path / "state"), 1, store=True),
+        play(a_device(tmp_path / "state"), 2, train=False, store=True),
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert [the_answer(answer).state for answer in answers] == [b"", b""]
 
 
 # --- where that is ---
@@ -365,45 +362,39 @@ def test_a_simulated_agent_keeps_its_state_in_the_context_whatever_the_device_sa
 
 
 @pytest.mark.usefixtures("simulated")
-def test_a_resumed_simulation_goes_on_from_the_record(tmp_path: Path, warnings: list[str]) -> None:
-    order = {"store": True, "agents_dir": str(tmp_path)}
-    context = a_context()
-    whole = [frame_of(play(context, round, **order)) for round in (1, 2, 3, 4, 5)]
-    assert StateStore(tmp_path).rounds(0) == [4, 5]
-    assert state_of(context).round == 5
-    assert warnings == []
-    resumed = a_context()  # round 5 was not finished: it comes again
-    replies = [play(resumed, round, **order) for round in (5, 6)]
-    assert [fresh(reply) for reply in replies] == [False, False]
-    assert frame_of(replies[0]) == whole[4]
-    assert len(warnings) == 1  # after that round, the context holds what is needed
-    assert frame_of(replies[1]) == frame_of(play(context, 6, **order))
-
-
-@pytest.mark.usefixtures("simulated")
-def test_many_agents_share_a_record(tmp_path: Path) -> None:
-    order = {"store": True, "agents_dir": str(tmp_path)}
-    for agent in (0, 1, 2):
-        context = a_context(agent)
-        for round in (1, 2, 3):
-            play(context, round, **order)
-    assert [StateStore(tmp_path).rounds(agent) for agent in (0, 1, 2, 3)] == [[2, 3]] * 3 + [[]]
-    for agent in (0, 1, 2):
-        assert not fresh(play(a_context(agent), 4, **order))
-
-
-@pytest.mark.usefixtures("simulated")
-@pytest.mark.parametrize("store", [False, True])
-def test_the_closing_exchange_leaves_the_final_state_beside_it(tmp_path: Path, store: bool) -> None:
-    order = {"store": True, "agents_dir": str(tmp_path)} if store else {}
+def test_a_simulated_agent_hands_its_state_over_where_the_relay_wants_it() -> None:
     context = a_context(3)
-    play(context, 1, **order)
-    final = tmp_path / "agent-0003.safetensors"
-    assert not final.exists()
-    closing = {"evaluate": True, "train": False, "agents_dir": str(tmp_path)}
-    play(context, 2, **{**order, **closing})
-    assert same_tensors(load_state(final).tensors, state_of(context).state.tensors)
-    assert StateStore(tmp_path).rounds(3) == ([1, 2] if store else [])
+    assert the_answer(play(context, 1)).state == b""
+    for round, order in ((2, {}), (3, {"evaluate": True, "train": False})):
+        answer = the_answer(play(context, round, store=True, **order))
+        assert answer.state == state_of(context).encode()
+        assert answer.exported == {}
+
+
+@pytest.mark.usefixtures("simulated")
+def test_a_resumed_simulation_goes_on_from_what_was_handed_over(warnings: list[str]) -> None:
+    context = a_context()
+    replies = [play(context, round, store=True) for round in (1, 2, 3, 4, 5)]
+    handed = raw_array(the_answer(replies[3]).state, Array)
+    resumed = a_context()  # round 5 was not finished: it comes again
+    again = [play(resumed, 5, state=handed), play(resumed, 6)]
+    assert [fresh(reply) for reply in again] == [False, False]
+    assert frame_of(again[0]) == frame_of(replies[4])
+    assert frame_of(again[1]) == frame_of(play(context, 6))
+    assert warnings == []
+
+
+@pytest.mark.usefixtures("simulated")
+def test_a_context_that_is_ahead_gives_way_to_the_state_that_is_handed(
+    warnings: list[str],
+) -> None:
+    context = a_context()
+    replies = [play(context, round, store=True) for round in (1, 2, 3)]
+    handed = raw_array(the_answer(replies[0]).state, Array)
+    assert frame_of(play(context, 2, state=handed)) == frame_of(replies[1])
+    assert warnings == []
+    assert fresh(play(context, 1))
+    assert len(warnings) == 1
 
 
 def test_what_is_stored_is_the_agents_whole_state(tmp_path: Path) -> None:

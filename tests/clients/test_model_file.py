@@ -80,14 +80,38 @@ def test_nothing_is_written_before_the_end_or_without_the_key(tmp_path: Path) ->
     assert not (tmp_path / "b" / "models").exists()
 
 
-def test_a_simulated_agent_writes_into_the_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_simulated_agent_hands_its_model_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
     for module in (memory, client_app, model_file):
         monkeypatch.setattr(module, "in_simulation", lambda: True)
-    whole_run(a_context(2, node={"state-dir": ""}, export="pt2"), agents_dir=str(tmp_path))
-    program = torch.export.load(tmp_path / "agent-0002.pt2").module()
+    context = a_context(2, node={"state-dir": str(tmp_path / "state")}, export="pt2")
+    answer = the_answer(the_app()(a_message(1, train=False, store=True), context))
+    assert [*answer.exported] == [".pt2"]
+    assert not (tmp_path / "state").exists()
+    file = tmp_path / "handed.pt2"
+    file.write_bytes(answer.exported[".pt2"])
+    program = torch.export.load(file).module()
     assert program(split(1002)[0][:3]).shape == (3, 3)
+    assert any(line.startswith("agent 2: agent-0002.pt2: ") for line in lines)
+
+
+def test_a_model_that_cannot_be_exported_is_not_handed_over(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    for module in (memory, client_app, model_file):
+        monkeypatch.setattr(module, "in_simulation", lambda: True)
+
+    def fails(model: Any, to: Path) -> list[str]:
+        to.write_bytes(b"half of a file")
+        raise RuntimeError("an exporter's own error")
+
+    monkeypatch.setattr(files, "export_model", fails)
+    context = a_context(2, node={"state-dir": ""}, export="pt2")
+    answer = the_answer(the_app()(a_message(1, train=False, store=True), context))
+    assert answer.state
+    assert answer.exported == {}
+    assert any("agent 2: its model was not exported to agent-0002.pt2" in line for line in lines)
 
 
 def test_the_best_model_is_exported_where_one_was_kept(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def orders(draw: Any) -> Order[Carrier]:
         checkpoints=tuple(draw(st.lists(rounds, max_size=3))),
         keep_best=draw(st.booleans()),
         store=draw(st.booleans()),
-        agents_dir=draw(st.none() | text.filter(bool)),
+        state=draw(st.none() | carriers),
         config=draw(settings),
         app=draw(st.none() | app_inputs),
     )
@@ -393,7 +393,7 @@ def an_order() -> dict[str, Any]:
         checkpoints=(2,),
         keep_best=True,
         store=True,
-        agents_dir="/agents",
+        state=Carrier(b"state"),
         config={"note": "hello"},
         app=app,
     )
@@ -428,7 +428,8 @@ def an_answer() -> dict[str, Any]:
         lacking=[0],
         introduces=True,
     )
-    return copy.deepcopy(answers.to_records(answer))
+    handed = answers.handed_records(Carrier(b"state"), {".onnx": Carrier(b"model")})
+    return copy.deepcopy({**answers.to_records(answer), **handed})
 
 
 BIG = {
@@ -442,7 +443,7 @@ BIG = {
 @pytest.mark.parametrize(
     ("record", "key", "value", "rule"),
     [
-        ("order", "message-version", 5, "messages of version 4; got 5. Use GossipStrategy, and"),
+        ("order", "message-version", 4, "messages of version 5; got 4. Use GossipStrategy, and"),
         ("order", "run", "../../elsewhere!", "run must be 16 lower-case hex digits; got '../../"),
         ("order", "run", None, "run must be 16 lower-case hex digits; got None"),
         ("order", "server-round", 0, "server-round must be a whole number in 1..1000000000; got 0"),
@@ -461,7 +462,8 @@ BIG = {
         ("order", "acknowledged", "2", "acknowledged must be a whole number"),
         ("order", "store", "x", "store must be true or false"),
         ("order", "keep-best", 1, "keep-best must be true or false"),
-        ("order", "agents-dir", "x" * 5000, "agents-dir must be text of at most 4096 characters"),
+        ("state", "generation", b"bytes", "state must hold arrays of at most 2147483648 bytes"),
+        ("state", "other", Carrier(b""), "state must hold generation alone"),
         ("order", "layout", "{", r"layout must be JSON \(JSONDecodeError\)"),
         ("order", "layout", "[" * 100_000, r"layout must be JSON \(RecursionError\)"),
         ("order", "layout", '{"fingerprint": "", "arrays": [["w", "<f3", []]]}', "tell names, typ"),
@@ -574,6 +576,8 @@ def test_a_field_of_an_order_that_breaks_its_rule(
         ("frame", "third", Carrier(b""), "must tell of each frame"),
         ("frame", "frame", b"bytes", "a frame must be an array of at most 2147483648 bytes"),
         ("frame", "frame", Carrier(b"no envelope"), "must come as an npy array of uint8"),
+        ("handed-over", "generation", 0.5, "handed-over must hold arrays of at most"),
+        ("handed-over", "third", Carrier(b""), "handed-over may have 2 entries; got 3"),
     ],
 )
 def test_a_field_of_an_answer_that_breaks_its_rule(
@@ -590,7 +594,7 @@ def test_a_field_of_an_answer_that_breaks_its_rule(
     ("record", "keys", "rule"),
     [
         ("order", ["introduce"], "introduce must be true or false; got None"),
-        ("order", ["message-version"], "messages of version 4; got None"),
+        ("order", ["message-version"], "messages of version 5; got None"),
         ("agent", ["parameters"], "facts must come as a whole handshake, parameters included"),
         ("agent", ["content"], "content must stand beside frames, and nowhere else"),
         ("agent", ["builds-on"], "builds-on and header-bytes must tell of each frame"),

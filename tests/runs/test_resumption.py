@@ -33,7 +33,7 @@ from flower_mcepl.runs.checkpoint import (
     save_checkpoint,
     set_damaged_aside,
 )
-from flower_mcepl.strategies import GossipStrategy, ServerStrategy
+from flower_mcepl.strategies import GossipStrategy, ServerStrategy, handover
 from tests.fleet.agents import make_agent, make_fleet, same_tensors
 from tests.fleet.flower import sent_round
 from tests.fleet.grid import InProcessGrid
@@ -463,7 +463,7 @@ def test_a_killed_process_leaves_a_record_that_is_resumed(
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the clients think that they are in Flower's simulation."""
-    for module in (client_module, memory):
+    for module in (client_module, memory, handover):
         monkeypatch.setattr(module, "in_simulation", lambda: True)
 
 

@@ -1,8 +1,12 @@
 """Real `flwr run` on Ray: the same masks as `simulate`, for every agent and round,
-whatever the number of workers.
+whatever the number of workers, on one node or on a cluster of two.
 """
 
+import socket
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +39,14 @@ RUN_CONFIG = {
 pytestmark = pytest.mark.slow
 
 
-def flower_record(folder: Path, *, workers: int) -> Path:
+def flower_record(folder: Path, *, workers: int | None = None) -> Path:
+    """Record of a run with so many workers; without, on the cluster that there is."""
+    ray = "" if workers is None else f"init-args-num-cpus={workers} "
     outcome = run_app(
         QUICKSTART,
         run_config={**RUN_CONFIG, "record-dir": str(folder)},
         num_supernodes=NUM_AGENTS,
-        federation_config=f"init-args-num-cpus={workers} client-resources-num-cpus=1",
+        federation_config=f"{ray}client-resources-num-cpus=1",
         timeout=600,
     )
     assert outcome.status == "finished:completed", outcome.log[-3000:]
@@ -87,7 +93,52 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_flwr_run_gives_the_masks_of_simulate(workers: int, oracle: Path, tmp_path: Path) -> None:
-    ours, theirs = read_run(oracle), read_run(flower_record(tmp_path, workers=workers))
+    assert_same(oracle, flower_record(tmp_path, workers=workers))
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two nodes of Ray, with a processor each."""
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    places = [["--head", f"--port={address.rpartition(':')[2]}"], [f"--address={address}"]]
+    nodes = []
+    try:
+        for number, place in enumerate(places):
+            log = tmp_path.parent / f"{tmp_path.name}-node-{number}.log"
+            nodes.append(_ray_node(place, log))
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        yield
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+            node.wait(60)
+
+
+def _ray_node(place: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a node, and wait until it says that it runs."""
+    options = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
+    command = [str(Path(sys.executable).with_name("ray")), "start", *place, *options, "--block"]
+    with log.open("wb") as out:
+        node = subprocess.Popen(command, stdout=out, stderr=out)
+    deadline = time.monotonic() + 180
+    while b"Ray runtime started" not in log.read_bytes():
+        assert node.poll() is None, log.read_text(errors="replace")
+        assert time.monotonic() < deadline, log.read_text(errors="replace")
+        time.sleep(0.2)
+    return node
+
+
+@pytest.mark.usefixtures("cluster")
+def test_so_does_a_ray_cluster(oracle: Path, tmp_path: Path) -> None:
+    assert_same(oracle, flower_record(tmp_path))
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Assert that two records have the same frames, figures and final states."""
+    ours, theirs = read_run(one), read_run(other)
     assert [line["frames"] for line in ours.relay] == [line["frames"] for line in theirs.relay]
     assert all(len(line["frames"]) == NUM_AGENTS for line in ours.relay[:NUM_ROUNDS])
     columns = (
@@ -107,6 +158,6 @@ def test_flwr_run_gives_the_masks_of_simulate(workers: int, oracle: Path, tmp_pa
     assert traffic[0] == traffic[1]
     assert sorted(theirs.agents) == list(range(NUM_AGENTS))
     for index, path in theirs.agents.items():
-        mine, other = load_state(ours.agents[index]), load_state(path)
-        assert mine.facts == other.facts
-        assert all((mine.tensors[name] == other.tensors[name]).all() for name in mine.tensors)
+        mine, its = load_state(ours.agents[index]), load_state(path)
+        assert mine.facts == its.facts
+        assert all((mine.tensors[name] == its.tensors[name]).all() for name in mine.tensors)

@@ -24,7 +24,7 @@ from flower_mcepl.clients import make_agent_app, memory, neighbor_average_mod
 from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.record.reading import Run
 from flower_mcepl.runs.store import device_store
-from flower_mcepl.strategies import GossipStrategy, ServerStrategy, waiting
+from flower_mcepl.strategies import GossipStrategy, ServerStrategy, handover, waiting
 from tests.fleet.agents import same_tensors
 from tests.fleet.choosers import SEED, chooser_of, choosers
 from tests.fleet.flower import agent_grid, gossip, state_of
@@ -58,7 +58,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the clients think that they are in Flower's simulation."""
-    for module in (client_module, memory):
+    for module in (client_module, memory, handover):
         monkeypatch.setattr(module, "in_simulation", lambda: True)
 
 
