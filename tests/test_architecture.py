@@ -317,6 +317,7 @@ def test_rooms_around_runs_load_nothing_heavy_before_a_run_needs_it() -> None:
     assert with_commands & numbers <= {"rich"}
 
 
+@pytest.mark.slow
 def test_a_relay_loads_nothing_that_starts_runs(on_both_sides: list[set[str]]) -> None:
     rooms = {f"flower_mcepl.{room}" for room in ("studies", "launch", "doctor", "cli", "clients")}
     _, relay, study, *_ = on_both_sides

@@ -148,6 +148,7 @@ def test_a_neighbor_holds_what_the_agent_thinks_that_it_holds(settings: dict[str
     assert set(fleet.held_by(2, 39)) == {0, 1, 3}
 
 
+@pytest.mark.slow
 def test_agents_agree_in_the_end_without_a_gradient() -> None:
     """Compressed gossip alone reaches consensus on the mean of the first models."""
     settings = {"lr": 1e-30, "weight_decay": 0.0}

@@ -207,6 +207,7 @@ for arguments in {[list(map(str, command)) for command in commands]}:
     return [set(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_what_reads_records_loads_no_torch_but_over_lasso_for_the_masks(
     record: Path, tmp_path: Path
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_program_gives_what_the_agent_predicts(run: Run, app: Path, tmp_path: 
     assert "same prediction for 24 of 24 inputs" in text
 
 
+@pytest.mark.slow
 @needs_torch
 def test_an_onnx_file_gives_what_the_agent_predicts(run: Run, app: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -245,6 +245,7 @@ def test_names_are_checked_before_anything_is_loaded() -> None:
         app.load()
 
 
+@pytest.mark.slow
 def test_a_message_that_the_worker_answers_loads_no_torch() -> None:
     code = (
         "import sys; from flower_mcepl.clients import make_client_app; "

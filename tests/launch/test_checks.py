@@ -47,6 +47,7 @@ def looked_at_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "subprocess", SimpleNamespace(run=run))
 
 
+@pytest.mark.slow
 def test_another_process_checks_the_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

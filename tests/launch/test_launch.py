@@ -347,6 +347,7 @@ def test_superlink_that_dies_loses_the_run(
     assert outcome.log == "INFO :      the round begins"
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 def test_real_superlink_that_dies_loses_the_run(app: Path, nothing_stays: None) -> None:
     family = ProcessFamily(f"MCEPL_TEST_MARK={tempfile.gettempdir()}")
@@ -367,6 +368,7 @@ def test_real_superlink_that_dies_loses_the_run(app: Path, nothing_stays: None) 
 # --- whole runs
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 def test_run_that_ends_well(app: Path, tmp_path: Path, nothing_stays: None) -> None:
     heard: list[str] = []
@@ -399,6 +401,7 @@ def listening(family: ProcessFamily) -> dict[int, tuple[str, bytes]]:
     return found
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 def test_a_run_is_reached_from_nowhere_else_and_ray_asks_for_its_token(
     app: Path, nothing_stays: None
@@ -443,6 +446,7 @@ def ray_health(port: int, token: str) -> int:
     ).returncode
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 def test_run_that_crashes_is_told(app: Path, nothing_stays: None) -> None:
     outcome = run_app(app, run_config={"crash": True}, timeout=300)
@@ -452,18 +456,21 @@ def test_run_that_crashes_is_told(app: Path, nothing_stays: None) -> None:
     assert "RuntimeError: the probe crashes on purpose" in excerpt(outcome.log)
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 def test_unknown_setting_is_refused_with_flowers_words(app: Path, nothing_stays: None) -> None:
     with pytest.raises(ConfigError, match=r"(?i)run config"):
         run_app(app, run_config={"no-such-key": 1}, timeout=300)
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 def test_run_over_its_time_is_stopped(app: Path, nothing_stays: None) -> None:
     outcome = run_app(app, run_config={"sleep": 200.0}, timeout=25)
     assert outcome.status == TIMED_OUT
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_everything(signum: signal.Signals, app: Path, nothing_stays: None) -> None:

@@ -344,6 +344,7 @@ def digests(record: Path) -> list[Any]:
     return [line["frames"] for line in read_run(record).relay]
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 def test_a_lost_worker_costs_a_restart_and_no_bit(dying_app: Path, tmp_path: Path) -> None:
     lines: list[str] = []
@@ -372,6 +373,7 @@ def test_a_lost_worker_costs_a_restart_and_no_bit(dying_app: Path, tmp_path: Pat
     assert [*(outcome.record / "checkpoint").glob("*.checkpoint")]
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_launcher_leaves_no_process(signum: int, dying_app: Path, tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ def test_a_changed_record_is_shown_or_named(
     assert all(char.isprintable() or char == "\n" for char in shown)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(QUICK, max_examples=15)
 def test_a_changed_record_is_drawn_or_named(
@@ -205,6 +206,7 @@ def test_a_changed_record_is_resumed_or_named(
     survives(resumed, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_changes_can_be_noticed(records: dict[str, Path], tmp_path: Path) -> None:
     """As long as nothing is changed, all of them work."""
     for look in (show, compared, launched, as_page):

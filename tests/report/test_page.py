@@ -156,6 +156,7 @@ def test_a_run_that_was_killed_has_a_page(record: Path, tmp_path: Path) -> None:
     assert "The run is not finished; what follows is as far as it got." in page.text("p")
 
 
+@pytest.mark.slow
 def test_hostile_records_stay_text(record: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(record, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())

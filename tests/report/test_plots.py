@@ -634,6 +634,7 @@ def assert_drawn(gallery: Gallery, folder: Path) -> None:
         assert 0.002 < ink.mean() < 0.9, file
 
 
+@pytest.mark.slow
 def test_a_study_gives_pictures_of_sane_size(gallery: Gallery, tmp_path: Path) -> None:
     assert_drawn(gallery, tmp_path / "made" / "here")
     assert [picture.file for picture in gallery.pictures] == [
@@ -694,6 +695,7 @@ def test_a_record_that_says_nothing_is_drawn_as_far_as_it_goes(tmp_path: Path) -
     assert "who holds what of x: the record does not tell examples by class" in gallery.missing
 
 
+@pytest.mark.slow
 def test_any_name_can_be_drawn(copied: Path) -> None:
     from flower_mcepl.report.overview import plot_run
 

@@ -243,6 +243,7 @@ def test_the_picture_has_content_in_each_panel(tmp_path: Path, case: str) -> Non
         assert 0.0005 < (panel.min(axis=-1) < 0.9).mean() < 0.5
 
 
+@pytest.mark.slow
 def test_the_same_record_gives_the_same_picture(tmp_path: Path) -> None:
     run = synthetic(tmp_path / "run", agents=12)
     first, second = plot_run(run, tmp_path / "1.png"), plot_run(run, tmp_path / "2.png")

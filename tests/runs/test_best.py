@@ -205,6 +205,7 @@ def test_selection_changes_no_bit_of_what_is_learned(algorithm: str, tmp_path: P
     assert "best" not in (two.summary or {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_resumed_run_chooses_as_one_that_was_never_interrupted(
     every: int, stopped: Any, tmp_path: Path

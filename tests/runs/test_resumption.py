@@ -278,11 +278,12 @@ def break_off(
 
 
 def every_round(first: int, last: int) -> list[Any]:
-    """Runs that break off in each round; around a server, those between are slow."""
+    """Runs that break off in each round; those between are slow."""
     rounds = range(first, last + 1)
     middle = rounds[2:-1]
-    return [("mcepl", round) for round in rounds] + [
-        pytest.param("fedavg", round, marks=[pytest.mark.slow] if round in middle else [])
+    return [
+        pytest.param(name, round, marks=[pytest.mark.slow] if round in middle else [])
+        for name in ("mcepl", "fedavg")
         for round in rounds
     ]
 
@@ -296,10 +297,8 @@ CASES = every_round(2, ROUNDS + 1)
         *CASES,
         ("dfedavgm", 4),
         ("dispfl", 4),
-        ("fedspa", 4),
-        ("fedpm", 3),
-        ("ditto", 4),
         ("choco", 4),
+        *(pytest.param(name, 4, marks=pytest.mark.slow) for name in ("fedspa", "fedpm", "ditto")),
     ],
 )
 def test_a_resumed_simulation_is_one_that_was_never_interrupted(

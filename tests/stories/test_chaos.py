@@ -328,6 +328,7 @@ def noting_agent(index: int, sent: dict[tuple[int, int], dict[str, Tensor]]) -> 
     return agent
 
 
+@pytest.mark.slow
 def test_the_same_through_strategy_and_client(tmp_path: Path) -> None:
     random, num_rounds, size = Random(0), 8, 12
     topology = Topology.random_regular(size, degree=4, seed=1)

@@ -150,6 +150,7 @@ def replayed(
     return read_run(strategy.record.path)
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 def test_three_supernodes_exchange_the_masks_of_simulate(fleet: Fleet, tmp_path: Path) -> None:
     app = small_app(tmp_path, "fleet")
@@ -162,6 +163,7 @@ def test_three_supernodes_exchange_the_masks_of_simulate(fleet: Fleet, tmp_path:
     fleet.down()
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 def test_a_killed_supernode_comes_back_as_the_same_agent(fleet: Fleet, tmp_path: Path) -> None:
     app = small_app(tmp_path, "outage")
@@ -208,6 +210,7 @@ def test_a_killed_supernode_comes_back_as_the_same_agent(fleet: Fleet, tmp_path:
     fleet.down()
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 def test_a_run_whose_superlink_was_killed_resumes(fleet: Fleet, tmp_path: Path) -> None:
     app = small_app(tmp_path, "resumption")
@@ -267,6 +270,7 @@ app = make_client_app(model_fn, data_fn, mods=[misbehave])
 HOSTILE_ROUNDS = {2, 3, 5, 6, 8, 9, 12}
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 def test_a_hostile_device_and_an_impostor_harm_nobody(fleet: Fleet, tmp_path: Path) -> None:
     app = small_app(tmp_path, "hostile")
@@ -358,6 +362,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "files"), PROGRAMS.items())
 def test_the_options_are_those_of_the_installed_flower(
     program: str, files: list[str], flowers_help: dict[str, str]

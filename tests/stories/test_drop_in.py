@@ -929,6 +929,7 @@ def test_a_pytorch_app_with_batch_norm() -> None:
     assert sorted(counters) == [(i, 12 * (1 + i)) for i in range(4)]
 
 
+@pytest.mark.slow
 def test_a_scikit_learn_app() -> None:
     sklearn = pytest.importorskip("sklearn.linear_model")
     from sklearn.datasets import load_digits
@@ -1000,6 +1001,7 @@ def apps() -> Iterator[None]:
 CONFIG = {"num-server-rounds": 2, "local-epochs": 1, "learning-rate": 0.1, "batch-size": 32}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("apps")
 def test_own_functions_train_a_masked_model_as_documented() -> None:
     from drop_in_fedavg.task import Net, load_data, test, train
@@ -1132,6 +1134,7 @@ def test_the_diff_that_is_shown_makes_one_app_of_the_other(page: Path) -> None:
     assert len(settings) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("apps")
 def test_both_apps_of_the_example_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -1152,6 +1155,7 @@ def test_both_apps_of_the_example_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(read_run(folder).rounds) == 10
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 @pytest.mark.parametrize("side", SIDES)
 def test_both_apps_of_the_example_run_on_flower(side: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ evaluate-every = 12
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "metric", "reached"), [("regression", "rmse", 0.9), ("sequences", "accuracy", 0.8)]
 )

@@ -307,6 +307,7 @@ def test_a_face_shows_what_it_names() -> None:
 # --- under Flower ---
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
@@ -338,6 +339,7 @@ def test_its_names_work_under_flower_with_ray_workers(
         assert run.config["run_config"][key] == value
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 def test_its_names_work_on_supernodes(
     installed: Path, tmp_path: Path, app: Path, monkeypatch: pytest.MonkeyPatch

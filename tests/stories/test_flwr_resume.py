@@ -17,7 +17,7 @@ from flower_mcepl.launch import RunOutcome, run_app
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 NUM_AGENTS, NUM_ROUNDS, KILLED_AFTER, EVERY = 10, 10, 5, 2
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.flower]
 
 
 def flower_run(folder: Path, **run_config: object) -> RunOutcome:

@@ -36,7 +36,7 @@ RUN_CONFIG = {
     "evaluate-every": 1,
 }
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.flower]
 
 
 def flower_record(folder: Path, *, workers: int | None = None) -> Path:

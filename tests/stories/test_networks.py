@@ -71,6 +71,7 @@ def test_every_layer_has_a_gradient(app: str, name: str, init: str) -> None:
     assert model.frozen.named_share < 0.05  # positions and the class token alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("app", "name"), CASES)
 def test_masks_learn_a_batch(app: str, name: str) -> None:
     model, (inputs, labels) = masked(app, name), batch(app)

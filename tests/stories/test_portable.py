@@ -396,6 +396,7 @@ def forks(source: str) -> Iterator[int]:
                 yield node.lineno
 
 
+@pytest.mark.slow
 def test_processes_are_spawned() -> None:
     assert list(forks("mp.Pool(2)\nmultiprocessing.get_context()\nos.fork()")) == [1, 2, 3]
     for path in python_files("flower_mcepl", "examples", "benchmarks"):
@@ -420,6 +421,7 @@ def test_ps_tells_of_processes_what_proc_tells() -> None:
 OF_SETUPTOOLS = re.compile(r"PKG-INFO|setup\.cfg|flower_mcepl\.egg-info/.*")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("git") is None or not (ROOT / ".git").exists(), reason="only a repository is built"
 )

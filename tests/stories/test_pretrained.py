@@ -42,6 +42,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return paths[0]
 
 
+@pytest.mark.slow
 def test_agents_begin_from_the_file_and_say_so(weights: Path, tmp_path: Path) -> None:
     file = tmp_path / "study.toml"
     text = STUDY.format(app=APP.as_posix(), out=(tmp_path / "runs").as_posix(), weights=weights)

@@ -126,6 +126,7 @@ def test_a_run_of_flower_chooses_as_simulate(
     assert_same_states(run.best_agents, expected(algorithm).best_agents)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_resumed_run_of_flower_chooses_as_an_undisturbed_one(

@@ -669,6 +669,7 @@ def test_signal_from_outside(signum: signal.Signals, jobs: int, tmp_path: Path, 
     assert len(stamps(plan)) == 3
 
 
+@pytest.mark.flower
 @pytest.mark.slow
 def test_flower_gives_the_bits_of_in_process(
     tmp_path: Path, app: Path, monkeypatch: pytest.MonkeyPatch

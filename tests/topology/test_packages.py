@@ -121,6 +121,7 @@ def test_a_record_of_another_package_is_not_read_with_this_one() -> None:
         Topology.from_config({**RECORD, "stop": 1})
 
 
+@pytest.mark.slow
 def test_another_process_needs_no_import_of_it(folder: Path) -> None:
     code = (
         "import sys, json; from flower_mcepl.topology import Topology\n"
