@@ -22,6 +22,7 @@ from flower_mcepl.record.metric import (
 from flower_mcepl.record.parsing import read_lines, read_object
 from flower_mcepl.record.schema import CONFIG_FILE, RELAY_LINE, ROUNDS_LINE, SUMMARY_FILE
 from flower_mcepl.record.selection import best_states
+from flower_mcepl.record.traffic import read_traffic
 
 T = TypeVar("T")
 
@@ -92,6 +93,20 @@ class Run:
         """Number under which the server of a server-based algorithm is counted."""
         number = _part(self.config, "server", dict).get("number")
         return None if number is None else int(number)
+
+    @cached_property
+    def traffic(self) -> list[Row]:
+        """Lines of ``traffic.jsonl``: frames and bytes of each round, by link.
+
+        ``links`` has rows ``[sender, receiver, frames, keys, bytes, header_bytes]``,
+        ``uplinks`` rows ``[agent, frames, keys, bytes, header_bytes]``.
+
+        Raises
+        ------
+        RecordError
+            If the file is damaged.
+        """
+        return list(read_traffic(self.path))
 
     @cached_property
     def handshakes(self) -> dict[int, Row]:

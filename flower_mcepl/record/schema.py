@@ -202,6 +202,25 @@ RELAY_LINE = _object(
     },
     required=("round",),
 )
+
+
+def _entry(value: Any, place: str) -> None:
+    """Check a sender, a list of receivers or none, and four counts."""
+    rule = "a list of a sender, its receivers and four counts"
+    _refuse_unless(isinstance(value, list) and len(value) == 6, value, place, rule)
+    sender, receivers, *counts = value
+    _AGENT(sender, place)
+    if receivers is not None:
+        _list(_AGENT)(receivers, place)
+    for count in counts:
+        _COUNTED(count, place)
+
+
+_COUNTED = _whole(_COUNT)
+TRAFFIC_LINE = _object(
+    {"round": _ROUND, "links": _list(_entry), "uplinks": _list(_list(_COUNTED, exactly=5))},
+    required=("round", "links", "uplinks"),
+)
 _SPREAD = _object(others=_number())
 SUMMARY_FILE = _object(
     {

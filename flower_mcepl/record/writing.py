@@ -25,6 +25,7 @@ from flower_mcepl.record.layout import (
     TRAFFIC_KEYS,
 )
 from flower_mcepl.record.parsing import read_raw
+from flower_mcepl.record.traffic import TrafficLines, read_traffic
 from flower_mcepl.record.values import package_versions, to_json, utc_now
 
 
@@ -35,6 +36,7 @@ class RunRecord:
     def __init__(self, path: Path, *, with_frames: bool = False) -> None:
         self.path, self.with_frames = path, with_frames
         self._began = time.monotonic()
+        self._traffic: TrafficLines | None = None  # until the first line is written
 
     @classmethod
     def create(
@@ -105,8 +107,16 @@ class RunRecord:
         self._append(RELAY, [row], RELAY_KEYS)
 
     def log_traffic(self, row: Mapping[str, Any]) -> None:
-        """Append a round's line to ``traffic.jsonl``, with all ``TRAFFIC_KEYS``."""
-        self._append(TRAFFIC, [row], TRAFFIC_KEYS)
+        """Append a round's line to ``traffic.jsonl``, with all ``TRAFFIC_KEYS``.
+
+        ``links`` are rows as of `Run.traffic`.
+        """
+        if self._traffic is None:  # of a resumed run: after the lines that there are
+            self._traffic = TrafficLines()
+            for line in read_traffic(self.path):
+                self._traffic.packed(line["links"])
+        packed = {"links": self._traffic.packed(row["links"])} if "links" in row else {}
+        self._append(TRAFFIC, [{**row, **packed}], TRAFFIC_KEYS)
 
     def log_failure(self, text: str) -> None:
         """Append the whole text of a failure to ``failures.txt``.

@@ -421,9 +421,9 @@ def test_a_relay_line_needs_its_keys(tmp_path: Path) -> None:
 
 def test_traffic_is_written_line_by_line(tmp_path: Path) -> None:
     record = three_rounds(tmp_path / "run")
-    lines = [
-        standard_json(line) for line in (record.path / "traffic.jsonl").read_text().splitlines()
-    ]
+    for line in (record.path / "traffic.jsonl").read_text().splitlines():
+        standard_json(line)
+    lines = read_run(record.path).traffic
     assert lines == [traffic_row(number) for number in (1, 2, 3)]
     for kind, columns in TRAFFIC_COLUMNS.items():
         assert all(len(row) == len(columns) for line in lines for row in line[kind])

@@ -1,4 +1,3 @@
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -391,10 +390,7 @@ def test_keys_come_at_the_interval(tmp_path: Path) -> None:
     record = RunRecord.create(name="test", config={}, path=tmp_path / "run")
     simulate(make_fleet(3), RING, num_rounds=7, key_interval=3, record=record)
     run = read_run(record.path)
-    traffic = [
-        json.loads(line) for line in (record.path / "traffic.jsonl").read_text().splitlines()
-    ]
-    keys = {line["round"]: [row[2] for row in line["uplinks"]] for line in traffic}
+    keys = {line["round"]: [row[2] for row in line["uplinks"]] for line in run.traffic}
     assert keys == {
         1: [1] * 3,
         2: [0] * 3,

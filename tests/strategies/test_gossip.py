@@ -2,7 +2,6 @@
 when things go wrong.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -70,10 +69,6 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 def the_run(folder: Path) -> Run:
     (record,) = folder.iterdir()
     return read_run(record)
-
-
-def traffic_of(run: Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.path / "traffic.jsonl").read_text().splitlines()]
 
 
 # --- who gets what ---
@@ -348,7 +343,7 @@ def test_the_traffic_of_the_rounds_sums_to_the_summary(tmp_path: Path) -> None:
     gossip(grid, rounds=7, key_interval=2, record=tmp_path, before=steps)
     run = the_run(tmp_path)
     assert run.summary is not None
-    traffic = traffic_of(run)
+    traffic = run.traffic
     assert (
         [line["round"] for line in traffic]
         == [line["round"] for line in run.relay]
