@@ -69,7 +69,7 @@ def main() -> None:
 def measured(agents: int, rounds: int, topology: str, rows: int) -> dict[str, float]:
     """Return what a run of so many agents costs; profile it if rows are asked for."""
     torch.set_num_threads(1)
-    warm_up(topology)
+    warm_up()
     before, clock = peak_memory(), time.process_time()
     fleet = make_fleet(agents)
     graph = Topology.parse(topology, num_agents=agents, seed=0)
@@ -98,9 +98,9 @@ def measured(agents: int, rounds: int, topology: str, rows: int) -> dict[str, fl
     }
 
 
-def warm_up(topology: str) -> None:
+def warm_up() -> None:
     """Let everything be imported and every first call be made."""
-    graph = Topology.parse(topology, num_agents=6, seed=0)
+    graph = Topology.ring(6)
     with tempfile.TemporaryDirectory() as folder:
         record = RunRecord.create(name="warm", config={}, path=Path(folder, "run"))
         simulate(make_fleet(6), graph, num_rounds=2, record=record)
