@@ -132,7 +132,7 @@ def local_response_norm(x: Tensor, *, size: int, alpha: float) -> Tensor:
     torch.nn.LocalResponseNorm with k = 1 and beta = 0.75, to float32 rounding (not bit
     for bit), in a tenth of its time on a CPU (benchmarks/).
     """
-    result: Tensor = _LocalResponseNorm.apply(x, size, alpha)
+    result: Tensor = _LocalResponseNorm.apply(x, size, alpha)[0]
     return result
 
 
@@ -140,7 +140,7 @@ class _LocalResponseNorm(torch.autograd.Function):
     """Local response norm with its gradient; d = 1 + alpha/size * window(x²)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, alpha: float) -> Tensor:
+    def forward(x: Tensor, size: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
         d = (
             _window_sum(x.square(), before=size // 2, after=(size - 1) // 2)
             .mul_(alpha / size)
@@ -148,18 +148,33 @@ class _LocalResponseNorm(torch.autograd.Function):
         )
         root = d.rsqrt()
         scale = root.sqrt().mul_(root)  # d^(-3/4)
-        ctx.save_for_backward(x, d, scale)
-        ctx.size, ctx.alpha = size, alpha
-        return x * scale
+        return x * scale, d, scale
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, ctx.size, ctx.alpha = inputs
+        _, d, scale = output
+        ctx.save_for_backward(x, d, scale)
+        ctx.mark_non_differentiable(d, scale)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None]:
         x, d, scale = ctx.saved_tensors
+        if grads[0] is None:
+            return None, None, None
         through_x = grads[0] * scale
         pull = (through_x * x).div_(d)  # dL/dd up to the factor -3/4
         # the window, mirrored
         pull = _window_sum(pull, before=(ctx.size - 1) // 2, after=ctx.size // 2)
         return through_x.addcmul_(x, pull, value=-1.5 * ctx.alpha / ctx.size), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, size: int, alpha: float) -> Any:
+        """Take the agents of a stack as more examples of one batch."""
+        stack = x.movedim(in_dims[0], 0)
+        parts = _LocalResponseNorm.apply(stack.flatten(0, 1), size, alpha)
+        return tuple(part.unflatten(0, stack.shape[:2]) for part in parts), (0, 0, 0)
 
 
 def _window_sum(values: Tensor, *, before: int, after: int) -> Tensor:

@@ -4,9 +4,10 @@ import contextlib
 import hashlib
 import operator
 import os
+import pickle
 import random
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -163,6 +164,20 @@ def isolated_rng(
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def noting_draws() -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether Python's or NumPy's generator was drawn from.
+
+    The generators are those that all share, of this process.
+    """
+
+    def state() -> bytes:
+        return pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002
+
+    before = state()
+    yield lambda: state() != before
 
 
 def _seed_torch(start: int, *, cuda: bool) -> None:

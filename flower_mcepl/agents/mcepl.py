@@ -20,26 +20,28 @@ from flower_mcepl.agents.parts.masked import MaskedAgent
 from flower_mcepl.agents.parts.masked_config import MaskedConfig
 from flower_mcepl.agents.parts.meters import SECONDS, UNITS
 from flower_mcepl.agents.parts.pacing import Pacer
-from flower_mcepl.agents.parts.step_times import cached_cost, facts_of, step_cost
-from flower_mcepl.agents.parts.training import (
-    descent_direction,
-    finite_loss,
-    gradients_of,
-    train_locally,
+from flower_mcepl.agents.parts.score_step import (
+    GRADIENT,
+    MAGNITUDE,
+    NORMALIZED,
+    PROXIMAL,
+    RAW,
+    SIGNED,
+    ScoreStep,
 )
+from flower_mcepl.agents.parts.step_times import cached_cost, facts_of, step_cost
+from flower_mcepl.agents.parts.training import finite_loss, gradients_of, train_locally
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig
 from flower_mcepl.config.patterns import keys_by_name
 from flower_mcepl.config.ratios import per_layer
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import UnsupportedLayerError
-from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.compact import CompactNetwork, check_compact
 from flower_mcepl.masks.gates import gate_name
 
-SCORE_FORMS = ("signed", "magnitude")
-SCORE_GRADIENTS = ("raw", "normalized")
-GRADIENT, PROXIMAL = "gradient", "proximal"
+SCORE_FORMS = (SIGNED, MAGNITUDE)
+SCORE_GRADIENTS = (RAW, NORMALIZED)
 LASSO_STEPS = (GRADIENT, PROXIMAL)
 FILTERS_TRAININGS = (FULL, COMPACT)
 LR_LAYERS = "score-lr-layers"
@@ -63,10 +65,10 @@ class MceplConfig(MaskedConfig):
     score_lr_layers: str = ""
     # "raw": g as it is (paper); "normalized": g / sqrt(mean(g²)) per layer, before
     # weight decay and momentum; a score_lr of 0.0005 then suits
-    score_gradient: str = "raw"
+    score_gradient: str = RAW
     # "signed": z (paper); "magnitude": ``s = |z|``, and a step that would leave s below
     # zero bounces off it
-    score_form: str = "signed"
+    score_form: str = SIGNED
     group_lasso: float = 0.0  # λ >= 0; the paper's published code has none
     # "gradient": the lasso is part of the loss (paper); "proximal": each step on the
     # loss is followed by ``z_f * max(0, 1 - ηλ / ‖z_f‖)``, which ends at zero
@@ -166,7 +168,8 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         device: str = "cpu",
     ) -> None:
         super().__init__(index, module, data, config, seed=seed, device=device)
-        self._lr = config.lr_by_layer(self._common.names)
+        self.lr = config.lr_by_layer(self._common.names)  # η by layer
+        self.score_step = ScoreStep(config)
         for z in self.model.all_scores.values():
             self._settle(z)
         self._compact, self._why_full = self._compact_network()
@@ -204,7 +207,7 @@ class MceplAgent(MaskedAgent[MceplConfig]):
 
     def train(self, *, round: int) -> dict[str, float]:
         """Take the local steps on the scores; ``train-loss`` is their mean loss."""
-        self._begin(round)
+        self.begin(round)
         if self.pacer is not None:
             self._set_share(self.pacer.begin(round, self.step_cost))
         num_steps = self.config.num_steps(self.data.train.num_examples)
@@ -264,7 +267,7 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         """
         masks = self._personal_masks()
         metrics = self.learner.evaluate(self.model.bake(masks), self.data)
-        return {**metrics, "density": self._density(masks), **self._structure(masks)}
+        return {**metrics, "density": self.density(masks), **self._structure(masks)}
 
     # Two gradients: the steps follow that of the loss, normalized or not, with weight
     # decay and momentum, while the fine-tuning step takes the last one as it is (group
@@ -287,30 +290,24 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         compact = self._compact_in(number)
         scores = self.model.all_scores if compact is None else self.model.scores
         loss = self.learner.loss(compact or self.model, inputs, labels)
-        objective = (
-            loss + self.config.group_lasso * self.model.group_lasso()
-            if self.config.group_lasso and self.config.lasso_step == GRADIENT
-            else loss
-        )
         value = finite_loss(
             loss, agent=self.index, round=round, key="score-lr", lr=self.config.score_lr
         )
-        self.gradient = gradients_of(objective, scores)
-        factor = self.config.lr_factor(round)
+        self.gradient = gradients_of(self.objective(loss), scores)
         with torch.no_grad():
             for name, z in scores.items():
-                g, velocity = self._scaled(self.gradient[name]), self.velocity
-                z.add_(
-                    descent_direction(name, z, g, velocity=velocity, config=self.config),
-                    alpha=-self._lr[name] * factor,
-                )
-                self._shrink(name, z, lr=self._lr[name] * factor)
-                self._settle(z)
+                self._step(name, z, lr=self.lr[name] * self.config.lr_factor(round))
         if compact is not None:
             self._let_gates_stand()
         if self.pacer is not None and number % self.config.filters_refresh:
             self.pacer.note(self.pacer.meter() - start)
         return value
+
+    def objective(self, loss: Tensor) -> Tensor:
+        """What the local steps follow: the loss, with the lasso where that is in it."""
+        if not self.config.group_lasso or self.config.lasso_step != GRADIENT:
+            return loss
+        return loss + self.config.group_lasso * self.model.group_lasso()
 
     def _let_gates_stand(self) -> None:
         """Note a gradient of zero for the gates, after a step that did without them."""
@@ -327,22 +324,16 @@ class MceplAgent(MaskedAgent[MceplConfig]):
             return None
         return compact if compact.is_smaller else None
 
-    def _shrink(self, name: str, z: Tensor, *, lr: float) -> None:
-        step = lr * self.config.group_lasso
-        if self.config.lasso_step == PROXIMAL and step and name in self.model.layers:
-            rows = self.model.layers[name].rows
-            norms = torch.linalg.vector_norm(rows(z), dim=1)
-            factors = self.model.layers[name].spread(maths.proximal_factors(norms, step=step))
-            z.copy_(maths.shrunk(z, factors))
-
-    def _scaled(self, g: Tensor) -> Tensor:
-        raw = self.config.score_gradient == "raw"
-        return g if raw else maths.normalized_gradient(g)
+    def _step(self, name: str, z: Tensor, *, lr: float) -> None:
+        g, v, layer = self.gradient[name], self.velocity.get(name), self.model.layers.get(name)
+        stepped, velocity = self.score_step(z, g, v, layer=layer, lr=lr)
+        z.copy_(stepped)
+        if self.config.momentum:
+            self.velocity[name] = velocity
 
     @torch.no_grad()
     def _settle(self, z: Tensor) -> None:
-        if self.config.score_form == "magnitude":
-            z.copy_(maths.reflected(z))
+        z.copy_(self.score_step.settled(z))
 
 
 MCEPL = Algorithm(MceplAgent, MceplConfig, final_masks=final_masks)

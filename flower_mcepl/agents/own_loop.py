@@ -85,7 +85,7 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
         DivergedError
             If it leaves scores that are not finite.
         """
-        self._begin(round)
+        self.begin(round)
         keep_freed_memory()
         with (
             isolated_rng(self.seed, "local-steps", agent=self.index, round=round),
@@ -137,6 +137,6 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
             **further_metrics(metrics, besides=_READ),
             **{key: value for key, value in own.items() if value is not None},
             "num-examples": int(metrics["num-examples"]),
-            "density": self._density(masks),
+            "density": self.density(masks),
             **self._structure(masks),
         }

@@ -31,7 +31,7 @@ from flower_mcepl.studies.runner import (
 def run(
     study: Annotated[Path, typer.Argument(help="The study: a TOML file.", metavar="STUDY.toml")],
     jobs: Annotated[
-        int, typer.Option(min=1, help="Runs at the same time (engine in-process only).")
+        int, typer.Option(min=1, help="Runs at the same time (not with engine flower).")
     ] = 1,
     run_config: Annotated[
         list[str] | None,
@@ -50,7 +50,8 @@ def run(
     A study names an app and what to vary:
     \b
       app = "../quickstart"        # a Flower app, relative to this file
-      engine = "in-process"        # or "flower" (default): same bits, slower start
+      engine = "in-process"        # or "flower" (default): same bits, slower start;
+                                   # or "batched": equal agents as stacks, other bits
       out = "runs/ablation"        # default: studies/NAME, where you start it
       target = 0.9                 # optional: accuracy, for the column of bytes
       [config]                     # run-config keys for every run

@@ -28,9 +28,11 @@ from flower_mcepl.clients.message_app import MessageApp, Mod
 from flower_mcepl.clients.model_file import export_last_model
 from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.clients.seats import Finish, begin_all
+from flower_mcepl.clients.stacked_seats import begin_stacked
+from flower_mcepl.config.engines import BATCHED, LOOP, check_engine
 from flower_mcepl.errors import FrameError
-from flower_mcepl.exchange.parcels import Answer, Parcel
-from flower_mcepl.exchange.turn import open_mail, play_round, refusal
+from flower_mcepl.exchange.parcels import Parcel
+from flower_mcepl.exchange.turn import Reply, open_mail, play_round, refusal
 from flower_mcepl.masks.model import shared_module
 from flower_mcepl.messages.answer import handed_records, to_records
 from flower_mcepl.messages.bundle import is_bundle
@@ -67,16 +69,29 @@ class AgentApp(MessageApp):
         self, content: RecordDict, context: Context, opened: contextlib.ExitStack
     ) -> tuple[RecordDict, Finish]:
         """Play the round that ``content`` orders; see `MessageApp.begin`."""
+        if _engine(context) == BATCHED:
+            with torch_threads(device_settings(context).threads):
+                return begin_stacked(self._open_seat, content, context, opened)
         if is_bundle(content):
             return begin_all(self.begin, content, context, opened)
+        with torch_threads(device_settings(context).threads):
+            seat = self._open_seat(content, context, opened)
+            reply = play_round(seat.agent, seat.mail, seat.parcel)
+            return seat.answer(reply)
+
+    def _open_seat(
+        self, content: RecordDict, context: Context, opened: contextlib.ExitStack
+    ) -> "OpenSeat":
         order = Order.from_records(content)
         settings = device_settings(context)
         memory = opened.enter_context(
             open_memory(context, order, agent=agent_index(context), settings=settings)
         )
-        with torch_threads(settings.threads):
-            answer, finish = _play(self, order, context, memory)
-        return RecordDict(to_records(answer, ArrayRecord, ConfigRecord, MetricRecord)), finish
+        return OpenSeat(self, order, context, memory)
+
+
+def _engine(context: Context) -> str:
+    return check_engine(context.run_config.get("engine", LOOP))
 
 
 def app_of_functions(
@@ -142,45 +157,64 @@ def make_agent_app(
 # mods have let the answer pass.
 
 
-def _play(
-    app: AgentApp, order: Order[Array], context: Context, memory: Memory
-) -> tuple[Answer[Array], Finish]:
-    """Play the round; return what the agent answers, and what keeps its new state."""
-    place = (context.run_id, app.id, agent_index(context))
-    past = memory.recall(before=order.parcel.round)
-    used = _agents.take(place)
-    agent = used if used is not None and past is not None else _new_agent(app, context)
-    keeper = BestState() if order.keep_best else None
-    mail = open_mail(agent, max_staleness=order.max_staleness, run=order.run, keeper=keeper)
-    parcel, damaged = _opened(order.parcel)
-    if past is None:  # nothing has been learned yet that could be evaluated
-        parcel = replace(parcel, evaluate=False)
-        agent.check()
-    else:
-        past.restore(agent, mail)
-    reply = play_round(agent, mail, parcel)
-    refused = [*damaged, *reply.refused][: LIMITS.reasons]
-    reply = replace(
-        reply,
-        refused=[reason[: LIMITS.reason] for reason in refused],
-        evaluation_error=reply.evaluation_error[: LIMITS.reason],
-    )
-    introduces = past is None or order.introduce
-    facts: dict[str, Any] = {"agent": agent.index}
-    if introduces:
-        facts = introduction(agent, tell_classes=device_settings(context).tell_classes)
-    answer = reply.answer(facts, _frame_array, fresh=past is None, introduces=introduces)
-    future = Generation.of(agent, mail, run=order.run, round=parcel.round)
-    most = device_settings(context).agent_cache_bytes
-    _agents.keep(place, agent, size=size_of(agent, future.state), most=most)
-    export = partial(
-        export_last_model,
-        *(agent, future, answer.metrics),
-        order=order,
-        context=context,
-        model_fn=app.model_fn,
-    )
-    return answer, partial(_finish_round, memory, future, order, export)
+@final
+class OpenSeat:
+    """One agent as it was after its last round, with its mail and what it is to answer.
+
+    Attributes
+    ----------
+    agent, mail, parcel
+        What `play_round` takes.
+    fresh : bool
+        Whether the agent begins, without a state.
+    """
+
+    def __init__(
+        self, app: AgentApp, order: Order[Array], context: Context, memory: Memory
+    ) -> None:
+        self._app, self._order, self._context, self._memory = app, order, context, memory
+        self._place = (context.run_id, app.id, agent_index(context))
+        past = memory.recall(before=order.parcel.round)
+        used = _agents.take(self._place)
+        self.fresh = past is None
+        self.agent = used if used is not None and past is not None else _new_agent(app, context)
+        keeper = BestState() if order.keep_best else None
+        self.mail = open_mail(
+            self.agent, max_staleness=order.max_staleness, run=order.run, keeper=keeper
+        )
+        self.parcel, self._damaged = _opened(order.parcel)
+        if past is None:  # nothing has been learned yet that could be evaluated
+            self.parcel = replace(self.parcel, evaluate=False)
+            self.agent.check()
+        else:
+            past.restore(self.agent, self.mail)
+
+    def answer(self, reply: Reply) -> tuple[RecordDict, Finish]:
+        """What the agent answers to its round, and what keeps its new state."""
+        order, context, agent = self._order, self._context, self.agent
+        refused = [*self._damaged, *reply.refused][: LIMITS.reasons]
+        reply = replace(
+            reply,
+            refused=[reason[: LIMITS.reason] for reason in refused],
+            evaluation_error=reply.evaluation_error[: LIMITS.reason],
+        )
+        introduces = self.fresh or order.introduce
+        facts: dict[str, Any] = {"agent": agent.index}
+        if introduces:
+            facts = introduction(agent, tell_classes=device_settings(context).tell_classes)
+        answer = reply.answer(facts, _frame_array, fresh=self.fresh, introduces=introduces)
+        future = Generation.of(agent, self.mail, run=order.run, round=self.parcel.round)
+        most = device_settings(context).agent_cache_bytes
+        _agents.keep(self._place, agent, size=size_of(agent, future.state), most=most)
+        export = partial(
+            export_last_model,
+            *(agent, future, answer.metrics),
+            order=order,
+            context=context,
+            model_fn=self._app.model_fn,
+        )
+        records = RecordDict(to_records(answer, ArrayRecord, ConfigRecord, MetricRecord))
+        return records, partial(_finish_round, self._memory, future, order, export)
 
 
 def _new_agent(app: AgentApp, context: Context) -> Agent:

@@ -19,6 +19,7 @@ from flower_mcepl.clients.app import AgentApp, make_agent_app
 from flower_mcepl.clients.message_app import MessageApp
 from flower_mcepl.clients.metric_names import read_evaluation, read_training
 from flower_mcepl.clients.naming import agent_index, introduce, naming_the_agent
+from flower_mcepl.config.engines import LOOP
 from flower_mcepl.errors import AnswerError, ConfigError
 from flower_mcepl.messages.bundle import is_bundle
 from flower_mcepl.messages.identity import is_question
@@ -279,7 +280,7 @@ def _input(order: Order[Array]) -> AppInput[Array]:
 def _neutral(context: Context) -> Context:
     """Context without settings of ours that are the app's own by the same name."""
     # an app calculates as it likes, and may mean something else by them
-    neutral: dict[str, Any] = {"device": "auto", "threads": 0}
+    neutral: dict[str, Any] = {"device": "auto", "threads": 0, "engine": LOOP}
     node_config, run_config = {**context.node_config, **neutral}, {**context.run_config, **neutral}
     return Context(
         context.run_id, context.node_id, node_config, context.state, run_config, context.series_id

@@ -1,9 +1,10 @@
 """Several agents on one node: each plays its part of the message, and fails alone."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from logging import getLogger
+from typing import final
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 
@@ -24,30 +25,66 @@ def begin_all(
 
     Returns the content of the answer, and what keeps the new states.
     """
-    bundle = NodeBundle.from_records(content)
-    answers: dict[int, RecordDict] = {}
-    failures: dict[int, str] = {}
-    kept: dict[int, tuple[Context, Finish]] = {}
-    for seat, part in bundle.parts.items():
-        own = seat_context(context, seat=seat, per_node=bundle.per_node)
+    seats = Seats(content, context)
+    for seat, (part, own) in seats.orders.items():
+        with seats.failing_alone(seat):
+            seats.answer(seat, *begin(part, own, opened))
+    return seats.result()
+
+
+@final
+class Seats:
+    """Several agents of one node, and what each answers to its part of a message.
+
+    Attributes
+    ----------
+    orders : dict
+        By seat: the content of its part, and its context.
+    """
+
+    def __init__(self, content: RecordDict, context: Context) -> None:
+        bundle = NodeBundle.from_records(content)
+        self._context, self._per_node = context, bundle.per_node
+        self.orders = {
+            seat: (
+                RecordDict(dict(part)),
+                seat_context(context, seat=seat, per_node=bundle.per_node),
+            )
+            for seat, part in bundle.parts.items()
+        }
+        self._answers: dict[int, RecordDict] = {}
+        self._failures: dict[int, str] = {}
+        self._kept: dict[int, Finish] = {}
+
+    @contextlib.contextmanager
+    def failing_alone(self, seat: int) -> Iterator[None]:
+        """Take note of an error as that of one seat, and go on."""
         try:
-            with naming_the_agent(own):
-                answers[seat], finish = begin(RecordDict(dict(part)), own, opened)
-                kept[seat] = own, finish
+            with naming_the_agent(self.orders[seat][1]):
+                yield
         except Exception as error:
             logger.exception("%s", error)
-            failures[seat] = str(error)
+            self._failures[seat] = str(error)
 
-    def keep() -> dict[str, ArrayRecord]:
+    def answer(self, seat: int, answer: RecordDict, finish: Finish) -> None:
+        """Take note of a seat's answer, and of what keeps its new state."""
+        self._answers[seat] = answer
+        self._kept[seat] = finish
+
+    def result(self) -> tuple[RecordDict, Finish]:
+        """The content of the answer, and what keeps all new states."""
+        answer = NodeBundle(self._per_node, self._answers, self._failures)
+        return RecordDict(answer.to_records(ConfigRecord)), self._keep
+
+    def _keep(self) -> dict[str, ArrayRecord]:
         handed: dict[int, dict[str, ArrayRecord]] = {}
-        for seat, (own, finish) in kept.items():
+        for seat, finish in self._kept.items():
+            own = self.orders[seat][1]
             handed[seat] = finish()
             prefix = _prefix(agent_index(own))
-            context.state.update({prefix + name: record for name, record in own.state.items()})
+            records = {prefix + name: record for name, record in own.state.items()}
+            self._context.state.update(records)
         return seat_records(handed)
-
-    answer = NodeBundle(bundle.per_node, answers, failures)
-    return RecordDict(answer.to_records(ConfigRecord)), keep
 
 
 def introduce_all(content: RecordDict, context: Context) -> RecordDict:

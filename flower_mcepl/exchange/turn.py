@@ -1,14 +1,17 @@
 """One agent's part in one round; the same under `simulate` and under Flower."""
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, final
 
 import torch
 
 from flower_mcepl.agents import Agent
 from flower_mcepl.agents.agent import AgentState, Payload
+from flower_mcepl.agents.stack import AgentStack, given
 from flower_mcepl.errors import (
     AnswerError,
     DivergedError,
@@ -140,49 +143,138 @@ def play_round(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
     DivergedError
         If training leaves the finite numbers; the message names the agent.
     """
-    try:
-        return _play(agent, mail, parcel)
-    except DivergedError as error:
-        if names_agent(error, agent.index):
-            raise
-        raise DivergedError(f"agent {agent.index}, round {parcel.round}: {error}") from error
-
-
-def _play(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
     start = time.perf_counter()
-    metrics: dict[str, float] = {}
-    previous = parcel.round - 1
-    refused, lacking = _take_in(mail.inbox, parcel, latest_round=previous)
-    if parcel.neighbors is not None:
-        agent.fuse(mail.inbox.current(parcel.neighbors, round=previous), round=previous)
-        mail.inbox.forget(older_than=previous)
-    evaluation, evaluation_error = evaluate(agent) if parcel.evaluate else ({}, "")
-    metrics.update(evaluation)
-    if evaluation and mail.keeper is not None:  # before training changes what was evaluated
-        metrics.update(mail.keeper.consider(agent, evaluation, round=previous))
-    frames: Sequence[WrittenFrame] = ()
-    payload: Payload = {}
-    if parcel.train:
-        metrics.update(agent.train(round=parcel.round))
-        payload = agent.outgoing()
+    turn = _Turn(agent, mail, parcel)
+    with turn.naming():
+        inbox = turn.take_in()
+        if inbox is not None:
+            agent.fuse(inbox, round=turn.previous)
+        if parcel.evaluate:
+            turn.note_evaluation(agent.evaluate)
+        if parcel.train:
+            turn.write(agent.train(round=parcel.round), agent.outgoing())
+    return turn.reply(seconds=time.perf_counter() - start)
+
+
+def play_together(
+    stack: AgentStack, mails: Sequence[Mail], parcels: Sequence[Parcel[bytes]]
+) -> list[Reply]:
+    """`play_round` of all agents of a stack, verb by verb; ``seconds`` are their mean.
+
+    The parcels are those of one round, and ask the same of all.
+    """
+    try:
+        return _play_together(stack, mails, parcels)
+    except DivergedError as error:
+        if any(names_agent(error, agent.index) for agent in stack.agents):
+            raise
+        index = next((agent.index for agent in stack.diverged()), "of a stack")
+        raise DivergedError(f"agent {index}, round {parcels[0].round}: {error}") from error
+
+
+def _play_together(
+    stack: AgentStack, mails: Sequence[Mail], parcels: Sequence[Parcel[bytes]]
+) -> list[Reply]:
+    start = time.perf_counter()
+    turns = [_Turn(*each) for each in zip(stack.agents, mails, parcels, strict=True)]
+    order = parcels[0]
+    inboxes = [turn.take_in() for turn in turns]
+    if order.neighbors is not None:
+        stack.fuse([inbox or {} for inbox in inboxes], round=order.round - 1)
+    if order.evaluate:
+        for turn, evaluation in zip(turns, stack.evaluate(), strict=True):
+            turn.note_evaluation(partial(given, evaluation))
+    if order.train:
+        metrics = stack.train(round=order.round)
+        for turn, own, payload in zip(turns, metrics, stack.outgoing(), strict=True):
+            turn.write(own, payload)
+    seconds = (time.perf_counter() - start) / len(turns)
+    return [turn.reply(seconds=seconds) for turn in turns]
+
+
+@final
+class _Turn:
+    """One agent's part in a round but for the agent's own verbs, in their order."""
+
+    def __init__(self, agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> None:
+        self._agent, self._mail, self._parcel = agent, mail, parcel
+        self.previous = parcel.round - 1  # the round whose frames come
+        self._metrics: dict[str, float] = {}
+        self._refused: list[str] = []
+        self._lacking: list[int] = []
+        self._frames: Sequence[WrittenFrame] = ()
+        self._payload: Payload = {}
+        self._evaluation_error = ""
+
+    def take_in(self) -> Mapping[int, Payload] | None:
+        """Take in the frames; return what the agent is to fuse, if anything is."""
+        inbox, parcel = self._mail.inbox, self._parcel
+        self._refused, self._lacking = _take_in(inbox, parcel, latest_round=self.previous)
+        if parcel.neighbors is None:
+            return None
+        current = inbox.current(parcel.neighbors, round=self.previous)
+        inbox.forget(older_than=self.previous)
+        return current
+
+    def note_evaluation(self, evaluate: Callable[[], Mapping[str, float]]) -> None:
+        """Take note of an evaluation, and keep the state if it is the best so far."""
+        evaluation, self._evaluation_error = _outcome(evaluate)
+        self._metrics.update(evaluation)
+        if evaluation and self._mail.keeper is not None:  # before training changes it
+            note = self._mail.keeper.consider(self._agent, evaluation, round=self.previous)
+            self._metrics.update(note)
+
+    def write(self, metrics: Mapping[str, float], payload: Payload) -> None:
+        """Take note of the training, and encode what goes out."""
+        self._metrics.update(metrics)
+        self._payload = payload
         if payload:  # some algorithms have no neighbors
-            frames = mail.outbox.write(
-                payload, round=parcel.round, acknowledged=parcel.acknowledged, key=parcel.whole
+            self._frames = self._mail.outbox.write(
+                payload,
+                round=self._parcel.round,
+                acknowledged=self._parcel.acknowledged,
+                key=self._parcel.whole,
             )
-            agent.sent(frames[0].decoded)
-    metrics["seconds"] = time.perf_counter() - start
-    held = mail.inbox.rounds()
-    return Reply(frames, metrics, held, refused, lacking, payload, evaluation_error)
+            self._agent.sent(self._frames[0].decoded)
+
+    def reply(self, *, seconds: float) -> Reply:
+        """What the agent answers."""
+        return Reply(
+            self._frames,
+            {**self._metrics, "seconds": seconds},
+            self._mail.inbox.rounds(),
+            self._refused,
+            self._lacking,
+            self._payload,
+            self._evaluation_error,
+        )
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Name the agent in an error of diverged numbers."""
+        try:
+            yield
+        except DivergedError as error:
+            if names_agent(error, self._agent.index):
+                raise
+            raise DivergedError(
+                f"agent {self._agent.index}, round {self._parcel.round}: {error}"
+            ) from error
 
 
 def evaluate(agent: Agent) -> tuple[dict[str, float], str]:
-    """Metrics of an agent's evaluation, or none, and why.
+    """Metrics of an agent's evaluation, or none, and why; see `_outcome`."""
+    return _outcome(agent.evaluate)
+
+
+def _outcome(evaluate: Callable[[], Mapping[str, float]]) -> tuple[dict[str, float], str]:
+    """Metrics that an evaluation returns, or none, and why.
 
     What was learned is worth more than its evaluation: nothing that a user's function
     raises or returns may cost the round.
     """
     try:
-        metrics = agent.evaluate()
+        metrics = dict(evaluate())
         if metrics:
             _check_evaluation(metrics)
     except Exception as error:

@@ -32,7 +32,7 @@ A filter that is off has ``u``, so its gate still feels what it would contribute
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,26 @@ def largest_mask(y: Float[Tensor, "*layer"], *, keep: int) -> Bool[Tensor, "*lay
         ties = (magnitude == smallest_kept).flatten().nonzero().squeeze(1)
         mask.view(-1)[ties[-surplus:]] = False
     return mask
+
+
+def largest_masks(
+    y: Float[Tensor, " agents *layer"], *, keep: Sequence[int]
+) -> Bool[Tensor, " agents *layer"]:
+    """`largest_mask` of each agent in a stack, with a number for each."""
+    if y.device.type == "cpu":  # a quickselect each, see `_order_statistic`
+        return torch.stack([largest_mask(part, keep=k) for part, k in zip(y, keep, strict=True)])
+    return masks_by_sorting(y, keep=keep)
+
+
+def masks_by_sorting(
+    y: Float[Tensor, " agents *layer"], *, keep: Sequence[int]
+) -> Bool[Tensor, " agents *layer"]:
+    """`largest_masks` by one sort of all, without a word from the device."""
+    magnitude = _magnitude(y).reshape(len(keep), y[0].numel())
+    places = magnitude.sort(dim=1, descending=True, stable=True).indices
+    kept = torch.tensor(keep, device=y.device)[:, None]
+    first = torch.arange(magnitude.shape[1], device=y.device) < kept
+    return torch.zeros_like(first).scatter_(1, places, first).view(y.shape)
 
 
 def two_of_four(y: Float[Tensor, "*layer"]) -> Bool[Tensor, "*layer"]:

@@ -124,14 +124,14 @@ class MaskedModel(nn.Module):
         for name, spec in self.layers.items():
             z = maths.init_scores(spec.shape, generator=generator)
             self.register_parameter(
-                _slot("scores", name), nn.Parameter(z.to(self._weight(name).device))
+                _slot("scores", name), nn.Parameter(z.to(self.weight(name).device))
             )
             self.register_buffer(_slot("mean", name), None)
         for name in self.rules.filters:
             spec, gate = self.layers[name], gate_name(name)
             s = torch.full((spec.num_filters,), spec.fan_in**-0.5)
             self.register_parameter(
-                _slot("scores", gate), nn.Parameter(s.to(self._weight(name).device))
+                _slot("scores", gate), nn.Parameter(s.to(self.weight(name).device))
             )
             self.register_buffer(_slot("mean", gate), None)
 
@@ -194,18 +194,24 @@ class MaskedModel(nn.Module):
             setattr(self, _slot("mean", name), None if n is None else n.to(z.device, z.dtype))
 
     @torch.no_grad()
-    def hear(self, payloads: Sequence[Mapping[str, Tensor]]) -> None:
+    def hear(
+        self,
+        payloads: Sequence[Mapping[str, Tensor]],
+        *,
+        own: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Take in the neighbors' masks as ``n``, by the rule of fusion.
 
-        A layer is fused over those payloads that hold it.
+        A layer is fused over those payloads that hold it. ``own`` are the present
+        `masks`, where the caller has them at hand.
 
         Raises
         ------
         ConfigError
             If the rule gives another shape, no floats, or numbers that are not finite.
         """
-        own, means, holders = self.masks() if payloads else {}, {}, {}
-        for name, mask in own.items():
+        means, holders = {}, {}
+        for name, mask in ((own or self.masks()) if payloads else {}).items():
             heard = [payload[name].to(mask.device) for payload in payloads if name in payload]
             if heard:
                 means[name] = self._heard(heard, mask)
@@ -217,7 +223,7 @@ class MaskedModel(nn.Module):
         """Return the aggregation tensor ``y`` by layer, differentiable in scores."""
         means = self.neighbor_means
         return {
-            name: z if (n := means[name]) is None else self._ranked(z, n)
+            name: z if (n := means[name]) is None else self.ranked(z, n)
             for name, z in self.all_scores.items()
         }
 
@@ -235,20 +241,20 @@ class MaskedModel(nn.Module):
         masks = self.masks()
         masks = {name: masks[name] for name in self.layers}
         if self.fusion.blend is not None:
-            return {name: self._blended(mask.float(), name=name) for name, mask in masks.items()}
+            return {name: self.blended(mask.float(), name=name) for name, mask in masks.items()}
         scales = {name: self.rules.scale(self.layers[name]) for name in self.rules.filters}
         return masks | {name: masks[name] * scale for name, scale in scales.items() if scale != 1}
 
     def masked_weights(self) -> dict[str, Tensor]:
         """Return ``w * m`` by layer, with the gradient straight to the scores."""
-        if self._is_structured():
+        if self.is_structured():
             return self._structured_weights()
         return {
             name: maths.masked_weight(
-                self._weight(name),
+                self.weight(name),
                 y,
                 retention=self.retention[name],
-                blend=partial(self._blended, name=name) if self.fusion.blend else None,
+                blend=partial(self.blended, name=name) if self.fusion.blend else None,
             )
             for name, y in self.aggregation().items()
         }
@@ -260,7 +266,7 @@ class MaskedModel(nn.Module):
         return {
             name: self._gated(name, y, masks)
             if name in self.rules.filters
-            else self._weight(name) * maths.straight_through(y[name], masks[name])
+            else self.weight(name) * maths.straight_through(y[name], masks[name])
             for name in self.layers
         }
 
@@ -268,7 +274,7 @@ class MaskedModel(nn.Module):
         spec, gate = self.layers[name], gate_name(name)
         q = spec.spread(masks[gate])
         return maths.gated_weight(
-            self._weight(name),
+            self.weight(name),
             y[name],
             self.rules.as_if_open(spec, y[name], masks[name], q),
             a=spec.spread(y[gate]),
@@ -303,7 +309,8 @@ class MaskedModel(nn.Module):
             baked.get_parameter(name).mul_(mask)
         return baked
 
-    def _ranked(self, z: Tensor, n: Tensor) -> Tensor:
+    def ranked(self, z: Tensor, n: Tensor) -> Tensor:
+        """Return ``y`` of one layer of which ``n`` was heard."""
         strong = n if self.fusion_strength == 1 else self.fusion_strength * n
         return check_formula(self.fusion.rank(z, strong), z, name="rank")
 
@@ -316,20 +323,21 @@ class MaskedModel(nn.Module):
             )
         return n
 
-    def _blended(self, m: Tensor, *, name: str) -> Tensor:
+    def blended(self, m: Tensor, *, name: str) -> Tensor:
+        """What multiplies the weights in place of a layer's mask ``m`` of floats."""
         n = self.neighbor_means[name]
         if n is None or self.fusion.blend is None:
             return m
         x = self.fusion.blend(m, n, num_neighbors=self.num_holders(name))
         return check_formula(x, m, name="blend")
 
-    def _is_structured(self) -> bool:
+    def is_structured(self) -> bool:
         """Whether masks are more than the largest of each layer."""
         return bool(self.rules.filters or self.rules.budget != LAYER or self.rules.blocks)
 
     def _check_rules(self) -> None:
         check_block_retention(self.rules.blocks, self.retention)
-        if self._is_structured() and self.fusion.blend is not None:
+        if self.is_structured() and self.fusion.blend is not None:
             raise ConfigError(
                 "filters, block and retention-budget need a rule of fusion under whose own mask "
                 "the network runs; this one blends it with the neighbors', so that nothing would "
@@ -338,7 +346,7 @@ class MaskedModel(nn.Module):
             )
 
     def _warn_of_zero_weights(self) -> None:
-        dead = [name for name in self.layers if not self._weight(name).any()]
+        dead = [name for name in self.layers if not self.weight(name).any()]
         if dead:
             warnings.warn(
                 f"all frozen weights of {', '.join(dead)} are zero, so no mask over them can "
@@ -357,7 +365,8 @@ class MaskedModel(nn.Module):
                 stacklevel=3,
             )
 
-    def _weight(self, name: str) -> nn.Parameter:
+    def weight(self, name: str) -> nn.Parameter:
+        """The frozen weights ``w`` of a layer."""
         return self.module.get_parameter(name)
 
 

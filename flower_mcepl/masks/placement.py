@@ -41,7 +41,7 @@ def call_with(
 
     They stand there in the forward pass, and again in the backward pass.
     """
-    with _in_place(slots, tensors):
+    with in_place(slots, tensors):
         outputs = module(*args, **(kwargs or {}))
 
     def again(gradient: Tensor) -> None:
@@ -49,7 +49,7 @@ def call_with(
         submodule, local = slots[first][0]
         if submodule._parameters[local] is not tensors[first]:  # not of another output
             stack = contextlib.ExitStack()
-            stack.enter_context(_in_place(slots, tensors))
+            stack.enter_context(in_place(slots, tensors))
             Variable._execution_engine.queue_callback(stack.close)
 
     for output in _tensors(outputs):
@@ -70,7 +70,8 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def _in_place(slots: Mapping[str, list[Slot]], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def in_place(slots: Mapping[str, list[Slot]], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let tensors stand in the place of weights, inside the block alone."""
     before = [(slot, slot[0]._parameters[slot[1]]) for name in tensors for slot in slots[name]]
     try:
         for name, tensor in tensors.items():
@@ -104,3 +105,15 @@ def train_mode(module: nn.Module, frozen: tuple[str, ...]) -> None:
     module.train()
     for name in frozen:
         module.get_submodule(name).training = False
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode, and afterwards every submodule back as it was."""
+    before = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in before:
+            submodule.training = training

@@ -21,6 +21,7 @@ from typing import Any, Generic, NamedTuple, final
 
 from flower_mcepl.agents.registry import read_config
 from flower_mcepl.config.checks import check
+from flower_mcepl.config.engines import LOOP
 from flower_mcepl.config.fields import free_keys
 from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.exchange.exchange import Exchange
@@ -48,7 +49,7 @@ CHECKPOINT, LOCK = "checkpoint", ".lock"  # in the run record
 RUN = "run"  # key of config.json: 16 hex digits that stand for the run, however often it is resumed
 _FILES = (ROUNDS, RELAY, TRAFFIC)
 # settings that records of earlier releases do not have
-_BEFORE = {"keep_best": False, "patience": 0}
+_BEFORE = {"keep_best": False, "patience": 0, "engine": LOOP}
 # the same in config.json
 _FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", "agent_cache", RUN})
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from flower_mcepl.agents.registry import algorithm_keys, find_algorithm, read_config
+from flower_mcepl.agents.stacking import check_stackable
 from flower_mcepl.config.checks import check, refuse_unknown_keys
+from flower_mcepl.config.engines import BATCHED, LOOP, check_engine
 from flower_mcepl.config.fields import FREE, RunConfig, field_keys, read_fields
 from flower_mcepl.config.sizes import read_bytes
 from flower_mcepl.data.batches import EVALUATED
@@ -122,6 +124,9 @@ class RunSettings(RoundOptions):
     topology: str = "ring"  # see Topology.parse
     # the split that accuracy and loss are of: one of flower_mcepl.data.EVALUATED
     evaluate_on: str = "test"
+    # how a node with several agents calculates, or a run without Flower: "loop": one
+    # after the other; "batched": equal agents as a stack, to bits of its own
+    engine: str = LOOP
     round_timeout: float = field(default=600.0, metadata=FREE)  # seconds that a round may take
     # the run record becomes a folder in here
     record_dir: str = field(default="runs", metadata=FREE)
@@ -152,6 +157,7 @@ class RunSettings(RoundOptions):
             "Set it, with validation-fraction > 0 or a validation split from the data function; "
             "test the chosen states afterwards (docs/data.md).",
         )
+        check_engine(self.engine)
         check(self.round_timeout > 0, "round-timeout must be > 0 seconds", self.round_timeout)
 
     @classmethod
@@ -184,7 +190,9 @@ class RunSettings(RoundOptions):
             run_config, field_keys(cls, DeviceSettings) | algorithm_keys() | app_keys
         )
         settings = read_fields(cls, run_config)
-        read_config(settings.algorithm, run_config, agent=0)
+        config = read_config(settings.algorithm, run_config, agent=0)
+        if settings.engine == BATCHED:
+            check_stackable(algorithm.agent, config, whose=f"algorithm {settings.algorithm}")
         check(
             "lr" not in run_config or "lr" in algorithm.keys() | app_keys,
             f"algorithm {settings.algorithm} has no lr, so that the key would change nothing",

@@ -11,13 +11,15 @@ from flower_mcepl.agents.agent import best_file
 from flower_mcepl.agents.handshake import check_common_ground, introduction
 from flower_mcepl.agents.parts.pacing import Decisions, StepSeconds, set_pace
 from flower_mcepl.agents.server import Server
+from flower_mcepl.agents.stacking import check_stack, stacks_of
 from flower_mcepl.config.checks import check
+from flower_mcepl.config.engines import BATCHED, LOOP, check_engine
 from flower_mcepl.errors import ConfigError, RecordError, TopologyError
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Parcel
 from flower_mcepl.exchange.relay import Relay
-from flower_mcepl.exchange.turn import Reply, open_mail, play_round
+from flower_mcepl.exchange.turn import Reply, open_mail, play_round, play_together
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.best import BestState
 from flower_mcepl.runs.book import RunBook, check_selection, open_book
@@ -68,6 +70,7 @@ def simulate(
     keep_best: bool = False,
     patience: int = 0,
     threads: int = 1,
+    engine: str = LOOP,
     tell_classes: bool = True,
     record: RunRecord | None = None,
     checkpoint_every: int = 0,
@@ -102,6 +105,11 @@ def simulate(
         so many evaluations in succession, on their validation splits; 0: never.
     threads : int (default: 1)
         Threads of torch; float sums depend on it. 0 leaves torch's own choice.
+    engine : str (default: "loop")
+        "loop": one agent after the other, to the bits of ``flwr run``; "batched": equal
+        agents of MCE-PL and its variants as stacks, their networks, masks and steps at
+        once (`torch.vmap`), a class of arithmetic of its own: floats are summed in
+        another order. What cannot be stacked is refused before the first round.
     tell_classes : bool (default: True)
         Let the record say which classes each agent holds, and how many examples of
         each.
@@ -146,19 +154,21 @@ def simulate(
         raise ConfigError(
             "a resumed run goes on in its own record; got another one, too. Leave out record."
         )
+    check_engine(engine)
     exchange = _exchange(topology, server, evaluate_every, max_staleness, key_interval)
     _check_fleet(agents, exchange.topology, num_rounds)
     _check_server(agents[0], server)
     set_pace(agents, decisions=decisions, step_seconds=step_seconds)
     if keep_best or patience:
         check_selection(agent.describe() for agent in agents)
+    fleet = _Fleet(agents, engine, max_staleness=max_staleness, keep_best=keep_best)
     with torch_threads(threads):  # a second thread of the process is refused here already
-        for agent in agents if resume is None else ():
-            agent.check()
-    fleet = _Fleet(agents, max_staleness=max_staleness, keep_best=keep_best)
+        if resume is None:
+            fleet.check()
     config = {
         "seed": agents[0].seed,
         "threads": threads,
+        "engine": engine,
         **({} if server is None else {"server": {"number": server.index, **server.parameters()}}),
     }
     with open_book(
@@ -199,8 +209,11 @@ def simulate(
 class _Fleet:
     """All agents, each with its mail, and their side of checkpoints."""
 
-    def __init__(self, agents: Sequence[Agent], *, max_staleness: int, keep_best: bool) -> None:
+    def __init__(
+        self, agents: Sequence[Agent], engine: str, *, max_staleness: int, keep_best: bool
+    ) -> None:
         self._agents = agents
+        self._stacks = stacks_of(agents) if engine == BATCHED else []
         # frames of no run: equal seeds give equal bytes
         self._mails = [
             open_mail(agent, max_staleness=max_staleness, keeper=BestState() if keep_best else None)
@@ -208,10 +221,23 @@ class _Fleet:
         ]
         self.indices = [agent.index for agent in agents]
 
+    def check(self) -> None:
+        """Check what each is to learn from, and the stacks against each alone."""
+        for agent in self._agents:
+            agent.check()
+        for stack in self._stacks:
+            check_stack(stack)
+
     def play(self, parcels: Sequence[Parcel[bytes]]) -> Iterator[tuple[Agent, Reply]]:
-        """Let each agent answer its parcel, one after the other."""
-        for agent, mail, parcel in zip(self._agents, self._mails, parcels, strict=True):
-            yield agent, play_round(agent, mail, parcel)
+        """Let all agents answer: one after the other, or stack by stack."""
+        if not self._stacks:
+            for agent, mail, parcel in zip(self._agents, self._mails, parcels, strict=True):
+                yield agent, play_round(agent, mail, parcel)
+        for stack in self._stacks:
+            places = [agent.index for agent in stack.agents]
+            mails = [self._mails[i] for i in places]
+            replies = play_together(stack, mails, [parcels[i] for i in places])
+            yield from zip(stack.agents, replies, strict=True)
 
     def store(self, book: RunBook[bytes], round: int) -> None:
         """Write the agents' states after ``round`` into the record."""

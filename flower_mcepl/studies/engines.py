@@ -1,14 +1,16 @@
-"""Engines of a run: Flower's simulation, or this process, to the same bits."""
+"""Engines of a run: Flower's simulation, this process to the same bits, or stacks."""
 
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flower_mcepl.agents import Agent
 from flower_mcepl.agents.registry import find_algorithm, make_server
 from flower_mcepl.agents.server import Server
+from flower_mcepl.config.engines import BATCHED
 from flower_mcepl.config.fields import read_fields
 from flower_mcepl.errors import ConfigError, FlowerMceplError, RecordError
 from flower_mcepl.launch import run_app
@@ -18,7 +20,7 @@ from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings, read_device
 from flower_mcepl.runs.simulation import simulate
 from flower_mcepl.streams import torch_threads
-from flower_mcepl.studies.flower_app import FlowerApp, imported_client, refuse_export
+from flower_mcepl.studies.flower_app import FLOWER, FlowerApp, imported_client, refuse_export
 
 if TYPE_CHECKING:
     from flwr.app import Context
@@ -62,8 +64,12 @@ def run_in_flower(app: FlowerApp, config: Mapping[str, Any], folder: Path, log: 
     return records[0]
 
 
-def run_in_process(app: FlowerApp, config: Mapping[str, Any], folder: Path, log: Log) -> Path:
+def run_in_process(
+    app: FlowerApp, config: Mapping[str, Any], folder: Path, log: Log, *, engine: str = ""
+) -> Path:
     """Run the app's agents with `simulate`, without Flower's messages.
+
+    ``engine`` is used in place of the one in the run config.
 
     Raises
     ------
@@ -95,6 +101,7 @@ def run_in_process(app: FlowerApp, config: Mapping[str, Any], folder: Path, log:
             keep_best=settings.keep_best,
             patience=settings.patience,
             threads=device.threads,
+            engine=engine or settings.engine,
             tell_classes=device.tell_classes,
             record=record,
             decisions=read_run(device.decisions).decisions if device.decisions else None,
@@ -177,4 +184,8 @@ def _make_server(app: FlowerApp, client: "AgentApp", context: "Context") -> Serv
     )
 
 
-ENGINES: dict[str, Engine] = {"flower": run_in_flower, "in-process": run_in_process}
+ENGINES: dict[str, Engine] = {
+    FLOWER: run_in_flower,
+    "in-process": run_in_process,
+    BATCHED: partial(run_in_process, engine=BATCHED),
+}

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from flower_mcepl.clients.app import AgentApp
 
 
+FLOWER = "flower"  # engine of a study that is Flower's simulation
+
+
 @dataclass(frozen=True)
 class FlowerApp:
     """A folder with ``[tool.flwr.app]`` in its ``pyproject.toml``."""

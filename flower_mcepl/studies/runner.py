@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flower_mcepl.config.engines import BATCHED
 from flower_mcepl.errors import ConfigError, FlowerMceplError, RecordError
 from flower_mcepl.files.sealed import file_lock
 from flower_mcepl.launch.plan import refuse_windows
@@ -29,7 +30,7 @@ from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.compare import compare
 from flower_mcepl.report.tables import write_csv, write_markdown
-from flower_mcepl.studies.flower_app import FlowerApp
+from flower_mcepl.studies.flower_app import FLOWER, FlowerApp
 from flower_mcepl.studies.processes import side_by_side
 from flower_mcepl.studies.study import PlannedRun, Study
 
@@ -76,8 +77,14 @@ def is_finished(task: Task) -> bool:
     """Whether the record of exactly this run is there, and complete."""
     with contextlib.suppress(RecordError, OSError):
         run = read_run(task.record)
-        return run.finished and run.study.get("digest") == task.run.digest
+        same = run.study.get("digest") == task.run.digest
+        return run.finished and same and _stacked(run.study.get("engine")) == _stacked(task.engine)
     return False
+
+
+def _stacked(engine: str | None) -> bool:
+    """Whether an engine gives other bits than all others."""
+    return engine == BATCHED
 
 
 def run_study(
@@ -93,7 +100,7 @@ def run_study(
         What to run.
     jobs : int (default: 1)
         Runs at the same time, each in a process of its own; more than one only with the
-        engine ``in-process``.
+        engines of this process.
     tell : callable, optional
         Called with each run's outcome as it ends.
 
@@ -104,11 +111,11 @@ def run_study(
     LaunchError
         If Flower's simulation is to carry it out, on Windows.
     """
-    if study.engine == "flower":
+    if study.engine == FLOWER:
         refuse_windows()
-    if jobs < 1 or (jobs > 1 and study.engine != "in-process"):
+    if jobs < 1 or (jobs > 1 and study.engine == FLOWER):
         raise ConfigError(
-            f'--jobs must be 1 with engine = "{study.engine}", and >= 1 with "in-process"; got '
+            f'--jobs must be 1 with engine = "{FLOWER}", and >= 1 with any other; got '
             f"{jobs}. Flower spreads one run over all cores by itself."
         )
     study.out.mkdir(parents=True, exist_ok=True)

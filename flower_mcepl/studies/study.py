@@ -15,7 +15,7 @@ from flower_mcepl.config.checks import closest
 from flower_mcepl.errors import ConfigError, FlowerMceplError
 from flower_mcepl.launch.plan import format_run_config
 from flower_mcepl.record.pools import varied
-from flower_mcepl.studies.flower_app import FlowerApp, read_app, refuse_export
+from flower_mcepl.studies.flower_app import FLOWER, FlowerApp, read_app, refuse_export
 from flower_mcepl.studies.study_file import Combination, StudyFile
 
 OWN_KEY = "record-dir"  # the study says where the records go
@@ -64,7 +64,7 @@ def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
     from flower_mcepl.studies.engines import ENGINES
 
     file = StudyFile.read(path, overrides)
-    name, engine = file.data.get("name", path.stem), file.data.get("engine", "flower")
+    name, engine = file.data.get("name", path.stem), file.data.get("engine", FLOWER)
     if engine not in ENGINES:
         raise file.error(
             ("engine",), f"engine must be one of {', '.join(ENGINES)}; got {engine!r}."
@@ -147,7 +147,7 @@ def _check(file: StudyFile, app: FlowerApp, combination: Combination, engine: st
             )
         if (problem := _wrong_type(key, value, app.config[key])) is not None:
             raise file.error(place, problem)
-        if engine == "flower":
+        if engine == FLOWER:
             try:
                 format_run_config({key: value})
             except ConfigError as error:
@@ -155,7 +155,7 @@ def _check(file: StudyFile, app: FlowerApp, combination: Combination, engine: st
     problem = _problem(app, combination.settings)
     if problem is not None:
         raise _explain(file, app, combination, problem)
-    if engine == "in-process":
+    if engine != FLOWER:
         try:
             refuse_export({**app.config, **combination.settings})
         except ConfigError as error:

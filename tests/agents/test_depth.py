@@ -171,7 +171,7 @@ def test_keys_of_deep_layers_are_keys_of_shallow_agents_too() -> None:
         filters_layers="stages.1*=0.5",
     )
     assert [*agent.layers] == STAGE_LAYERS[:1]
-    assert agent._lr["stages.0.0.weight"] == 0.1
+    assert agent.lr["stages.0.0.weight"] == 0.1
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "dispfl", "fedpm", "fedspa", "ditto"])

@@ -207,7 +207,7 @@ def test_a_full_or_read_only_folder_is_told_before_the_agent_trains(
     def train(*_: Any, **__: Any) -> None:
         raise AssertionError("it began")
 
-    monkeypatch.setattr(client_app, "_play", train)
+    monkeypatch.setattr(client_app, "OpenSeat", train)
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(StateError, match=r"agent 0: .*state-dir.* that can be written; .*file"):

@@ -11,11 +11,12 @@ from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flower_mcepl import ConfigError, Topology
-from flower_mcepl.clients import make_client_app, neighbor_average_mod
+from flower_mcepl import ConfigError, FlowerMceplError, Topology
+from flower_mcepl.clients import make_client_app, neighbor_average_mod, stacked_seats
 from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.clients.seats import seat_context
 from flower_mcepl.messages.bundle import NodeBundle, is_bundle
+from flower_mcepl.runs.settings import RunSettings
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.strategies.shared_nodes import Seat, SharedNodes
 from tests.fleet.flower import RecordingGrid, app_grid, gossip
@@ -247,3 +248,84 @@ def test_a_seat_is_a_number_that_leads_back_to_its_node(
     seat = Seat(node, place, per_node)
     assert divmod(seat, per_node) == (node, place)
     assert f"{seat}" == f"{node}/{place}"
+
+
+# --- agents of a node as a stack ---
+
+
+def stacked_app(**changes: Any) -> tuple[RecordingGrid, ClientApp]:
+    app = make_client_app(model_fn, changes.pop("data_fn", data_fn))
+    config = {**RUN_CONFIG, "engine": "batched", **changes}
+    return RecordingGrid(app, 3, config), app
+
+
+def test_a_nodes_agents_calculate_as_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers and bytes are those of the loop, but for the last places of a float."""
+    sizes: list[int] = []
+    play = stacked_seats.play_together
+
+    def noting(stack: Any, *args: Any) -> Any:
+        sizes.append(len(stack.agents))
+        return play(stack, *args)
+
+    monkeypatch.setattr(stacked_seats, "play_together", noting)
+    grid, _ = stacked_app()
+    stacked = gossip(grid, RING, agents_per_node=2)
+    assert sizes == [2] * 3 * 5  # three nodes, four rounds and the closing exchange
+    alone = gossip(app_grid(6), RING)
+    assert traffic(stacked)[0] == traffic(alone)[0]
+    assert stacked.monitor.train_loss == pytest.approx(alone.monitor.train_loss, rel=1e-4)
+    for row, other in zip(stacked.monitor.rows, alone.monitor.rows, strict=True):
+        assert row["accuracy"] == pytest.approx(other["accuracy"], abs=0.1)
+
+
+def test_a_node_with_one_agent_is_a_stack_of_one() -> None:
+    app = make_client_app(model_fn, data_fn)
+    grid = RecordingGrid(app, 6, {**RUN_CONFIG, "engine": "batched"})
+    assert len(gossip(grid, RING).monitor.rows) == len(gossip(app_grid(6), RING).monitor.rows)
+
+
+def test_an_agent_that_cannot_be_opened_fails_alone_and_a_stack_fails_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fragile(context: Context) -> Any:
+        if agent_index(context) == 3:
+            raise RuntimeError("no data today")
+        return data_fn(context)
+
+    grid, _ = stacked_app(data_fn=fragile)
+    strategy = gossip(grid, RING, agents_per_node=2, min_agents=5, incomplete=None)
+    assert strategy.roster.absent(strategy.roster.node_of) == [3]
+    assert strategy.monitor.evaluations()
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(stacked_seats, "play_together", broken)
+    grid, _ = stacked_app()
+    with pytest.raises(FlowerMceplError, match=r"agent 0: RuntimeError: out of memory"):
+        gossip(grid, RING, agents_per_node=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"algorithm": "dsgd"}, r"got algorithm dsgd, of class DsgdAgent"),
+        ({"arithmetic": "fast"}, r"needs arithmetic exact; that of algorithm mcepl .* 'fast'"),
+        ({"filters": 0.5}, r"needs filters 1 everywhere; that of algorithm mcepl .* 0\.5"),
+    ],
+)
+def test_what_no_stack_can_follow_is_refused_before_the_run(
+    config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunSettings.from_run_config({"engine": "batched", **config})
+    RunSettings.from_run_config(config)
+
+
+def test_an_engine_that_there_is_not_is_refused_on_both_sides() -> None:
+    with pytest.raises(ConfigError, match=r"engine must be one of loop, batched; got 'gpu'"):
+        RunSettings.from_run_config({"engine": "gpu"})
+    grid, _ = stacked_app(engine="gpu")
+    with pytest.raises(FlowerMceplError, match=r"engine must be one of loop, batched; got 'gpu'"):
+        gossip(grid, RING, agents_per_node=2)

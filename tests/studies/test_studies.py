@@ -334,7 +334,7 @@ def test_bad_head_is_refused_with_its_line(
     tmp_path: Path, app: Path, study: Callable[..., Study]
 ) -> None:
     with pytest.raises(
-        ConfigError, match=r"line 3: engine must be one of flower, in-process; got 'ray'"
+        ConfigError, match=r"line 3: engine must be one of flower, in-process, batched; got 'ray'"
     ):
         study("", engine="ray")
     file = tmp_path / "other.toml"
@@ -468,6 +468,23 @@ def test_one_process_at_a_time(study: Callable[..., Study]) -> None:
     # as one that was killed leaves it: process 1 is alive, but does not hold it
     (plan.out / ".lock").write_text("1")
     assert len(run_study(plan)) == 1
+
+
+def test_a_batched_study_runs_stacks_and_its_records_say_so(study: Callable[..., Study]) -> None:
+    text = "[grid]\nalgorithm = ['mcepl', 'dsgd']\n"
+    plan = study(text, engine="batched")
+    ended = run_study(plan, jobs=2)
+    stacks, refused = sorted(ended, key=lambda outcome: outcome.error is not None)
+    assert stacks.error is None
+    assert (
+        "engine batched stacks agents of mcepl and its variants; got agent 0, of class Dsgd"
+        in str(refused.error)
+    )
+    (run,) = finished_runs(plan)
+    assert (run.config["engine"], run.config["study"]["engine"]) == ("batched", "batched")
+    assert len(run_study(study(text, engine="batched"))) == 1  # the refused one
+    assert len(run_study(study(text))) == 2  # other bits
+    assert run_study(study(text)) == []
 
 
 def test_jobs_are_for_runs_in_process(study: Callable[..., Study]) -> None:

@@ -12,8 +12,8 @@ from flower_mcepl.agents.parts.arithmetic import arithmetic
 from flower_mcepl.agents.parts.hidden_state import hidden_state
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.agents.tasks import Task, find_task
-from flower_mcepl.agents.tasks.network import described, float_dtype
-from flower_mcepl.agents.tasks.task import check_finite
+from flower_mcepl.agents.tasks.network import call, described, float_dtype
+from flower_mcepl.agents.tasks.task import Tally, check_finite
 from flower_mcepl.data.batches import AgentData, Batch, BatchSource
 from flower_mcepl.errors import DataError, FlowerMceplError, UnsupportedLayerError
 from flower_mcepl.streams import isolated_rng, torch_stream
@@ -53,6 +53,25 @@ class Learner:
             If outputs or targets are not what the task needs.
         """
         return self.task.loss(*self._predict(network, inputs, targets, self._whose("training")))
+
+    def outputs(self, network: Callable[..., Any], inputs: Any) -> Tensor:
+        """What a network predicts of a batch, whose it is."""
+        return self.task.outputs(call(network, inputs, device=self.device, dtype=self.dtype))
+
+    def loss_of(self, outputs: Tensor, targets: Any) -> Tensor:
+        """Loss of the outputs for a training batch, as `loss` gives it."""
+        return self.task.loss(
+            outputs, self.task.fitting(outputs, targets, whose=self._whose("training"))
+        )
+
+    def tally(self, data: AgentData) -> Tally:
+        """Empty tally for an evaluation on the evaluated split."""
+        return Tally(self.task, whose=self._whose(data.evaluated))
+
+    def evaluation_batches(self, data: AgentData) -> list[Batch]:
+        """All batches of the evaluated split."""
+        with isolated_rng(self.seed, "evaluation", agent=self.agent):
+            return [*data.test.evaluation_batches(batch_size=self.config.eval_batch_size)]
 
     def evaluate(self, network: nn.Module, data: AgentData) -> dict[str, float]:
         """Metrics, loss and ``num-examples`` of a network on the evaluated split.

@@ -101,10 +101,19 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     # fine-tunes when the answers come, without a new pass over the data. So a gradient
     # counts for one exchange, also where nobody was heard in it; the step size is that
     # of the round in which g was taken.
-    def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
-        """Take in the neighbors' masks as ``n``, and take the fine-tuning step."""
-        self._set_round(round)
-        self._hear(list(inbox.values()))
+    def fuse(
+        self,
+        inbox: Mapping[int, Payload],
+        *,
+        round: int,
+        own: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Take in the neighbors' masks as ``n``, and take the fine-tuning step.
+
+        ``own`` are the agent's masks before it, where the caller has them at hand.
+        """
+        self.set_round(round)
+        self._hear(list(inbox.values()), own=own)
         means = self.model.neighbor_means
         finetune_lr = self.config.finetune_lr * self.config.lr_factor(round)
         with torch.no_grad():
@@ -210,20 +219,21 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             "buffer": dict(self.model.module.named_buffers()),
         }
 
-    def _begin(self, round: int) -> None:
+    def begin(self, round: int) -> None:
         """Set the model to train in ``round``."""
         self.model.train()
-        self._set_round(round)
+        self.set_round(round)
 
-    def _set_round(self, round: int) -> None:
+    def set_round(self, round: int) -> None:
+        """Set what of the model changes from round to round."""
         self.model.fusion_strength = self.config.strength(round)
         self.model.set_opening(self.config.opening(round))
 
     def _settle(self, z: Tensor) -> None:
         """Bring scores after a step into the form that the algorithm keeps them in."""
 
-    def _hear(self, payloads: list[Payload]) -> None:
-        self.model.hear(payloads if self.layers else [])
+    def _hear(self, payloads: list[Payload], *, own: Mapping[str, Tensor] | None = None) -> None:
+        self.model.hear(payloads if self.layers else [], own=own)
 
     @torch.no_grad()
     def _average_scores(self) -> None:
@@ -234,6 +244,10 @@ class MaskedAgent(Agent, Generic[MaskedT]):
             self._average = {name: z.clone() for name, z in scores.items()}
         for name, mean in self._average.items():
             mean.lerp_(scores[name], 1 - self.config.score_averaging)
+
+    def personal_scores(self) -> dict[str, Tensor]:
+        """Return the scores that the personal model's masks are of."""
+        return self._average or {n: z.detach() for n, z in self.model.all_scores.items()}
 
     def _personal_masks(self) -> dict[str, Tensor]:
         """Return what the weights of the personal model are multiplied by.
@@ -257,7 +271,8 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         live = [int(layers[name].rows(mask).any(dim=1).sum()) for name, mask in masks.items()]
         return {LIVE_FILTERS: float(sum(live))}
 
-    def _density(self, masks: Mapping[str, Tensor]) -> float:
+    def density(self, masks: Mapping[str, Tensor]) -> float:
+        """Share of the weights that masks keep, those of all layers."""
         kept = sum(int(mask.count_nonzero()) for mask in masks.values())
         return kept / self.model.num_weights
 

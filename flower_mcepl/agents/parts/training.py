@@ -12,7 +12,7 @@ from flower_mcepl.agents.parts.arithmetic import ARITHMETICS, arithmetic, keep_f
 from flower_mcepl.agents.tasks import Task, find_task
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig, field_keys, read_fields
-from flower_mcepl.data.batches import BatchSource, batches_per_pass
+from flower_mcepl.data.batches import Batch, BatchSource, batches_per_pass
 from flower_mcepl.errors import DataError, DivergedError, UnsupportedLayerError
 from flower_mcepl.streams import isolated_rng, torch_stream
 
@@ -135,16 +135,41 @@ def train_locally(
         isolated_rng(seed, "training", agent=agent, round=round),
         arithmetic(config.arithmetic, device=device),
     ):
-        batches: Iterator[tuple[Any, Tensor]] = split.training_batches(
-            round=round,
-            steps=config.num_steps(split.num_examples),
-            batch_size=config.batch_size,
-            generator=torch_stream(seed, "batches", agent=agent, round=round),
-        )
+        batches = _batches(split, config, seed=seed, agent=agent, round=round)
         losses = [step(inputs, labels) for inputs, labels in batches]
+    return training_metrics(losses, agent=agent, round=round)
+
+
+def training_batches(
+    split: BatchSource, config: TrainingConfig, *, seed: int, agent: int, round: int
+) -> list[Batch]:
+    """All batches of one round, those of `train_locally` where steps draw nothing."""
+    with isolated_rng(seed, "training", agent=agent, round=round):
+        return [*_batches(split, config, seed=seed, agent=agent, round=round)]
+
+
+def training_metrics(losses: Sequence[float], *, agent: int, round: int) -> dict[str, float]:
+    """``train-loss``, the mean over the local steps of a round.
+
+    Raises
+    ------
+    DataError
+        If there was none.
+    """
     if not losses:
         raise DataError(f"agent {agent}'s training split gave no batch in round {round}.")
     return {"train-loss": sum(losses) / len(losses)}
+
+
+def _batches(
+    split: BatchSource, config: TrainingConfig, *, seed: int, agent: int, round: int
+) -> Iterator[Batch]:
+    return split.training_batches(
+        round=round,
+        steps=config.num_steps(split.num_examples),
+        batch_size=config.batch_size,
+        generator=torch_stream(seed, "batches", agent=agent, round=round),
+    )
 
 
 def gradients_of(loss: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

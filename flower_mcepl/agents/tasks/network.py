@@ -18,10 +18,10 @@ def call(network: Callable[..., Any], inputs: Any, *, device: str, dtype: torch.
     mapping its arguments by name. Floats take ``dtype``, that of the network's weights;
     whole numbers and booleans stay as they are, because they may be indices.
     """
-    moved = _moved(inputs, device=device, dtype=dtype)
-    if isinstance(moved, Mapping):
-        return network(**moved)
-    return network(*moved) if isinstance(moved, (tuple, list)) else network(moved)
+    placed = moved(inputs, device=device, dtype=dtype)
+    if isinstance(placed, Mapping):
+        return network(**placed)
+    return network(*placed) if isinstance(placed, (tuple, list)) else network(placed)
 
 
 def float_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
@@ -78,11 +78,12 @@ def described(value: Any) -> str:
     return repr(value)[:60] if isinstance(value, (str, int, float)) else type(value).__name__
 
 
-def _moved(inputs: Any, *, device: str, dtype: torch.dtype) -> Any:
+def moved(inputs: Any, *, device: str, dtype: torch.dtype) -> Any:
+    """Inputs on the device of the network, floats in its dtype."""
     if isinstance(inputs, Tensor):
         return inputs.to(device, dtype if inputs.is_floating_point() else inputs.dtype)
     if isinstance(inputs, Mapping):
-        return {key: _moved(value, device=device, dtype=dtype) for key, value in inputs.items()}
+        return {key: moved(value, device=device, dtype=dtype) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return [_moved(value, device=device, dtype=dtype) for value in inputs]
+        return [moved(value, device=device, dtype=dtype) for value in inputs]
     return inputs

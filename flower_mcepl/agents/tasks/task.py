@@ -1,7 +1,8 @@
 """Task: loss, metrics and fitting targets, in one value for every algorithm."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
@@ -141,16 +142,25 @@ class Task:
         DataError
             If outputs or targets are not what the task needs.
         """
-        try:
+        with self._naming(whose):
             outputs = self.outputs(call(network, inputs, device=device, dtype=dtype))
+        return outputs, self.fitting(outputs, targets, whose=whose)
+
+    def fitting(self, outputs: Tensor, targets: Any, *, whose: str) -> Tensor:
+        """Targets of a batch as the loss takes them.
+
+        Raises
+        ------
+        DataError
+            If outputs or targets are not what the task needs.
+        """
+        with self._naming(whose):
             if not isinstance(targets, Tensor):
                 raise DataError(
                     f"targets must be a tensor; got {described(targets)}. Give each class a "
                     "whole number from 0 in the dataset."
                 )
-            return outputs, self.targets(outputs, targets.to(outputs.device))
-        except DataError as error:
-            raise DataError(f"{whose}, task {self.name}: {error}") from error
+            return self.targets(outputs, targets.to(outputs.device))
 
     def evaluate(
         self,
@@ -174,26 +184,14 @@ class Task:
             If an output is not finite.
         """
         network.eval()
-        metrics = {name: make() for name, make in self.metrics.items()}
-        total, counted, seen = 0.0, 0, 0
+        tally = Tally(self, whose=whose)
         with torch.no_grad():
             for inputs, given in split.evaluation_batches(batch_size=batch_size):
                 outputs, targets = self.predict(
                     network, inputs, given, whose=whose, device=device, dtype=dtype
                 )
-                check_finite(outputs, inputs, whose=whose)
-                total += self._total(outputs, targets)
-                counted += self.counted(targets)
-                seen += len(targets)
-                for metric in metrics.values():
-                    metric.update(outputs.cpu(), targets.cpu())
-        if not seen:
-            raise DataError(
-                f"{whose} gave no batch: evaluation_batches must yield every example once."
-            )
-        values = {name: float(metric.compute()) for name, metric in metrics.items()}
-        defined = {name: value for name, value in values.items() if math.isfinite(value)}
-        return {**defined, LOSS: total / max(counted, 1), "num-examples": seen}
+                tally.add(outputs, targets, inputs)
+        return tally.metrics()
 
     def facts(self) -> dict[str, Any]:
         """Facts for the handshake: the task, and its main metric with its direction."""
@@ -204,11 +202,60 @@ class Task:
             **({"metric-unit": self.unit} if self.unit else {}),  # Flower's mods trip over ""
         }
 
-    def _total(self, outputs: Tensor, targets: Tensor) -> float:
+    def total(self, outputs: Tensor, targets: Tensor) -> float:
+        """Loss of a batch as a sum over what counts."""
         if self.total_loss is not None:
             return float(self.total_loss(outputs, targets))
         count = self.counted(targets)
         return float(self.loss(outputs, targets)) * count if count else 0.0
+
+    @contextlib.contextmanager
+    def _naming(self, whose: str) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{whose}, task {self.name}: {error}") from error
+
+
+@final
+class Tally:
+    """Metrics and loss of an evaluation, batch by batch."""
+
+    def __init__(self, task: Task, *, whose: str) -> None:
+        self.task, self.whose = task, whose
+        self._metrics = {name: make() for name, make in task.metrics.items()}
+        self._total, self._counted, self._seen = 0.0, 0, 0
+
+    def add(self, outputs: Tensor, targets: Tensor, inputs: Any) -> None:
+        """Take in one batch, with targets as the loss takes them.
+
+        Raises
+        ------
+        DataError, DivergedError
+            If inputs or outputs are not finite.
+        """
+        check_finite(outputs, inputs, whose=self.whose)
+        self._total += self.task.total(outputs, targets)
+        self._counted += self.task.counted(targets)
+        self._seen += len(targets)
+        for metric in self._metrics.values():
+            metric.update(outputs.cpu(), targets.cpu())
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics that are defined, mean ``loss`` and ``num-examples``.
+
+        Raises
+        ------
+        DataError
+            If there was no batch.
+        """
+        if not self._seen:
+            raise DataError(
+                f"{self.whose} gave no batch: evaluation_batches must yield every example once."
+            )
+        values = {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        defined = {name: value for name, value in values.items() if math.isfinite(value)}
+        return {**defined, LOSS: self._total / max(self._counted, 1), "num-examples": self._seen}
 
 
 def check_finite(outputs: Tensor, inputs: Any, *, whose: str) -> None:
