@@ -35,6 +35,7 @@ CONTENTS = {
         "docs/configuration",
         "docs/algorithms",
         "docs/topologies",
+        "docs/schedules",
         "docs/data",
         "docs/tasks",
         "docs/studies",

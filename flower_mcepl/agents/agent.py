@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -49,6 +49,11 @@ class Agent(abc.ABC):
     undirected_only: bool = False
     prior: Prior | None = None  # what all agents know of every mask beforehand; spares bytes
     precision: str = "float32"  # how the wire carries floats, see `encode_frame`
+
+    @property
+    def weighs_votes(self) -> bool:
+        """Whether it is one that `WeighsVotes`; by default not."""
+        return False
 
     @abc.abstractmethod
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
@@ -150,6 +155,13 @@ class Agent(abc.ABC):
                     f"the saved state is of {key} {facts.get(key)!r}, but agent {self.index} has "
                     f"{mine!r}. Use the state of this agent and run, or start afresh without it."
                 )
+
+
+class WeighsVotes(Protocol):
+    """Agent whose `fuse` also takes the votes of its neighbors."""
+
+    def fuse(self, inbox: Mapping[int, Payload], *, round: int, votes: Mapping[int, float]) -> None:
+        """Take in payloads that count by ``votes``, in (0, 1]; absent: 1."""
 
 
 # those of `data_facts` that reveal classes

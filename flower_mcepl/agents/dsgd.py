@@ -13,6 +13,7 @@ from flower_mcepl.agents.parts.dense import SgdConfig
 from flower_mcepl.agents.parts.depth import DepthConfig
 from flower_mcepl.agents.parts.groups import Shapes
 from flower_mcepl.agents.parts.sharing import SharingConfig
+from flower_mcepl.agents.parts.votes import WHOLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +70,11 @@ class DsgdAgent(MixingAgent[DsgdConfig]):
         self._start = {name: x.detach().clone() for name, x in self.weights.items()}
         return super().train(round=round)
 
-    def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
+    def fuse(
+        self, inbox: Mapping[int, Payload], *, round: int, votes: Mapping[int, float] = WHOLE
+    ) -> None:
         """Make ``x_i^{t+1}`` of the neighbors' ``x_j^t`` and the held-back step."""
-        super().fuse(inbox, round=round)
+        super().fuse(inbox, round=round, votes=votes)
         self._start = None
 
     def mixed_weights(self) -> Mapping[str, Tensor]:

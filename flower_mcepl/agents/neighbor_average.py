@@ -12,6 +12,7 @@ from flower_mcepl.agents.agent import Agent, AgentState, Payload
 from flower_mcepl.agents.array_layout import ArrayLayout, Arrays
 from flower_mcepl.agents.parts.averaging import DEGREE, metropolis_pull
 from flower_mcepl.agents.parts.groups import check_group, groups_of, state_of
+from flower_mcepl.agents.parts.votes import WHOLE
 from flower_mcepl.errors import ConfigError, DivergedError, StateError
 
 Metrics = Mapping[str, float]
@@ -92,16 +93,23 @@ class NeighborAverageAgent(Agent):
         self._degree = 0  # number of neighbors in the last inbox; 0: unknown
         self._num_examples: int | None = None  # as the app last said
 
+    @property
+    def weighs_votes(self) -> bool:
+        """Whether votes count: what one lacks falls to the agent itself."""
+        return True
+
     @torch.no_grad()
-    def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
-        """Average with the neighbors: ``x_i`` moves by ``Σ_j W_ij (x_j - x_i)``."""
+    def fuse(
+        self, inbox: Mapping[int, Payload], *, round: int, votes: Mapping[int, float] = WHOLE
+    ) -> None:
+        """Average with the neighbors: ``x_i`` moves by ``Σ_j v_j W_ij (x_j - x_i)``."""
         own = {name: _summed(self._present()[name]) for name in self._averaged}
         heard = {
             sender: {DEGREE: payload[DEGREE]}
             | {name: _heard(payload[name], like=x) for name, x in own.items()}
             for sender, payload in inbox.items()
         }
-        pull = metropolis_pull(own, heard, degree=max(self._degree, len(inbox)))
+        pull = metropolis_pull(own, heard, degree=max(self._degree, len(inbox)), votes=votes)
         self._arrays |= {
             name: (x + pull[name]).to(self._arrays[name].dtype) for name, x in own.items()
         }

@@ -50,14 +50,20 @@ class AgentStack:
     def __init__(self, agents: Sequence[MceplAgent]) -> None:
         self.agents, self.first = agents, agents[0]
 
-    def fuse(self, inboxes: Sequence[Mapping[int, Payload]], *, round: int) -> None:
+    def fuse(
+        self,
+        inboxes: Sequence[Mapping[int, Payload]],
+        *,
+        round: int,
+        votes: Sequence[Mapping[int, float]],
+    ) -> None:
         """Take in what each heard, and take the fine-tuning steps."""
         for agent in self.agents:
             agent.set_round(round)
         hears = bool(self.first.layers) and any(inboxes)
         own = self.masks() if hears else {}
         for i, (agent, inbox) in enumerate(zip(self.agents, inboxes, strict=True)):
-            agent.fuse(inbox, round=round, own=_part(own, i))
+            agent.fuse(inbox, round=round, votes=votes[i], own=_part(own, i))
 
     def train(self, *, round: int) -> list[dict[str, float]]:
         """Take the local steps of all agents, each on its own batches."""

@@ -180,7 +180,11 @@ class OpenSeat:
         self.agent = used if used is not None and past is not None else _new_agent(app, context)
         keeper = BestState() if order.keep_best else None
         self.mail = open_mail(
-            self.agent, max_staleness=order.max_staleness, run=order.run, keeper=keeper
+            self.agent,
+            max_staleness=order.max_staleness,
+            age_decay=order.age_decay,
+            run=order.run,
+            keeper=keeper,
         )
         self.parcel, self._damaged = _opened(order.parcel)
         if past is None:  # nothing has been learned yet that could be evaluated

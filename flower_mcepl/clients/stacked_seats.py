@@ -9,7 +9,7 @@ from flwr.app import Context, RecordDict
 from flower_mcepl.agents.stack import AgentStack
 from flower_mcepl.agents.stacking import check_stack, stacks_of
 from flower_mcepl.clients.seats import Finish, Seats
-from flower_mcepl.exchange.turn import Reply, play_together
+from flower_mcepl.exchange.turn import Reply, alike, play_together
 from flower_mcepl.messages.bundle import is_bundle
 
 if TYPE_CHECKING:
@@ -54,12 +54,7 @@ def begin_stacked(
 
 def _groups(seats: "dict[int, OpenSeat]") -> Iterator[tuple[AgentStack, list[int]]]:
     """Stacks of agents that are to do the same in this round, with their seats."""
-    by_order: dict[tuple[object, ...], list[int]] = {}
-    for number, seat in seats.items():
-        parcel = seat.parcel
-        order = (parcel.round, parcel.train, parcel.evaluate, parcel.neighbors is None)
-        by_order.setdefault(order, []).append(number)
-    for numbers in by_order.values():
+    for numbers in alike({number: seat.parcel for number, seat in seats.items()}):
         of_agent = {seats[number].agent.index: number for number in numbers}
         for stack in stacks_of([seats[number].agent for number in numbers]):
             yield stack, [of_agent[agent.index] for agent in stack.agents]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flower_mcepl.agents import Agent, OwnLoopAgent
-from flower_mcepl.agents.parts.training import TrainingConfig
+from flower_mcepl.agents import Agent
+from flower_mcepl.agents.parts.local_steps import local_steps
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.turn import Mail, evaluate, open_mail
 from flower_mcepl.runs.best import BestState
@@ -65,7 +65,7 @@ def try_rounds(agent: Agent, neighbors: Sequence[int], options: RoundOptions) ->
     """
     max_staleness = options.max_staleness
     keeper = BestState() if options.keep_best else None
-    mail = open_mail(agent, max_staleness=max_staleness, keeper=keeper)
+    mail = open_mail(agent, max_staleness=max_staleness, age_decay=options.age_decay, keeper=keeper)
     neighbor = _neighbor_of(agent, max_staleness)
     seen = _Seen()
     for number in range(1, TIMED_ROUNDS + 2):
@@ -75,7 +75,7 @@ def try_rounds(agent: Agent, neighbors: Sequence[int], options: RoundOptions) ->
     evaluation, evaluation_error = evaluate(agent)
     return Trial(
         seconds=seen.seconds[1:],
-        steps=_steps(agent),
+        steps=local_steps(agent),
         whole_bytes=seen.sizes[0],
         delta_bytes=seen.sizes[1:],
         own_state_bytes=max(seen.states),
@@ -121,10 +121,3 @@ def _neighbor_of(agent: Agent, max_staleness: int) -> Mailbox:
         first=agent.first_payload(),
         lists=agent.layers_by_depth,
     )
-
-
-def _steps(agent: Agent) -> int | None:
-    config, data = getattr(agent, "config", None), getattr(agent, "data", None)
-    if isinstance(agent, OwnLoopAgent) or not isinstance(config, TrainingConfig) or data is None:
-        return None
-    return config.num_steps(data.train.num_examples)

@@ -10,6 +10,7 @@ import torch
 from flower_mcepl.agents.agent import AgentState, Payload
 from flower_mcepl.agents.server import Server
 from flower_mcepl.errors import ForeignFrameError, FrameError, ReplayedFrameError
+from flower_mcepl.exchange.ages import ROUNDS
 from flower_mcepl.exchange.exchange import check_rounds
 from flower_mcepl.exchange.ledger import Ledger
 from flower_mcepl.exchange.mailbox import Mailbox
@@ -61,6 +62,8 @@ class Center(Generic[FrameT]):
     """
 
     key_interval = 0  # no agent ever needs a whole frame of another one
+    age_decay = 1.0  # nobody hears a neighbor
+    schedule = ROUNDS
 
     def __init__(
         self,

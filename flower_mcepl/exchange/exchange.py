@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from flower_mcepl.config.checks import check
+from flower_mcepl.exchange.ages import check_decay
 from flower_mcepl.exchange.ledger import Ledger
 from flower_mcepl.exchange.parcels import Answer, FrameT, Parcel
 from flower_mcepl.files.bundle import Bundle
@@ -22,6 +23,8 @@ class Exchange(Protocol[FrameT]):
     evaluate_every: int
     max_staleness: int
     key_interval: int
+    age_decay: float
+    schedule: str  # "rounds", or "async": each agent's own
 
     def begin(self, run: str) -> None:
         """Take the id of the run, which frames then belong to; without it, to none."""
@@ -51,7 +54,9 @@ class Exchange(Protocol[FrameT]):
         ...
 
 
-def check_rounds(*, evaluate_every: int, max_staleness: int, key_interval: int = 0) -> None:
+def check_rounds(
+    *, evaluate_every: int, max_staleness: int, key_interval: int = 0, age_decay: float = 1.0
+) -> None:
     """Raise ConfigError unless these numbers of rounds make sense."""
     check(
         evaluate_every >= 1,
@@ -68,3 +73,4 @@ def check_rounds(*, evaluate_every: int, max_staleness: int, key_interval: int =
         "key-interval is a number of rounds, or 0 for as few as pay; it must be >= 0",
         key_interval,
     )
+    check_decay(age_decay)

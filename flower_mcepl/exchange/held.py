@@ -1,8 +1,8 @@
 """A payload as it is kept until the next frame builds on it: one bit a weight."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flower_mcepl.errors import StateError
+from flower_mcepl.errors import CorruptFrameError, StateError
 from flower_mcepl.files.bundle import Arrays
 from flower_mcepl.wire.payload import Reference, join_support, support_of, values_of
 from flower_mcepl.wire.support import pack, packed_bytes, unpack
@@ -38,6 +38,8 @@ class Held:
         together.
     content : str
         The digest of the content that its frame told; empty if it came in no frame.
+    came : int, optional
+        The holder's round in which it came, where its sender counts rounds of its own.
     """
 
     round: int
@@ -46,6 +48,12 @@ class Held:
     values: NDArray[np.float32]
     flips: NDArray[np.uint32]
     content: str = ""
+    came: int | None = None
+
+    @property
+    def since(self) -> int:
+        """Round from which on the holder counts its age."""
+        return self.round if self.came is None else self.came
 
     @classmethod
     def of(cls, reference: Reference, layers: Mapping[str, tuple[int, ...]]) -> "Held":
@@ -120,6 +128,14 @@ class Held:
             at += size
         return counts
 
+    def keeps(self, due: Sequence[int], layers: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether the layers of `names` keep so many weights, and none of them none."""
+        # no retention is 0: a layer that has weights keeps one at least
+        sizes = [math.prod(layers[name]) for name in self.names(layers)]
+        return self.counts(layers) == [*due] and not any(
+            count == 0 < size for count, size in zip(due, sizes, strict=True)
+        )
+
     def arrays(self) -> Arrays:
         """Return what must be saved; `from_arrays` takes it back."""
         content = (
@@ -127,6 +143,7 @@ class Held:
             if self.content
             else {}
         )
+        came = {} if self.came is None else {"came": np.array([self.came], np.int64)}
         return {
             "round": np.array([self.round], np.int64),
             "kinds": self.kinds,
@@ -134,6 +151,7 @@ class Held:
             "values": self.values,
             "flips": self.flips,
             **content,
+            **came,
         }
 
     @classmethod
@@ -150,9 +168,11 @@ class Held:
         try:
             (round,) = arrays["round"].tolist()
             content = arrays["content"].tobytes().hex() if "content" in arrays else ""
+            came = arrays["came"].tolist() if "came" in arrays else [None]
             held = cls(
                 round, arrays["kinds"], arrays["bits"], arrays["values"], arrays["flips"], content
             )
+            held = replace(held, came=came[0])
             held._check(layers)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise StateError(
@@ -204,3 +224,13 @@ def restore_held(
         except (StateError, ValueError) as error:
             raise StateError(f"{where}, number {number}: {error}") from error
     return held
+
+
+def check_finite(tensors: Mapping[str, Tensor], who: str) -> None:
+    """Refuse values from which an average would never recover."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.bool and not bool(tensor.to_dense().isfinite().all()):
+            raise CorruptFrameError(
+                f"values must be finite; {who} has some in layer {name!r} that are infinite or "
+                "not a number. Look at why its training left the finite numbers."
+            )

@@ -96,6 +96,10 @@ class Ledger:
         """Return the bytes over the agent's incoming links."""
         return self._received[agent]
 
+    def so_far(self) -> tuple[int, int]:
+        """Bytes over all links, and up to the relay."""
+        return self._over_links.bytes, self._up.bytes
+
     def totals(self) -> dict[str, Any]:
         """Totals of the run in bytes, and mean bits per weight on links and uplinks."""
         links = _with_bits(self._over_links, self.links.values())

@@ -1,7 +1,8 @@
 """What one agent holds of its neighbors: the newest payload of each."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -12,13 +13,13 @@ from torch import Tensor
 
 from flower_mcepl.errors import (
     ConfigError,
-    CorruptFrameError,
     ForeignFrameError,
     FrameError,
     ReplayedFrameError,
 )
+from flower_mcepl.exchange.ages import check_decay, vote
 from flower_mcepl.exchange.decoded import DecodedFrames, Key, common_reference
-from flower_mcepl.exchange.held import Held, restore_held
+from flower_mcepl.exchange.held import Held, check_finite, restore_held
 from flower_mcepl.exchange.layer_lists import LayerLists, Layers
 from flower_mcepl.files.bundle import Arrays
 from flower_mcepl.wire import (
@@ -41,9 +42,11 @@ _decoded = DecodedFrames()
 class Mailbox:
     """Newest payload of every neighbor, kept packed until it is used.
 
-    A payload of round ``r`` counts in round ``t`` when ``0 <= t - r <= max_staleness``.
-    A neighbor that was never heard of counts as holding the common first payload, sent
-    in round 0, under the same rule.
+    A payload of round ``r`` has the age ``a = t - r`` in round ``t``. It counts when
+    ``0 <= a <= max_staleness``, with the vote ``λ^a``. A neighbor that was never heard
+    of counts as holding the common first payload, sent in round 0, under the same rule.
+    Where senders have rounds of their own, ``r`` is the owner's round that was going on
+    when the payload came to the relay.
 
     Parameters
     ----------
@@ -67,11 +70,13 @@ class Mailbox:
     lists : sequence of mappings (default: ())
         Where senders hold different parts of a network: the layers that a frame may
         have, each list by names and shapes; ``layers`` is one of them.
+    age_decay : float (default: 1.0)
+        λ in (0, 1]: what a vote is multiplied by for each round of its age.
 
     Raises
     ------
     ConfigError
-        If ``max_staleness`` or ``fingerprint`` is out of range.
+        If ``max_staleness``, ``fingerprint`` or ``age_decay`` is out of range.
     """
 
     def __init__(
@@ -86,7 +91,9 @@ class Mailbox:
         first: Mapping[str, Tensor] | None = None,
         run: str = "",
         lists: Sequence[Layers] = (),
+        age_decay: float = 1.0,
     ) -> None:
+        check_decay(age_decay)
         if max_staleness < 0:
             raise ConfigError(
                 f"max_staleness is a number of rounds, at least 0; got {max_staleness}. 0 takes "
@@ -96,7 +103,7 @@ class Mailbox:
         self._fingerprint = check_fingerprint(fingerprint)
         self._lists = LayerLists(layers, lists, fingerprint=self._fingerprint, prior=prior)
         self._layers = self._lists.all  # those that a payload lacks are absent from what is held
-        self._max_staleness, self.run = max_staleness, run
+        self._max_staleness, self._age_decay, self.run = max_staleness, age_decay, run
         self._most_bytes = most_bytes(
             sum(map(math.prod, self._layers.values())), only_masks=dtype == torch.bool
         )
@@ -113,8 +120,9 @@ class Mailbox:
         sender: int,
         frames: Sequence[FrameBytes],
         *,
-        latest_round: int,
+        latest_round: int | None,
         kept: Sequence[int] | None = None,
+        came: int | None = None,
     ) -> None:
         """Take in frames of one sender, oldest first.
 
@@ -129,11 +137,14 @@ class Mailbox:
             The agent they are said to come from.
         frames : sequence of bytes, bytearray, memoryview or numpy uint8 array
             The frames, as they came.
-        latest_round : int
-            The newest round they may come from.
+        latest_round : int | None
+            The newest round they may come from; None: any.
         kept : sequence of int | None (default: None)
             How many weights each of the sender's masks keeps, the layers sorted by
             name, as its handshake says; it holds for all that follows. None: no news.
+        came : int | None (default: None)
+            The owner's round in which they came, where senders have rounds of their
+            own; None: the round that each says.
 
         Raises
         ------
@@ -176,15 +187,15 @@ class Mailbox:
             usable = [*known, *self._common]
             key = DecodedFrames.key(data, header, usable, self._lists.digest)
             try:
-                reference, came = self._unpack(payload, header, usable, key)
-                self._check_kept(sender, came)
+                reference, fresh = self._unpack(payload, header, usable, key)
+                self._check_kept(sender, fresh)
             except FrameError:
                 self._doubtful.add(sender)
                 raise
             known = [reference]
             if is_new:
-                self._held[sender], self._unpacked[sender] = came, reference
-                held, doubtful = came, False
+                held, doubtful = replace(fresh, came=came), False
+                self._held[sender], self._unpacked[sender] = held, reference
                 self._doubtful.discard(sender)
         if frames and held is not None and newest < held.round + doubtful:
             raise ReplayedFrameError(
@@ -205,10 +216,8 @@ class Mailbox:
         due = self._kept.get(sender)
         if due is None:
             return
-        counts, names = came.counts(self._layers), came.names(self._layers)
-        sizes = [math.prod(self._layers[name]) for name in names]
-        # no retention is 0: a layer that has weights keeps one at least
-        if counts != due or any(count == 0 < size for count, size in zip(due, sizes, strict=True)):
+        counts = came.counts(self._layers)
+        if not came.keeps(due, self._layers):
             raise ForeignFrameError(
                 f"{name_frame(sender, came.round)} must keep as many weights of each layer as "
                 f"its sender's retention says, {due!s:.200}; it keeps {counts!s:.200}. Look at "
@@ -230,7 +239,7 @@ class Mailbox:
         reference = unpack_frame(
             payload, header, references=usable, prior=self._prior
         ).as_reference()
-        _check_finite(reference.tensors, name_frame(header.sender, header.round))
+        check_finite(reference.tensors, name_frame(header.sender, header.round))
         held = Held.of(reference, self._layers)
         _decoded.put(key, held)
         return reference, held
@@ -254,7 +263,7 @@ class Mailbox:
         payloads: dict[int, Mapping[str, Tensor]] = {}
         for sender in sorted({*neighbors} - {self._owner}):
             held = self._held.get(sender)
-            if not 0 <= round - (held.round if held else 0) <= self._max_staleness:
+            if not 0 <= self._age(sender, round=round) <= self._max_staleness:
                 continue
             if held is not None:
                 payloads[sender] = (
@@ -263,6 +272,19 @@ class Mailbox:
             elif self._first is not None:
                 payloads[sender] = self._first
         return payloads
+
+    def votes(self, senders: Iterable[int], *, round: int) -> dict[int, float]:
+        """Votes of payloads of `current` that are not whole, by agent."""
+        votes = {
+            sender: vote(self._age(sender, round=round), age_decay=self._age_decay)
+            for sender in senders
+        }
+        return {sender: share for sender, share in votes.items() if share != 1}
+
+    def _age(self, sender: int, *, round: int) -> int:
+        """Age of what is held of a sender, the common first payload included."""
+        held = self._held.get(sender)
+        return round - (0 if held is None else held.since)
 
     def doubts(self, sender: int) -> bool:
         """Whether a whole frame of the sender is wanted."""
@@ -285,7 +307,7 @@ class Mailbox:
         self._held = {
             s: held
             for s, held in self._held.items()
-            if older_than - held.round <= self._max_staleness
+            if self._age(s, round=older_than) <= self._max_staleness
         }
         self._doubtful &= self._held.keys()
         self._kept = {s: kept for s, kept in self._kept.items() if s in self._held}
@@ -326,13 +348,3 @@ class Mailbox:
             for s in self._held
             if f"{s}/{_KEPT}" in arrays
         }
-
-
-def _check_finite(tensors: Mapping[str, Tensor], who: str) -> None:
-    """Refuse values from which an average would never recover."""
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.bool and not bool(tensor.to_dense().isfinite().all()):
-            raise CorruptFrameError(
-                f"values must be finite; {who} has some in layer {name!r} that are infinite or "
-                "not a number. Look at why its training left the finite numbers."
-            )

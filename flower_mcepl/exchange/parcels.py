@@ -30,6 +30,9 @@ class Parcel(Generic[FrameT]):
     whole: bool = False  # send a whole frame, too
     # of senders of a whole frame: weights that each of their masks keeps, as they said
     kept: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    # without a barrier: age of each sender's newest frame, as in `exchange.ages`; the
+    # frames are then of rounds of their senders' own. None: ``round`` is that of all
+    ages: Mapping[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any, Generic
 import numpy as np
 
 from flower_mcepl.agents.handshake import KEPT_BY_LAYER
+from flower_mcepl.exchange.ages import ASYNC, ROUNDS, OwnRounds
 from flower_mcepl.exchange.exchange import check_rounds
 from flower_mcepl.exchange.ledger import Ledger
 from flower_mcepl.exchange.parcels import (
@@ -43,6 +44,10 @@ class Relay(Generic[FrameT]):
     key_interval : int (default: 0)
         Rounds after which an agent sends a whole frame beside its delta; 0: only when
         the deltas since the last whole frame have as many bytes as that.
+    age_decay : float (default: 1.0)
+        What a neighbor's vote is multiplied by for each round of its age.
+    schedule : str (default: "rounds")
+        With "async" each agent has rounds of its own; ages are those of `OwnRounds`.
 
     Notes
     -----
@@ -60,12 +65,19 @@ class Relay(Generic[FrameT]):
         evaluate_every: int = 10,
         max_staleness: int = 5,
         key_interval: int = 0,
+        age_decay: float = 1.0,
+        schedule: str = ROUNDS,
     ) -> None:
         check_rounds(
-            evaluate_every=evaluate_every, max_staleness=max_staleness, key_interval=key_interval
+            evaluate_every=evaluate_every,
+            max_staleness=max_staleness,
+            key_interval=key_interval,
+            age_decay=age_decay,
         )
         self.topology, self.key_interval = topology, key_interval
         self.evaluate_every, self.max_staleness = evaluate_every, max_staleness
+        self.age_decay, self.schedule = age_decay, schedule
+        self._own_rounds = OwnRounds(max_staleness) if schedule == ASYNC else None
         self._open, self._wrap = open_frame, wrap_frame
         self.ledger = Ledger()
         # with the round, oldest first
@@ -86,6 +98,12 @@ class Relay(Generic[FrameT]):
 
     def parcel(self, agent: int, *, round: int, closing: bool = False) -> Parcel[FrameT]:
         """Return the agent's parcel for ``round`` and count its frames as sent."""
+        parcel = self._parcel(agent, round, closing=closing)
+        if self._own_rounds is not None and parcel.neighbors is not None:
+            self._own_rounds.note_parcel(agent)
+        return parcel
+
+    def _parcel(self, agent: int, round: int, *, closing: bool) -> Parcel[FrameT]:
         if agent not in self._held and not closing:
             return Parcel(round, None)
         previous = round - 1
@@ -107,7 +125,18 @@ class Relay(Generic[FrameT]):
             acknowledged=self._newest(agent),
             whole=whole,
             kept=self._kept_by(self._began_whole[agent]),
+            ages=None
+            if self._own_rounds is None
+            else {j: self._age(agent, j, previous) for j in chains},
         )
+
+    def _age(self, agent: int, sender: int, previous: int) -> int:
+        """Age of the sender's newest frame in a parcel after the round ``previous``."""
+        if self._own_rounds is not None:
+            return self._own_rounds.age(agent, sender)
+        newest = self._newest(sender)
+        assert newest is not None
+        return previous - newest
 
     def take(self, agent: int, answer: Answer[FrameT], *, round: int) -> tuple[()]:
         """Take in the answer to the parcel of ``round``; no frame is ever refused.
@@ -140,6 +169,8 @@ class Relay(Generic[FrameT]):
             ]
             self._broken.discard(agent)
         self._posted[agent] = [*kept, *((round, post) for post in posts)]
+        if self._own_rounds is not None:
+            self._own_rounds.note_frame(agent)
 
     def _is_silent(self, agent: int, round: int, *, whole: bool) -> bool:
         """Whether the agent never sends the whole frame that it is asked for.
@@ -228,7 +259,9 @@ class Relay(Generic[FrameT]):
         # helps, and `_whole_is_due` asks the sender for one if there is none.
         newest = self._newest(sender)
         held = self._held.get(agent, {}).get(sender)
-        if newest is None or previous - newest > self.max_staleness or held == newest:
+        if newest is None or held == newest:
+            return []
+        if self._age(agent, sender, previous) > self.max_staleness:
             return []
         chains: dict[int, list[Posted[FrameT]]] = {} if held is None else {held: []}
         for round, post in self._posted[sender]:

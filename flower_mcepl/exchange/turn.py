@@ -5,13 +5,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, final
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, cast, final
 
 import torch
 
 from flower_mcepl.agents import Agent
-from flower_mcepl.agents.agent import AgentState, Payload
+from flower_mcepl.agents.agent import AgentState, Payload, WeighsVotes
 from flower_mcepl.agents.stack import AgentStack, given
+from flower_mcepl.config.checks import check
 from flower_mcepl.errors import (
     AnswerError,
     DivergedError,
@@ -92,7 +94,12 @@ class Reply:
 
 
 def open_mail(
-    agent: Agent, *, max_staleness: int, run: str = "", keeper: Keeper | None = None
+    agent: Agent,
+    *,
+    max_staleness: int,
+    age_decay: float = 1.0,
+    run: str = "",
+    keeper: Keeper | None = None,
 ) -> Mail:
     """Mail that ``agent`` begins a run with: nothing held, nothing sent.
 
@@ -100,13 +107,25 @@ def open_mail(
     ----------
     agent : Agent
         Whose it is.
-    max_staleness : int
+    max_staleness, age_decay : int, float
         As in `Mailbox`.
     run : str (default: "")
         Id of the run, which its frames belong to; empty: to none.
     keeper : Keeper, optional
         Keeps the agent's best state.
+
+    Raises
+    ------
+    ConfigError
+        If votes are to fade that the agent cannot weigh.
     """
+    check(
+        age_decay == 1 or agent.weighs_votes or not agent.layers,
+        f"agent {agent.index} of algorithm {agent.algorithm} lets all neighbors count alike, and "
+        "age-decay must be 1",
+        age_decay,
+        "Leave it out; mcepl, dsgd, dfedavgm, choco and apps of neighbor_average_mod weigh votes.",
+    )
     first = agent.first_payload()
     only_masks = first is not None and all(tensor.dtype == torch.bool for tensor in first.values())
     inbox = Mailbox(
@@ -119,6 +138,7 @@ def open_mail(
         first=first,
         run=run,
         lists=agent.layers_by_depth,
+        age_decay=age_decay,
     )
     outbox = Outbox(
         owner=agent.index,
@@ -146,9 +166,11 @@ def play_round(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
     start = time.perf_counter()
     turn = _Turn(agent, mail, parcel)
     with turn.naming():
-        inbox = turn.take_in()
-        if inbox is not None:
-            agent.fuse(inbox, round=turn.previous)
+        heard = turn.take_in()
+        if heard is not None and heard.votes:
+            cast(WeighsVotes, agent).fuse(heard.inbox, round=turn.previous, votes=heard.votes)
+        elif heard is not None:
+            agent.fuse(heard.inbox, round=turn.previous)
         if parcel.evaluate:
             turn.note_evaluation(agent.evaluate)
         if parcel.train:
@@ -172,15 +194,25 @@ def play_together(
         raise DivergedError(f"agent {index}, round {parcels[0].round}: {error}") from error
 
 
+def alike(parcels: Mapping[int, Parcel[bytes]]) -> list[list[int]]:
+    """Agents whose parcels are of one round and ask the same, as a stack plays them."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for agent, parcel in parcels.items():
+        asked = (parcel.round, parcel.train, parcel.evaluate, parcel.neighbors is None)
+        groups.setdefault(asked, []).append(agent)
+    return list(groups.values())
+
+
 def _play_together(
     stack: AgentStack, mails: Sequence[Mail], parcels: Sequence[Parcel[bytes]]
 ) -> list[Reply]:
     start = time.perf_counter()
     turns = [_Turn(*each) for each in zip(stack.agents, mails, parcels, strict=True)]
     order = parcels[0]
-    inboxes = [turn.take_in() for turn in turns]
+    heard = [turn.take_in() or Heard({}) for turn in turns]
     if order.neighbors is not None:
-        stack.fuse([inbox or {} for inbox in inboxes], round=order.round - 1)
+        inboxes, votes = [own.inbox for own in heard], [own.votes for own in heard]
+        stack.fuse(inboxes, round=order.round - 1, votes=votes)
     if order.evaluate:
         for turn, evaluation in zip(turns, stack.evaluate(), strict=True):
             turn.note_evaluation(partial(given, evaluation))
@@ -190,6 +222,13 @@ def _play_together(
             turn.write(own, payload)
     seconds = (time.perf_counter() - start) / len(turns)
     return [turn.reply(seconds=seconds) for turn in turns]
+
+
+class Heard(NamedTuple):
+    """What an agent is to fuse: payloads by neighbor, and votes if some have faded."""
+
+    inbox: Mapping[int, Payload]
+    votes: Mapping[int, float] = MappingProxyType({})
 
 
 @final
@@ -206,15 +245,16 @@ class _Turn:
         self._payload: Payload = {}
         self._evaluation_error = ""
 
-    def take_in(self) -> Mapping[int, Payload] | None:
+    def take_in(self) -> Heard | None:
         """Take in the frames; return what the agent is to fuse, if anything is."""
         inbox, parcel = self._mail.inbox, self._parcel
-        self._refused, self._lacking = _take_in(inbox, parcel, latest_round=self.previous)
+        self._refused, self._lacking = _take_in(inbox, parcel)
         if parcel.neighbors is None:
             return None
         current = inbox.current(parcel.neighbors, round=self.previous)
+        votes = inbox.votes(current, round=self.previous)
         inbox.forget(older_than=self.previous)
-        return current
+        return Heard(current, votes)
 
     def note_evaluation(self, evaluate: Callable[[], Mapping[str, float]]) -> None:
         """Take note of an evaluation, and keep the state if it is the best so far."""
@@ -294,13 +334,19 @@ def _check_evaluation(metrics: Mapping[str, float]) -> None:
         )
 
 
-def _take_in(
-    inbox: Mailbox, parcel: Parcel[bytes], *, latest_round: int
-) -> tuple[list[str], list[int]]:
+def _take_in(inbox: Mailbox, parcel: Parcel[bytes]) -> tuple[list[str], list[int]]:
     refused, lacking = [], []
+    previous, ages = parcel.round - 1, parcel.ages
     for sender, frames in parcel.frames.items():
         try:
-            inbox.put(sender, frames, latest_round=latest_round, kept=parcel.kept.get(sender))
+            inbox.put(
+                sender,
+                frames,
+                # without a barrier a neighbor may be rounds ahead
+                latest_round=previous if ages is None else None,
+                kept=parcel.kept.get(sender),
+                came=None if ages is None else previous - ages.get(sender, 0),
+            )
         except MissingReferenceError:
             pass
         except FrameError as error:

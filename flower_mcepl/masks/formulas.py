@@ -174,6 +174,17 @@ def neighbor_mean(
     return count.to(torch.float32) / num_neighbors
 
 
+def faded_mean(votes: Sequence[Float[Tensor, "*layer"]]) -> Float[Tensor, "*layer"]:
+    """Average masks that count by votes, ``n = 1/|N| Σ v_j m_j``, from the ``v_j m_j``.
+
+    What a vote lacks falls to the agent itself: ``n`` pulls less.
+    """
+    total = torch.zeros_like(votes[0])
+    for faded in votes:  # one after the other: float sums depend on the order
+        total += faded
+    return total / len(votes)
+
+
 def count_of_mean(
     n: Float[Tensor, "*layer"], *, num_neighbors: int
 ) -> Integer[Tensor, "*layer"] | None:

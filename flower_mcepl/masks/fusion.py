@@ -24,7 +24,12 @@ class Blend(Protocol):
 
 
 def neighbor_average(masks: Sequence[Tensor], own: Tensor) -> Tensor:
-    """Average the neighbors' masks, ``n = 1/|N| Σ m_j``, without the own one."""
+    """Average the neighbors' masks, ``n = 1/|N| Σ m_j``, without the own one.
+
+    Of masks whose votes have faded, ``n = 1/|N| Σ v_j m_j``.
+    """
+    if masks[0].is_floating_point():
+        return maths.faded_mean(masks)
     count = torch.zeros_like(masks[0], dtype=maths.count_dtype(len(masks)))
     for mask in masks:
         count += mask
@@ -47,7 +52,8 @@ class Fusion:
         ``hear(masks, own) -> n``: the bool masks of the neighbors, at least one, and
         the agent's own, the one that it has sent; gives a float tensor of the same
         shape. The default is the mean of the neighbors' masks. An agent that hears
-        nobody has no ``n``, and ranks its scores alone.
+        nobody has no ``n``, and ranks its scores alone. Where votes have faded
+        (``age-decay``), all masks come as floats, each times its vote in (0, 1].
     rank : callable
         ``rank(z, n) -> y``: the aggregation tensor, whose largest magnitudes are the
         mask; differentiable in ``z``. The default is
@@ -88,6 +94,26 @@ FUSIONS = Registry(
     },
     noun="fusion rule",
 )
+
+
+def heard_by(fusion: Fusion, masks: Sequence[Tensor], own: Tensor) -> Tensor:
+    """Return what a rule makes of masks, whose votes may have faded.
+
+    Raises
+    ------
+    ConfigError
+        If it takes bits alone, and votes have faded.
+    """
+    try:
+        return fusion.hear(masks, own)
+    except (RuntimeError, TypeError) as error:
+        if not masks[0].is_floating_point():
+            raise
+        raise ConfigError(
+            "where votes have faded (age-decay below 1), a fusion rule's hear gets masks as "
+            f"floats, each times its vote; this one failed on them ({error}). Mend the rule, or "
+            "set age-decay to 1."
+        ) from error
 
 
 def check_formula(result: Tensor, like: Tensor, *, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.blocks import check_block_retention
-from flower_mcepl.masks.fusion import MCEPL, Fusion, check_formula
+from flower_mcepl.masks.fusion import MCEPL, Fusion, check_formula, heard_by
 from flower_mcepl.masks.gates import LAYER, MaskRules, gate_name, masks_of
 from flower_mcepl.masks.layers import LayerSpec, find_frozen, find_maskable
 from flower_mcepl.masks.placement import call_with, kept_in_eval, slots_of, train_mode
@@ -315,7 +315,7 @@ class MaskedModel(nn.Module):
         return check_formula(self.fusion.rank(z, strong), z, name="rank")
 
     def _heard(self, masks: Sequence[Tensor], own: Tensor) -> Tensor:
-        n = self.fusion.hear(masks, own)
+        n = heard_by(self.fusion, masks, own)
         if not bool(check_formula(n, own, name="hear").isfinite().all()):
             raise ConfigError(
                 "a fusion rule's hear must return finite numbers; got some that are infinite or "

@@ -36,6 +36,9 @@ ACKNOWLEDGED = "acknowledged"  # round of the agent's newest frame that the rela
 NEIGHBORS = "neighbors"  # list of agents
 # senders of a whole frame, and for each how many weights its masks keep, by layer
 KEPT_AGENTS, KEPT_COUNTS = "kept-agents", "kept-counts"
+# without a barrier: senders of frames, and the age of each one's newest frame
+AGED_AGENTS, AGES = "aged-agents", "ages"
+AGE_DECAY = "age-decay"  # what a vote is multiplied by for each round of its age; 1 is left out
 CHECKPOINTS = "checkpoints"  # list of rounds that the relay could go back to
 KEEP_BEST = "keep-best"  # keep the state that was evaluated, if it is the best so far
 STORE = "store"  # simulation only: hand over what belongs into the run record

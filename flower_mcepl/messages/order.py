@@ -25,7 +25,7 @@ _OWN = frozenset(
     {keys.VERSION, keys.RUN, keys.ROUND, keys.FUSE, keys.EVALUATE, keys.TRAIN, keys.MAX_STALENESS}
     | {keys.WHOLE, keys.INTRODUCE, keys.ACKNOWLEDGED, keys.NEIGHBORS, keys.CHECKPOINTS}
     | {keys.STORE, keys.LAYOUT, keys.KEPT_AGENTS, keys.KEPT_COUNTS}
-    | {keys.KEEP_BEST}
+    | {keys.KEEP_BEST, keys.AGED_AGENTS, keys.AGES, keys.AGE_DECAY}
 )
 _PLACE = re.compile("(0|[1-9][0-9]{0,8})/(0|[1-9][0-9]{0,8})")  # sender / place in its chain
 _DTYPE = re.compile(r"[<>|][biufcmMOSUV][0-9]{0,9}(\[[^\]]{1,20}\])?")
@@ -57,6 +57,8 @@ class Order(Generic[FrameT]):
         16 hex digits that stand for the run, the same when it is resumed.
     max_staleness : int
         Rounds for which an absent neighbor's last mask stays in use.
+    age_decay : float (default: 1.0)
+        What a neighbor's vote is multiplied by for each round of its age.
     introduce : bool
         Whether the answer needs the agent's handshake: the relay does not know it.
     checkpoints : tuple of int
@@ -78,6 +80,7 @@ class Order(Generic[FrameT]):
     run: str
     max_staleness: int
     introduce: bool
+    age_decay: float = 1.0
     checkpoints: tuple[int, ...] = ()
     keep_best: bool = False
     store: bool = False
@@ -110,6 +113,9 @@ class Order(Generic[FrameT]):
             keys.NEIGHBORS: list(parcel.neighbors or ()),
             keys.KEPT_AGENTS: list(parcel.kept),
             keys.KEPT_COUNTS: [count for counts in parcel.kept.values() for count in counts],
+            keys.AGED_AGENTS: list(parcel.ages or ()),
+            keys.AGES: list((parcel.ages or {}).values()),
+            keys.AGE_DECAY: self.age_decay if self.age_decay != 1 else None,
             keys.CHECKPOINTS: list(self.checkpoints),
             keys.KEEP_BEST: self.keep_best,
             keys.STORE: self.store,
@@ -158,6 +164,7 @@ class Order(Generic[FrameT]):
             parcel=_read_parcel(fields, records.get(keys.FRAMES)),
             max_staleness=fields.round(keys.MAX_STALENESS),
             introduce=fields.flag(keys.INTRODUCE),
+            age_decay=_read_decay(fields) if keys.AGE_DECAY in fields else 1.0,
             checkpoints=fields.numbers(keys.CHECKPOINTS, most=limits.round),
             keep_best=fields.flag(keys.KEEP_BEST) if keys.KEEP_BEST in fields else False,
             store=fields.flag(keys.STORE) if keys.STORE in fields else False,
@@ -195,7 +202,23 @@ def _read_parcel(fields: Fields, frames: object) -> Parcel[Any]:
         acknowledged=fields.round(keys.ACKNOWLEDGED) if keys.ACKNOWLEDGED in fields else None,
         whole=fields.flag(keys.WHOLE),
         kept=_read_kept(fields),
+        ages=_read_ages(fields) if keys.AGED_AGENTS in fields else None,
     )
+
+
+def _read_decay(fields: Fields) -> float:
+    value = fields.rest.pop(keys.AGE_DECAY)
+    fits = isinstance(value, float) and 0 < value <= 1
+    fields.check(fits, f"{keys.AGE_DECAY} must be a number in (0, 1]", value)
+    return float(value)
+
+
+def _read_ages(fields: Fields) -> dict[int, int]:
+    agents = fields.agents(keys.AGED_AGENTS)
+    ages = fields.numbers(keys.AGES, most=fields.limits.round)
+    rule = f"{keys.AGES} must have an entry for each of {keys.AGED_AGENTS}"
+    fields.check(len(ages) == len(agents), rule, ages)
+    return dict(zip(agents, ages, strict=True))
 
 
 def _read_kept(fields: Fields) -> dict[int, tuple[int, ...]]:

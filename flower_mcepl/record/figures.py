@@ -77,6 +77,29 @@ def bytes_by_round(run: Run) -> dict[int, int]:
     }
 
 
+def curve_by_clock(run: Run) -> list[tuple[float, float]]:
+    """Mean over all agents of the last value that each had, by the run's clock.
+
+    It begins when every agent has one. Empty where the run had no clock.
+    """
+    metric, num_agents = run.metric, run.num_agents
+    rows = [row for row in run.rounds if row.get("clock") is not None]
+    values: dict[int, float] = {}
+    points: dict[float, float] = {}
+    for row in sorted(rows, key=lambda row: (row["clock"], row["round"])):
+        if (value := metric.value(row)) is not None:
+            values[row["agent"]] = value
+            if len(values) == num_agents:
+                points[float(row["clock"])] = statistics.fmean(values.values())
+    return [*points.items()]
+
+
+def clock_to(run: Run, target: float) -> float | None:
+    """Seconds on the run's clock until the mean over all agents reaches the target."""
+    metric = run.metric
+    return next((t for t, mean in curve_by_clock(run) if metric.reaches(mean, target)), None)
+
+
 def training_images(run: Run) -> float | None:
     """Training images of an agent, if all trained in every round; else None."""
     trained = [line for line in run.relay if line["round"] <= run.num_rounds]

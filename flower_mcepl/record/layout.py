@@ -6,6 +6,7 @@
     ├── config.json    everything needed to repeat the run, versions included
     ├── rounds.jsonl   one line per agent and evaluated round
     ├── relay.jsonl    one line per round: what the relay saw
+    ├── events.jsonl   one line per event of a run without a barrier; only there
     ├── traffic.jsonl  one line per round: frames and bytes over every link and uplink
     ├── summary.json   written once, at the end; a killed run has none
     ├── failures.txt  whole text of each failure, once; only where there was one
@@ -25,6 +26,7 @@ from typing import Any
 CONFIG, SUMMARY, AGENTS, FRAMES = "config.json", "summary.json", "agents", "frames"
 FAILURES = "failures.txt"
 ROUNDS, RELAY, TRAFFIC = "rounds.jsonl", "relay.jsonl", "traffic.jsonl"
+EVENTS = "events.jsonl"
 STATUSES = ("finished", "incomplete", "interrupted", "failed")
 
 # personal models, by the run-config key ``export``: endings of their files
@@ -36,6 +38,7 @@ AGENT_KEYS = (
     *_COUNTERS,
 )
 TRAFFIC_KEYS = ("round", "links", "uplinks")
+EVENT_KEYS = ("clock", "answered", "given")
 RELAY_KEYS = (
     *("round", "answered", "agents", "failed", "missing"),
     *("link_bytes", "uplink_bytes", "seconds"),

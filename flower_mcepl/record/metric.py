@@ -113,6 +113,18 @@ def metric_summary(rows: Iterable[Mapping[str, Any]], metric: MainMetric = ACCUR
     }
 
 
+def final_rows(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Lines that a run's result is of, as if of one round; all where nothing marks any.
+
+    Without a barrier agents end after unequal numbers of rounds. So the lines of the
+    closing exchange are marked, and together they are the last evaluation.
+    """
+    known = list(rows)
+    closing = [row for row in known if row.get("closing")]
+    newest = max((row["round"] for row in closing), default=0)
+    return [{**row, "round": newest} for row in closing] or known
+
+
 def last_evaluated(
     rows: Iterable[Mapping[str, Any]], metric: MainMetric = ACCURACY
 ) -> dict[int, Row]:

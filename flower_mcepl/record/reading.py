@@ -11,16 +11,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flower_mcepl.errors import RecordError
-from flower_mcepl.record.layout import AGENTS, CONFIG, RELAY, ROUNDS, SUMMARY, Row
+from flower_mcepl.record.layout import AGENTS, CONFIG, EVENTS, RELAY, ROUNDS, SUMMARY, Row
 from flower_mcepl.record.metric import (
     MainMetric,
+    final_rows,
     last_evaluated,
     last_rows,
     metric_summary,
     of_agents,
 )
 from flower_mcepl.record.parsing import read_lines, read_object
-from flower_mcepl.record.schema import CONFIG_FILE, RELAY_LINE, ROUNDS_LINE, SUMMARY_FILE
+from flower_mcepl.record.schema import (
+    CONFIG_FILE,
+    EVENTS_LINE,
+    RELAY_LINE,
+    ROUNDS_LINE,
+    SUMMARY_FILE,
+)
 from flower_mcepl.record.selection import best_states
 from flower_mcepl.record.traffic import read_traffic
 
@@ -40,6 +47,8 @@ class Run:
     truncated: bool = False  # an incomplete last line was dropped
     # best state of each agent that left one, where the run kept them
     best_agents: dict[int, Path] = field(default_factory=dict)
+    # lines of events.jsonl; only a run without a barrier has any
+    events: list[Row] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -202,11 +211,11 @@ class Run:
 
     def result(self) -> Row:
         """Mean, spread and extremes of the main metric (`metric_summary`)."""
-        return metric_summary(self.rounds, self.metric)
+        return metric_summary(final_rows(self.rounds), self.metric)
 
     def accuracy(self) -> Row:
         """Mean, spread and extremes of the accuracy, whatever the main metric is."""
-        return metric_summary(self.rounds)
+        return metric_summary(final_rows(self.rounds))
 
     def final(self) -> dict[int, Row]:
         """Last line of each agent, by agent."""
@@ -214,7 +223,7 @@ class Run:
 
     def last_evaluated(self) -> dict[int, Row]:
         """Lines of the agents that `result` is of, by agent."""
-        return last_evaluated(self.rounds, self.metric)
+        return last_evaluated(final_rows(self.rounds), self.metric)
 
     def coverage(self) -> str:
         """Of how many agents the mean of `result` is: ``"9 of 10 agents"``."""
@@ -269,6 +278,7 @@ def read_run(path: str | Path) -> Run:
         )
     rounds, cut_rounds = read_lines(folder / ROUNDS, ROUNDS_LINE)
     relay, cut_relay = read_lines(folder / RELAY, RELAY_LINE)
+    events, cut_events = read_lines(folder / EVENTS, EVENTS_LINE)
     summary = folder / SUMMARY
     return Run(
         path=folder,
@@ -277,7 +287,8 @@ def read_run(path: str | Path) -> Run:
         relay=relay,
         summary=read_object(summary, SUMMARY_FILE) if summary.is_file() else None,
         agents=_agent_states(folder / AGENTS, ""),
-        truncated=cut_rounds or cut_relay,
+        truncated=cut_rounds or cut_relay or cut_events,
+        events=events,
         best_agents=_agent_states(folder / AGENTS, "-best"),
     )
 

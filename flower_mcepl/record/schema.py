@@ -173,6 +173,8 @@ ROUNDS_LINE = _object(
         "received_bytes": _BYTES,
         "uplink_bytes": _BYTES,
         "seconds": _SECONDS,
+        "clock": _SECONDS,
+        "closing": _flag,
         "best_round": _ROUND,
         "best_value": _number(),
     },
@@ -199,6 +201,7 @@ RELAY_LINE = _object(
         "link_bytes": _BYTES,
         "uplink_bytes": _BYTES,
         "seconds": _SECONDS,
+        "clock": _SECONDS,
     },
     required=("round",),
 )
@@ -220,6 +223,15 @@ _COUNTED = _whole(_COUNT)
 TRAFFIC_LINE = _object(
     {"round": _ROUND, "links": _list(_entry), "uplinks": _list(_list(_COUNTED, exactly=5))},
     required=("round", "links", "uplinks"),
+)
+EVENTS_LINE = _object(
+    {
+        "clock": _SECONDS,
+        "answered": _list(_AGENT),
+        "given": _list(_AGENT),
+        "failed": _list(_AGENT),
+    },
+    required=("clock",),
 )
 _SPREAD = _object(others=_number())
 SUMMARY_FILE = _object(

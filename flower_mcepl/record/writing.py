@@ -14,6 +14,8 @@ from flower_mcepl.record.layout import (
     AGENT_KEYS,
     AGENTS,
     CONFIG,
+    EVENT_KEYS,
+    EVENTS,
     FAILURES,
     FRAMES,
     RELAY,
@@ -117,6 +119,10 @@ class RunRecord:
                 self._traffic.packed(line["links"])
         packed = {"links": self._traffic.packed(row["links"])} if "links" in row else {}
         self._append(TRAFFIC, [{**row, **packed}], TRAFFIC_KEYS)
+
+    def log_event(self, row: Mapping[str, Any]) -> None:
+        """Append an event's line to ``events.jsonl``, with all of ``EVENT_KEYS``."""
+        self._append(EVENTS, [row], EVENT_KEYS)
 
     def log_failure(self, text: str) -> None:
         """Append the whole text of a failure to ``failures.txt``.

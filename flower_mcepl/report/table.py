@@ -112,6 +112,11 @@ def _stopped(run: Run) -> str:
     """Why a run is shorter than planned, behind its status."""
     if not (stopped := run.stopped_early):
         return ""
+    if "fewest" in stopped:
+        return (
+            f" (of {stopped.get('planned')} rounds, when its time was over; the slowest agent "
+            f"played {stopped.get('fewest')})"
+        )
     return (
         f" (stopped early, of {stopped.get('planned')} rounds: no better {run.metric.name} in the "
         f"{stopped.get('patience')} evaluations after round {stopped.get('best_round')})"
@@ -137,9 +142,8 @@ def _result_lines(run: Run) -> Iterator[str]:
     )
     if further := ", ".join(_further_lines(run)):
         yield f"also, means of that round: {further}"
-    late = [
-        f"{a} (round {r['round']})" for a, r in run.final().items() if r["round"] < result["round"]
-    ]
+    last = run.last_evaluated()
+    late = [f"{a} (round {r['round']})" for a, r in run.final().items() if a not in last]
     if late:
         yield f"last evaluated in an earlier round, and not in the mean: agent {', '.join(late)}"
     final = run.final()

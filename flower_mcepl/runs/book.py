@@ -3,12 +3,13 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, final
+from typing import Any, Generic, NamedTuple, final
 
 from flower_mcepl.errors import ConfigError, FlowerMceplError, IncompleteRunError, first_line
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, FrameT
 from flower_mcepl.files.bundle import Bundle
+from flower_mcepl.record.layout import Row
 from flower_mcepl.record.selection import find_stall
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.checkpoint import ROUND
@@ -22,6 +23,13 @@ from flower_mcepl.runs.resumption import (
     reopen,
     run_id_of,
 )
+
+
+class Taken(NamedTuple):
+    """What the record says of answers that were taken in."""
+
+    rows: list[Row]  # of rounds.jsonl
+    refused: dict[int, list[str]]  # why frames were, by who refused them
 
 
 @final
@@ -88,6 +96,8 @@ class RunBook(Generic[FrameT]):
         missing: Sequence[int] = (),
         states: Mapping[str, str] | None = None,
         left: Collection[int] = (),
+        clock: float | None = None,
+        clocks: Mapping[int, float] | None = None,
     ) -> None:
         """Take in the answers of a round; ``num_rounds + 1`` is the closing exchange.
 
@@ -105,30 +115,50 @@ class RunBook(Generic[FrameT]):
             What changed about agents or nodes since the round before.
         left : collection of int, optional
             Agents that were gone when the closing exchange began.
+        clock : float, optional
+            When the round ended, where the run has a clock.
+        clocks : mapping, optional
+            When it began, by agent: a late answer is of an earlier round.
         """
         answers = dict(sorted(answers.items()))
+        taken = self.take(round, answers, clocks)
+        self.monitor.add_rows(taken.rows)
+        self.monitor.close_round(
+            round,
+            answers,
+            taken.rows,
+            refused=taken.refused,
+            failed=dict(failed or {}),
+            missing=list(missing),
+            states=dict(states or {}),
+            clock=clock,
+        )
+        if round > self.monitor.num_rounds:
+            self.note_end([i for i, answer in answers.items() if answer.late_of is None], left)
+        elif taken.rows and self._patience:
+            self._look_for_stall(round)
+
+    def take(
+        self,
+        round: int,
+        answers: Mapping[int, Answer[FrameT]],
+        clocks: Mapping[int, float] | None = None,
+    ) -> "Taken":
+        """Take in answers to parcels of a round; what the record says of them."""
         # Before the new frames count: a row's bytes are those that led to the model
         # that it speaks of.
-        rows = self.monitor.rows_of(round, answers)
+        rows = self.monitor.rows_of(round, answers, clocks)
         refused = {agent: list(answer.refused) for agent, answer in answers.items()}
         server = self._exchange.topology.num_agents  # its number; a relay refuses nothing
         for agent, answer in answers.items():
             reasons = self._exchange.take(agent, answer, round=answer.late_of or round)
             refused.setdefault(server, []).extend(reasons)
-        self.monitor.close_round(
-            round,
-            answers,
-            rows,
-            refused={number: reasons for number, reasons in refused.items() if reasons},
-            failed=dict(failed or {}),
-            missing=list(missing),
-            states=dict(states or {}),
-        )
-        if round > self.monitor.num_rounds:
-            prompt = {agent for agent, answer in answers.items() if answer.late_of is None}
-            self.unanswered = tuple(i for i in range(server) if i not in prompt and i not in left)
-        elif rows and self._patience:
-            self._look_for_stall(round)
+        return Taken(rows, {number: reasons for number, reasons in refused.items() if reasons})
+
+    def note_end(self, answered: Collection[int], left: Collection[int]) -> None:
+        """Note who owes an answer to the closing exchange, now that it is over."""
+        agents = range(self._exchange.topology.num_agents)
+        self.unanswered = tuple(i for i in agents if i not in answered and i not in left)
 
     def _look_for_stall(self, round: int) -> None:
         """Let the next round be the last if the agents have learned no more for long.
@@ -315,5 +345,7 @@ def _settings(
         "evaluate_every": exchange.evaluate_every,
         "max_staleness": exchange.max_staleness,
         "key_interval": exchange.key_interval,
+        "age_decay": exchange.age_decay,
+        "schedule": exchange.schedule,
         "topology": exchange.topology.to_config(),
     }

@@ -10,11 +10,12 @@ from flower_mcepl.errors import first_line, same_reason
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, FrameT
 from flower_mcepl.record.layout import Row
-from flower_mcepl.record.metric import MainMetric, metric_summary, of_agents
+from flower_mcepl.record.metric import MainMetric, final_rows, metric_summary, of_agents
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.selection import BEST_ROUND, BEST_VALUE, best_columns, best_states
 from flower_mcepl.record.values import human_bytes
 from flower_mcepl.record.writing import RunRecord
+from flower_mcepl.runs.closed_round import ClosedRound
 from flower_mcepl.runs.decisions import decisions_of
 
 _LOGGED = 20  # refusals of an agent in a round, or agents that it lacks, that are logged
@@ -53,16 +54,33 @@ class RunMonitor(Generic[FrameT]):
         self._introduced: dict[int, Mapping[str, Any]] = {}
         self._logged: set[str] = set()  # reasons of failures, in `same_reason`
 
-    def rows_of(self, round: int, answers: Mapping[int, Answer[FrameT]]) -> list[Row]:
-        """Rows of ``rounds.jsonl`` from a round's answers, of the round before."""
+    def rows_of(
+        self,
+        round: int,
+        answers: Mapping[int, Answer[FrameT]],
+        clocks: Mapping[int, float] | None = None,
+    ) -> list[Row]:
+        """Rows of ``rounds.jsonl`` from a round's answers, of the round before.
+
+        ``clocks`` say when each agent's round began, where the run has a clock.
+        """
         for agent, answer in answers.items():
             spent = answer.metrics.get("seconds", 0.0)
             self._agent_seconds[agent] = self._agent_seconds.get(agent, 0.0) + spent
         return [
-            self._row(agent, (answer.late_of or round) - 1, answer)
+            {
+                **self._row(agent, (answer.late_of or round) - 1, answer),
+                **({"clock": clocks[agent]} if clocks else {}),
+            }
             for agent, answer in answers.items()
             if "num-examples" in answer.metrics and "density" in answer.metrics
         ]
+
+    def add_rows(self, rows: Sequence[Row]) -> None:
+        """Keep rows of `rows_of`, and write them."""
+        self.rows += rows
+        if self.record is not None:
+            self.record.log_agents(rows)
 
     @property
     def metric(self) -> MainMetric:
@@ -79,12 +97,13 @@ class RunMonitor(Generic[FrameT]):
         failed: Mapping[str, str],
         missing: Sequence[int],
         states: Mapping[str, str],
+        clock: float | None = None,
+        so_far: tuple[int, int] | None = None,
     ) -> None:
         """Write and log a round whose answers were taken in; see `RunBook.close_round`.
 
-        ``rows`` are those of `rows_of`, ``refused`` the reasons by who refused a frame.
+        ``rows`` are those of `add_rows`, ``refused`` the reasons by who refused any.
         """
-        self.rows += rows
         losses = [
             answer.metrics["train-loss"]
             for answer in answers.values()
@@ -93,7 +112,9 @@ class RunMonitor(Generic[FrameT]):
         if losses:
             self.train_loss[round] = fmean(losses)
         new = self._introduce(answers)
-        closed = _ClosedRound(round, answers, rows, refused, failed, missing, states, new)
+        closed = ClosedRound(
+            round, answers, rows, refused, failed, missing, states, new, clock, so_far
+        )
         for line in (*self._troubles(closed), *self._evaluation_errors(closed)):
             self.log(f"round {round}: {line}")
         for name, text in closed.whole_texts():
@@ -104,7 +125,7 @@ class RunMonitor(Generic[FrameT]):
         if self._warm[0] == 0:
             self._warm = (round, time.perf_counter())
 
-    def _troubles(self, closed: "_ClosedRound[FrameT]") -> Iterator[str]:
+    def _troubles(self, closed: ClosedRound[FrameT]) -> Iterator[str]:
         for number, reasons in closed.refused.items():
             who = "the server" if number == self.exchange.topology.num_agents else f"agent {number}"
             yield from (f"{who} refused a frame. {reason}" for reason in reasons[:_LOGGED])
@@ -118,7 +139,7 @@ class RunMonitor(Generic[FrameT]):
                     + (" ..." if len(answer.lacking) > _LOGGED else "")
                 )
 
-    def _evaluation_errors(self, closed: "_ClosedRound[FrameT]") -> Iterator[str]:
+    def _evaluation_errors(self, closed: ClosedRound[FrameT]) -> Iterator[str]:
         """Lines about evaluations that failed, each reason in its first round."""
         agents: dict[str, list[int]] = {}
         for agent, answer in closed.answers.items():
@@ -164,11 +185,12 @@ class RunMonitor(Generic[FrameT]):
     def finish(self, status: str, **more: Any) -> dict[str, Any]:
         """Write the summary and return it."""
         of = {"of": self.exchange.topology.num_agents}
+        last = final_rows(self.rows)
         summary = {
             "num_rounds": self.num_rounds,
             "metric": self.metric.facts(),
-            "result": {**metric_summary(self.rows, self.metric), **of},
-            "accuracy": {**metric_summary(self.rows), **of},
+            "result": {**metric_summary(last, self.metric), **of},
+            "accuracy": {**metric_summary(last), **of},
             "bytes": self.exchange.ledger.totals(),
             "links": self.exchange.ledger.link_rows(),
             "seconds": time.perf_counter() - self._start,
@@ -233,17 +255,16 @@ class RunMonitor(Generic[FrameT]):
         self._introduced.update(introduced)
         return new
 
-    def _write(self, record: RunRecord, closed: "_ClosedRound[FrameT]") -> None:
+    def _write(self, record: RunRecord, closed: ClosedRound[FrameT]) -> None:
         answers = closed.answers
         if closed.introduces:
             record.amend_config(
                 agents=[self._introduced[agent] for agent in sorted(self._introduced)]
             )
-        record.log_agents(closed.rows)
         record.log_traffic({"round": closed.round, **self.exchange.ledger.changes()})
         for agent, answer in answers.items():
             record.keep_frames(answer.late_of or closed.round, agent, answer.raw)
-        totals = self.exchange.ledger.totals()
+        link_bytes, uplink_bytes = closed.so_far or self.exchange.ledger.so_far()
         record.log_round(
             {
                 "round": closed.round,
@@ -262,14 +283,15 @@ class RunMonitor(Generic[FrameT]):
                 **closed.evaluation_errors(),
                 **decisions_of(answers, round=closed.round),
                 "train_loss": self.train_loss.get(closed.round),
-                "link_bytes": totals["links_total"],
-                "uplink_bytes": totals["uplink_total"],
+                "link_bytes": link_bytes,
+                "uplink_bytes": uplink_bytes,
                 "agent_seconds": sum(a.metrics.get("seconds", 0.0) for a in answers.values()),
                 "seconds": time.perf_counter() - self._start,
+                **({} if closed.clock is None else {"clock": closed.clock}),
             }
         )
 
-    def _line(self, closed: "_ClosedRound[FrameT]") -> str:
+    def _line(self, closed: ClosedRound[FrameT]) -> str:
         if closed.round > self.num_rounds:
             parts = ["closing"]
         else:
@@ -285,7 +307,7 @@ class RunMonitor(Generic[FrameT]):
         if closed.round in self.train_loss:
             parts.append(f"train loss {self.train_loss[closed.round]:.3f}")
         metric = self.metric
-        s = metric_summary(closed.rows, metric)
+        s = metric_summary(final_rows(closed.rows), metric)
         if s["mean"] is not None:
             all_agents = self.exchange.topology.num_agents
             count = s["agents"] or 0
@@ -295,7 +317,8 @@ class RunMonitor(Generic[FrameT]):
                 f"{s['std']:.3f} (worst {s['worst']:.3f}, agent {s['worst_agent']})"
             )
         totals = self.exchange.ledger.totals()
-        parts.append(f"{human_bytes(totals['links_total'])} over the links")
+        link_bytes, _ = closed.so_far or self.exchange.ledger.so_far()
+        parts.append(f"{human_bytes(link_bytes)} over the links")
         if totals["link_bits_per_weight"]:
             parts[-1] += f" ({totals['link_bits_per_weight']:.2g} bit per weight)"
         return " | ".join(parts)
@@ -308,34 +331,6 @@ class RunMonitor(Generic[FrameT]):
         minutes, seconds = divmod(int(per_round * (self.num_rounds - round) + 0.5), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
-
-
-@dataclass(frozen=True)
-class _ClosedRound(Generic[FrameT]):
-    round: int
-    answers: Mapping[int, Answer[FrameT]]
-    rows: Sequence[Row]  # of rounds.jsonl, of the round before
-    refused: Mapping[int, Sequence[str]]  # by who refused
-    failed: Mapping[str, str]
-    missing: Sequence[int]
-    states: Mapping[str, str]  # of agents and nodes, where they changed
-    introduces: bool  # somebody with facts that are new
-
-    def whole_texts(self) -> Iterator[tuple[str, str]]:
-        """Whole text of every failure, with the name that it is of."""
-        yield from self.failed.items()
-        for agent, answer in self.answers.items():
-            if answer.evaluation_error:
-                yield f"agent {agent}, evaluation", answer.evaluation_error
-
-    def evaluation_errors(self) -> Row:
-        """Entry of ``relay.jsonl`` on evaluations that failed; none where none did."""
-        errors = {
-            agent: first_line(answer.evaluation_error)
-            for agent, answer in self.answers.items()
-            if answer.evaluation_error
-        }
-        return {"evaluation_errors": errors} if errors else {}
 
 
 # what an answer tells beside the metrics of a task; those of training are named train-*

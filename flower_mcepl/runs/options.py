@@ -6,7 +6,9 @@ from typing import TypedDict
 
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import FREE
+from flower_mcepl.exchange.ages import ROUNDS
 from flower_mcepl.exchange.exchange import check_rounds
+from flower_mcepl.runs.schedules import check_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,16 @@ class RoundOptions:
     key_interval : int (default: 0)
         Rounds after which an agent sends a whole frame beside its delta; 0: when the
         deltas since the last whole frame have as many bytes as that.
+    age_decay : float (default: 1.0)
+        λ in (0, 1]: a neighbor's vote counts ``λ^a``, a being the age of its last mask,
+        in rounds of the agent that hears it; 1: all votes count alike.
+    schedule : str (default: "rounds")
+        "rounds": all agents play each round together; "async": whoever answers gets its
+        next parcel at once, with its neighbors' newest masks, and so many rounds are
+        its own ones.
+    time_budget : float (default: 0.0)
+        Seconds after which no agent begins a round of its own, with schedule "async";
+        0: none.
     min_agents : int (default: 0)
         Agents that must take part in every round, or the run ends; 0: all of the graph
         in round 1, as many as took part last in the first round after a resumption, and
@@ -69,6 +81,9 @@ class RoundOptions:
     evaluate_every: int = 10
     max_staleness: int = 5
     key_interval: int = 0
+    age_decay: float = 1.0
+    schedule: str = ROUNDS
+    time_budget: float = 0.0
     min_agents: int = field(default=0, metadata=FREE)
     wait_timeout: float = field(default=120.0, metadata=FREE)
     timeout_factor: float = field(default=5.0, metadata=FREE)
@@ -86,6 +101,7 @@ class RoundOptions:
             evaluate_every=self.evaluate_every,
             max_staleness=self.max_staleness,
             key_interval=self.key_interval,
+            age_decay=self.age_decay,
         )
         check(self.min_agents >= 0, "min-agents must be >= 0 (0: all)", self.min_agents)
         check(self.wait_timeout > 0, "wait-timeout must be > 0 seconds", self.wait_timeout)
@@ -97,6 +113,14 @@ class RoundOptions:
             "checkpoint-every is a number of rounds, or 0 for no checkpoints; it must be >= 0",
             self.checkpoint_every,
         )
+        check_schedule(
+            self.schedule,
+            time_budget=self.time_budget,
+            patience=self.patience,
+            checkpoint_every=self.checkpoint_every,
+            agents_per_node=self.agents_per_node,
+            resumes=bool(self.resume),
+        )
 
 
 class RoundKeywords(TypedDict, total=False):
@@ -105,6 +129,9 @@ class RoundKeywords(TypedDict, total=False):
     evaluate_every: int
     max_staleness: int
     key_interval: int
+    age_decay: float
+    schedule: str
+    time_budget: float
     min_agents: int
     wait_timeout: float
     timeout_factor: float

@@ -49,7 +49,10 @@ CHECKPOINT, LOCK = "checkpoint", ".lock"  # in the run record
 RUN = "run"  # key of config.json: 16 hex digits that stand for the run, however often it is resumed
 _FILES = (ROUNDS, RELAY, TRAFFIC)
 # settings that records of earlier releases do not have
-_BEFORE = {"keep_best": False, "patience": 0, "engine": LOOP}
+_BEFORE: Mapping[str, Any] = {
+    **{"keep_best": False, "patience": 0, "engine": LOOP},
+    **{"age_decay": 1.0, "schedule": "rounds", "speeds": ""},
+}
 # the same in config.json
 _FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", "agent_cache", RUN})
 

@@ -19,6 +19,7 @@ from flower_mcepl.errors import ConfigError
 from flower_mcepl.files.user_folders import user_folder
 from flower_mcepl.record.layout import EXPORTS
 from flower_mcepl.runs.options import RoundOptions
+from flower_mcepl.runs.schedules import check_schedule, check_votes_of_server
 from flower_mcepl.runs.worker_settings import WorkerSettings
 from flower_mcepl.streams import check_seed
 from flower_mcepl.topology import Topology
@@ -207,6 +208,9 @@ class RunSettings(RoundOptions):
             "Remove it, write it into a section such as mcepl.depth, or use mcepl, local, dsgd, "
             "dfedavgm or choco.",
         )
+        check_schedule(settings.schedule, has_server=algorithm.server is not None)
+        if algorithm.server is not None:
+            check_votes_of_server(settings.age_decay)
         graph = settings.graph()
         check(
             not (graph.directed and algorithm.agent.undirected_only),

@@ -1,35 +1,32 @@
 """Simulation in one process, without Flower: the oracle for what runs under it."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flower_mcepl.agents import Agent, agent_file, save_state
-from flower_mcepl.agents.agent import best_file
-from flower_mcepl.agents.handshake import check_common_ground, introduction
-from flower_mcepl.agents.parts.pacing import Decisions, StepSeconds, set_pace
+from flower_mcepl.agents import Agent
+from flower_mcepl.agents.handshake import check_common_ground
+from flower_mcepl.agents.parts.pacing import Decisions, StepSeconds
 from flower_mcepl.agents.server import Server
-from flower_mcepl.agents.stacking import check_stack, stacks_of
 from flower_mcepl.config.checks import check
-from flower_mcepl.config.engines import BATCHED, LOOP, check_engine
-from flower_mcepl.errors import ConfigError, RecordError, TopologyError
+from flower_mcepl.config.engines import LOOP, check_engine
+from flower_mcepl.errors import ConfigError, TopologyError
+from flower_mcepl.exchange.ages import ASYNC, ROUNDS
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.exchange.exchange import Exchange
-from flower_mcepl.exchange.parcels import Parcel
 from flower_mcepl.exchange.relay import Relay
-from flower_mcepl.exchange.turn import Reply, open_mail, play_round, play_together
 from flower_mcepl.record.writing import RunRecord
-from flower_mcepl.runs.best import BestState
-from flower_mcepl.runs.book import RunBook, check_selection, open_book
-from flower_mcepl.runs.generation import Generation
-from flower_mcepl.runs.store import StateStore
+from flower_mcepl.runs.book import check_selection, open_book
+from flower_mcepl.runs.fleet import Fleet, OnReply
+from flower_mcepl.runs.playing import play_own_rounds, play_rounds
+from flower_mcepl.runs.schedules import check_schedule, check_votes_of_server
+from flower_mcepl.runs.speeds import Speeds
+from flower_mcepl.runs.timing import Events, Timing
 from flower_mcepl.streams import torch_threads
 from flower_mcepl.terminal import any_encoding
 from flower_mcepl.topology import Topology
-
-SERVER_FILE = "server.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,13 @@ def simulate(
     evaluate_every: int = 10,
     max_staleness: int = 5,
     key_interval: int = 0,
+    age_decay: float = 1.0,
+    schedule: str = ROUNDS,
+    time_budget: float = 0.0,
+    speeds: str | Speeds = "",
+    events: Events | None = None,
+    timeout_factor: float = 0.0,
+    round_timeout: float = math.inf,
     keep_best: bool = False,
     patience: int = 0,
     threads: int = 1,
@@ -78,7 +82,7 @@ def simulate(
     decisions: Decisions | None = None,
     step_seconds: StepSeconds | None = None,
     log: Callable[[str], None] = lambda line: None,
-    on_reply: Callable[[int, int, Reply], None] = lambda round, agent, reply: None,
+    on_reply: OnReply = lambda round, agent, reply: None,
 ) -> SimulationResult:
     """Run agents over a topology, or around a server, in one process.
 
@@ -97,6 +101,23 @@ def simulate(
         Number of training rounds; a closing exchange follows.
     evaluate_every, max_staleness, key_interval : int (default: 10, 5, 0)
         As in `GossipStrategy`; a server needs no ``key_interval``.
+    age_decay : float (default: 1.0)
+        As in `GossipStrategy`.
+    schedule : str (default: "rounds")
+        With "async" no agent waits for others: whoever answers gets its next parcel at
+        once, with its neighbors' newest masks, up to ``num_rounds`` of its own.
+    time_budget : float (default: 0.0)
+        Virtual seconds after which no agent begins a round of its own, with schedule
+        "async"; 0: none.
+    speeds : str or Speeds (default: "")
+        What a local step and a message take, such as ``"1, 1, 5; noise=0.2"``, see
+        `runs.speeds`: the run then has a virtual clock, which the record tells. By
+        rounds, the slowest agent is waited for.
+    events : str, Path or sequence of Event, optional
+        The record of a run of schedule "async": play its events again, which gives its
+        bits.
+    timeout_factor, round_timeout : float (default: 0.0, infinite)
+        As in `RoundOptions`, on the virtual clock: who is late misses the round.
     keep_best : bool (default: False)
         Keep each agent's best state by the main metric in the record, too; the agents
         must be evaluated on their validation splits.
@@ -126,7 +147,8 @@ def simulate(
         ``filters = "auto"`` take these, and so give that run's bits again.
     step_seconds : callable, optional
         ``step_seconds(agent, round, share)``: what a local step takes in place of
-        measured times, for the same agents; of round 0 before the first.
+        measured times, for the same agents; of round 0 before the first. With speeds,
+        times the agent's own.
     log : callable, optional
         Gets one line a round, for example ``print``.
     on_reply : callable, optional
@@ -155,13 +177,39 @@ def simulate(
             "a resumed run goes on in its own record; got another one, too. Leave out record."
         )
     check_engine(engine)
-    exchange = _exchange(topology, server, evaluate_every, max_staleness, key_interval)
+    timing = Timing(
+        schedule=schedule,
+        time_budget=time_budget,
+        speeds=speeds,
+        events=events,
+        timeout_factor=timeout_factor,
+        round_timeout=round_timeout,
+    )
+    _check_timing(timing, patience, checkpoint_every, resume=resume, server=server)
+    exchange = _exchange(
+        topology,
+        server,
+        evaluate_every=evaluate_every,
+        max_staleness=max_staleness,
+        key_interval=key_interval,
+        age_decay=age_decay,
+        schedule=schedule,
+    )
     _check_fleet(agents, exchange.topology, num_rounds)
     _check_server(agents[0], server)
-    set_pace(agents, decisions=decisions, step_seconds=step_seconds)
+    replayed = timing.checked_events(num_agents=len(agents), num_rounds=num_rounds)
+    times = timing.times(agents, decisions=decisions, step_seconds=step_seconds)
     if keep_best or patience:
         check_selection(agent.describe() for agent in agents)
-    fleet = _Fleet(agents, engine, max_staleness=max_staleness, keep_best=keep_best)
+    fleet = Fleet(
+        agents,
+        engine=engine,
+        max_staleness=max_staleness,
+        age_decay=age_decay,
+        keep_best=keep_best,
+        tell_classes=tell_classes,
+        on_reply=on_reply,
+    )
     with torch_threads(threads):  # a second thread of the process is refused here already
         if resume is None:
             fleet.check()
@@ -169,6 +217,7 @@ def simulate(
         "seed": agents[0].seed,
         "threads": threads,
         "engine": engine,
+        **timing.config(),
         **({} if server is None else {"server": {"number": server.index, **server.parameters()}}),
     }
     with open_book(
@@ -184,101 +233,54 @@ def simulate(
     ) as book:
         if book.resumed is not None:
             fleet.go_back(book)
-
-        def play(round: int, *, closing: bool = False) -> None:
-            parcels = [exchange.parcel(i, round=round, closing=closing) for i in fleet.indices]
-            answers = {}
-            for agent, reply in fleet.play(parcels):
-                on_reply(round, agent.index, reply)
-                facts = introduction(agent, tell_classes=tell_classes)
-                answers[agent.index] = reply.answer(facts, bytes)
-            book.close_round(round, answers)
-
         with torch_threads(threads):
-            for round in book.rounds():
-                play(round)
-                if book.due(round):
-                    fleet.store(book, round)  # first, so that no exchange's side lacks the other
-                    book.keep(round)
-            play(book.monitor.num_rounds + 1, closing=True)
+            if schedule == ASYNC:
+                assert times is not None
+                play_own_rounds(book, exchange, fleet, timing, times, replayed)
+            else:
+                play_rounds(book, exchange, fleet, timing, times)
         if book.record is not None:
             fleet.save(book.record.agents_dir, server)
     return SimulationResult(book.monitor.rows, book.summary)
 
 
-class _Fleet:
-    """All agents, each with its mail, and their side of checkpoints."""
-
-    def __init__(
-        self, agents: Sequence[Agent], engine: str, *, max_staleness: int, keep_best: bool
-    ) -> None:
-        self._agents = agents
-        self._stacks = stacks_of(agents) if engine == BATCHED else []
-        # frames of no run: equal seeds give equal bytes
-        self._mails = [
-            open_mail(agent, max_staleness=max_staleness, keeper=BestState() if keep_best else None)
-            for agent in agents
-        ]
-        self.indices = [agent.index for agent in agents]
-
-    def check(self) -> None:
-        """Check what each is to learn from, and the stacks against each alone."""
-        for agent in self._agents:
-            agent.check()
-        for stack in self._stacks:
-            check_stack(stack)
-
-    def play(self, parcels: Sequence[Parcel[bytes]]) -> Iterator[tuple[Agent, Reply]]:
-        """Let all agents answer: one after the other, or stack by stack."""
-        if not self._stacks:
-            for agent, mail, parcel in zip(self._agents, self._mails, parcels, strict=True):
-                yield agent, play_round(agent, mail, parcel)
-        for stack in self._stacks:
-            places = [agent.index for agent in stack.agents]
-            mails = [self._mails[i] for i in places]
-            replies = play_together(stack, mails, [parcels[i] for i in places])
-            yield from zip(stack.agents, replies, strict=True)
-
-    def store(self, book: RunBook[bytes], round: int) -> None:
-        """Write the agents' states after ``round`` into the record."""
-        for agent, mail in zip(self._agents, self._mails, strict=True):
-            _states(book).save(Generation.of(agent, mail, run=book.run, round=round))
-
-    def go_back(self, book: RunBook[bytes]) -> None:
-        """Let the agents go on from the checkpoint that the run is resumed from."""
-        last = book.first - 1
-        for agent, mail in zip(self._agents, self._mails, strict=True):
-            stored = _states(book).load(agent.index, run=book.run, before=book.first)
-            if stored is None or stored.round != last:
-                raise RecordError(
-                    f"{_states(book).folder} must hold the state of every agent after round "
-                    f"{last}, and that of agent {agent.index} is missing. Put it back, or start "
-                    "the run anew."
-                )
-            stored.restore(agent, mail)
-
-    def save(self, folder: Path, server: Server | None) -> None:
-        """Write the final and the best states, each as one safetensors file."""
-        for agent, mail in zip(self._agents, self._mails, strict=True):
-            save_state(agent.state(), folder / agent_file(agent.index))
-            if mail.keeper is not None and mail.keeper.state is not None:
-                save_state(mail.keeper.state, folder / best_file(agent.index))
-        if server is not None:
-            save_state(server.state(), folder / SERVER_FILE)
-
-
-def _states(book: RunBook[bytes]) -> StateStore:
-    assert book.record is not None
-    return StateStore(book.record.agents_dir)
+def _check_timing(
+    timing: Timing,
+    patience: int,
+    checkpoint_every: int,
+    *,
+    resume: str | Path | None,
+    server: Server | None,
+) -> None:
+    check_schedule(
+        timing.schedule,
+        time_budget=timing.time_budget,
+        patience=patience,
+        checkpoint_every=checkpoint_every,
+        resumes=resume is not None,
+        has_server=server is not None,
+    )
+    check(
+        not timing.has_deadlines or (checkpoint_every == 0 and resume is None),
+        "a simulation with deadlines writes no checkpoints: answers that are late would be lost; "
+        "checkpoint_every must be 0, and resume None",
+        (checkpoint_every, None if resume is None else str(resume)),
+        "Leave them out, or timeout_factor and round_timeout.",
+    )
 
 
 def _exchange(
     topology: Topology | None,
     server: Server | None,
+    *,
     evaluate_every: int,
     max_staleness: int,
     key_interval: int,
+    age_decay: float,
+    schedule: str,
 ) -> Exchange[bytes]:
+    if server is not None:
+        check_votes_of_server(age_decay)
     if server is not None and topology is None:
         return Center[bytes](
             server,
@@ -298,6 +300,8 @@ def _exchange(
         evaluate_every=evaluate_every,
         max_staleness=max_staleness,
         key_interval=key_interval,
+        age_decay=age_decay,
+        schedule=schedule,
     )
 
 

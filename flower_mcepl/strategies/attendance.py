@@ -116,7 +116,7 @@ class Attendance:
         here, refused = set[int](), dict[str, str]()
         nodes = self.online
         while nodes:
-            for node, agent in sorted(self._ask(grid, nodes, timeout=timeout).items()):
+            for node, agent in sorted(self.ask(grid, nodes, timeout=timeout).items()):
                 try:
                     self.roster.expect(node, agent)
                     here.add(agent)
@@ -157,7 +157,7 @@ class Attendance:
             If too few took part, or several fail for the same reason, round after
             round.
         """
-        self._check_workers(round, failed)
+        self.check_workers(round, failed)
         if closing:
             return
         here = set(answered)
@@ -180,7 +180,8 @@ class Attendance:
         out = (GONE, QUARANTINED)
         return [agent for agent in numbers if self._states.get(f"agent {agent}") in out]
 
-    def _check_workers(self, round: int, failed: Mapping[str, str]) -> None:
+    def check_workers(self, round: int, failed: Mapping[str, str]) -> None:
+        """Raise LostWorkerError if a process of the simulation died."""
         lost = {name: why for name, why in failed.items() if _LOST_WORKER.match(why)}
         if lost and in_simulation():  # a device may send any code and text
             raise LostWorkerError(
@@ -264,7 +265,7 @@ class Attendance:
     def _absent(self, here: Collection[int]) -> str:
         return ", ".join(map(str, self.roster.absent(here))) or "none"
 
-    def _ask(
+    def ask(
         self, grid: Grid, nodes: Sequence[int], *, timeout: float = ASK_TIMEOUT
     ) -> dict[int, int]:
         """Agent that each node says it is.
@@ -291,7 +292,7 @@ class Attendance:
 
     def _toofew(self, grid: Grid, nodes: Sequence[int]) -> RosterError:
         """Error that names who is absent: the nodes that are here are asked."""
-        here = self._ask(grid, nodes).values()
+        here = self.ask(grid, nodes).values()
         return RosterError(
             f"the graph has {self.roster.num_agents} agents and {self.at_first} of them must be "
             f"there, but after {self.wait_timeout:g} s there are {len(nodes)} nodes; missing "

@@ -14,9 +14,10 @@ from flower_mcepl.agents.server import Server
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.exchange.parcels import Answer
 from flower_mcepl.masks.model import shared_module
+from flower_mcepl.runs.fleet import SERVER_FILE
 from flower_mcepl.runs.options import RoundKeywords, RoundOptions
+from flower_mcepl.runs.schedules import check_schedule, check_votes_of_server
 from flower_mcepl.runs.settings import RunSettings, recorded
-from flower_mcepl.runs.simulation import SERVER_FILE
 from flower_mcepl.strategies.answers import frame_array, frame_bytes
 from flower_mcepl.strategies.fedavg import FlowerFedavgServer
 from flower_mcepl.strategies.gossip import GossipStrategy
@@ -53,6 +54,8 @@ class ServerStrategy(ExchangeStrategy):
     ) -> None:
         self.server = server
         options = replace(options or RoundOptions(), **keywords)
+        check_schedule(options.schedule, has_server=True)
+        check_votes_of_server(options.age_decay)
         center = Center[Array](
             server,
             open_frame=frame_bytes,

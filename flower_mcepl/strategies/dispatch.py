@@ -6,7 +6,8 @@ from typing import final
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from flower_mcepl.strategies.waiting import Arrival, InFlight, Patience, Sent
+from flower_mcepl.runs.patience import Patience
+from flower_mcepl.strategies.waiting import Arrival, InFlight, Sent
 
 
 @final
@@ -77,6 +78,16 @@ class Dispatch:
         self._arrivals |= {arrival.message_id: arrival for arrival in arrivals}
         return [arrival.reply for arrival in arrivals]
 
+    def send(
+        self, grid: Grid, messages: Sequence[Message], *, round: int, evaluating: bool
+    ) -> None:
+        """Send messages that live for the timeout, without waiting for answers."""
+        self._in_flight.send(grid, messages, round=round, evaluating=evaluating, ttl=self._timeout)
+
+    def arrived(self, grid: Grid) -> list[Arrival]:
+        """Answers that have come, without waiting."""
+        return self._in_flight.pull(grid)
+
     def origin(self, reply: Message, round: int) -> tuple[int, int]:
         """Round and node of the message that a reply of ``round`` answers.
 
@@ -107,24 +118,10 @@ class Dispatch:
     def _wait(
         self, grid: Grid, wanted: set[str], *, evaluating: bool, patient: bool
     ) -> list[Arrival]:
-        """Arrivals of a round.
-
-        Nodes that usually miss its deadline are not waited for, unless it is
-        ``patient``: then no later round could take what they answer.
-        """
-        patience, nodes = self._patience, self._in_flight.busy()
-        if patient:
-            deadline = patience.own_deadline(nodes, evaluating=evaluating)
-        else:
-            deadline = patience.deadline(evaluating=evaluating, among=nodes)
-            wanted = wanted - self._in_flight.owing(patience.slow(nodes, evaluating=evaluating))
-        return self._in_flight.wait(
-            grid,
-            wanted,
-            usual=patience.usual(evaluating=evaluating, among=nodes) or 0.0,
-            deadline=deadline,
-            longest=self._timeout,
-        )
+        """Arrivals of a round; where it is ``patient`` no later one takes answers."""
+        nodes = self._in_flight.busy()
+        rule, slow = self._patience.wait(nodes, evaluating=evaluating, patient=patient)
+        return self._in_flight.wait(grid, wanted - self._in_flight.owing(slow), rule)
 
     def _learn(self, arrivals: Sequence[Arrival]) -> None:
         for kind in (True, False):

@@ -71,6 +71,8 @@ class GossipStrategy(ExchangeStrategy):
             evaluate_every=options.evaluate_every,
             max_staleness=options.max_staleness,
             key_interval=options.key_interval,
+            age_decay=options.age_decay,
+            schedule=options.schedule,
         )
         super().__init__(relay, options, record=record, name=name, config=config)
 

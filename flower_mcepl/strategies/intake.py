@@ -72,6 +72,7 @@ class Intake:
         expired: Iterable[Sent],
         *,
         round: int,
+        now: int | None = None,
     ) -> Replies:
         """Read the replies that came in ``round``.
 
@@ -83,7 +84,10 @@ class Intake:
             Messages that nobody can answer any more.
         round : int
             The present round.
+        now : int, optional
+            Round by which a quarantine counts, where agents have rounds of their own.
         """
+        now = round if now is None else now
         taken = Replies()
         came: list[tuple[int, int, Answer[Array]]] = []
         for of_round, node, reply in sorted(replies, key=lambda entry: entry[:2]):
@@ -92,14 +96,14 @@ class Intake:
             except AnswerError as error:
                 taken.failed[self._name(node)] = str(error)
                 if not reply.has_error():  # a node that says that it failed is no hostile one
-                    self._count_bad(node, round)
+                    self._count_bad(node, now)
         self._roster.found({node: answer.facts for _, node, answer in came})
         for of_round, node, answer in came:
             try:
                 agent = self._admit(node, answer, round=of_round)
             except AnswerError as error:
                 taken.failed[self._name(node)] = str(error)
-                self._count_bad(node, round)
+                self._count_bad(node, now)
             except (RosterError, FingerprintError) as error:
                 self.refused.add(node)
                 taken.failed[f"node {node}"] = str(error)

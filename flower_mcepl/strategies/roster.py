@@ -56,8 +56,10 @@ class Roster:
             None if state["founder"] is None else (state["founder"][0], state["founder"][1])
         )
 
-    def expect(self, node: int, agent: int) -> None:
+    def expect(self, node: int, agent: int, *, online: Iterable[int] | None = None) -> None:
         """Believe that the node plays the agent, until its handshake is checked.
+
+        ``online`` are the nodes that are there; None: all that are known.
 
         Raises
         ------
@@ -66,7 +68,8 @@ class Roster:
         """
         if agent not in self._facts and 0 <= agent < self.num_agents:
             return  # it joins now: nothing is known that it could go on from
-        self._check_place(node, agent, online={node, *self.node_of.values()})
+        known = {node, *self.node_of.values()}
+        self._check_place(node, agent, online=known if online is None else online)
         self._seat(node, agent)
 
     def found(self, handshakes: Mapping[int, Mapping[str, Any]]) -> None:

@@ -27,6 +27,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from flower_mcepl.config.checks import check
 from flower_mcepl.errors import ConfigError, RosterError
+from flower_mcepl.exchange.ages import ASYNC
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, Parcel
 from flower_mcepl.files.bundle import Bundle
@@ -35,6 +36,7 @@ from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.book import RunBook, check_selection, open_book
 from flower_mcepl.runs.monitor import RunMonitor
 from flower_mcepl.runs.options import RoundOptions
+from flower_mcepl.runs.own_rounds import OwnRounds
 from flower_mcepl.runs.settings import RunSettings
 from flower_mcepl.strategies.answers import array_record
 from flower_mcepl.strategies.attendance import Attendance
@@ -46,9 +48,11 @@ from flower_mcepl.strategies.intake import Intake, Replies
 from flower_mcepl.strategies.launcher import announce_record, confirm_stop
 from flower_mcepl.strategies.no_arrays import CentralEvaluation, NoArrays, place_of_models
 from flower_mcepl.strategies.older_api import NotOfTheOlderApi
+from flower_mcepl.strategies.own_rounds import OwnRoundsLoop
 from flower_mcepl.strategies.reporting import report
 from flower_mcepl.strategies.roster import Roster
 from flower_mcepl.strategies.shared_nodes import SharedNodes
+from flower_mcepl.strategies.waiting import Arrival
 
 logger = getLogger("flwr")
 WITHOUT_EVALUATE = "No evaluate function registered"  # what Flower says of such an app
@@ -100,10 +104,11 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         self._num_rounds, self._timeout = 3, 3600.0
         self._intake = Intake(self.attendance, self._check_agent)
         self._dispatch = self._new_dispatch()
-        # until `start`
+        # all until `start`
         self._book: RunBook[Array] | None = None
         self._initial: InitialArrays | None = None
         self._handover: Handover | None = None  # only where there is a record
+        self._loop: OwnRoundsLoop | None = None  # where there is no barrier
 
     @property
     def book(self) -> RunBook[Array]:
@@ -257,17 +262,13 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         else:
             self.attendance.wait_for_nodes(grid, first=True)
             self.attendance.identify(grid, timeout=self._timeout)
-        for round in self.book.rounds():
-            messages = self.configure_train(round, arrays, train_config, grid)
-            replies = self._play(grid, messages, round)
-            if round == first:
-                self._take_in(round, replies, partial(self._newcomers, grid, train_config))
-            else:
-                self.aggregate_train(round, replies)
-            if self.book.due(round):
-                self.book.keep(round, self._own_state())
-            if round < self.monitor.num_rounds:
-                look(round)
+        if self.options.schedule == ASYNC:
+            self._play_own_rounds(grid, train_config)
+        else:
+            for round in self.book.rounds():
+                self._play_round(grid, round, arrays, train_config)
+                if round < self.monitor.num_rounds:
+                    look(round)
         num_rounds = self.monitor.num_rounds  # fewer than planned if the run stopped early
         messages = self.configure_evaluate(num_rounds, arrays, evaluate_config, grid)
         replies = self._play(grid, messages, num_rounds + 1)
@@ -275,6 +276,48 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         self.aggregate_evaluate(num_rounds, replies)
         look(num_rounds)
         return result
+
+    def _play_round(
+        self, grid: Grid, round: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> None:
+        """Play a round of all agents."""
+        messages = self.configure_train(round, arrays, config, grid)
+        replies = self._play(grid, messages, round)
+        if round == self.book.first:
+            self._take_in(round, replies, partial(self._newcomers, grid, config))
+        else:
+            self.aggregate_train(round, replies)
+        if self.book.due(round):
+            self.book.keep(round, self._own_state())
+
+    def _play_own_rounds(self, grid: Grid, config: ConfigRecord) -> None:
+        """Play each agent's own rounds, after the first one of all."""
+        own = OwnRounds(self.book, self.exchange, num_agents=self.topology.num_agents)
+        loop = self._loop = OwnRoundsLoop(
+            grid,
+            self.attendance,
+            self._intake,
+            self._dispatch,
+            own,
+            message=lambda node, p: self._message(node, p, config, MessageType.TRAIN),
+            read=self._read_arrival,
+            num_rounds=self.monitor.num_rounds,
+            time_budget=self.options.time_budget,
+        )
+        self._play_round(grid, 1, NoArrays(place_of_models(self.record)), config)
+        loop.play()
+
+    def _read_arrival(self, arrival: Arrival, now: int) -> Replies:
+        """What an answer says, as of a round that the fastest agent plays."""
+        sent, reply = arrival.sent, arrival.reply
+        assert self._initial is not None
+        self._initial.note(sent.node, sound=not reply.has_error())
+        return self._intake.take([(sent.round, sent.node, reply)], [], round=sent.round, now=now)
+
+    def _closing_parcel(self, agent: int) -> Parcel[Array]:
+        if self._loop is not None:
+            return self._loop.own.closing_parcel(agent)
+        return self.exchange.parcel(agent, round=self.monitor.num_rounds + 1, closing=True)
 
     def _newcomers(self, grid: Grid, config: ConfigRecord, until: float) -> list[Message]:
         """Replies of nodes that come in the first round while some are missing."""
@@ -359,7 +402,7 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         messages = []
         for agent, node in sorted(self.roster.node_of.items()):
             if node in reachable:
-                parcel = self.exchange.parcel(agent, round=server_round + 1, closing=True)
+                parcel = self._closing_parcel(agent)
                 messages.append(self._message(node, parcel, config, MessageType.EVALUATE))
         return messages
 
@@ -381,7 +424,7 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         for node in nodes:
             agent = self.roster.agent_of(node)
             assert agent is not None
-            parcel = self.exchange.parcel(agent, round=closing, closing=True)
+            parcel = self._closing_parcel(agent)
             messages.append(self._message(node, parcel, config, MessageType.TRAIN))
         if not messages:
             return replies
@@ -411,6 +454,7 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             parcel=parcel,
             run=self.book.run,
             max_staleness=self.exchange.max_staleness,
+            age_decay=self.exchange.age_decay,
             keep_best=self.options.keep_best,
             introduce=not self.roster.has_met(node) or agent is None,
             checkpoints=() if checkpoints is None else tuple(checkpoints.rounds()),
@@ -426,7 +470,9 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             dst_node_id=node,
             message_type=message_type,
             group_id=str(parcel.round),
-            ttl=self._dispatch.time_to_live(evaluating=self._evaluates(parcel.round)),
+            ttl=self._timeout
+            if self._loop is not None
+            else self._dispatch.time_to_live(evaluating=self._evaluates(parcel.round)),
         )
 
     def _read(self, round: int, replies: Iterable[Message]) -> Replies:
@@ -459,9 +505,14 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         states = self.attendance.changes(round, answers, failed, busy, barred)
         if self._handover is not None:
             self._handover.keep(answers, closing=closing)
-        self.book.close_round(
-            round, answers, failed=failed, missing=missing, states=states, left=left
-        )
+        if self._loop is None:
+            self.book.close_round(
+                round, answers, failed=failed, missing=missing, states=states, left=left
+            )
+        elif closing:
+            self._loop.close(answers, failed=failed, left=left)
+        else:
+            self._loop.begin(answers, failed=failed, states=states)
 
     def _check_agent(self, agent: int, answer: Answer[Array]) -> None:
         """Raise RosterError, FingerprintError or AnswerError for what does not fit."""

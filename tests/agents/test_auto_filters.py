@@ -477,3 +477,31 @@ def test_a_strain_lowers_the_share(folder: Path, monkeypatch: pytest.MonkeyPatch
     told = [one.train(round=round)["train-filters"] for round in range(1, 6)]
     assert told == [1.0, 1.0, 1.0, 0.75, 0.75]
     assert int(one.model.masks()[GATES[0]].sum()) == 5
+
+
+# --- on the clock of a simulated fleet ---
+
+
+def own_cost(index: int, round: int, share: float) -> float:
+    return 0.2 + 0.3 * share
+
+
+@pytest.mark.parametrize("schedule", ["rounds", "async"])
+def test_devices_choose_by_the_clock_of_their_speeds(schedule: str, tmp_path: Path) -> None:
+    options = {"speeds": "1, 1, 4", "schedule": schedule, "step_seconds": own_cost}
+    agents, record, _ = run(tmp_path, "timed", **options)
+    lines = read_run(record.path).relay[:-1]
+    for line in lines:
+        for entry in line["decisions"]:
+            cost = own_cost(entry["agent"], entry["round"], entry["share"])
+            assert entry["spent"] == pytest.approx((4.0 if entry["agent"] == 2 else 1.0) * cost)
+    assert shares(record, 0) == [1.0] * 7
+    assert max(shares(record, 2)) < 1.0
+    steps = agents[0].config.num_steps(agents[0].data.train.num_examples)
+    last = [steps * max(entry["spent"] for entry in line["decisions"]) for line in lines]
+    assert lines[-1]["clock"] == pytest.approx(sum(last))  # the slowest is so in every round
+
+
+def test_no_device_goes_by_the_machines_clock_beside_a_virtual_one() -> None:
+    with pytest.raises(ConfigError, match=r"under speeds they need step_seconds; .*Pass step_sec"):
+        simulate(fleet(), RING, num_rounds=1, speeds="1, 2")

@@ -33,9 +33,10 @@ from flower_mcepl.clients import make_client_app
 from flower_mcepl.config.fields import field_keys
 from flower_mcepl.data import DataSettings, Partition
 from flower_mcepl.personal import save_personal
-from flower_mcepl.record import RunRecord
+from flower_mcepl.record import RunRecord, read_run
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings
 from flower_mcepl.studies import read_study
+from tests.fleet.agents import make_fleet
 from tests.fleet.grid import InProcessGrid
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +204,20 @@ def test_the_code_about_topologies_runs() -> None:
     assert names["bridge"].in_neighbors(2) == (0, 1, 3)
 
 
+def test_the_code_about_schedules_runs(in_a_folder: Path) -> None:
+    (code,) = code_of("docs/schedules.md")
+    (spec,) = blocks("docs/schedules.md", "text")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    first = RunRecord.create(name="first", config={})
+    options: dict[str, Any] = {"num_rounds": 3, "schedule": "async", "speeds": spec.strip()}
+    simulate(make_fleet(4), Topology.ring(4), record=first, **options)
+    again = names["again"](make_fleet(4), first.path, 3)
+    run = read_run(first.path)
+    assert run.result()["mean"] == again.result
+    assert len(run.events) > 4
+
+
 def test_the_code_about_data_runs(tmp_path: Path) -> None:
     # tests/studies/test_chosen.py tries how a best state is tested
     cached, chosen, divided = code_of("docs/data.md")
@@ -273,7 +288,7 @@ def test_the_code_about_personal_models_runs(in_a_folder: Path) -> None:
 def test_no_page_has_code_that_no_test_runs() -> None:
     run_here = {f"docs/{page}.md" for page in ("getting-started", "algorithms", "topologies")}
     run_here |= {"docs/data.md", "docs/studies.md", "docs/tasks.md", "docs/pretrained.md"}
-    run_here |= {"docs/mask-file.md", "docs/deployment.md"}
+    run_here |= {"docs/mask-file.md", "docs/deployment.md", "docs/schedules.md"}
     with_code = {name for name in NAMES if blocks(name, "python")}
     assert with_code - RUN_ELSEWHERE == run_here
 

@@ -62,6 +62,8 @@ def test_the_messages_of_whole_runs_are_those_recorded(recorded: dict) -> None:
     for name, messages in recorded["messages"].items():
         for mine, then in zip(now["messages"][name], messages, strict=True):
             assert json.dumps(mine) == json.dumps(then)
+    # ages came later, for runs without a barrier
+    assert all(parcel.pop("ages") is None for parcel in now["parcels"])
     assert now["parcels"] == recorded["parcels"]
 
 
@@ -157,12 +159,14 @@ def orders(draw: Any) -> Order[Carrier]:
         draw(st.none() | rounds),
         draw(st.booleans()),
         draw(kept_counts),
+        draw(st.none() | st.dictionaries(numbers, rounds, min_size=1, max_size=3)),
     )
     return Order(
         parcel=parcel,
         run=draw(hex16),
         max_staleness=draw(rounds),
         introduce=draw(st.booleans()),
+        age_decay=draw(st.floats(0.0, 1.0, exclude_min=True)),
         checkpoints=tuple(draw(st.lists(rounds, max_size=3))),
         keep_best=draw(st.booleans()),
         store=draw(st.booleans()),
@@ -454,6 +458,10 @@ BIG = {
         ("order", "fuse", False, "without fuse there are no neighbors"),
         ("order", "evaluate", "yes", "evaluate must be true or false; got 'yes'"),
         ("order", "max-staleness", -1, "max-staleness must be a whole number in 0.."),
+        ("order", "age-decay", 0.0, r"age-decay must be a number in \(0, 1\]; got 0.0"),
+        ("order", "age-decay", 1, r"age-decay must be a number in \(0, 1\]; got 1"),
+        ("order", "aged-agents", [1, 1], "aged-agents must name each only once"),
+        ("order", "aged-agents", [1], "ages must have an entry for each of aged-agents"),
         ("order", "neighbors", [1, 1], "neighbors must name each only once"),
         ("order", "neighbors", [BIG["agent"]], "neighbors must be a list of at most 10000 whole"),
         ("order", "neighbors", [*range(10_001)], "neighbors must be a list of at most 10000"),

@@ -16,12 +16,13 @@ from flwr.supercore.task_identity import TaskIdentity  # private, needed by Mess
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flower_mcepl import ConfigError, RosterError, Topology, read_run
+from flower_mcepl import ConfigError, RosterError, RunRecord, Topology, read_run, simulate
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.exchange.parcels import Answer, Posted
+from flower_mcepl.runs.patience import FLOOR, WINDOW, Patience
 from flower_mcepl.strategies import waiting
 from flower_mcepl.strategies.dispatch import Dispatch
-from flower_mcepl.strategies.waiting import FLOOR, Patience
+from tests.fleet.agents import make_fleet
 from tests.fleet.flower import RecordingGrid, agent_grid, down_frames, gossip, sent_round
 from tests.oracles.baselines import fleet_of, server_of
 
@@ -53,6 +54,8 @@ class DelayedGrid(RecordingGrid):
     takes: Callable[[int, int], float | None] = staticmethod(lambda node, round: 1.0)
 
     def answered(self, message_id: str, node: int, reply: Message) -> None:
+        if "order" not in self.log[-1].content:
+            return super().answered(message_id, node, reply)  # who it is, a node says at once
         round = sent_round(self.log[-1])
         seconds = self.takes(node, round)
         if seconds is not None:
@@ -108,7 +111,7 @@ def typical(rounds: list[dict[int, float]], among: set[int]) -> float | None:
     """Upper median of the nodes' medians over the last rounds, by sorting."""
     middles = []
     for node in among:
-        times = sorted(round[node] for round in rounds[-waiting.WINDOW :] if node in round)
+        times = sorted(round[node] for round in rounds[-WINDOW:] if node in round)
         if times:
             middles.append((times[(len(times) - 1) // 2] + times[len(times) // 2]) / 2)
     return sorted(middles)[len(middles) // 2] if middles and len(rounds) >= 3 else None
@@ -501,3 +504,35 @@ def test_options_reach_the_strategy() -> None:
     for key, value in (("timeout-factor", -1.0), ("checkpoint-every", -1)):
         with pytest.raises(ConfigError, match=f"{key} .*must be >= 0"):
             GossipStrategy.from_run_config({**config, key: value})
+
+
+# --- the same on the virtual clock of a simulation ---
+
+
+@pytest.mark.parametrize("slow", [70.0, 150.0, 400.0])
+def test_a_simulation_leaves_the_same_agents_behind(
+    slow: float, clock: Clock, tmp_path: Path
+) -> None:
+    """Who is late, which answers count in which round, and every payload."""
+    speeds = [30.0, 30.0, 30.0, slow, 40.0]
+    grid = delayed_grid(5, clock, lambda node, round: speeds[node - 1000])
+    options: dict[str, Any] = {"evaluate_every": 4, "timeout_factor": 1.5}
+    gossip(grid, rounds=12, timeout=1000.0, record=tmp_path, name="flower", **options)
+    record = RunRecord.create(tmp_path, name="simulated", config={})
+    simulate(
+        make_fleet(5),
+        Topology.ring(5),
+        num_rounds=12,
+        record=record,
+        speeds=", ".join(map(str, speeds)),
+        round_timeout=1000.0,
+        **options,
+    )
+    (flower,) = tmp_path.glob("*-flower*")
+    keys = ("round", "answered", "late", "missing", "frames", "train_loss")
+    lines = [
+        [{key: line[key] for key in keys} for line in read_run(path).relay]
+        for path in (flower, record.path)
+    ]
+    assert lines[0] == lines[1]
+    assert any(line["late"] for line in lines[1]) == (slow > 1.5 * 40.0)

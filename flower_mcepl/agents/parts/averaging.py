@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flower_mcepl.agents.agent import Payload
 from flower_mcepl.agents.parts.dense import ConfigT, DenseAgent
 from flower_mcepl.agents.parts.groups import Shapes
+from flower_mcepl.agents.parts.votes import WHOLE
 from flower_mcepl.data.batches import AgentData
 
 # [1] float, beside the weights in every payload: the sender's number of neighbors
@@ -32,13 +33,17 @@ def metropolis_weight(degree: int, other_degree: int) -> float:
 # equal the result is equal, too, bit for bit. So is a layer that a neighbor of another
 # depth does not hold: W of that layer stays symmetric, with rows that sum to 1.
 def metropolis_pull(
-    own: Mapping[str, Tensor], inbox: Mapping[int, Payload], *, degree: int
+    own: Mapping[str, Tensor],
+    inbox: Mapping[int, Payload],
+    *,
+    degree: int,
+    votes: Mapping[int, float] = WHOLE,
 ) -> dict[str, Tensor]:
-    """Return ``Σ_j W_ij (x_j - x_i)`` over the neighbors in the inbox, by layer.
+    """Return ``Σ_j v_j W_ij (x_j - x_i)`` over the neighbors in the inbox, by layer.
 
     As the rows of W sum to 1, ``x_i`` plus this is ``Σ_j W_ij x_j`` with the agent
-    itself in the sum, and the weight of a neighbor that is missing from the inbox falls
-    to the agent itself.
+    itself in the sum, and the weight of a neighbor that is missing from the inbox, or
+    what its vote ``v_j`` lacks, falls to the agent itself.
 
     Parameters
     ----------
@@ -50,11 +55,13 @@ def metropolis_pull(
         ``d_i``, at least the size of the inbox, so that no weight becomes negative. A
         neighbor that says 0 does not know its own degree yet and counts as having the
         same.
+    votes : mapping
+        ``v_j`` in (0, 1] by agent; absent: 1.
     """
     pull = {name: torch.zeros_like(x) for name, x in own.items()}
     for sender in sorted(inbox):  # float sums depend on the order
         payload = inbox[sender]
-        weight = metropolis_weight(degree, sent_degree(payload))
+        weight = votes.get(sender, 1) * metropolis_weight(degree, sent_degree(payload))
         for name in own.keys() & payload.keys():
             x = own[name]
             pull[name].add_(payload[name].to(x).to_dense() - x, alpha=weight)
@@ -103,11 +110,18 @@ class MixingAgent(DenseAgent[ConfigT]):
     def mixed_weights(self) -> Mapping[str, Tensor]:
         """Return the agent's own ``x_i`` of the exchange that is under way."""
 
+    @property
+    def weighs_votes(self) -> bool:
+        """Whether votes count: what one lacks falls to the agent itself."""
+        return True
+
     @torch.no_grad()
-    def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
-        """Average with the neighbors: ``x_i`` moves by ``Σ_j W_ij (x_j - x_i)``."""
+    def fuse(
+        self, inbox: Mapping[int, Payload], *, round: int, votes: Mapping[int, float] = WHOLE
+    ) -> None:
+        """Average with the neighbors: ``x_i`` moves by ``Σ_j v_j W_ij (x_j - x_i)``."""
         own = self._shared_weights()
-        pull = metropolis_pull(own, inbox, degree=max(self._degree, len(inbox)))
+        pull = metropolis_pull(own, inbox, degree=max(self._degree, len(inbox)), votes=votes)
         for name in self.shared:
             self.weights[name].add_(pull[name], alpha=self.consensus_lr)
         self._degree = len(inbox)

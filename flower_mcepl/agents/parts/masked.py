@@ -27,6 +27,7 @@ from flower_mcepl.agents.parts.mask_states import (
 )
 from flower_mcepl.agents.parts.masked_config import MaskedConfig
 from flower_mcepl.agents.parts.sharing import num_elements, share_fact
+from flower_mcepl.agents.parts.votes import WHOLE, faded
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.gates import LAYER
@@ -106,6 +107,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         inbox: Mapping[int, Payload],
         *,
         round: int,
+        votes: Mapping[int, float] = WHOLE,
         own: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Take in the neighbors' masks as ``n``, and take the fine-tuning step.
@@ -113,7 +115,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         ``own`` are the agent's masks before it, where the caller has them at hand.
         """
         self.set_round(round)
-        self._hear(list(inbox.values()), own=own)
+        self._hear(faded(inbox, votes) if votes else list(inbox.values()), own=own)
         means = self.model.neighbor_means
         finetune_lr = self.config.finetune_lr * self.config.lr_factor(round)
         with torch.no_grad():
@@ -125,6 +127,11 @@ class MaskedAgent(Agent, Generic[MaskedT]):
                     self._settle(z)
         self.gradient = {}
         self._average_scores()
+
+    @property
+    def weighs_votes(self) -> bool:
+        """Whether faded votes can count: not in weights blended with the neighbors'."""
+        return self.model.fusion.blend is None
 
     def personal_model(self) -> nn.Module:
         """Return the frozen network under the agent's own mask, an ordinary module."""

@@ -1,0 +1,65 @@
+"""Age of what a neighbor sent: rounds of its own that the receiver has gone since.
+
+Where all agents play the same rounds, that is the difference of two round numbers.
+Without a barrier the numbers of two agents say nothing of each other, and the relay
+counts: a frame's age at a receiver is the number of earlier parcels of that receiver
+that could have held it already. The first parcel that brings a frame has it fresh, at
+age 0; so where all answer at the same time both are the same.
+"""
+
+from collections import deque
+from typing import final
+
+from flower_mcepl.config.checks import check
+
+ROUNDS, ASYNC = "rounds", "async"
+SCHEDULES = (ROUNDS, ASYNC)
+
+
+def check_decay(age_decay: float) -> None:
+    """Raise ConfigError unless votes can fade so."""
+    check(
+        0 < age_decay <= 1,
+        "age-decay is what a neighbor's vote is multiplied by for each round of its age, and must "
+        "be in (0, 1]",
+        age_decay,
+        "1 lets all votes count alike until max-staleness.",
+    )
+
+
+def vote(age: int, *, age_decay: float) -> float:
+    """Vote of what is ``age`` rounds old, ``λ^age``."""
+    return float(age_decay**age)
+
+
+@final
+class OwnRounds:
+    """Ages without a barrier, each in parcels of whoever receives.
+
+    Parameters
+    ----------
+    most : int
+        Ages above count as ``most + 1``; so many parcels of each agent are remembered.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._frames = 0  # payloads that came, of all agents
+        self._came: dict[int, int] = {}  # sender -> number of its newest one
+        # agent -> `_frames` as of its last parcels
+        self._parcels: dict[int, deque[int]] = {}
+
+    def note_frame(self, sender: int) -> None:
+        """A newer payload of the sender came."""
+        self._frames += 1
+        self._came[sender] = self._frames
+
+    def note_parcel(self, agent: int) -> None:
+        """A parcel goes out, which may hold all that came so far."""
+        parcels = self._parcels.setdefault(agent, deque(maxlen=self._most + 1))
+        parcels.append(self._frames)
+
+    def age(self, agent: int, sender: int) -> int:
+        """Age that the sender's newest payload has in the agent's next parcel."""
+        came = self._came[sender]
+        return sum(frames >= came for frames in self._parcels.get(agent, ()))

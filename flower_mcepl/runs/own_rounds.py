@@ -1,0 +1,196 @@
+"""A run in which every agent goes through rounds of its own, without a barrier.
+
+Whoever answers gets its next parcel at once, with the newest frames that its neighbors
+have delivered by then; one parcel of each agent is under way at a time. The order of
+events is written down as they happen, rows as agents are evaluated; the line of a round
+follows when all agents have played it, each in its own time.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Generic, final
+
+from flower_mcepl.exchange.exchange import Exchange
+from flower_mcepl.exchange.parcels import Answer, FrameT, Parcel
+from flower_mcepl.record.layout import Row
+from flower_mcepl.runs.book import RunBook
+from flower_mcepl.runs.events import Event
+
+
+@dataclass
+class _OwnRound(Generic[FrameT]):
+    """What a round came to so far, over the agents that have played it."""
+
+    answers: dict[int, Answer[FrameT]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    refused: dict[int, list[str]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    missed: set[int] = field(default_factory=set)  # agents that will not play it any more
+    states: dict[str, str] = field(default_factory=dict)  # that changed since the round before
+    clock: float = 0.0  # of its last answer
+    so_far: tuple[int, int] = (0, 0)  # bytes over links and uplinks by then
+
+
+@final
+class OwnRounds(Generic[FrameT]):
+    """Bookkeeper of a run without a barrier.
+
+    Parameters
+    ----------
+    book : RunBook
+        Of the run.
+    exchange : Exchange
+        A relay of schedule "async".
+    num_agents : int
+        Agents of the graph.
+
+    Attributes
+    ----------
+    rounds : list of int
+        Round of each agent's last parcel; 0: it had none.
+    """
+
+    def __init__(
+        self, book: RunBook[FrameT], exchange: Exchange[FrameT], *, num_agents: int
+    ) -> None:
+        self._book, self._exchange = book, exchange
+        self.rounds = [0] * num_agents
+        self._began = [0.0] * num_agents  # clock of each agent's last parcel
+        self._open: dict[int, _OwnRound[FrameT]] = {}
+        self._written: set[int] = set()  # rounds that have their line
+        self._states: dict[str, str] = {}  # for the closing line
+
+    def give(self, agents: Iterable[int], *, clock: float) -> list[Parcel[FrameT]]:
+        """Parcels of the agents' next rounds, in this order."""
+        parcels = []
+        for agent in agents:
+            self.rounds[agent] += 1
+            self._began[agent] = clock
+            parcels.append(self._exchange.parcel(agent, round=self.rounds[agent]))
+        return parcels
+
+    def begin(
+        self,
+        answers: Mapping[int, Answer[FrameT]],
+        *,
+        clock: float,
+        failed: Mapping[str, str],
+        states: Mapping[str, str],
+    ) -> None:
+        """Take in a first round of all agents; those that failed are yet to play it.
+
+        Its answers are of the first event after this.
+        """
+        self.note(Event(0.0, (), tuple(sorted(answers))))
+        for agent in answers:
+            self.rounds[agent] = 1
+        first = self._open.setdefault(1, _OwnRound())
+        first.failed |= failed
+        first.states |= states
+        self.take(answers, clock=clock)
+
+    def take(
+        self,
+        answers: Mapping[int, Answer[FrameT]],
+        *,
+        clock: float,
+        failed: Mapping[int, str] | None = None,
+    ) -> None:
+        """Take in answers to the agents' last parcels, and why others failed."""
+        for agent, answer in sorted(answers.items()):
+            self._take(agent, answer)
+        for agent, reason in sorted((failed or {}).items()):
+            own = self._of(agent)
+            own.failed[f"agent {agent}"] = reason
+            own.missed.add(agent)
+        for agent in (*answers, *(failed or {})):
+            own = self._of(agent)
+            own.clock, own.so_far = clock, self._exchange.ledger.so_far()
+        for round, own in sorted(self._open.items()):
+            if len(own.answers) + len(own.missed) == len(self.rounds):
+                self._close(round)
+
+    def note_states(self, changes: Mapping[str, str]) -> None:
+        """States of agents and nodes that changed, for the newest round."""
+        round = max(self.rounds)
+        if round in self._written:
+            self._states |= changes
+        elif changes:
+            self._open.setdefault(round, _OwnRound()).states |= changes
+
+    def note(self, event: Event) -> None:
+        """Write an event down."""
+        if self._book.record is not None:
+            self._book.record.log_event(event.to_row())
+
+    def end(self) -> None:
+        """Write the rounds that some agents never played: nobody plays any more."""
+        for round in sorted(self._open):
+            self._close(round)
+        last, planned = max(self.rounds), self._book.monitor.num_rounds
+        if last < planned:
+            self._book.monitor.stop_after(last, fewest=min(self.rounds))
+
+    def closing_parcel(self, agent: int) -> Parcel[FrameT]:
+        """The agent's last parcel, after its own last round."""
+        return self._exchange.parcel(agent, round=self.rounds[agent] + 1, closing=True)
+
+    def close(
+        self,
+        answers: Mapping[int, Answer[FrameT]],
+        *,
+        clock: float,
+        failed: Mapping[str, str] | None = None,
+        left: Collection[int] = (),
+    ) -> None:
+        """Take in the closing answers; each is of its agent's own last round.
+
+        Agents that had ``left`` before owe none.
+        """
+        closing: _OwnRound[FrameT] = _OwnRound()
+        for agent, answer in sorted(answers.items()):
+            taken = self._book.take(self.rounds[agent] + 1, {agent: answer}, {agent: clock})
+            closing.rows += [{**row, "closing": True} for row in taken.rows]
+            closing.refused |= taken.refused
+        monitor = self._book.monitor
+        monitor.add_rows(closing.rows)
+        monitor.close_round(
+            monitor.num_rounds + 1,
+            answers,
+            closing.rows,
+            refused=closing.refused,
+            failed=dict(failed or {}),
+            missing=[i for i in range(len(self.rounds)) if i not in answers],
+            states=self._states,
+            clock=clock,
+        )
+        self._book.note_end(answers, left)
+
+    def _take(self, agent: int, answer: Answer[FrameT]) -> None:
+        round, own = self.rounds[agent], self._of(agent)
+        taken = self._book.take(round, {agent: answer}, {agent: self._began[agent]})
+        self._book.monitor.add_rows(taken.rows)
+        if self._book.record is not None:
+            self._book.record.keep_frames(round, agent, answer.raw)
+        # a fast agent's answers wait long for the slow ones: without their frames
+        own.answers[agent] = replace(answer, posts=(), raw=())
+        own.rows += taken.rows
+        own.refused |= taken.refused
+
+    def _of(self, agent: int) -> _OwnRound[FrameT]:
+        return self._open.setdefault(self.rounds[agent], _OwnRound())
+
+    def _close(self, round: int) -> None:
+        own = self._open.pop(round)
+        self._written.add(round)
+        self._book.monitor.close_round(
+            round,
+            dict(sorted(own.answers.items())),
+            own.rows,
+            refused=own.refused,
+            failed=own.failed,
+            missing=[],
+            states=own.states,
+            clock=own.clock,
+            so_far=own.so_far,
+        )
