@@ -67,7 +67,9 @@ class Attendance:
         while len(nodes := sorted(grid.get_node_ids())) < needed:
             heed_stop_request()
             if len(nodes) != logged:
-                logger.log(INFO, "waiting for nodes: %d of %d are here", len(nodes), needed)
+                logger.log(
+                    INFO, "waiting for nodes: those of %d of %d agents are here", len(nodes), needed
+                )
                 logged = len(nodes)
             if time.monotonic() > deadline:
                 if first:
@@ -128,9 +130,9 @@ class Attendance:
             nodes = self.newcomers(grid, until=until)
         raise RosterError(
             f"{self.at_first} agents must be there for the run to go on, but of "
-            f"{len(self.online)} nodes {len(here)} said within {timeout:g} s which agent "
-            f"they are; missing agents: {self._absent(here)}. {_listed(refused)}. Look at the "
-            "logs of their nodes, or let the run go on with fewer (min_agents, run-config key "
+            f"{len(self.online)} whose nodes are here {len(here)} said within {timeout:g} s which "
+            f"agent they are; missing agents: {self._absent(here)}. {_listed(refused)}. Look at "
+            "the logs of their nodes, or let the run go on with fewer (min_agents, run-config key "
             "min-agents)."
         )
 
@@ -295,10 +297,10 @@ class Attendance:
         here = self.ask(grid, nodes).values()
         return RosterError(
             f"the graph has {self.roster.num_agents} agents and {self.at_first} of them must be "
-            f"there, but after {self.wait_timeout:g} s there are {len(nodes)} nodes; missing "
-            f"agents: {self._absent(here)}. Start their nodes (in simulation: num-supernodes in "
-            "--federation-config), use a smaller graph, or let the run begin with fewer "
-            "(min_agents, run-config key min-agents)."
+            f"there, but after {self.wait_timeout:g} s there are nodes of {len(nodes)} agents; "
+            f"missing agents: {self._absent(here)}. Start their nodes (in simulation: "
+            "num-supernodes in --federation-config), use a smaller graph, or let the run begin "
+            "with fewer (min_agents, run-config key min-agents)."
         )
 
 

@@ -136,9 +136,9 @@ class Roster:
         if not 0 <= agent < self.num_agents:
             raise RosterError(
                 f"node {node} says it is agent {agent}, but the graph has agents "
-                f"0..{self.num_agents - 1}. Start as many nodes as the graph has agents "
-                "(num-supernodes = num-agents), with partition-id from 0 upwards, or use a larger "
-                "graph."
+                f"0..{self.num_agents - 1}. Start nodes for as many agents as the graph has "
+                "(num-supernodes = num-agents over agents-per-node), with partition-id from 0 "
+                "upwards, or use a larger graph."
             )
         self.identities.check(node, agent, online=set(online))
 

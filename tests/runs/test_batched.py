@@ -223,6 +223,19 @@ def test_scores_are_those_of_the_loop_and_masks_are_equal(case: str) -> None:
     check_equal(lambda: fleet_of(data, model_fn, **config))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"speeds": "1, 1, 3", "timeout_factor": 1.5, "num_rounds": 9, "evaluate_every": 1},
+        {"speeds": "1, 1, 3", "schedule": "async"},
+        {"speeds": "1, 2, 3", "schedule": "async", "age_decay": 0.5},
+    ],
+    ids=["deadlines", "no barrier", "votes that fade"],
+)
+def test_agents_that_play_in_parts_are_those_of_the_loop(options: dict[str, Any]) -> None:
+    check_equal(lambda: fleet_of(plain, small_net), **options)
+
+
 def test_agents_of_two_step_sizes_are_two_stacks() -> None:
     def make() -> list[MceplAgent]:
         agents = [*fleet_of(plain, small_net), *fleet_of(plain, small_net, score_lr=0.1)]

@@ -559,7 +559,7 @@ def test_rounds_since_the_checkpoint_are_played_again(
 @pytest.mark.usefixtures("simulated")
 def test_an_agent_that_is_missing_when_a_run_resumes_is_named(tmp_path: Path) -> None:
     path = run_flower("mcepl", stop=3, record=tmp_path).record.path
-    with pytest.raises(RosterError, match=r"there are 3 nodes; missing agents: 3\."):
+    with pytest.raises(RosterError, match=r"there are nodes of 3 agents; missing agents: 3\."):
         run_flower("mcepl", resume=path, grid=new_grid("mcepl", 3))
     run_flower("mcepl", resume=path, grid=new_grid("mcepl", 3), min_agents=3)
     assert [line["missing"] for line in read_run(path).relay[3:]] == [[3]] * 3

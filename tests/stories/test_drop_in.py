@@ -771,7 +771,7 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(tmp_path: Path) -> Non
 def test_too_few_nodes_are_named() -> None:
     grid = Nodes(numpy_app(), 4)
     grid.down.add(1002)
-    with pytest.raises(RosterError, match="there are 3 nodes; missing agents: 2"):
+    with pytest.raises(RosterError, match="there are nodes of 3 agents; missing agents: 2"):
         run(grid)
 
 

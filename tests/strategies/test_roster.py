@@ -118,7 +118,8 @@ def test_fewer_nodes_than_agents_names_who_is_missing() -> None:
     grid = agent_grid(5)
     grid.down = {1001, 1004}
     with pytest.raises(
-        RosterError, match=r"the graph has 5 agents and 5 of them.*3 nodes; missing agents: 1, 4\."
+        RosterError,
+        match=r"the graph has 5 agents and 5 of them.*nodes of 3 agents; missing agents: 1, 4\.",
     ):
         gossip(grid)
     # nothing was trained
@@ -128,7 +129,7 @@ def test_fewer_nodes_than_agents_names_who_is_missing() -> None:
 def test_no_node_at_all() -> None:
     grid = agent_grid(2)
     grid.down = {1000, 1001}
-    with pytest.raises(RosterError, match="there are 0 nodes; missing agents: 0, 1"):
+    with pytest.raises(RosterError, match="there are nodes of 0 agents; missing agents: 0, 1"):
         gossip(grid)
 
 
