@@ -50,10 +50,15 @@ class Agent(abc.ABC):
     prior: Prior | None = None  # what all agents know of every mask beforehand; spares bytes
     precision: str = "float32"  # how the wire carries floats, see `encode_frame`
 
+    @classmethod
+    def weighs_votes_with(cls, config: Any) -> bool:
+        """Whether agents of such parameters are `WeighsVotes`; by default not."""
+        return False
+
     @property
     def weighs_votes(self) -> bool:
-        """Whether it is one that `WeighsVotes`; by default not."""
-        return False
+        """Whether it is one that `WeighsVotes`."""
+        return self.weighs_votes_with(getattr(self, "config", None))
 
     @abc.abstractmethod
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:

@@ -10,6 +10,7 @@ from flower_mcepl.agents.agent import Payload
 from flower_mcepl.agents.algorithm import Algorithm
 from flower_mcepl.agents.parts.dense import DenseAgent, SgdConfig
 from flower_mcepl.agents.parts.depth import DepthConfig
+from flower_mcepl.agents.parts.votes import WHOLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,14 @@ class LocalAgent(DenseAgent[LocalConfig]):
         super().__init__(*args, **options)
         self.layers = {}
 
-    def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
+    @classmethod
+    def weighs_votes_with(cls, config: Any) -> bool:
+        """Whether votes count: it hears none."""
+        return True
+
+    def fuse(
+        self, inbox: Mapping[int, Payload], *, round: int, votes: Mapping[int, float] = WHOLE
+    ) -> None:
         """Leave everything as it is."""
 
     def outgoing(self) -> dict[str, Tensor]:

@@ -93,8 +93,8 @@ class NeighborAverageAgent(Agent):
         self._degree = 0  # number of neighbors in the last inbox; 0: unknown
         self._num_examples: int | None = None  # as the app last said
 
-    @property
-    def weighs_votes(self) -> bool:
+    @classmethod
+    def weighs_votes_with(cls, config: Any) -> bool:
         """Whether votes count: what one lacks falls to the agent itself."""
         return True
 

@@ -19,7 +19,7 @@ from flower_mcepl.clients.app import AgentApp, make_agent_app
 from flower_mcepl.clients.message_app import MessageApp
 from flower_mcepl.clients.metric_names import read_evaluation, read_training
 from flower_mcepl.clients.naming import agent_index, introduce, naming_the_agent
-from flower_mcepl.config.engines import LOOP
+from flower_mcepl.config.engines import BATCHED, LOOP
 from flower_mcepl.errors import AnswerError, ConfigError
 from flower_mcepl.messages.bundle import is_bundle
 from flower_mcepl.messages.identity import is_question
@@ -103,6 +103,11 @@ class NeighborAverageMod:
             raise ConfigError(
                 "agents-per-node above 1 needs an app of make_client_app; with "
                 "neighbor_average_mod a node plays one agent. Set agents-per-node to 1."
+            )
+        if context.run_config.get("engine") == BATCHED:
+            raise ConfigError(
+                f'engine = "{BATCHED}" stacks agents of make_client_app; with '
+                "neighbor_average_mod an app calculates as it likes. Leave engine out."
             )
         if not is_order(message.content):
             raise ConfigError(

@@ -11,9 +11,9 @@ from collections import deque
 from typing import final
 
 from flower_mcepl.config.checks import check
-
-ROUNDS, ASYNC = "rounds", "async"
-SCHEDULES = (ROUNDS, ASYNC)
+from flower_mcepl.config.schedules import ASYNC, ROUNDS
+from flower_mcepl.errors import TopologyError
+from flower_mcepl.topology import Topology
 
 
 def check_decay(age_decay: float) -> None:
@@ -27,13 +27,35 @@ def check_decay(age_decay: float) -> None:
     )
 
 
+def check_graph(schedule: str, topology: Topology) -> None:
+    """Raise TopologyError unless agents of unequal rounds have the same neighbors.
+
+    In the rounds of a graph that changes, one would hear another and not be heard.
+    """
+    if schedule == ASYNC and topology.time_varying:
+        raise TopologyError(
+            f"a run of schedule {ASYNC} has no rounds of all agents in which a graph could "
+            f"change; got {topology.describe()}. Use a graph that stays, or schedule {ROUNDS}."
+        )
+
+
+def check_votes(age_decay: float, *, whose: str, weighs: bool) -> None:
+    """Raise ConfigError if votes are to fade that somebody does not weigh."""
+    check(
+        age_decay == 1 or weighs,
+        f"{whose} lets all neighbors count alike, and age-decay must be 1",
+        age_decay,
+        "Leave it out; mcepl, dsgd, dfedavgm, choco and apps of neighbor_average_mod weigh votes.",
+    )
+
+
 def vote(age: int, *, age_decay: float) -> float:
     """Vote of what is ``age`` rounds old, ``λ^age``."""
     return float(age_decay**age)
 
 
 @final
-class OwnRounds:
+class OwnAges:
     """Ages without a barrier, each in parcels of whoever receives.
 
     Parameters

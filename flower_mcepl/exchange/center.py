@@ -9,8 +9,8 @@ import torch
 
 from flower_mcepl.agents.agent import AgentState, Payload
 from flower_mcepl.agents.server import Server
+from flower_mcepl.config.schedules import ROUNDS
 from flower_mcepl.errors import ForeignFrameError, FrameError, ReplayedFrameError
-from flower_mcepl.exchange.ages import ROUNDS
 from flower_mcepl.exchange.exchange import check_rounds
 from flower_mcepl.exchange.ledger import Ledger
 from flower_mcepl.exchange.mailbox import Mailbox

@@ -6,7 +6,8 @@ from typing import Any, Generic
 import numpy as np
 
 from flower_mcepl.agents.handshake import KEPT_BY_LAYER
-from flower_mcepl.exchange.ages import ASYNC, ROUNDS, OwnRounds
+from flower_mcepl.config.schedules import ASYNC, ROUNDS
+from flower_mcepl.exchange.ages import OwnAges, check_graph
 from flower_mcepl.exchange.exchange import check_rounds
 from flower_mcepl.exchange.ledger import Ledger
 from flower_mcepl.exchange.parcels import (
@@ -47,7 +48,7 @@ class Relay(Generic[FrameT]):
     age_decay : float (default: 1.0)
         What a neighbor's vote is multiplied by for each round of its age.
     schedule : str (default: "rounds")
-        With "async" each agent has rounds of its own; ages are those of `OwnRounds`.
+        With "async" each agent has rounds of its own; ages are those of `OwnAges`.
 
     Notes
     -----
@@ -74,10 +75,11 @@ class Relay(Generic[FrameT]):
             key_interval=key_interval,
             age_decay=age_decay,
         )
+        check_graph(schedule, topology)
         self.topology, self.key_interval = topology, key_interval
         self.evaluate_every, self.max_staleness = evaluate_every, max_staleness
         self.age_decay, self.schedule = age_decay, schedule
-        self._own_rounds = OwnRounds(max_staleness) if schedule == ASYNC else None
+        self._own_ages = OwnAges(max_staleness) if schedule == ASYNC else None
         self._open, self._wrap = open_frame, wrap_frame
         self.ledger = Ledger()
         # with the round, oldest first
@@ -99,8 +101,8 @@ class Relay(Generic[FrameT]):
     def parcel(self, agent: int, *, round: int, closing: bool = False) -> Parcel[FrameT]:
         """Return the agent's parcel for ``round`` and count its frames as sent."""
         parcel = self._parcel(agent, round, closing=closing)
-        if self._own_rounds is not None and parcel.neighbors is not None:
-            self._own_rounds.note_parcel(agent)
+        if self._own_ages is not None and parcel.neighbors is not None:
+            self._own_ages.note_parcel(agent)
         return parcel
 
     def _parcel(self, agent: int, round: int, *, closing: bool) -> Parcel[FrameT]:
@@ -126,14 +128,14 @@ class Relay(Generic[FrameT]):
             whole=whole,
             kept=self._kept_by(self._began_whole[agent]),
             ages=None
-            if self._own_rounds is None
+            if self._own_ages is None
             else {j: self._age(agent, j, previous) for j in chains},
         )
 
     def _age(self, agent: int, sender: int, previous: int) -> int:
         """Age of the sender's newest frame in a parcel after the round ``previous``."""
-        if self._own_rounds is not None:
-            return self._own_rounds.age(agent, sender)
+        if self._own_ages is not None:
+            return self._own_ages.age(agent, sender)
         newest = self._newest(sender)
         assert newest is not None
         return previous - newest
@@ -169,8 +171,8 @@ class Relay(Generic[FrameT]):
             ]
             self._broken.discard(agent)
         self._posted[agent] = [*kept, *((round, post) for post in posts)]
-        if self._own_rounds is not None:
-            self._own_rounds.note_frame(agent)
+        if self._own_ages is not None:
+            self._own_ages.note_frame(agent)
 
     def _is_silent(self, agent: int, round: int, *, whole: bool) -> bool:
         """Whether the agent never sends the whole frame that it is asked for.

@@ -13,7 +13,6 @@ import torch
 from flower_mcepl.agents import Agent
 from flower_mcepl.agents.agent import AgentState, Payload, WeighsVotes
 from flower_mcepl.agents.stack import AgentStack, given
-from flower_mcepl.config.checks import check
 from flower_mcepl.errors import (
     AnswerError,
     DivergedError,
@@ -21,6 +20,7 @@ from flower_mcepl.errors import (
     MissingReferenceError,
     names_agent,
 )
+from flower_mcepl.exchange.ages import check_votes
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.outbox import Outbox
 from flower_mcepl.exchange.parcels import Answer, FrameT, Parcel, Posted
@@ -119,13 +119,8 @@ def open_mail(
     ConfigError
         If votes are to fade that the agent cannot weigh.
     """
-    check(
-        age_decay == 1 or agent.weighs_votes or not agent.layers,
-        f"agent {agent.index} of algorithm {agent.algorithm} lets all neighbors count alike, and "
-        "age-decay must be 1",
-        age_decay,
-        "Leave it out; mcepl, dsgd, dfedavgm, choco and apps of neighbor_average_mod weigh votes.",
-    )
+    whose = f"agent {agent.index} of algorithm {agent.algorithm}"
+    check_votes(age_decay, whose=whose, weighs=agent.weighs_votes or not agent.layers)
     first = agent.first_payload()
     only_masks = first is not None and all(tensor.dtype == torch.bool for tensor in first.values())
     inbox = Mailbox(

@@ -94,7 +94,9 @@ class VirtualRounds:
         came: dict[int, _UnderWay] = {}
         while under_way:
             due = min(sent.due for sent in under_way.values())
-            ends = begin + rule.ends(missing=bool(wanted & under_way.keys()))
+            # a virtual agent is never dead: at the end all are waited for
+            missing = bool(wanted & under_way.keys())
+            ends = math.inf if patient else begin + rule.ends(missing=missing)
             if due > ends:
                 self.clock = max(self.clock, ends)
                 break

@@ -72,15 +72,16 @@ def virtual_events(
 
 def recorded_events(source: "str | Path | Sequence[Event]") -> list[Event]:
     """Events of a run record, or those given."""
-    if not isinstance(source, str | Path):
-        return list(source)
-    rows = read_run(source).events
-    if not rows:
+    if isinstance(source, str | Path):
+        events = [Event.from_row(row) for row in read_run(source).events]
+    else:
+        events = list(source)
+    if not events:
         raise ConfigError(
             f"events come from a run record of schedule async; {source} holds none. Name the "
             "record of such a run."
         )
-    return [Event.from_row(row) for row in rows]
+    return events
 
 
 def check_events(events: Iterable[Event], *, num_agents: int, num_rounds: int) -> None:

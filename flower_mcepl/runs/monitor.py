@@ -164,11 +164,18 @@ class RunMonitor(Generic[FrameT]):
         self.num_rounds = round
 
     def evaluations(self) -> dict[int, dict[str, Any]]:
-        """Mean, spread and extremes of the main metric by evaluated round."""
+        """Mean, spread and extremes of the main metric by evaluated round.
+
+        Without a barrier the last one is that of the closing exchange, of all agents.
+        """
         metric = self.metric
-        by_round: dict[int, list[dict[str, Any]]] = {}
+        by_round: dict[int, list[Mapping[str, Any]]] = {}
         for row in self.rows:
-            by_round.setdefault(row["round"], []).append(row)
+            if not row.get("closing"):
+                by_round.setdefault(row["round"], []).append(row)
+        if any(row.get("closing") for row in self.rows):
+            last = final_rows(self.rows)
+            by_round[last[0]["round"]] = last
         result = {}
         for round, rows in sorted(by_round.items()):
             s = metric_summary(rows, metric)

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import FREE
-from flower_mcepl.exchange.ages import ROUNDS
+from flower_mcepl.config.schedules import ROUNDS
 from flower_mcepl.exchange.exchange import check_rounds
 from flower_mcepl.runs.schedules import check_schedule
 

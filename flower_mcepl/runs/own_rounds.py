@@ -128,7 +128,7 @@ class OwnRounds(Generic[FrameT]):
         for round in sorted(self._open):
             self._close(round)
         last, planned = max(self.rounds), self._book.monitor.num_rounds
-        if last < planned:
+        if min(self.rounds) < planned:
             self._book.monitor.stop_after(last, fewest=min(self.rounds))
 
     def closing_parcel(self, agent: int) -> Parcel[FrameT]:
@@ -148,23 +148,30 @@ class OwnRounds(Generic[FrameT]):
         Agents that had ``left`` before owe none.
         """
         closing: _OwnRound[FrameT] = _OwnRound()
+        prompt = {a: answer for a, answer in answers.items() if answer.late_of is None}
         for agent, answer in sorted(answers.items()):
             taken = self._book.take(self.rounds[agent] + 1, {agent: answer}, {agent: clock})
-            closing.rows += [{**row, "closing": True} for row in taken.rows]
+            marks = {"closing": True} if agent in prompt else {}
+            closing.rows += [{**row, **marks} for row in taken.rows]
             closing.refused |= taken.refused
-        monitor = self._book.monitor
+        monitor, failed = self._book.monitor, dict(failed or {})
         monitor.add_rows(closing.rows)
         monitor.close_round(
             monitor.num_rounds + 1,
             answers,
             closing.rows,
             refused=closing.refused,
-            failed=dict(failed or {}),
-            missing=[i for i in range(len(self.rounds)) if i not in answers],
+            failed=failed,
+            missing=self._missing(prompt, failed),
             states=self._states,
             clock=clock,
         )
-        self._book.note_end(answers, left)
+        self._book.note_end(prompt, left)
+
+    def _missing(self, answered: Collection[int], failed: Collection[str]) -> list[int]:
+        """Agents that neither answered nor failed."""
+        agents = range(len(self.rounds))
+        return [i for i in agents if i not in answered and f"agent {i}" not in failed]
 
     def _take(self, agent: int, answer: Answer[FrameT]) -> None:
         round, own = self.rounds[agent], self._of(agent)
@@ -189,7 +196,7 @@ class OwnRounds(Generic[FrameT]):
             own.rows,
             refused=own.refused,
             failed=own.failed,
-            missing=[],
+            missing=self._missing(own.answers, own.failed),
             states=own.states,
             clock=own.clock,
             so_far=own.so_far,

@@ -106,12 +106,14 @@ def play_own_rounds(
     own = OwnRounds(book, exchange, num_agents=num_agents)
     answers: dict[int, Answer[bytes]] = {}
     clock = 0.0
-    for event in events or virtual_events(
-        num_agents,
-        num_rounds=book.monitor.num_rounds,
-        seconds=times,
-        time_budget=timing.time_budget or math.inf,
-    ):
+    if events is None:
+        events = virtual_events(
+            num_agents,
+            num_rounds=book.monitor.num_rounds,
+            seconds=times,
+            time_budget=timing.time_budget or math.inf,
+        )
+    for event in events:
         times.now = clock = event.clock
         own.take({agent: answers.pop(agent) for agent in event.answered}, clock=clock)
         parcels = own.give(event.given, clock=clock)

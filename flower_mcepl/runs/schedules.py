@@ -1,8 +1,8 @@
 """Schedules of a run: rounds of all agents, or each agent's own."""
 
 from flower_mcepl.config.checks import check
+from flower_mcepl.config.schedules import ASYNC, ROUNDS, SCHEDULES
 from flower_mcepl.errors import ConfigError
-from flower_mcepl.exchange.ages import ASYNC, ROUNDS, SCHEDULES
 
 
 def check_schedule(

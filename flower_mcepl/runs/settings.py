@@ -16,6 +16,7 @@ from flower_mcepl.config.sizes import read_bytes
 from flower_mcepl.data.batches import EVALUATED
 from flower_mcepl.data.splits import check_data_keys
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.exchange.ages import check_graph, check_votes
 from flower_mcepl.files.user_folders import user_folder
 from flower_mcepl.record.layout import EXPORTS
 from flower_mcepl.runs.options import RoundOptions
@@ -211,7 +212,11 @@ class RunSettings(RoundOptions):
         check_schedule(settings.schedule, has_server=algorithm.server is not None)
         if algorithm.server is not None:
             check_votes_of_server(settings.age_decay)
+        elif settings.age_decay != 1:
+            weighs = algorithm.agent.weighs_votes_with(config)
+            check_votes(settings.age_decay, whose=f"algorithm {settings.algorithm}", weighs=weighs)
         graph = settings.graph()
+        check_graph(settings.schedule, graph)
         check(
             not (graph.directed and algorithm.agent.undirected_only),
             f"algorithm {settings.algorithm} mixes with Metropolis weights, which need an "

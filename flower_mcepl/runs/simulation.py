@@ -12,8 +12,8 @@ from flower_mcepl.agents.parts.pacing import Decisions, StepSeconds
 from flower_mcepl.agents.server import Server
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.engines import LOOP, check_engine
+from flower_mcepl.config.schedules import ASYNC, ROUNDS
 from flower_mcepl.errors import ConfigError, TopologyError
-from flower_mcepl.exchange.ages import ASYNC, ROUNDS
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.relay import Relay

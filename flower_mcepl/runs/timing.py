@@ -9,7 +9,7 @@ from typing import Any
 from flower_mcepl.agents import Agent
 from flower_mcepl.agents.parts.pacing import Decisions, StepSeconds, set_pace
 from flower_mcepl.config.checks import check
-from flower_mcepl.exchange.ages import ASYNC, ROUNDS
+from flower_mcepl.config.schedules import ASYNC, ROUNDS
 from flower_mcepl.runs.events import Event, check_events, recorded_events
 from flower_mcepl.runs.schedules import check_schedule
 from flower_mcepl.runs.speeds import Speeds
@@ -91,7 +91,10 @@ class Timing:
         step_seconds: StepSeconds | None,
     ) -> VirtualTimes | None:
         """Clock of the agents' rounds; who chooses its filters goes by it, too."""
-        times = VirtualTimes(agents, self.pace(), step_seconds) if self.has_clock else None
+        times = None
+        if self.has_clock:
+            replayed = decisions is not None
+            times = VirtualTimes(agents, self.pace(), step_seconds, replayed=replayed)
         clock = step_seconds if times is None else times.step_seconds
         set_pace(agents, decisions=decisions, step_seconds=clock)
         return times

@@ -26,6 +26,8 @@ class VirtualTimes:
         What a step and a message take.
     step_seconds : StepSeconds, optional
         As in `simulate`.
+    replayed : bool (default: False)
+        Whether agents repeat decisions, and go by no clock.
 
     Attributes
     ----------
@@ -40,18 +42,23 @@ class VirtualTimes:
     """
 
     def __init__(
-        self, agents: Sequence[Agent], speeds: Speeds, step_seconds: StepSeconds | None
+        self,
+        agents: Sequence[Agent],
+        speeds: Speeds,
+        step_seconds: StepSeconds | None,
+        *,
+        replayed: bool = False,
     ) -> None:
         speeds.check_agents(len(agents))
         self.now = 0.0
         self._agents, self._speeds, self._own = agents, speeds, step_seconds
         paced = [agent.index for agent in agents if _pacer(agent) is not None]
         check(
-            step_seconds is not None or not paced,
+            step_seconds is not None or replayed or not paced,
             'agents with filters = "auto" choose by what a step takes at a share of the filters; '
-            "under speeds they need step_seconds",
+            "on a virtual clock they need step_seconds",
             None,
-            "Pass step_seconds, such as lambda agent, round, share: .2 + .8 * share.",
+            "Pass step_seconds, such as lambda agent, round, share: .2 + .8 * share; or decisions.",
         )
 
     @property

@@ -27,7 +27,8 @@ _LOST_WORKER = re.compile(
 ASK_TIMEOUT = 60.0  # seconds for a node to say who it is, where only an error message needs it
 RUNNING, LATE, GONE, FAILED, QUARANTINED = "running", "late", "gone", "failed", "quarantined"
 # what says that nothing came of a message, not why: `min_agents` is the rule for that
-_ABSENT = re.compile(r"error [345]:|no answer to the message")
+NO_ANSWER = "no answer to the message"
+_ABSENT = re.compile(rf"error [345]:|{NO_ANSWER}")
 
 
 class Attendance:

@@ -54,7 +54,7 @@ class Handover:
         return None if generation is None else raw_array(generation.encode(), Array)
 
     def keep(self, answers: Mapping[int, Answer[Array]], *, closing: bool) -> None:
-        """Write what came with the answers; final states only in the closing exchange.
+        """Write what came with the answers; a final state is that of a closing answer.
 
         Raises
         ------
@@ -64,13 +64,13 @@ class Handover:
         try:
             for agent, answer in answers.items():
                 if answer.state:
-                    self._keep(agent, answer, closing=closing)
+                    self._keep(agent, answer, final=closing and answer.late_of is None)
         except OSError as error:
             raise RecordError(f"cannot write into the run record: {error}") from error
 
-    def _keep(self, agent: int, answer: Answer[Array], *, closing: bool) -> None:
+    def _keep(self, agent: int, answer: Answer[Array], *, final: bool) -> None:
         generation = Generation.decode(answer.state)
-        if not closing:
+        if not final:
             self._store.save(generation)
             return
         save_state(generation.state, self._folder / agent_file(agent))

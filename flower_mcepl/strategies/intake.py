@@ -16,7 +16,7 @@ from flower_mcepl.errors import (
 )
 from flower_mcepl.exchange.parcels import Answer, check_sizes
 from flower_mcepl.strategies.answers import plain_reason, read_answer
-from flower_mcepl.strategies.attendance import Attendance, few
+from flower_mcepl.strategies.attendance import NO_ANSWER, Attendance, few
 from flower_mcepl.strategies.waiting import Sent
 
 logger = getLogger("flwr")
@@ -113,7 +113,7 @@ class Intake:
                 taken.answers[agent] = replace(answer, late_of=late_of)
         for sent in expired:
             self._roster.doubt([sent.node])
-            reason = f"no answer to the message of round {sent.round} within its time"
+            reason = f"{NO_ANSWER} of round {sent.round} within its time"
             taken.failed.setdefault(self._name(sent.node), reason)
         taken = taken.merged(Replies())
         self._tell(round, taken.failed)

@@ -19,7 +19,7 @@ from flower_mcepl.errors import RosterError
 from flower_mcepl.exchange.parcels import Answer, Parcel
 from flower_mcepl.runs.events import Event
 from flower_mcepl.runs.own_rounds import OwnRounds
-from flower_mcepl.strategies.attendance import Attendance
+from flower_mcepl.strategies.attendance import NO_ANSWER, Attendance
 from flower_mcepl.strategies.dispatch import Dispatch
 from flower_mcepl.strategies.intake import Intake, Replies
 from flower_mcepl.strategies.launcher import heed_stop_request
@@ -29,7 +29,7 @@ logger = getLogger("flwr")
 LOOK = 3.0  # seconds after which it is looked again who is online
 ASK_AGAIN = 600.0  # after which a node that did not say who it is is asked again: all wait for it
 LONGEST_PAUSE = 60.0  # seconds after which an agent whose messages fail is tried again
-_LOST = "its node went away before it answered"
+_LOST = f"{NO_ANSWER}: its node went away"
 
 
 @final
@@ -119,8 +119,10 @@ class OwnRoundsLoop:
                 break
             self._check()
             clock, answered, failed = self._receive()
-        self._checked = 0  # once more: who has left by now owes no answer to the closing
-        self._check()
+        # who has left by now owes no answer to the closing, with or without a parcel
+        front = max(self.own.rounds)
+        barred = self.intake.quarantined(front)
+        self.own.note_states(self.attendance.changes(front, self._well(), {}, (), barred))
         self.own.end()
 
     def _clock(self) -> float:
@@ -210,7 +212,7 @@ class OwnRoundsLoop:
         while True:
             heed_stop_request()
             arrivals = self.dispatch.arrived(self.grid)
-            late = [self._roster.agent_of(sent.node) for sent in self.dispatch.expire()]
+            late = self._expired()
             spent = time.monotonic() - start
             if arrivals or late or spent >= LOOK:
                 break
@@ -218,14 +220,18 @@ class OwnRoundsLoop:
             time.sleep(max(0.1, spent / 20))
         clock = self._clock()
         answers, failed = self._read(arrivals)
-        expired = "no answer to its message within its time"
-        failed |= {agent: expired for agent in late if agent in self._waiting}
+        failed |= {agent: f"{NO_ANSWER} within its time" for agent in late}
         self.own.take(answers, clock=clock, failed=failed)
         self._waiting -= answers.keys()
         for agent in answers:
             self._failures.pop(agent, None)
             self._again.pop(agent, None)
         return clock, sorted(answers), self._fail(failed, clock, taken=True)
+
+    def _expired(self) -> list[int]:
+        """Agents whose last parcel nobody can answer any more."""
+        agents = [(self._agent_of(sent.node), sent.round) for sent in self.dispatch.expire()]
+        return [a for a, round in agents if a in self._waiting and round == self.own.rounds[a]]
 
     def _read(self, arrivals: Iterable[Arrival]) -> tuple[dict[int, Answer[Array]], dict[int, str]]:
         """Answers to the agents' last parcels, and why others failed.
@@ -268,7 +274,8 @@ class OwnRoundsLoop:
         if front == self._checked:
             return
         self._checked, reasons, self._reasons = front, self._reasons, {}
-        self.attendance.check(front, self._well(), reasons, first=False)
+        finished = [a for a, round in enumerate(self.own.rounds) if round >= self.num_rounds]
+        self.attendance.check(front, {*self._well(), *finished}, reasons, first=False)
         barred = self.intake.quarantined(front)
         self.own.note_states(self.attendance.changes(front, self._well(), reasons, (), barred))
 

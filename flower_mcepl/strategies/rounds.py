@@ -26,8 +26,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from flower_mcepl.config.checks import check
+from flower_mcepl.config.schedules import ASYNC
 from flower_mcepl.errors import ConfigError, RosterError
-from flower_mcepl.exchange.ages import ASYNC
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, Parcel
 from flower_mcepl.files.bundle import Bundle

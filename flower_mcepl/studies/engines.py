@@ -20,7 +20,13 @@ from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings, read_device
 from flower_mcepl.runs.simulation import simulate
 from flower_mcepl.streams import torch_threads
-from flower_mcepl.studies.flower_app import FLOWER, FlowerApp, imported_client, refuse_export
+from flower_mcepl.studies.flower_app import (
+    FLOWER,
+    FlowerApp,
+    imported_client,
+    refuse_export,
+    refuse_schedule,
+)
 
 if TYPE_CHECKING:
     from flwr.app import Context
@@ -79,6 +85,7 @@ def run_in_process(
     settings = RunSettings.from_run_config(config, app_keys=app.config)
     device = read_fields(DeviceSettings, config)
     refuse_export(config)
+    refuse_schedule(config)
     contexts = _contexts(config, settings.num_agents)
     record = RunRecord.create(
         name=app.name,
@@ -99,8 +106,6 @@ def run_in_process(
             max_staleness=settings.max_staleness,
             key_interval=settings.key_interval,
             age_decay=settings.age_decay,
-            schedule=settings.schedule,
-            time_budget=settings.time_budget,
             keep_best=settings.keep_best,
             patience=settings.patience,
             threads=device.threads,

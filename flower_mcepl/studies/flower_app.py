@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flower_mcepl.config.checks import check
+from flower_mcepl.config.schedules import ROUNDS
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.launch.plan import app_settings, flat
 
@@ -104,6 +105,17 @@ def _refuse_foreign(file: str | None, app: FlowerApp) -> None:
             f"the module of {app.client} must be that of the app in {app.folder}; Python has "
             f"loaded {file} under this name. Give the app's package a name of its own."
         )
+
+
+def refuse_schedule(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a schedule says nothing, as all have one speed."""
+    check(
+        config.get("schedule", ROUNDS) == ROUNDS,
+        "in process all agents of a study have one speed, so that no schedule but "
+        f'"{ROUNDS}" says anything; schedule',
+        config.get("schedule"),
+        'Use engine = "flower", or simulate(schedule="async", speeds=...).',
+    )
 
 
 def refuse_export(config: Mapping[str, Any]) -> None:

@@ -15,7 +15,13 @@ from flower_mcepl.config.checks import closest
 from flower_mcepl.errors import ConfigError, FlowerMceplError
 from flower_mcepl.launch.plan import format_run_config
 from flower_mcepl.record.pools import varied
-from flower_mcepl.studies.flower_app import FLOWER, FlowerApp, read_app, refuse_export
+from flower_mcepl.studies.flower_app import (
+    FLOWER,
+    FlowerApp,
+    read_app,
+    refuse_export,
+    refuse_schedule,
+)
 from flower_mcepl.studies.study_file import Combination, StudyFile
 
 OWN_KEY = "record-dir"  # the study says where the records go
@@ -156,11 +162,12 @@ def _check(file: StudyFile, app: FlowerApp, combination: Combination, engine: st
     if problem is not None:
         raise _explain(file, app, combination, problem)
     if engine != FLOWER:
-        try:
-            refuse_export({**app.config, **combination.settings})
-        except ConfigError as error:
-            place = combination.places.get("export", combination.origin)
-            raise file.error(place, str(error)) from None
+        for key, refuse in (("export", refuse_export), ("schedule", refuse_schedule)):
+            try:
+                refuse({**app.config, **combination.settings})
+            except ConfigError as error:
+                place = combination.places.get(key, combination.origin)
+                raise file.error(place, str(error)) from None
 
 
 def _wrong_type(key: str, value: Any, default: Any) -> str | None:

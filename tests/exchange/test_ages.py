@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from flower_mcepl import ConfigError, Topology
 from flower_mcepl.agents import make_agent as agent_of
-from flower_mcepl.exchange.ages import ASYNC, OwnRounds, vote
+from flower_mcepl.config.schedules import ASYNC
+from flower_mcepl.exchange.ages import OwnAges, vote
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.parcels import Answer, Parcel
 from flower_mcepl.exchange.relay import Relay
@@ -37,7 +38,7 @@ def diary_age(diary: list[tuple[bool, int]], agent: int, sender: int) -> int:
 def test_an_age_is_the_number_of_parcels_since_the_frame_came(
     diary: list[tuple[bool, int]],
 ) -> None:
-    ages = OwnRounds(MOST)
+    ages = OwnAges(MOST)
     for number, (is_frame, who) in enumerate(diary, start=1):
         (ages.note_frame if is_frame else ages.note_parcel)(who)
         senders = {sender for frame, sender in diary[:number] if frame}

@@ -326,6 +326,27 @@ def test_what_a_run_without_a_barrier_cannot_do(more: dict[str, Any], message: s
         RunSettings.from_run_config({**config, **more})
 
 
+@pytest.mark.parametrize(
+    ("settings", "weighs"),
+    [
+        ({}, True),
+        ({"algorithm": "local"}, True),
+        ({"algorithm": "local-masks"}, True),
+        ({"algorithm": "choco"}, True),
+        ({"algorithm": "dispfl"}, False),
+        ({"algorithm": "mask-averaging"}, False),
+        ({"fusion": "mask-averaging"}, False),
+    ],
+)
+def test_votes_fade_only_where_they_are_weighed(settings: dict[str, Any], weighs: bool) -> None:
+    config = {**settings, "age-decay": 0.5}
+    if weighs:
+        assert RunSettings.from_run_config(config).age_decay == 0.5
+        return
+    with pytest.raises(ConfigError, match=r"lets all neighbors count alike, and age-decay must"):
+        RunSettings.from_run_config(config)
+
+
 def test_no_vote_of_a_servers_model_fades() -> None:
     with pytest.raises(ConfigError, match="hear its model, which has no vote; age-decay must"):
         RunSettings.from_run_config({"algorithm": "fedavg", "age-decay": 0.5})

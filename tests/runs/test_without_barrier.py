@@ -326,3 +326,29 @@ def test_a_resumed_run_by_rounds_goes_on_with_its_clock(tmp_path: Path) -> None:
     assert values(run, but=("seconds",)) == values(whole.run, but=("seconds",))
     assert [line["clock"] for line in run.relay] == [line["clock"] for line in whole.run.relay]
     assert math.isfinite(run.relay[-1]["clock"])
+
+
+def test_the_last_round_waits_for_everybody(tmp_path: Path) -> None:
+    record = RunRecord.create(tmp_path, name="x", config={})
+    options: dict[str, Any] = {"speeds": "1, 1, 50", "round_timeout": 5.0}
+    graph = Topology.ring(3)
+    simulate(make_fleet(3), graph, num_rounds=4, evaluate_every=2, record=record, **options)
+    run = read_run(record.path)
+    assert run.finished
+    assert [line["answered"] for line in run.relay[1:]] == [2, 2, 3, 3]
+    assert run.result()["agents"] == 3
+
+
+def test_a_budget_that_cuts_slow_agents_off_is_in_the_record(tmp_path: Path) -> None:
+    record = RunRecord.create(tmp_path, name="x", config={})
+    options: dict[str, Any] = {"speeds": "1, 1, 9", "schedule": "async", "time_budget": 12.0}
+    graph = Topology.ring(3)
+    simulate(make_fleet(3), graph, num_rounds=4, evaluate_every=2, record=record, **options)
+    run = read_run(record.path)
+    assert run.stopped_early == {"round": 4, "planned": 4, "fewest": 2}
+    assert [line["missing"] for line in run.relay] == [[], [], [2], [2], []]
+
+
+def test_events_that_are_none_are_refused() -> None:
+    with pytest.raises(ConfigError, match="events come from a run record of schedule async"):
+        simulate(make_fleet(3), Topology.ring(3), num_rounds=2, schedule="async", events=[])

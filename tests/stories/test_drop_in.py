@@ -536,6 +536,15 @@ def test_under_another_strategy_the_mod_refuses() -> None:
         grid.app(message, context)
 
 
+def test_an_app_of_its_own_is_no_stack() -> None:
+    grid = InProcessGrid(numpy_app(), 1)
+    context = grid.contexts[1000]
+    context.run_config["engine"] = "batched"
+    message = Message(RecordDict({"arrays": record(INITIAL)}), 1000, "train")
+    with pytest.raises(ConfigError, match='engine = "batched" stacks agents of make_client_app'):
+        grid.app(message, context)
+
+
 def test_an_app_of_make_client_app_needs_no_mod() -> None:
     grid = Nodes(make_client_app(model_fn, data_fn, mods=[neighbor_average_mod]), 2)
     with pytest.raises(RosterError, match="exchanges with its neighbors by itself"):

@@ -87,3 +87,10 @@ def test_a_device_that_sends_its_state_is_refused() -> None:
     with pytest.raises(AnswerError, match="a device keeps its state to itself, and agent 1 sent"):
         check_handed(an_answer(a_generation()), agent=1, run=RUN)
     check_handed(Answer({"agent": 1}, {}), agent=1, run=RUN)
+
+
+def test_a_late_answer_to_the_last_round_is_no_final_state(tmp_path: Path) -> None:
+    kept = Handover(tmp_path, run=RUN)
+    kept.keep({1: replace(an_answer(a_generation()), late_of=4)}, closing=True)
+    assert StateStore(tmp_path).rounds(1) == [4]
+    assert not (tmp_path / "agent-0001.safetensors").exists()

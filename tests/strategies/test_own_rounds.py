@@ -2,15 +2,28 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flower_mcepl import RosterError, Topology, read_run, simulate
+from flower_mcepl import (
+    IncompleteRunError,
+    RosterError,
+    Topology,
+    TopologyError,
+    read_run,
+    simulate,
+)
+from flower_mcepl.exchange.relay import Relay
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.writing import RunRecord
-from flower_mcepl.strategies import own_rounds, rounds, waiting
+from flower_mcepl.runs.book import RunBook, open_book
+from flower_mcepl.runs.fleet import Fleet
+from flower_mcepl.runs.own_rounds import OwnRounds
+from flower_mcepl.runs.settings import RunSettings
+from flower_mcepl.strategies import GossipStrategy, own_rounds, rounds, waiting
 from tests.fleet.agents import make_fleet
 from tests.fleet.flower import agent_grid, gossip, sent_round
 from tests.strategies.test_late_answers import Clock, DelayedGrid, delayed_grid
@@ -214,3 +227,77 @@ def at(grid: DelayedGrid, steps: dict[tuple[int, int], Callable[[], None]]) -> N
         return push(messages)
 
     grid.push_messages = pushed  # type: ignore[method-assign]
+
+
+def test_agents_that_never_answer_are_no_common_failure(clock: Clock, tmp_path: Path) -> None:
+    """Two of ten devices are silent after the first round: the others go on."""
+
+    def takes(node: int, round: int) -> float | None:
+        return 40.0 if node < 1008 else (None if round > 1 else 5.0)
+
+    grid = delayed_grid(10, clock, takes)
+    gossip(
+        grid, rounds=8, timeout=50.0, wait_timeout=60.0, record=tmp_path, incomplete=True, **ASYNC
+    )
+    run = recorded(tmp_path)
+    assert run.status == "incomplete"
+    closing = {row["agent"] for row in run.rounds if row.get("closing")}
+    assert closing == set(range(8))
+    assert {run.final()[agent]["round"] for agent in closing} == {8}
+
+
+def test_a_message_that_was_given_up_fails_no_later_round(clock: Clock, tmp_path: Path) -> None:
+    """A node is away for one look; its old message expires as it plays a later one."""
+
+    def takes(node: int, round: int) -> float | None:
+        return 5.0 if node != 1003 else {2: None, 3: 55.0}.get(round, 20.0)
+
+    grid = delayed_grid(4, clock, takes)
+    at(grid, {(1000, 4): lambda: grid.down.add(1003), (1000, 5): grid.down.clear})
+    gossip(grid, rounds=30, timeout=60.0, wait_timeout=600.0, record=tmp_path, **ASYNC)
+    run = recorded(tmp_path)
+    assert [event["failed"] for event in run.events if event.get("failed")] == [[3]]
+    assert [line["round"] for line in run.relay if line["failed"]] == [2]
+    assert run.finished
+
+
+def test_a_late_answer_is_none_to_the_closing(tmp_path: Path) -> None:
+    record = RunRecord.create(tmp_path, name="x", config={})
+    agents = make_fleet(3)
+    relay: Relay[bytes] = Relay(
+        Topology.ring(3), schedule="async", open_frame=bytes, wrap_frame=bytes
+    )
+    fleet = Fleet(
+        agents,
+        engine="loop",
+        max_staleness=5,
+        age_decay=1.0,
+        keep_best=False,
+        tell_classes=True,
+        on_reply=lambda round, agent, reply: None,
+    )
+
+    def play(book: RunBook[bytes]) -> None:
+        own = OwnRounds(book, relay, num_agents=3)
+        first = fleet.play(range(3), own.give(range(3), clock=0.0))
+        own.take({agent: first[agent] for agent in (0, 1)}, clock=1.0)
+        own.end()
+        closing = fleet.play((0, 1), [own.closing_parcel(agent) for agent in (0, 1)])
+        own.close({**closing, 2: replace(first[2], late_of=1)}, clock=2.0)
+
+    def whole() -> None:
+        with open_book(relay, {}, num_rounds=1, record=lambda _: record) as book:
+            play(book)
+
+    with pytest.raises(IncompleteRunError, match="no answer from these agents: 2"):
+        whole()
+    last = read_run(record.path).relay[-1]
+    assert (last["missing"], last["late"]) == ([2], {"2": 1})
+
+
+def test_a_graph_that_changes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TopologyError, match="no rounds of all agents in which a graph could chang"):
+        GossipStrategy(Topology.parse("random-neighbors:degree=2", num_agents=4, seed=0), **ASYNC)
+    settings = {"schedule": "async", "checkpoint-every": 0, "topology": "random-neighbors:degree=2"}
+    with pytest.raises(TopologyError, match="Use a graph that stays, or schedule rounds"):
+        RunSettings.from_run_config(settings)

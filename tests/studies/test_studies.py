@@ -243,20 +243,32 @@ def test_wrong_settings_of_the_command_line_are_told_as_such(
         read_study(path, settings)
 
 
-@pytest.mark.parametrize("engine", ["flower", "in-process"])
-def test_models_that_no_device_would_write_are_refused_before_the_first_run(
-    engine: str, tmp_path: Path
+@pytest.mark.parametrize("engine", ["flower", "in-process", "batched"])
+@pytest.mark.parametrize(
+    ("keys", "setting", "rule"),
+    [
+        ('export = ""', "export = 'mask'", "export writes models .* under Flower"),
+        (
+            'schedule = "rounds"\ncheckpoint-every = 0',
+            "schedule = 'async'",
+            'in process all agents of a study have one speed.* Use engine = "flower"',
+        ),
+    ],
+    ids=["export", "schedule"],
+)
+def test_what_means_nothing_in_process_is_refused_before_the_first_run(
+    engine: str, keys: str, setting: str, rule: str, tmp_path: Path
 ) -> None:
     app = write_app(tmp_path / "apps")
     pyproject = app / "pyproject.toml"
     config = "[tool.flwr.app.config]\n"
-    text = pyproject.read_text(encoding="utf-8").replace(config, config + 'export = ""\n')
+    text = pyproject.read_text(encoding="utf-8").replace(config, f"{config}{keys}\n")
     pyproject.write_text(text, encoding="utf-8")
-    path = write_study(tmp_path, app, "[config]\nexport = 'mask'\n", engine=engine)
+    path = write_study(tmp_path, app, f"[config]\n{setting}\n", engine=engine)
     if engine == "flower":
         assert len(read_study(path).runs) == 1
         return
-    with pytest.raises(ConfigError, match=r"line \d+: export writes models .* under Flower"):
+    with pytest.raises(ConfigError, match=rf"line \d+: {rule}"):
         read_study(path)
 
 

@@ -3,6 +3,7 @@
 import abc
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +111,8 @@ class MixingAgent(DenseAgent[ConfigT]):
     def mixed_weights(self) -> Mapping[str, Tensor]:
         """Return the agent's own ``x_i`` of the exchange that is under way."""
 
-    @property
-    def weighs_votes(self) -> bool:
+    @classmethod
+    def weighs_votes_with(cls, config: Any) -> bool:
         """Whether votes count: what one lacks falls to the agent itself."""
         return True
 

@@ -30,6 +30,7 @@ from flower_mcepl.agents.parts.sharing import num_elements, share_fact
 from flower_mcepl.agents.parts.votes import WHOLE, faded
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.masks import formulas as maths
+from flower_mcepl.masks.fusion import FUSIONS
 from flower_mcepl.masks.gates import LAYER
 from flower_mcepl.masks.weight_init import with_weights
 
@@ -128,10 +129,10 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         self.gradient = {}
         self._average_scores()
 
-    @property
-    def weighs_votes(self) -> bool:
+    @classmethod
+    def weighs_votes_with(cls, config: Any) -> bool:
         """Whether faded votes can count: not in weights blended with the neighbors'."""
-        return self.model.fusion.blend is None
+        return FUSIONS.find(config.fusion).blend is None
 
     def personal_model(self) -> nn.Module:
         """Return the frozen network under the agent's own mask, an ordinary module."""
