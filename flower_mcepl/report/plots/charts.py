@@ -69,6 +69,9 @@ def draw_by_bytes(curves: Sequence[Curve], metric: MainMetric = ACCURACY) -> byt
     return png(figure)
 
 
+_TICKS = 96  # characters of all ticks of a sweep, side by side
+
+
 def draw_sweep(sweep: Sweep, metric: MainMetric = ACCURACY) -> bytes:
     """Draw the last main metric against a swept setting, its values equally spaced."""
     figure = new_figure(9, 4.6 + _legend_height([line.label for line in sweep.lines]))
@@ -78,7 +81,10 @@ def draw_sweep(sweep: Sweep, metric: MainMetric = ACCURACY) -> bytes:
         style: dict[str, Any] = {**line_style(place), "label": wrapped(line.label)}
         errors = [sd or 0.0 for sd in line.sd] if any(line.sd) else None
         axes.errorbar(line.at, line.mean, errors, lw=2, ms=6, capsize=4, **style)
-    axes.set_xticks(range(len(sweep.values)), [wrapped(value, 20) for value in sweep.values])
+    # narrower the more there are; a spec may break behind its name
+    width = max(8, _TICKS // len(sweep.values))
+    texts = [wrapped(value.replace(":", ": "), width) for value in sweep.values]
+    axes.set_xticks(range(len(texts)), texts)
     _frame(axes, metric)
     several = any(any(line.sd) for line in sweep.lines)
     _legend(axes, len(sweep.lines), "bars: ± 1 sd over the seeds" if several else None)
