@@ -15,23 +15,19 @@ plays the same virtual time, that of ``--rounds`` rounds of a fast agent:
 import argparse
 import math
 import statistics
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from flower_mcepl import AgentData, Topology, shared_module, simulate
-from flower_mcepl.agents import make_agent
-from flower_mcepl.data import DataSettings
+from digits_fleet import RECIPE, make_fleet
+
+from flower_mcepl import Topology, simulate
 from flower_mcepl.record.figures import clock_to, curve_by_clock
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.speeds import Speeds
 from flower_mcepl.runs.virtual_time import VirtualTimes
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "quickstart"))
 
 AGENTS, STEP, NOISE, EVERY = 10, 100.0, 0.1, 2
 FACTORS = (1, 2, 5, 10)
@@ -40,12 +36,7 @@ DATA: dict[str, Any] = {
     **{"partition": "pathological:classes=3", "train-fraction": 0.4, "test-fraction": 0.6},
     **{"network": "net", "width": 1.0},
 }
-KEYS: dict[str, Any] = {
-    **{"score-form": "magnitude", "score-gradient": "normalized", "score-lr": 0.002},
-    **{"momentum": 0.9, "weight-decay": 0.0, "finetune-lr": 0.0, "batch-size": 32},
-    **{"weight-init": "signed-constant", "first-mask": "scores", "fusion-strength": 3.0},
-    **{"share": "layers.0.*, layers.4.*", "retention-conv": "0.5", "retention-linear": 0.5},
-}
+KEYS: dict[str, Any] = {**RECIPE, "batch-size": 32}
 WAYS: dict[str, dict[str, Any]] = {
     "rounds": {},
     "deadline": {"timeout_factor": 1.5},
@@ -127,25 +118,7 @@ def graph_of(seed: int) -> Topology:
 
 def fleet_of(seed: int) -> list[Any]:
     """Agents of the fleet."""
-    return [agent(index, seed) for index in range(AGENTS)]
-
-
-def agent(index: int, seed: int) -> Any:
-    """Agent of the fleet."""
-    from mcepl_quickstart.task import load_data, model_fn
-
-    context: Any = SimpleNamespace(run_config=DATA, node_config={})
-    train, _, test = load_data(
-        index, num_agents=AGENTS, settings=DataSettings.from_run_config(DATA), seed=seed
-    )
-    return make_agent(
-        "mcepl",
-        index,
-        shared_module(lambda: model_fn(context), seed=seed),
-        AgentData.of(train, test, agent=index),
-        KEYS,
-        seed=seed,
-    )
+    return make_fleet(AGENTS, data=DATA, keys=KEYS, seed=seed)
 
 
 def rounds_of(run: Run, agent: int, budget: float) -> int:

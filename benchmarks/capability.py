@@ -12,21 +12,17 @@ rounds is the best in hindsight.
 
 import argparse
 import random
-import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from flower_mcepl import AgentData, Topology, shared_module, simulate
-from flower_mcepl.agents import make_agent
+from digits_fleet import RECIPE, make_fleet
+
+from flower_mcepl import Topology, simulate
 from flower_mcepl.agents.parts.pace import LEVELS
-from flower_mcepl.data import DataSettings
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.writing import RunRecord
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "quickstart"))
 
 AGENTS, BUDGET, SLOWER, NOISE = 10, 1.5, 3.0, 0.2
 SLOW = 0  # the agent that becomes slow
@@ -35,10 +31,8 @@ DATA: dict[str, Any] = {
     **{"network": "net", "width": 1.0},
 }
 KEYS: dict[str, Any] = {
-    **{"score-form": "magnitude", "score-gradient": "normalized", "score-lr": 0.002},
-    **{"momentum": 0.9, "weight-decay": 0.0, "finetune-lr": 0.0, "score-averaging": 0.9},
-    **{"weight-init": "signed-constant", "first-mask": "scores", "fusion-strength": 3.0},
-    **{"share": "layers.0.*, layers.4.*", "retention-conv": "0.5", "retention-linear": 0.5},
+    **RECIPE,
+    "score-averaging": 0.9,
     **{"filters": "auto", "filters-training": "compact", "step-budget": BUDGET},
 }
 
@@ -100,7 +94,7 @@ def show(args: argparse.Namespace, seed: int, folder: Path) -> None:
 
 def played(args: argparse.Namespace, seed: int, folder: Path, share: float | None) -> Run:
     """Run in which agent 0 chooses its share, or keeps one; all others choose."""
-    agents = [agent(index, seed) for index in range(AGENTS)]
+    agents = make_fleet(AGENTS, data=DATA, keys=KEYS, seed=seed)
     name = "auto" if share is None else f"fixed-{share:g}"
     record = RunRecord.create(folder, name=f"{name}-{seed}", config={})
 
@@ -122,24 +116,6 @@ def played(args: argparse.Namespace, seed: int, folder: Path, share: float | Non
         step_seconds=clock,
     )
     return read_run(record.path)
-
-
-def agent(index: int, seed: int) -> Any:
-    """Agent of the fleet."""
-    from mcepl_quickstart.task import load_data, model_fn
-
-    context: Any = SimpleNamespace(run_config=DATA, node_config={})
-    train, _, test = load_data(
-        index, num_agents=AGENTS, settings=DataSettings.from_run_config(DATA), seed=seed
-    )
-    return make_agent(
-        "mcepl",
-        index,
-        shared_module(lambda: model_fn(context), seed=seed),
-        AgentData.of(train, test, agent=index),
-        KEYS,
-        seed=seed,
-    )
 
 
 def hold(agent: Any, share: float) -> None:

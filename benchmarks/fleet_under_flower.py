@@ -143,6 +143,8 @@ def played(folder: Path, agents: int, per_node: int, rounds: int) -> Run:
 def per_agent(run: Run) -> tuple[float, float]:
     """Wall and computing seconds of an agent and round: medians, without the first."""
     lines = run.relay[:-1]
+    if lacking := [line["round"] for line in lines if line["answered"] != run.num_agents]:
+        raise SystemExit(f"not all of {run.num_agents} agents answered in rounds {lacking}")
     walls = [b["seconds"] - a["seconds"] for a, b in itertools.pairwise(lines)]
     work = [line["agent_seconds"] for line in lines[1:]]
     return statistics.median(walls) / run.num_agents, statistics.median(work) / run.num_agents

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, cast, final
 
 import torch
 
 from flower_mcepl.agents import Agent
 from flower_mcepl.agents.agent import AgentState, Payload, WeighsVotes
+from flower_mcepl.agents.parts.votes import WHOLE
 from flower_mcepl.agents.stack import AgentStack, given
 from flower_mcepl.errors import (
     AnswerError,
@@ -223,7 +223,7 @@ class Heard(NamedTuple):
     """What an agent is to fuse: payloads by neighbor, and votes if some have faded."""
 
     inbox: Mapping[int, Payload]
-    votes: Mapping[int, float] = MappingProxyType({})
+    votes: Mapping[int, float] = WHOLE
 
 
 @final

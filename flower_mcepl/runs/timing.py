@@ -11,7 +11,6 @@ from flower_mcepl.agents.parts.pacing import Decisions, StepSeconds, set_pace
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.schedules import ASYNC, ROUNDS
 from flower_mcepl.runs.events import Event, check_events, recorded_events
-from flower_mcepl.runs.schedules import check_schedule
 from flower_mcepl.runs.speeds import Speeds
 from flower_mcepl.runs.virtual_time import VirtualTimes
 
@@ -36,7 +35,6 @@ class Timing:
     round_timeout: float = math.inf
 
     def __post_init__(self) -> None:
-        check_schedule(self.schedule, time_budget=self.time_budget)
         check(
             self.events is None or self.schedule == ASYNC,
             f'events are played by schedule "{ASYNC}"',

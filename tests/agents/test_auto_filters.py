@@ -503,5 +503,7 @@ def test_devices_choose_by_the_clock_of_their_speeds(schedule: str, tmp_path: Pa
 
 
 def test_no_device_goes_by_the_machines_clock_beside_a_virtual_one() -> None:
-    with pytest.raises(ConfigError, match=r"on a virtual clock they need step_seconds; .*Pass step_sec"):
+    with pytest.raises(
+        ConfigError, match=r"on a virtual clock they need step_seconds; .*Pass step_sec"
+    ):
         simulate(fleet(), RING, num_rounds=1, speeds="1, 2")
