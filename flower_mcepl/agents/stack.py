@@ -58,12 +58,8 @@ class AgentStack:
         votes: Sequence[Mapping[int, float]],
     ) -> None:
         """Take in what each heard, and take the fine-tuning steps."""
-        for agent in self.agents:
-            agent.set_round(round)
-        hears = bool(self.first.layers) and any(inboxes)
-        own = self.masks() if hears else {}
-        for i, (agent, inbox) in enumerate(zip(self.agents, inboxes, strict=True)):
-            agent.fuse(inbox, round=round, votes=votes[i], own=_part(own, i))
+        for agent, inbox, own in zip(self.agents, inboxes, votes, strict=True):
+            agent.fuse(inbox, round=round, votes=own)
 
     def train(self, *, round: int) -> list[dict[str, float]]:
         """Take the local steps of all agents, each on its own batches."""

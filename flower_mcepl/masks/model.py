@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.blocks import check_block_retention
-from flower_mcepl.masks.fusion import MCEPL, Fusion, check_formula, heard_by
+from flower_mcepl.masks.fusion import MCEPL, Fusion, check_formula, heard_by, neighbor_average
 from flower_mcepl.masks.gates import LAYER, MaskRules, gate_name, masks_of
 from flower_mcepl.masks.layers import LayerSpec, find_frozen, find_maskable
 from flower_mcepl.masks.placement import call_with, kept_in_eval, slots_of, train_mode
@@ -194,16 +194,10 @@ class MaskedModel(nn.Module):
             setattr(self, _slot("mean", name), None if n is None else n.to(z.device, z.dtype))
 
     @torch.no_grad()
-    def hear(
-        self,
-        payloads: Sequence[Mapping[str, Tensor]],
-        *,
-        own: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def hear(self, payloads: Sequence[Mapping[str, Tensor]]) -> None:
         """Take in the neighbors' masks as ``n``, by the rule of fusion.
 
-        A layer is fused over those payloads that hold it. ``own`` are the present
-        `masks`, where the caller has them at hand.
+        A layer is fused over those payloads that hold it.
 
         Raises
         ------
@@ -211,10 +205,13 @@ class MaskedModel(nn.Module):
             If the rule gives another shape, no floats, or numbers that are not finite.
         """
         means, holders = {}, {}
-        for name, mask in ((own or self.masks()) if payloads else {}).items():
-            heard = [payload[name].to(mask.device) for payload in payloads if name in payload]
+        # ranking takes long, and the mean of the neighbors has no use for the own mask
+        needs_own = self.fusion.hear is not neighbor_average
+        like = self.masks() if payloads and needs_own else self.all_scores
+        for name, own in (like if payloads else {}).items():
+            heard = [payload[name].to(own.device) for payload in payloads if name in payload]
             if heard:
-                means[name] = self._heard(heard, mask)
+                means[name] = self._heard(heard, own)
             if len(heard) < len(payloads):
                 holders[name] = len(heard)
         self.set_neighbor_means(means or None, num_neighbors=len(payloads), holders=holders)

@@ -104,19 +104,11 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     # counts for one exchange, also where nobody was heard in it; the step size is that
     # of the round in which g was taken.
     def fuse(
-        self,
-        inbox: Mapping[int, Payload],
-        *,
-        round: int,
-        votes: Mapping[int, float] = WHOLE,
-        own: Mapping[str, Tensor] | None = None,
+        self, inbox: Mapping[int, Payload], *, round: int, votes: Mapping[int, float] = WHOLE
     ) -> None:
-        """Take in the neighbors' masks as ``n``, and take the fine-tuning step.
-
-        ``own`` are the agent's masks before it, where the caller has them at hand.
-        """
+        """Take in the neighbors' masks as ``n``, and take the fine-tuning step."""
         self.set_round(round)
-        self._hear(faded(inbox, votes) if votes else list(inbox.values()), own=own)
+        self._hear(faded(inbox, votes) if votes else list(inbox.values()))
         means = self.model.neighbor_means
         finetune_lr = self.config.finetune_lr * self.config.lr_factor(round)
         with torch.no_grad():
@@ -240,8 +232,8 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     def _settle(self, z: Tensor) -> None:
         """Bring scores after a step into the form that the algorithm keeps them in."""
 
-    def _hear(self, payloads: list[Payload], *, own: Mapping[str, Tensor] | None = None) -> None:
-        self.model.hear(payloads if self.layers else [], own=own)
+    def _hear(self, payloads: list[Payload]) -> None:
+        self.model.hear(payloads if self.layers else [])
 
     @torch.no_grad()
     def _average_scores(self) -> None:
