@@ -166,18 +166,22 @@ def isolated_rng(
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-@contextlib.contextmanager
-def noting_draws() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether Python's or NumPy's generator was drawn from.
+SHARED_GENERATORS = "Python's, NumPy's or torch's global generator"
 
-    The generators are those that all share, of this process.
+
+def noting_draws() -> Callable[[], bool]:
+    """Return a function that says whether a generator of all was drawn from since.
+
+    The generators are those of `SHARED_GENERATORS`, torch's on the CPU. Watch no more
+    than is meant: type checkers such as beartype draw from Python's, too.
     """
 
     def state() -> bytes:
-        return pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002
+        shared = random.getstate(), np.random.get_state()  # noqa: NPY002
+        return pickle.dumps((*shared, torch.get_rng_state().numpy()))
 
     before = state()
-    yield lambda: state() != before
+    return lambda: state() != before
 
 
 def _seed_torch(start: int, *, cuda: bool) -> None:

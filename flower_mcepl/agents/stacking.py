@@ -18,7 +18,7 @@ from flower_mcepl.data.batches import Batch
 from flower_mcepl.errors import ConfigError, FlowerMceplError, UnsupportedLayerError
 from flower_mcepl.masks.placement import evaluating
 from flower_mcepl.masks.stacked import stacked
-from flower_mcepl.streams import noting_draws
+from flower_mcepl.streams import SHARED_GENERATORS, noting_draws
 
 # Differences relative to the norm. A mistake is of the order of 1. Loss and outputs
 # differ by the last places of floats. So do gradients, unless a tie in a max pool falls
@@ -65,12 +65,10 @@ def check_stack(stack: AgentStack) -> None:
         alike.setdefault(shape_of(one.batch), []).append(one)
     for group in alike.values():
         part = AgentStack([one.agent for one in group])
-        with _naming_the_layer(part.first.model.module), noting_draws() as drew:
+        with _naming_the_layer(part.first.model.module):
             masks = stacked([one.masks for one in group])
             results = part.trial([one.batch for one in group], masks)
             together = part.masks()
-            if drew():
-                raise RuntimeError("its forward draws from Python's or NumPy's global generator")
         for i, one in enumerate(group):
             one.compare({name: result[i] for name, result in results.items()})
             one.compare_masks({name: mask[i] for name, mask in together.items()})
@@ -92,6 +90,13 @@ class _Own:
         self.batch = inputs, targets
         with evaluating(model.module), torch.no_grad():  # before running statistics change
             outputs = agent.learner.outputs(model, inputs)
+        drew = noting_draws()
+        agent.learner.loss_of(outputs, targets)
+        if drew():
+            raise UnsupportedLayerError(
+                f"a stack of agents needs a loss that draws nothing; agent {agent.index}'s draws "
+                f"from {SHARED_GENERATORS}. {WAY_OUT}"
+            )
         loss = agent.learner.loss(model, inputs, targets)
         gradients = gradients_of(agent.objective(loss), model.scores)
         self.results = {"loss": loss.detach(), "outputs": outputs, **gradients}
@@ -129,14 +134,21 @@ class _Own:
 
 @contextlib.contextmanager
 def _naming_the_layer(module: nn.Module) -> Iterator[None]:
-    """Say in which layer of a network an error was."""
+    """Say in which layer of a network an error was; a draw in its forward is one."""
     last = ["none"]
     names = {submodule: name for name, submodule in module.named_modules()}
+    watches = []
 
     def entered(layer: nn.Module, _: object) -> None:
         last.append(f"{type(layer).__name__} {names[layer]}".strip())
+        watches.append(noting_draws())
+
+    def left(_: nn.Module, __: object, ___: object) -> None:
+        if watches.pop()():
+            raise RuntimeError(f"its forward draws from {SHARED_GENERATORS}")
 
     hooks = [submodule.register_forward_pre_hook(entered) for submodule in names]
+    hooks += [submodule.register_forward_hook(left) for submodule in names]
     try:
         yield
     except FlowerMceplError:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +31,9 @@ from flower_mcepl import (
 from flower_mcepl.agents import load_state
 from flower_mcepl.agents import make_agent as make_registered
 from flower_mcepl.agents.agent import best_file
+from flower_mcepl.agents.tasks.task import Task
 from flower_mcepl.exchange.turn import Reply
+from flower_mcepl.masks import formulas
 from flower_mcepl.models import AlexNetCifar, Staged
 from tests.fleet.agents import SEED, make_fleet, noisy_net, same_tensors, small_net, split
 
@@ -471,7 +475,7 @@ class Lopsided(Curious):
     [
         (noisy_net, r"cannot be called so; the last layer entered was Dropout 4: RuntimeError"),
         (Curious, r"the last layer entered was Curious: RuntimeError: .*item\(\)"),
-        (Moody, r"its forward draws from Python's or NumPy's global generator"),
+        (Moody, r"its forward draws from Python's, NumPy's or torch's global generator"),
         (Replacing, r"change its buffers in place; Replacing puts another tensor .* of seen\."),
         (Checkpointed, r"last layer entered was Linear head: RuntimeError: .*vmap"),
         (Lopsided, r"agent 0's loss, outputs, head\.weight on one batch are others"),
@@ -487,6 +491,30 @@ def test_a_network_that_no_stack_can_run_is_refused(
     agents = make_fleet(4, model_fn=model_fn, score_lr=0.1)
     with pytest.raises(UnsupportedLayerError, match=message + r".*(Use engine|Let it)"):
         simulate(agents, RING, num_rounds=1, engine="batched")
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(()))])
+def test_a_loss_that_draws_is_refused(draw: Callable[[], float]) -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs, targets) + 1e-9 * draw()
+
+    agents = make_fleet(4, task=Task(loss=loss), score_lr=0.1)
+    with pytest.raises(UnsupportedLayerError, match=r"a loss that draws nothing; agent 0's .*Use"):
+        simulate(agents, RING, num_rounds=1, engine="batched")
+
+
+def test_draws_outside_the_network_are_no_ones_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by beartype in the package itself: it draws which elements it looks at."""
+    drawn = []
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        drawn.append(random.random())
+        return largest_masks(*args, **kwargs)
+
+    largest_masks = formulas.largest_masks
+    monkeypatch.setattr(formulas, "largest_masks", checked)
+    simulate(make_fleet(4, score_lr=0.1), RING, num_rounds=1, engine="batched")
+    assert drawn
 
 
 class Last(nn.Module):
