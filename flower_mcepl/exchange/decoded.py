@@ -36,25 +36,23 @@ class DecodedFrames:
 
     @staticmethod
     def key(
-        data: FrameBytes, header: FrameHeader, references: Sequence[Reference], within: str = ""
+        data: FrameBytes,
+        header: FrameHeader,
+        references: Sequence[tuple[int, str]],
+        within: str = "",
     ) -> Key | None:
         """Return what a checked frame is kept under; None if it is not to be kept.
 
-        ``references`` are what the receiver may decode it with, in the order of
-        `unpack_frame`; ``within`` stands for the layers among which the payload is
-        held, where those are more than its own.
+        ``references`` are round and identity of what the receiver may decode it with,
+        in the order of `unpack_frame`; ``within`` stands for the layers among which the
+        payload is held, where those are more than its own.
         """
         if not header.coded_bytes:
             return None
         if header.reference is None:
             return bytes(data), within
-        known = next((r for r in references if r.round == header.reference), None)
-        if known is None or not known.content:
-            return None
-        flips = digest(
-            part for name in sorted(known.flips) for part in (name.encode(), known.flips[name].data)
-        )
-        return bytes(data), within + known.content + flips.hex()
+        identity = next((known for round, known in references if round == header.reference), "")
+        return (bytes(data), within + identity) if identity else None
 
     def get(self, key: Key | None) -> Held | None:
         """Return the payload under that key, if it is still there."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from flower_mcepl.errors import CorruptFrameError, StateError
 from flower_mcepl.files.bundle import Arrays
+from flower_mcepl.wire.layout import digest
 from flower_mcepl.wire.payload import Reference, join_support, support_of, values_of
 from flower_mcepl.wire.support import pack, packed_bytes, unpack
 
 ABSENT, MASK, DENSE, SPARSE = range(4)  # what a layer's tensor is
-_ONES = np.array([byte.bit_count() for byte in range(256)], np.int64)  # bits of each byte
+_ONES = np.array([byte.bit_count() for byte in range(256)], np.uint8)  # bits of each byte
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Held:
     def since(self) -> int:
         """Round from which on the holder counts its age."""
         return self.round if self.came is None else self.came
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of content and flips; empty if it came in no frame."""
+        return self.content and self.content + digest([self.flips.data]).hex()
 
     @classmethod
     def of(cls, reference: Reference, layers: Mapping[str, tuple[int, ...]]) -> "Held":
@@ -122,7 +129,7 @@ class Held:
         for kind, name in zip(self.kinds, sorted(layers), strict=True):
             numel = math.prod(layers[name])
             size = packed_bytes(numel) if kind in (MASK, SPARSE) else 0
-            on = int(_ONES[self.bits[at : at + size]].sum())
+            on = int(_ONES[self.bits[at : at + size]].sum(dtype=np.int64))
             if kind != ABSENT:
                 counts.append(numel if kind == DENSE else on)
             at += size

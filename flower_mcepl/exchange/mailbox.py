@@ -18,7 +18,7 @@ from flower_mcepl.errors import (
     ReplayedFrameError,
 )
 from flower_mcepl.exchange.ages import check_decay, vote
-from flower_mcepl.exchange.decoded import DecodedFrames, Key, common_reference
+from flower_mcepl.exchange.decoded import DecodedFrames, common_reference
 from flower_mcepl.exchange.held import Held, check_finite, restore_held
 from flower_mcepl.exchange.layer_lists import LayerLists, Layers
 from flower_mcepl.files.bundle import Arrays
@@ -109,8 +109,7 @@ class Mailbox:
         )
         self._dtype, self._prior, self._first = dtype, prior, first
         self._held: dict[int, Held] = {}
-        # what has just come and will be asked for at once
-        self._unpacked: dict[int, Reference] = {}
+        self._unpacked: dict[int, Reference | None] = {}  # just come, asked for at once
         self._doubtful: set[int] = set()  # senders that a whole frame is wanted of
         # sender -> weights that each of its masks keeps, as far as they were told
         self._kept: dict[int, list[int]] = {}
@@ -127,9 +126,7 @@ class Mailbox:
         """Take in frames of one sender, oldest first.
 
         Each builds on the one before, or on what is held.
-
-        Frames that are not newer than what is held change nothing, as when an answer to
-        the relay was lost and they come again.
+        Those no newer than what is held change nothing, as when an answer was lost.
 
         Parameters
         ----------
@@ -140,11 +137,10 @@ class Mailbox:
         latest_round : int | None
             The newest round they may come from; None: any.
         kept : sequence of int | None (default: None)
-            How many weights each of the sender's masks keeps, the layers sorted by
-            name, as its handshake says; it holds for all that follows. None: no news.
+            Weights that each of the sender's masks keeps from now on, layers sorted by
+            name, as its handshake says. None: no news.
         came : int | None (default: None)
-            The owner's round in which they came, where senders have rounds of their
-            own; None: the round that each says.
+            The owner's round in which they came; None: the round that each says.
 
         Raises
         ------
@@ -166,7 +162,7 @@ class Mailbox:
         if kept is not None:
             self._kept[sender] = list(kept)
         held = self._held.get(sender)
-        known = [] if held is None else [held.reference(self._layers)]
+        known = held
         newest, doubtful = -1, sender in self._doubtful
         for data in frames:
             self._check_size(sender, data)
@@ -184,18 +180,16 @@ class Mailbox:
             is_new = held is None or newest > held.round
             if not is_new and not doubtful:
                 continue
-            usable = [*known, *self._common]
-            key = DecodedFrames.key(data, header, usable, self._lists.digest)
             try:
-                reference, fresh = self._unpack(payload, header, usable, key)
+                fresh, unpacked = self._unpack(data, payload, header, known)
                 self._check_kept(sender, fresh)
             except FrameError:
                 self._doubtful.add(sender)
                 raise
-            known = [reference]
+            known = fresh
             if is_new:
-                held, doubtful = replace(fresh, came=came), False
-                self._held[sender], self._unpacked[sender] = held, reference
+                held, doubtful = fresh if came is None else replace(fresh, came=came), False
+                self._held[sender], self._unpacked[sender] = held, unpacked
                 self._doubtful.discard(sender)
         if frames and held is not None and newest < held.round + doubtful:
             raise ReplayedFrameError(
@@ -216,8 +210,8 @@ class Mailbox:
         due = self._kept.get(sender)
         if due is None:
             return
-        counts = came.counts(self._layers)
         if not came.keeps(due, self._layers):
+            counts = came.counts(self._layers)
             raise ForeignFrameError(
                 f"{name_frame(sender, came.round)} must keep as many weights of each layer as "
                 f"its sender's retention says, {due!s:.200}; it keeps {counts!s:.200}. Look at "
@@ -230,19 +224,26 @@ class Mailbox:
         return [] if self._first is None else [common_reference(self._first)]
 
     def _unpack(
-        self, payload: memoryview, header: FrameHeader, usable: Sequence[Reference], key: Key | None
-    ) -> tuple[Reference, Held]:
-        """Payload of a frame, unpacked and packed; decoded once in a process."""
+        self, data: FrameBytes, payload: memoryview, header: FrameHeader, known: Held | None
+    ) -> tuple[Held, Reference | None]:
+        """Payload of a frame, decoded once in a process; unpacked, too, the first time.
+
+        ``known`` is what is held of its sender.
+        """
+        held = [] if known is None else [known]
+        references = [(past.round, past.identity) for past in held]
+        references += [(first.round, first.content) for first in self._common]
+        key = DecodedFrames.key(data, header, references, self._lists.digest)
         decoded = _decoded.get(key)
         if decoded is not None:
-            return decoded.reference(self._layers), decoded
-        reference = unpack_frame(
-            payload, header, references=usable, prior=self._prior
-        ).as_reference()
+            return decoded, None
+        usable = [*(past.reference(self._layers) for past in held), *self._common]
+        frame = unpack_frame(payload, header, references=usable, prior=self._prior)
+        reference = frame.as_reference()
         check_finite(reference.tensors, name_frame(header.sender, header.round))
-        held = Held.of(reference, self._layers)
-        _decoded.put(key, held)
-        return reference, held
+        decoded = Held.of(reference, self._layers)
+        _decoded.put(key, decoded)
+        return decoded, reference
 
     def current(self, neighbors: Sequence[int], *, round: int) -> dict[int, Mapping[str, Tensor]]:
         """Unpack what counts in this round.
@@ -257,8 +258,7 @@ class Mailbox:
         Returns
         -------
         dict[int, Mapping[str, Tensor]]
-            Agent to its tensors, agents ascending. The first payload is handed out as
-            it is, not copied.
+            Agent to its tensors, agents ascending; the first payload itself, no copy.
         """
         payloads: dict[int, Mapping[str, Tensor]] = {}
         for sender in sorted({*neighbors} - {self._owner}):
