@@ -5,7 +5,7 @@ matrix product, both in float32. The kinds take turns, so that all see the same 
 medians of processor time are compared. The first row is a process of its own, run
 before and after the others.
 
-    python benchmarks/step_time.py [--repeats 20] [--batch-size 128] [--threads 1]
+    python benchmarks/step_time.py [--network resnet18] [--batch-size 128] [--threads 1]
 """
 
 import argparse
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,7 +26,28 @@ from flower_mcepl.models import AlexNetCifar
 
 DENSE, EXACT = "dense step, exact", "masked step, exact"
 GIVEN_BACK = "masked step, exact, freed memory given back"
-OPTIONS = ("repeats", "batch-size", "threads")
+OPTIONS = ("repeats", "batch-size", "threads", "network")
+
+
+class Network(NamedTuple):
+    """A network and the width of its images."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    pixels: int
+
+
+def resnet18() -> nn.Module:
+    """The ResNet-18 of torchvision with ten classes."""
+    from torchvision import models
+
+    return models.resnet18(num_classes=10)
+
+
+NETWORKS = {
+    "alexnet": Network("AlexNet-CIFAR", AlexNetCifar, 32),
+    "resnet18": Network("ResNet-18", resnet18, 64),
+}
 
 
 def main() -> None:
@@ -36,14 +58,21 @@ def main() -> None:
     options.add_argument("--batch-size", type=int, default=128, help="images a step (default: 128)")
     options.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     options.add_argument(
+        "--network",
+        choices=NETWORKS,
+        default="alexnet",
+        help="alexnet: AlexNet-CIFAR, 32 pixels (default); resnet18: torchvision's, 64 pixels",
+    )
+    options.add_argument(
         "--bfloat16", action="store_true", help="too: takes minutes where it is emulated"
     )
     options.add_argument("--given-back", action="store_true", help=argparse.SUPPRESS)
     args = options.parse_args()
     torch.set_num_threads(args.threads)
-    images, labels = batch(args.batch_size)
+    network = NETWORKS[args.network]
+    images, labels = batch(args.batch_size, network.pixels)
     agents = {
-        kind: one_agent(images, labels, arithmetic=kind)
+        kind: one_agent(network, images, labels, arithmetic=kind)
         for kind in ("exact", "fast", *(["bfloat16"] if args.bfloat16 else []))
     }
     exact = agents["exact"]
@@ -52,7 +81,7 @@ def main() -> None:
         print(measure({EXACT: lambda: exact.train(round=1)}, repeats=args.repeats)[EXACT])
         return
     kinds: dict[str, Callable[[], object]] = {
-        DENSE: dense_step(images, labels),
+        DENSE: dense_step(network, images, labels),
         EXACT: lambda: exact.train(round=1),
         **{
             f"masked step, {kind}": lambda agent=agent: agent.train(round=1)
@@ -65,10 +94,10 @@ def main() -> None:
     before = given_back(args)
     times = measure(kinds, repeats=args.repeats)
     times = {GIVEN_BACK: min(before, given_back(args)), **times}
-    flops, peak = step_flops(images, labels), matrix_product_speed()
+    flops, peak = step_flops(network, images, labels), matrix_product_speed()
     limit = flops / peak
     print(
-        f"AlexNet-CIFAR, {exact.model.num_weights:,} maskable weights, batch {args.batch_size}, "
+        f"{network.name}, {exact.model.num_weights:,} maskable weights, batch {args.batch_size}, "
         f"{args.threads} thread(s), processor time, median of {args.repeats} alternating runs"
     )
     print(
@@ -83,23 +112,27 @@ def main() -> None:
     print(f"masked / dense: {times[EXACT] / times[DENSE]:.3f}   (goal: at most 1.10)")
 
 
-def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [size, 3, 32, 32] of noise, and labels."""
+def batch(size: int, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [size, 3, pixels, pixels] of noise, and labels."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(size, 3, 32, 32, generator=generator)
+    images = torch.randn(size, 3, pixels, pixels, generator=generator)
     return images, torch.randint(0, 10, (size,), generator=generator)
 
 
-def one_agent(images: torch.Tensor, labels: torch.Tensor, *, arithmetic: str) -> MceplAgent:
-    """Agent of the paper's network."""
+def one_agent(
+    network: Network, images: torch.Tensor, labels: torch.Tensor, *, arithmetic: str
+) -> MceplAgent:
+    """Agent with one batch."""
     data = AgentData.of((images, labels), (images, labels), agent=0)
     config = MceplConfig(batch_size=len(labels), arithmetic=arithmetic)
-    return MceplAgent(0, shared_module(AlexNetCifar, seed=0), data, config, seed=0)
+    return MceplAgent(0, shared_module(network.make, seed=0), data, config, seed=0)
 
 
-def dense_step(images: torch.Tensor, labels: torch.Tensor) -> Callable[[], object]:
+def dense_step(
+    network: Network, images: torch.Tensor, labels: torch.Tensor
+) -> Callable[[], object]:
     """Return one step of plain SGD on the weights that the masks cover."""
-    net = shared_module(AlexNetCifar, seed=0)
+    net = shared_module(network.make, seed=0)
     optimizer = torch.optim.SGD(
         [p for p in net.parameters() if p.dim() > 1], lr=0.01, weight_decay=5e-4
     )
@@ -124,10 +157,10 @@ def given_back(args: argparse.Namespace) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout)
 
 
-def step_flops(images: torch.Tensor, labels: torch.Tensor) -> int:
+def step_flops(network: Network, images: torch.Tensor, labels: torch.Tensor) -> int:
     """Multiplications and additions of one dense step, forward and backward."""
     with FlopCounterMode(display=False) as counter:
-        dense_step(images, labels)()
+        dense_step(network, images, labels)()
     return counter.get_total_flops()
 
 
