@@ -1,12 +1,13 @@
 """Agents a second: the loop of `simulate` against its engine "batched".
 
 Twenty agents of a network train on random images of its shape, one mini-batch a round,
-on a ring. Loop and stack take turns, so that both see the same noise; ratios are those
+on a graph. Loop and stack take turns, so that both see the same noise; ratios are those
 within a turn, of processor time on the CPU and of clock time on a GPU. "step" is the
-local step alone, "round" all of a round: frames, fusion, step and masks.
+local step alone, "fusion" what follows once the neighbors' masks are decoded, "round"
+all of a round: frames, fusion, step and masks.
 
     python benchmarks/batched_engine.py [--agents 20] [--batch-size 32] [--repeats 7]
-    [--networks digits,alexnet] [--devices cpu,cuda]
+    [--graph ring] [--networks digits,alexnet] [--devices cpu,cuda]
 """
 
 import argparse
@@ -17,9 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flower_mcepl import AgentData, MceplAgent, MceplConfig, Topology, shared_module, simulate
+from flower_mcepl.agents.inboxes import Distinct
 from flower_mcepl.agents.stack import AgentStack
 from flower_mcepl.config.engines import BATCHED, LOOP
 from flower_mcepl.exchange.turn import Reply
@@ -36,6 +38,7 @@ def main() -> None:
     options.add_argument("--agents", type=int, default=20, help="(default: 20)")
     options.add_argument("--batch-size", type=int, default=32, help="images a step (default: 32)")
     options.add_argument("--repeats", type=int, default=7, help="turns (default: 7)")
+    options.add_argument("--graph", default="ring", help="spec of the graph (default: ring)")
     options.add_argument("--networks", default="digits,alexnet", help="(default: both)")
     options.add_argument("--devices", default="cpu,cuda", help="(default: those that are here)")
     args = options.parse_args()
@@ -46,20 +49,34 @@ def main() -> None:
             continue
         name = torch.cuda.get_device_name() if device == "cuda" else "one thread"
         for network in args.networks.split(","):
-            print(f"{device} ({name}), {network}, {args.agents} agents, batch {args.batch_size}")
-            fleets = [make_fleet(network, args, device=device) for _ in (LOOP, BATCHED)]
-            for what, kinds in (("step", steps(fleets)), ("round", rounds(fleets))):
+            print(
+                f"{device} ({name}), {network}, {args.agents} agents, {args.graph}, batch "
+                f"{args.batch_size}"
+            )
+            fleets = [make_fleet(network, args, device=device, draw=draw) for draw in (0, 1)]
+            graph = Topology.parse(args.graph, num_agents=args.agents)
+            for what, kinds in (
+                ("step", steps(fleets)),
+                ("fusion", fusions(fleets, graph)),
+                ("round", rounds(fleets, graph)),
+            ):
                 show(what, turns(kinds, repeats=args.repeats, device=device), args.agents)
 
 
-def make_fleet(network: str, args: argparse.Namespace, *, device: str) -> list[MceplAgent]:
-    """Agents with random images of a network's shape."""
+def make_fleet(
+    network: str, args: argparse.Namespace, *, device: str, draw: int
+) -> list[MceplAgent]:
+    """Agents with random images of a network's shape.
+
+    Other draws make other masks: a frame that one fleet sent, a process need not decode
+    again for the other.
+    """
     model_fn, shape = networks()[network]
-    module, draw = shared_module(model_fn, seed=0), torch.Generator().manual_seed(0)
+    module, generator = shared_module(model_fn, seed=0), torch.Generator().manual_seed(draw)
     fleet = []
     for index in range(args.agents):
-        images = torch.randn(2 * args.batch_size, *shape, generator=draw)
-        labels = torch.randint(10, (2 * args.batch_size,), generator=draw)
+        images = torch.randn(2 * args.batch_size, *shape, generator=generator)
+        labels = torch.randint(10, (2 * args.batch_size,), generator=generator)
         data = AgentData.of((images, labels), (images[:4], labels[:4]), agent=index)
         config = MceplConfig(batch_size=args.batch_size, score_gradient="normalized", score_lr=1e-3)
         fleet.append(MceplAgent(index, module, data, config, seed=0, device=device))
@@ -95,7 +112,38 @@ def steps(fleets: Sequence[list[MceplAgent]]) -> list[Kind]:
     return [alone, together]
 
 
-def rounds(fleets: Sequence[list[MceplAgent]]) -> list[Kind]:
+def fusions(fleets: Sequence[list[MceplAgent]], graph: Topology) -> list[Kind]:
+    """Fusion of all agents, each of which decoded what it hears."""
+    loop, stack = fleets[0], AgentStack(fleets[1])
+    sent = stack.outgoing()
+
+    def heard() -> list[dict[int, dict[str, Tensor]]]:
+        senders = [graph.in_neighbors(agent.index) for agent in loop]
+        return [{j: {n: m.clone() for n, m in sent[j].items()} for j in own} for own in senders]
+
+    def alone(clock: Callable[[], float]) -> float:
+        _train(fleets[0])
+        inboxes, start = heard(), clock()
+        for agent, inbox in zip(loop, inboxes, strict=True):
+            agent.fuse(inbox, round=1)
+        return clock() - start
+
+    def together(clock: Callable[[], float]) -> float:
+        _train(fleets[1])
+        inboxes, start = heard(), clock()
+        distinct = Distinct()
+        stack.fuse([*map(distinct.inbox, inboxes)], round=1, votes=[{}] * len(loop))
+        return clock() - start
+
+    return [alone, together]
+
+
+def _train(fleet: list[MceplAgent]) -> None:
+    """Leave a gradient for the fine-tuning step of each."""
+    AgentStack(fleet).train(round=1)
+
+
+def rounds(fleets: Sequence[list[MceplAgent]], graph: Topology) -> list[Kind]:
     """A round of `simulate`, by each engine: the median of a short run."""
 
     def kind(engine: str, fleet: list[MceplAgent]) -> Kind:
@@ -107,7 +155,7 @@ def rounds(fleets: Sequence[list[MceplAgent]]) -> list[Kind]:
 
             simulate(
                 fleet,
-                Topology.ring(len(fleet)),
+                graph,
                 num_rounds=ROUNDS,
                 evaluate_every=ROUNDS + 1,
                 engine=engine,
@@ -138,7 +186,7 @@ def show(what: str, times: Sequence[Sequence[float]], agents: int) -> None:
     loop, stack = (agents / statistics.median(kind) for kind in zip(*times, strict=True))
     ratios = sorted(alone / together for alone, together in times)
     print(
-        f"  {what:<5} loop {loop:8.1f}, batched {stack:8.1f} agents a second; batched is "
+        f"  {what:<6} loop {loop:8.1f}, batched {stack:8.1f} agents a second; batched is "
         f"{statistics.median(ratios):.2f} times as fast ({ratios[0]:.2f} to {ratios[-1]:.2f})",
         flush=True,
     )

@@ -171,7 +171,8 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         self.lr = config.lr_by_layer(self._common.names)  # η by layer
         self.score_step = ScoreStep(config)
         for z in self.model.all_scores.values():
-            self._settle(z)
+            with torch.no_grad():
+                z.copy_(self.settled(z))
         self._compact, self._why_full = self._compact_network()
         # chooses the share of filters, where that is left to the device
         self.pacer = Pacer.of(index, config) if config.filters_auto else None
@@ -331,9 +332,9 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         if self.config.momentum:
             self.velocity[name] = velocity
 
-    @torch.no_grad()
-    def _settle(self, z: Tensor) -> None:
-        z.copy_(self.score_step.settled(z))
+    def settled(self, z: Tensor) -> Tensor:
+        """Scores in the form that they are kept in."""
+        return self.score_step.settled(z)
 
 
 MCEPL = Algorithm(MceplAgent, MceplConfig, final_masks=final_masks)

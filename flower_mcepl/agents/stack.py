@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from flower_mcepl.agents.agent import Payload
+from flower_mcepl.agents.inboxes import Inboxes
 from flower_mcepl.agents.mcepl import MceplAgent
 from flower_mcepl.agents.parts.arithmetic import keep_freed_memory
 from flower_mcepl.agents.parts.score_step import GRADIENT
@@ -57,9 +58,50 @@ class AgentStack:
         round: int,
         votes: Sequence[Mapping[int, float]],
     ) -> None:
-        """Take in what each heard, and take the fine-tuning steps."""
-        for agent, inbox, own in zip(self.agents, inboxes, votes, strict=True):
-            agent.fuse(inbox, round=round, votes=own)
+        """Take in what each heard, and take the fine-tuning steps.
+
+        A mean of masks is one matrix product a layer; any other rule hears for each
+        agent alone. Both give the bits that each alone would.
+        """
+        for agent in self.agents:
+            agent.set_round(round)
+        if self.first.layers and self.first.model.fusion.averages:
+            self._hear(inboxes, votes)
+        else:
+            for agent, inbox, own in zip(self.agents, inboxes, votes, strict=True):
+                agent.hear(inbox, own)
+        self._finetune(round)
+        for agent in self.agents:
+            agent.end_fusion()
+
+    @torch.no_grad()
+    def _hear(
+        self, inboxes: Sequence[Mapping[int, Payload]], votes: Sequence[Mapping[int, float]]
+    ) -> None:
+        heard = Inboxes(inboxes, votes)
+        means: list[dict[str, Tensor]] = [{} for _ in self.agents]
+        for name, z in self.first.model.scores.items():
+            for own, n in zip(means, heard.means(name, z), strict=True):
+                if n is not None:
+                    own[name] = n
+        for agent, own, inbox in zip(self.agents, means, inboxes, strict=True):
+            agent.model.set_heard(own, inbox.values())
+
+    @torch.no_grad()
+    def _finetune(self, round: int) -> None:
+        """Step on each layer of those that have a gradient and have heard somebody."""
+        each = [(a.model.scores, a.gradient, a.model.neighbor_means) for a in self.agents]
+        for name in self.first.model.layers:
+            steps = [
+                (scores, gradient[name], n)
+                for scores, gradient, means in each
+                if name in gradient and (n := means[name]) is not None
+            ]
+            if steps:
+                places, gradients, heard = zip(*steps, strict=True)
+                z = torch.stack([place[name] for place in places])
+                g, n = torch.stack(gradients), torch.stack(heard)
+                put_back({name: self.first.finetuned(z, g, n, round=round)}, places)
 
     def train(self, *, round: int) -> list[dict[str, float]]:
         """Take the local steps of all agents, each on its own batches."""
@@ -94,10 +136,9 @@ class AgentStack:
         """Return the masks that each sends."""
         if not self.first.layers:
             return [{} for _ in self.agents]
-        masks = {name: mask.cpu() for name, mask in self.masks().items()}
-        return [
-            {name: masks[name][i] for name in agent.layers} for i, agent in enumerate(self.agents)
-        ]
+        masks = self.masks()
+        masks = {name: masks[name].cpu() for name in self.first.layers}  # bits, in one copy
+        return [_part(masks, i) for i in range(len(self.agents))]
 
     def evaluate(self) -> list[Evaluation]:
         """Evaluate the personal models; an agent's error is its own.

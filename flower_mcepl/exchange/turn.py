@@ -11,6 +11,7 @@ import torch
 
 from flower_mcepl.agents import Agent
 from flower_mcepl.agents.agent import AgentState, Payload, WeighsVotes
+from flower_mcepl.agents.inboxes import Distinct
 from flower_mcepl.agents.parts.votes import WHOLE
 from flower_mcepl.agents.stack import AgentStack, given
 from flower_mcepl.errors import (
@@ -204,7 +205,8 @@ def _play_together(
     start = time.perf_counter()
     turns = [_Turn(*each) for each in zip(stack.agents, mails, parcels, strict=True)]
     order = parcels[0]
-    heard = [turn.take_in() or Heard({}) for turn in turns]
+    distinct = Distinct()  # each agent decodes its neighbors' masks: keep them once
+    heard = [(turn.take_in() or Heard({})).among(distinct) for turn in turns]
     if order.neighbors is not None:
         inboxes, votes = [own.inbox for own in heard], [own.votes for own in heard]
         stack.fuse(inboxes, round=order.round - 1, votes=votes)
@@ -224,6 +226,10 @@ class Heard(NamedTuple):
 
     inbox: Mapping[int, Payload]
     votes: Mapping[int, float] = WHOLE
+
+    def among(self, distinct: Distinct) -> "Heard":
+        """The same, of payloads that what others heard holds, too."""
+        return Heard(distinct.inbox(self.inbox), self.votes)
 
 
 @final

@@ -31,13 +31,14 @@ The network runs under ``W = w * u * q / sqrt(ρ)``, whose mask is ``m = u * q``
 A filter that is off has ``u``, so its gate still feels what it would contribute.
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Integer, Real
 from torch import Tensor
 
 from flower_mcepl.errors import ConfigError, DivergedError
@@ -162,9 +163,7 @@ def aggregate_scores(
     return z + pull * n
 
 
-def neighbor_mean(
-    count: Integer[Tensor, "*layer"], *, num_neighbors: int
-) -> Float[Tensor, "*layer"]:
+def neighbor_mean(count: Real[Tensor, "*layer"], *, num_neighbors: int) -> Float[Tensor, "*layer"]:
     """Average the neighbors' masks, ``n = 1/|N| Σ m_j``, from their sum ``Σ m_j``.
 
     The agent itself is not among its neighbors. One without neighbors has ``n = 0``.
@@ -174,15 +173,26 @@ def neighbor_mean(
     return count.to(torch.float32) / num_neighbors
 
 
-def faded_mean(votes: Sequence[Float[Tensor, "*layer"]]) -> Float[Tensor, "*layer"]:
+def mask_counts(
+    times: Float[Tensor, "agents senders"], masks: Bool[Tensor, " senders *layer"]
+) -> Float[Tensor, " agents *layer"]:
+    """Sum what each agent of a stack hears, ``Σ m_j``, as one matrix product.
+
+    ``times`` is how often a mask counts. Whole numbers below 2**24: exact in any order.
+    """
+    counts: Tensor = times @ masks.reshape(len(masks), -1).to(times.dtype)
+    return counts.view(len(times), *masks.shape[1:])
+
+
+def faded_mean(
+    votes: Iterable[Float[Tensor, "*layer"]], *, num_neighbors: int
+) -> Float[Tensor, "*layer"]:
     """Average masks that count by votes, ``n = 1/|N| Σ v_j m_j``, from the ``v_j m_j``.
 
     What a vote lacks falls to the agent itself: ``n`` pulls less.
     """
-    total = torch.zeros_like(votes[0])
-    for faded in votes:  # one after the other: float sums depend on the order
-        total += faded
-    return total / len(votes)
+    total = functools.reduce(torch.add, votes)  # in order, which float sums depend on
+    return total / num_neighbors
 
 
 def count_of_mean(

@@ -29,7 +29,7 @@ def neighbor_average(masks: Sequence[Tensor], own: Tensor) -> Tensor:
     Of masks whose votes have faded, ``n = 1/|N| Σ v_j m_j``.
     """
     if masks[0].is_floating_point():
-        return maths.faded_mean(masks)
+        return maths.faded_mean(masks, num_neighbors=len(masks))
     count = torch.zeros_like(masks[0], dtype=maths.count_dtype(len(masks)))
     for mask in masks:
         count += mask
@@ -51,9 +51,10 @@ class Fusion:
     hear : callable
         ``hear(masks, own) -> n``: the bool masks of the neighbors, at least one, and
         the agent's own, the one that it has sent; gives a float tensor of the same
-        shape. The default is the mean of the neighbors' masks. An agent that hears
-        nobody has no ``n``, and ranks its scores alone. Where votes have faded
-        (``age-decay``), all masks come as floats, each times its vote in (0, 1].
+        shape, and leaves the masks as they are: other agents may hear them, too. The
+        default is the mean of the neighbors' masks. An agent that hears nobody has no
+        ``n``, and ranks its scores alone. Where votes have faded (``age-decay``), all
+        masks come as floats, each times its vote in (0, 1].
     rank : callable
         ``rank(z, n) -> y``: the aggregation tensor, whose largest magnitudes are the
         mask; differentiable in ``z``. The default is
@@ -78,6 +79,11 @@ class Fusion:
     rank: Callable[[Tensor, Tensor], Tensor] = maths.aggregate_scores
     blend: Blend | None = None
     exchanges: bool = True
+
+    @property
+    def averages(self) -> bool:
+        """Whether the mean of the neighbors' masks is heard, without the own one."""
+        return self.hear is neighbor_average
 
 
 MCEPL = Fusion()

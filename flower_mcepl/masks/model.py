@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.blocks import check_block_retention
-from flower_mcepl.masks.fusion import MCEPL, Fusion, check_formula, heard_by, neighbor_average
+from flower_mcepl.masks.fusion import MCEPL, Fusion, check_formula, heard_by
 from flower_mcepl.masks.gates import LAYER, MaskRules, gate_name, masks_of
 from flower_mcepl.masks.layers import LayerSpec, find_frozen, find_maskable
 from flower_mcepl.masks.placement import call_with, kept_in_eval, slots_of, train_mode
@@ -204,17 +204,22 @@ class MaskedModel(nn.Module):
         ConfigError
             If the rule gives another shape, no floats, or numbers that are not finite.
         """
-        means, holders = {}, {}
+        means = {}
         # ranking takes long, and the mean of the neighbors has no use for the own mask
-        needs_own = self.fusion.hear is not neighbor_average
-        like = self.masks() if payloads and needs_own else self.all_scores
-        for name, own in (like if payloads else {}).items():
+        needs_own = payloads and not self.fusion.averages
+        for name, own in (self.masks() if needs_own else self.all_scores).items():
             heard = [payload[name].to(own.device) for payload in payloads if name in payload]
             if heard:
                 means[name] = self._heard(heard, own)
-            if len(heard) < len(payloads):
-                holders[name] = len(heard)
-        self.set_neighbor_means(means or None, num_neighbors=len(payloads), holders=holders)
+        self.set_heard(means, payloads)
+
+    def set_heard(
+        self, means: Mapping[str, Tensor], payloads: Collection[Mapping[str, Tensor]]
+    ) -> None:
+        """Set what was heard from payloads, ``n`` by layer, and how many hold each."""
+        counts = {name: sum(name in payload for payload in payloads) for name in self.all_scores}
+        fewer = {name: count for name, count in counts.items() if count < len(payloads)}
+        self.set_neighbor_means(means or None, num_neighbors=len(payloads), holders=fewer)
 
     def aggregation(self) -> dict[str, Tensor]:
         """Return the aggregation tensor ``y`` by layer, differentiable in scores."""

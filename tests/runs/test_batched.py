@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,13 @@ from flower_mcepl.agents import make_agent as make_registered
 from flower_mcepl.agents.agent import best_file
 from flower_mcepl.agents.tasks.task import Task
 from flower_mcepl.exchange.turn import Reply
-from flower_mcepl.masks import formulas
+from flower_mcepl.masks import FUSIONS, Fusion, formulas
 from flower_mcepl.models import AlexNetCifar, Staged
 from tests.fleet.agents import SEED, make_fleet, noisy_net, same_tensors, small_net, split
 
 CLOSE = {"rtol": 0.0, "atol": 1e-10}
-RING = Topology.ring(4)
+RING, COMPLETE = Topology.ring(4), Topology.complete(4)
+UNEQUAL = Topology.from_edges([(0, 1), (1, 2)], num_agents=4)  # agent 3 hears nobody
 
 
 def normed_net(norm: Callable[[], nn.Module]) -> nn.Module:
@@ -146,10 +147,9 @@ def played(
 
     result = simulate(
         agents,
-        RING,
         engine=engine,
         on_reply=keep,
-        **{"num_rounds": 4, "evaluate_every": 2, **options},
+        **{"topology": RING, "num_rounds": 4, "evaluate_every": 2, **options},
     )
     rows = [{**row, **row["metrics"], "metrics": 0, "seconds": 0} for row in result.rows]
     return rows, frames
@@ -198,6 +198,8 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "score_averaging": 0.5,
         },
     ),
+    "no fine-tuning": (plain, small_net, {"finetune_lr": 0.0, "local_steps": 2}),
+    "shared in part": (plain, small_net, {"share": "3*", "local_steps": 2}),
     "lasso in the loss": (plain, small_net, {"group_lasso": 0.05}),
     "proximal lasso": (plain, small_net, {"group_lasso": 0.2, "lasso_step": "proximal"}),
     "mask averaging": (plain, small_net, {"fusion": "mask-averaging"}),
@@ -233,11 +235,35 @@ def test_scores_are_those_of_the_loop_and_masks_are_equal(case: str) -> None:
         {"speeds": "1, 1, 3", "timeout_factor": 1.5, "num_rounds": 9, "evaluate_every": 1},
         {"speeds": "1, 1, 3", "schedule": "async"},
         {"speeds": "1, 2, 3", "schedule": "async", "age_decay": 0.5},
+        {"speeds": "1, 2, 3", "schedule": "async", "age_decay": 0.7, "topology": COMPLETE},
+        {"speeds": "1, 1, 3", "timeout_factor": 1.5, "num_rounds": 9, "topology": UNEQUAL},
     ],
-    ids=["deadlines", "no barrier", "votes that fade"],
+    ids=["deadlines", "no barrier", "votes that fade", "three faded votes", "unequal degrees"],
 )
 def test_agents_that_play_in_parts_are_those_of_the_loop(options: dict[str, Any]) -> None:
     check_equal(lambda: fleet_of(plain, small_net), **options)
+
+
+@pytest.mark.parametrize("first_mask", ["random", "scores"])
+def test_agents_of_unequal_degrees_one_of_whom_hears_nobody(first_mask: str) -> None:
+    check_equal(lambda: fleet_of(plain, small_net, first_mask=first_mask), topology=UNEQUAL)
+
+
+def test_agents_that_hear_others_in_every_round() -> None:
+    topology = Topology.random_neighbors(4, degree=2, seed=SEED)
+    check_equal(lambda: fleet_of(plain, small_net, momentum=0.5), topology=topology)
+
+
+def test_agents_hear_by_a_rule_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each for itself: the rule looks at numbers, as no stack of agents can."""
+
+    def overlap(masks: Sequence[Tensor], own: Tensor) -> Tensor:
+        shares = [float((mask & own).sum() / (mask | own).sum()) for mask in masks]
+        total = sum(w * mask.float() for w, mask in zip(shares, masks, strict=True))
+        return total / sum(shares)
+
+    monkeypatch.setitem(FUSIONS._loaded, "overlap", Fusion(hear=overlap))
+    check_equal(lambda: fleet_of(plain, small_net, fusion="overlap"), topology=UNEQUAL)
 
 
 def test_agents_of_two_step_sizes_are_two_stacks() -> None:

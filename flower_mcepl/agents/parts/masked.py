@@ -96,7 +96,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         self._average: dict[str, Tensor] = {}  # z̄, running mean of the scores, if there is any
         if config.first_mask == "random":
             # all agents start from the common mask as their neighbors'
-            self._hear([self._first_mask])
+            self.model.hear([self._first_mask] if self.layers else [])
 
     # The fine-tuning step takes the gradient g of the last local step, which was taken
     # at the old n, and lets through what the new n keeps: the paper sends its mask and
@@ -108,16 +108,28 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     ) -> None:
         """Take in the neighbors' masks as ``n``, and take the fine-tuning step."""
         self.set_round(round)
-        self._hear(faded(inbox, votes) if votes else list(inbox.values()))
-        means = self.model.neighbor_means
-        finetune_lr = self.config.finetune_lr * self.config.lr_factor(round)
+        self.hear(inbox, votes)
+        means, scores = self.model.neighbor_means, self.model.all_scores
         with torch.no_grad():
             for name, g in self.gradient.items():
-                n = means[name]
+                n, z = means[name], scores[name]
                 if n is not None:
-                    z = self.model.all_scores[name]
-                    z.copy_(maths.neighbor_step(z, g, n, finetune_lr=finetune_lr))
-                    self._settle(z)
+                    z.copy_(self.finetuned(z, g, n, round=round))
+        self.end_fusion()
+
+    def hear(self, inbox: Mapping[int, Payload], votes: Mapping[int, float]) -> None:
+        """Take in the neighbors' masks as ``n``, if anything is exchanged."""
+        if not self.layers:
+            inbox = {}
+        self.model.hear(faded(inbox, votes) if votes else list(inbox.values()))
+
+    def finetuned(self, z: Tensor, g: Tensor, n: Tensor, *, round: int) -> Tensor:
+        """Scores of a layer after the fine-tuning step; also those of a stack."""
+        lr = self.config.finetune_lr * self.config.lr_factor(round)
+        return self.settled(maths.neighbor_step(z, g, n, finetune_lr=lr))
+
+    def end_fusion(self) -> None:
+        """Drop the gradient, which is used up, and count the new scores."""
         self.gradient = {}
         self._average_scores()
 
@@ -229,11 +241,9 @@ class MaskedAgent(Agent, Generic[MaskedT]):
         self.model.fusion_strength = self.config.strength(round)
         self.model.set_opening(self.config.opening(round))
 
-    def _settle(self, z: Tensor) -> None:
-        """Bring scores after a step into the form that the algorithm keeps them in."""
-
-    def _hear(self, payloads: list[Payload]) -> None:
-        self.model.hear(payloads if self.layers else [])
+    def settled(self, z: Tensor) -> Tensor:
+        """Scores in the form that the algorithm keeps them in, each for itself."""
+        return z
 
     @torch.no_grad()
     def _average_scores(self) -> None:
