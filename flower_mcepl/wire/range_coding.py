@@ -7,7 +7,6 @@ rarer bit are coded. All models are binary and all frequencies are integers, so 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import constriction
 import numpy as np
@@ -24,10 +23,12 @@ from flower_mcepl.wire.digits import (
     gap_table,
     share_log2,
 )
+from flower_mcepl.wire.groups import merge, select
 
 BITWISE = 16  # a group is coded bit by bit where over one in so many is the rarer bit
 AT_ONCE = 1 << 13  # gaps or bits in one go: no frame makes its reader allocate much
-SMALL = 1 << 10  # groups of at most so many weights are coded together, bit by bit
+STEP = 1 << 16  # bits of one frequency in one go
+SMALL = 1 << 10  # groups of at most so many gaps or bits are coded together
 
 _queue = constriction.stream.queue
 _BINARY = constriction.stream.model.Categorical(perfect=False)
@@ -41,8 +42,16 @@ class BitWriter:
 
     def write(self, bits: Bits, frequency: Ints) -> None:
         """Append bits; ``frequency`` is one for all (shape [1]) or one for each."""
-        if bits.size:
-            self._coder.encode(bits.astype(np.int32), *_models(frequency))
+        for part, models in _in_steps(len(bits), frequency):
+            self._coder.encode(bits[part].astype(np.int32), *models)
+
+    def write_numbers(self, numbers: Ints, row: Ints) -> None:
+        """Append numbers, digit by digit; all have the same row of a table."""
+        models = _models_of_digits(row, len(numbers))
+        for at in range(0, len(numbers), AT_ONCE):
+            octets = numbers[at : at + AT_ONCE].astype("<i8").view(np.uint8).reshape(-1, 8)
+            digits = np.unpackbits(octets, axis=1, count=len(row), bitorder="little")
+            self._coder.encode(digits.reshape(-1).astype(np.int32), _BINARY, models[: digits.size])
 
     def to_bytes(self) -> bytes:
         """All that was written, as little-endian 32-bit words."""
@@ -60,169 +69,56 @@ class BitReader:
 
     def read(self, count: int, frequency: Ints) -> Bits:
         """The next bits."""
-        if count == 0:
-            return np.zeros(0, np.bool_)
-        models = _models(frequency)
+        bits = np.zeros(count, np.bool_)
+        for part, models in _in_steps(count, frequency):
+            bits[part] = self._decode(*models, *([len(bits[part])] if len(models) == 1 else []))
+        return bits
+
+    def read_numbers(self, count: int, row: Ints) -> Ints:
+        """The next numbers; all have the same row of a table."""
+        numbers = np.zeros(count, np.int64)
+        models = _models_of_digits(row, count)
+        values: Ints = 1 << np.arange(len(row))
+        if len(row) < 32:  # the digits are int32, too
+            values = values.astype(np.int32)
+        for at in range(0, count, AT_ONCE):
+            part = numbers[at : at + AT_ONCE]
+            digits = self._decode(_BINARY, models[: part.size * len(row)])
+            part[:] = digits.reshape(-1, len(row)) @ values
+        return numbers
+
+    def _decode(self, *models: object) -> Ints:
         try:
-            bits = self._coder.decode(*models, *([count] if len(models) == 1 else []))
+            return np.asarray(self._coder.decode(*models))
         except AssertionError as error:  # constriction's way to say that no symbol fits
             raise CorruptFrameError(f"the range-coded bits cannot be read ({error})") from None
-        return np.asarray(bits).astype(np.bool_)
 
     def at_end(self) -> bool:
         """Whether everything may have been read."""
         return bool(self._coder.maybe_exhausted())
 
 
-def _models(frequency: Ints) -> tuple[object, ...]:
+def _in_steps(count: int, frequency: Ints) -> Iterator[tuple[slice, tuple[object, ...]]]:
+    """The bits that a call of the coder takes, and their models."""
+    if len(frequency) > 1:
+        yield slice(0, count), (_BINARY, _pairs(frequency))
+    elif count:
+        model = constriction.stream.model.Categorical(_pairs(frequency)[0], perfect=False)
+        for at in range(0, count, STEP):
+            yield slice(at, min(at + STEP, count)), (model,)
+
+
+def _models_of_digits(row: Ints, count: int) -> NDArray[np.float32]:
+    """The models of the digits of so many numbers, or of as many as go at once."""
+    return np.tile(_pairs(row), (min(count, AT_ONCE), 1))
+
+
+def _pairs(frequency: Ints) -> NDArray[np.float32]:
     """The models of bits with these frequencies, as constriction takes them."""
     # It adds 1 to each of the two integers, given as floats: exact under 2**24.
     pairs = np.empty((len(frequency), 2), np.float32)
     pairs[:, 0], pairs[:, 1] = ONE - 1 - frequency, frequency - 1
-    if len(frequency) == 1:
-        return (constriction.stream.model.Categorical(pairs[0], perfect=False),)
-    return _BINARY, pairs
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The weights of a layer, sorted into classes that both ends know."""
-
-    order: Ints  # weights by class, within a class by index
-    place: Ints  # of each weight in ``order``
-    starts: Ints  # where each class begins in ``order``, and at the end the number of weights
-
-    @classmethod
-    def of(cls, labels: NDArray[np.uint8]) -> "Classes":
-        """Sort weights by their label, 0 to 255."""
-        order = np.argsort(labels, kind="stable")
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        starts = np.zeros(int(labels.max(initial=0)) + 2, np.int64)
-        np.cumsum(np.bincount(labels, minlength=len(starts) - 1), out=starts[1:])
-        return cls(order, place, starts)
-
-    def among(self, live: Bits) -> "Classes":
-        """The same classes of the live weights alone, numbered anew in their order."""
-        chosen = live[self.order]
-        order = (np.cumsum(live) - 1)[self.order[chosen]]
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        return Classes(order, place, np.concatenate([[0], np.cumsum(chosen)])[self.starts])
-
-
-# Why groups. Positions among n weights cost about n H(share) bits (H: binary entropy).
-# H is concave: groups with different shares, each coded on its own, never cost more
-# than all weights together, and much less where both ends know beforehand which weights
-# are lively. They know three things. The last bit: where 3 of 10 weights are on, one
-# that is on flips more often than one that is off, since as many come as go. What
-# flipped a round ago: such a weight lies at the edge of being kept, and tends to flip
-# back. The class: how far a score began from zero, and how fast it moves. The price of
-# a group is its count, some 5 to 20 bits.
-#
-# Why ranks. A weight's index says little in a layer where most weights belong to other
-# groups; among its own group alone the gaps between positions are geometric with one
-# parameter, which the count gives. So index and rank must lead to each other for
-# millions of weights, both ways, with a few array operations: `_sets` holds, for each
-# last bit, the ascending places (by class, then by index) of its weights. Classes are
-# consecutive ranges of them, so a group is a slice, and a rank a subtraction.
-
-
-class Groups:
-    """The groups of one layer's weights, and each weight's rank in its group.
-
-    The rank is the weight's place among the others of the group, by index.
-
-    Parameters
-    ----------
-    numel : int
-        Number of weights.
-    last : bool array [numel], optional
-        The weights' bits in the reference. With it, group ``2c`` of class ``c`` holds
-        the weights whose last bit is 0 and group ``2c + 1`` those with a 1; without it,
-        group ``c`` is class ``c``.
-    recent : int array, optional
-        Weights (ascending) that flipped when the reference itself was sent; needs
-        ``last``. They leave their classes for two groups of their own, by last bit,
-        that come before all others.
-    classes : Classes, optional
-        Without it there is one class.
-    """
-
-    def __init__(
-        self,
-        numel: int,
-        *,
-        last: Bits | None = None,
-        recent: Ints | None = None,
-        classes: Classes | None = None,
-    ) -> None:
-        self._classes = classes
-        starts = np.array([0, numel]) if classes is None else classes.starts
-        self._recent: list[Ints] = []
-        # The weights of one last bit, by class and index: their places in the order of
-        # the classes (None: all places), and where each class begins among them.
-        self._sets: list[tuple[Ints | None, Ints]] = [(None, starts)]
-        if last is not None:
-            in_order = last if classes is None else last[classes.order]
-            absent = np.zeros(numel, np.bool_)
-            if recent is not None:
-                self._recent = [recent[~last[recent]], recent[last[recent]]]
-                absent[recent if classes is None else classes.place[recent]] = True
-            by_bit = np.flatnonzero(~(in_order | absent)), np.flatnonzero(in_order & ~absent)
-            self._sets = [(places, np.searchsorted(places, starts)) for places in by_bit]
-        by_class = np.stack([begins[1:] - begins[:-1] for _, begins in self._sets], axis=1)
-        self.sizes: Ints = np.concatenate(
-            [np.array([len(r) for r in self._recent], np.int64), by_class.reshape(-1)]
-        )
-
-    def ranks(self, weights: Ints) -> tuple[Ints, Ints]:
-        """Number of ``weights`` (ascending) in each group, and their ranks by group."""
-        groups, ranks = [], []
-        for bit, members in enumerate(self._recent):
-            at = _find(members, weights)
-            groups.append(np.full(len(at), bit))
-            ranks.append(at)
-        places = weights
-        if self._classes is not None:
-            places = ascending(self._classes.place[weights], len(self._classes.place))
-        for number, (chosen, begins) in enumerate(self._sets):
-            at = places if chosen is None else _find(chosen, places)
-            within = np.searchsorted(begins, at, side="right") - 1
-            groups.append(len(self._recent) + within * len(self._sets) + number)
-            ranks.append(at - begins[within])
-        group = np.concatenate(groups)
-        order = np.argsort(group, kind="stable")
-        return np.bincount(group, minlength=len(self.sizes)), np.concatenate(ranks)[order]
-
-    def weights(self, counts: Ints, ranks: Ints) -> Ints:
-        """The weights of these ranks, in any order; the inverse of `ranks`."""
-        group = np.repeat(np.arange(len(counts)), counts)
-        pieces = [members[ranks[group == bit]] for bit, members in enumerate(self._recent)]
-        group -= len(self._recent)
-        for number, (chosen, begins) in enumerate(self._sets):
-            mine = (group >= 0) & (group % len(self._sets) == number)
-            at = ranks[mine] + begins[group[mine] // len(self._sets)]
-            places = at if chosen is None else chosen[at]
-            pieces.append(places if self._classes is None else self._classes.order[places])
-        return np.asarray(np.concatenate(pieces))
-
-
-def ascending(places: Ints, numel: int) -> Ints:
-    """The places (all different, below ``numel``) sorted; many are faster marked."""
-    if len(places) * BITWISE < numel:
-        return np.sort(places)
-    taken = np.zeros(numel, np.bool_)
-    taken[places] = True
-    return np.flatnonzero(taken)
-
-
-def _find(members: Ints, wanted: Ints) -> Ints:
-    """Ranks of those of ``wanted`` that are ``members``; both ascend."""
-    at = np.searchsorted(members, wanted)
-    if not len(members):
-        return at[:0]
-    return np.asarray(at[members[np.minimum(at, len(members) - 1)] == wanted])
+    return pairs
 
 
 def write_positions(writer: BitWriter, sizes: Ints, counts: Ints, ranks: Ints) -> None:
@@ -233,18 +129,33 @@ def write_positions(writer: BitWriter, sizes: Ints, counts: Ints, ranks: Ints) -
     if len(sizes) > 1:
         writer.write(*digits_of(counts, count_table(sizes, int(counts.sum()))))
     rare, bitwise = _rare(sizes, counts)
-    spots, own = _turn(sizes, counts, ranks), np.where(bitwise, 0, rare)
-    row, sparse = np.repeat(np.arange(len(sizes)), own), np.repeat(~bitwise, rare)
-    places, starts = spots[sparse], (np.cumsum(own) - own)[own > 0]
-    gaps = places - 1
-    gaps[1:] -= places[:-1]
-    gaps[starts] = places[starts]
-    writer.write(*digits_of(gaps, gap_table(sizes, own), row))
+    spots = _turn(sizes, counts, ranks)
+    _write_gaps(writer, sizes, np.where(bitwise, 0, rare), select(~bitwise, rare, spots))
+    if not bitwise.any():
+        return
     wide, few = sizes[bitwise], rare[bitwise]
     bits = np.zeros(int(wide.sum()), np.bool_)
-    bits[spots[~sparse] + np.repeat(np.cumsum(wide) - wide, few)] = True
+    bits[select(bitwise, rare, spots) + np.repeat(np.cumsum(wide) - wide, few)] = True
     for stretch, frequency in _stretches(wide, few):
         writer.write(bits[stretch], frequency)
+
+
+def _write_gaps(writer: BitWriter, sizes: Ints, rare: Ints, places: Ints) -> None:
+    """Write places by the gaps between them; ``rare`` in each group."""
+    if not len(places):
+        return
+    gaps = places - 1
+    gaps[1:] -= places[:-1]
+    starts = (np.cumsum(rare) - rare)[rare > 0]
+    gaps[starts] = places[starts]
+    table, end = gap_table(sizes, rare), 0
+    for batch in _batches(rare.tolist()):
+        start, end = end, end + int(rare[batch].sum())
+        if batch.stop - batch.start == 1:
+            writer.write_numbers(gaps[start:end], _digits(table[batch.start]))
+        else:
+            row = np.repeat(np.arange(batch.start, batch.stop), rare[batch])
+            writer.write(*digits_of(gaps[start:end], table, row))
 
 
 def read_positions(reader: BitReader, sizes: Ints, total: int) -> tuple[Ints, Ints]:
@@ -257,22 +168,32 @@ def read_positions(reader: BitReader, sizes: Ints, total: int) -> tuple[Ints, In
             f"the groups hold {counts.sum()} positions instead of {total}, or more than fit"
         )
     rare, bitwise = _rare(sizes, counts)
-    group = np.repeat(np.arange(len(sizes)), rare)
-    sparse, own = ~bitwise[group], np.where(bitwise, 0, rare)
-    table, row = gap_table(sizes, own), group[sparse]
-    pieces = [
-        _read_digits(reader, table, row[at : at + AT_ONCE]) for at in range(0, len(row), AT_ONCE)
-    ]
-    gaps = np.concatenate([np.zeros(0, np.int64), *pieces])
-    spots = np.zeros(len(group), np.int64)
-    along = np.cumsum(gaps + 1)
-    # where each group's first gap begins
-    before = np.concatenate([[0], along])[np.cumsum(own) - own]
-    spots[sparse] = along - np.repeat(before, own) - 1
-    spots[~sparse] = _read_bitwise(reader, sizes[bitwise], rare[bitwise])
-    if np.any(spots >= sizes[group]):
-        raise CorruptFrameError("a position lies beyond its group")
+    sparse = _read_gaps(reader, sizes, np.where(bitwise, 0, rare))
+    spots = sparse
+    if bitwise.any():
+        spots = merge(bitwise, rare, _read_bitwise(reader, sizes[bitwise], rare[bitwise]), sparse)
     return counts, _turn(sizes, counts, spots, back=True)
+
+
+def _read_gaps(reader: BitReader, sizes: Ints, rare: Ints) -> Ints:
+    """Places that were written by their gaps."""
+    if not rare.any():
+        return np.zeros(0, np.int64)
+    table, pieces = gap_table(sizes, rare), []
+    for batch in _batches(rare.tolist()):
+        if batch.stop - batch.start == 1:
+            row = _digits(table[batch.start])
+            pieces.append(reader.read_numbers(int(rare[batch.start]), row))
+        else:
+            rows = np.repeat(np.arange(batch.start, batch.stop), rare[batch])
+            pieces.append(_read_digits(reader, table, rows))
+    along = np.cumsum(np.concatenate(pieces) + 1)
+    # where each group's first gap begins
+    before = np.concatenate([[0], along])[np.cumsum(rare) - rare]
+    places: Ints = along - np.repeat(before + 1, rare)
+    if np.any(places >= np.repeat(sizes, rare)):
+        raise CorruptFrameError("a position lies beyond its group")
+    return places
 
 
 def _read_bitwise(reader: BitReader, sizes: Ints, rare: Ints) -> Ints:
@@ -281,13 +202,12 @@ def _read_bitwise(reader: BitReader, sizes: Ints, rare: Ints) -> Ints:
     for stretch, frequency in _stretches(sizes, rare):
         bits[stretch] = reader.read(stretch.stop - stretch.start, frequency)
     starts, places = np.cumsum(sizes) - sizes, np.flatnonzero(bits)
-    group = np.searchsorted(starts, places, side="right") - 1
-    came = np.bincount(group, minlength=len(sizes))
+    came = np.diff(np.searchsorted(places, np.append(starts, len(bits))))
     if (wrong := np.flatnonzero(came != rare)).size:
         raise CorruptFrameError(
             f"a group holds {came[wrong[0]]} positions instead of {rare[wrong[0]]}"
         )
-    return np.asarray(places - starts[group])
+    return np.asarray(places - np.repeat(starts, came))
 
 
 def _stretches(sizes: Ints, rare: Ints) -> Iterator[tuple[slice, Ints]]:
@@ -346,15 +266,17 @@ def _turn(sizes: Ints, counts: Ints, spots: Ints, *, back: bool = False) -> Ints
     if not turned.any():
         return spots
     before, after = (rare, counts) if back else (counts, rare)
-    mine, wide = np.repeat(turned, before), sizes[turned]
+    wide = sizes[turned]
     starts = np.cumsum(wide) - wide  # of the turned groups, end to end
     free = np.ones(int(wide.sum()), np.bool_)
-    free[spots[mine] + np.repeat(starts, before[turned])] = False
+    free[select(turned, before, spots) + np.repeat(starts, before[turned])] = False
     others = np.flatnonzero(free) - np.repeat(starts, after[turned])
-    into = np.repeat(turned, after)
-    result = np.empty(len(into), np.int64)
-    result[into], result[~into] = others, spots[~mine]
-    return result
+    return merge(turned, after, others, select(~turned, before, spots))
+
+
+def _digits(row: Ints) -> Ints:
+    """Frequencies of the digits that the numbers of one row have."""
+    return np.asarray(row[row > 0])
 
 
 def _read_digits(reader: BitReader, table: Ints, row: Ints | None = None) -> Ints:

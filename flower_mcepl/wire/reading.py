@@ -19,6 +19,7 @@ from flower_mcepl.errors import (
     MissingReferenceError,
 )
 from flower_mcepl.wire.digits import Bits, Ints
+from flower_mcepl.wire.groups import ascending
 from flower_mcepl.wire.layout import (
     FREE_WEIGHTS,
     GATES,
@@ -175,7 +176,8 @@ def unpack_frame(
     if not coder.at_end():
         raise _unfit(header, "range-coded bits are left over")
     in_order = [(entry, layers[str(entry.name)]) for entry in header.layers]
-    if digest(piece for _, layer in in_order for piece in layer.canonical).hex() != header.content:
+    content = digest(piece for _, layer in in_order for piece in layer.canonical())
+    if content.hex() != header.content:
         raise _unfit(header, "it decodes to something else than was encoded")
     return Frame(
         header,
@@ -188,7 +190,11 @@ def unpack_frame(
 class _ReadLayer:
     tensor: Tensor
     flipped: Ints  # ascending; empty unless it came as flips
-    canonical: list[bytes | memoryview]
+    pieces: list[bytes | memoryview]  # of it that came; empty: a range-coded mask
+
+    def canonical(self) -> list[bytes | memoryview]:
+        """What stands for it in the content digest."""
+        return self.pieces or [pack(self.tensor.numpy().reshape(-1))]
 
 
 def _read_layer(
@@ -228,12 +234,14 @@ def _read_layer(
         )
         live = _live_weights(entry, gates) if entry.among_live else None
         bits, weights = read_among(coder, entry.num_listed, known, live)
-        flipped = np.sort(weights) if entry.kind == DELTA else flipped
-        support = pack(bits)
-    canonical = canonical_pieces(support, entry.precision, raw)
+        flipped = ascending(weights, numel) if entry.kind == DELTA else flipped
     if entry.precision is None:
         assert bits is not None
-        return _ReadLayer(torch.from_numpy(bits).reshape(entry.shape), flipped, canonical)
+        pieces = [] if support is None else [support]
+        return _ReadLayer(torch.from_numpy(bits).reshape(entry.shape), flipped, pieces)
+    if bits is not None and support is None:
+        support = pack(bits)
+    canonical = canonical_pieces(support, entry.precision, raw)
     values = entry.precision.decode(raw, entry.count)
     if bits is None:
         return _ReadLayer(torch.from_numpy(values).reshape(entry.shape), flipped, canonical)

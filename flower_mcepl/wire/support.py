@@ -15,11 +15,10 @@ from torch import Tensor
 
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.wire.digits import Bits, Ints
+from flower_mcepl.wire.groups import Classes, Groups, Sorted
 from flower_mcepl.wire.range_coding import (
     BitReader,
     BitWriter,
-    Classes,
-    Groups,
     estimate_bits,
     read_positions,
     write_positions,
@@ -103,14 +102,15 @@ class SupportCode:
     among_live: bool = False  # the weights of filters that are off are not coded
     # that are on (ALONE) or have flipped (DELTA)
     weights: Ints = field(default_factory=lambda: NOTHING)
-    sizes: Ints = field(default_factory=lambda: NOTHING)  # as in range_coding
-    counts: Ints = field(default_factory=lambda: NOTHING)
-    ranks: Ints = field(default_factory=lambda: NOTHING)
+    # where they lie, unless packed; ranks cost more than an estimate, and are made last
+    groups: Groups | None = None
+    taken: Sorted | None = None
 
     def write(self, writer: BitWriter) -> None:
         """Append the range-coded bits; packed ones lie elsewhere."""
-        if self.kind != PACKED:
-            write_positions(writer, self.sizes, self.counts, self.ranks)
+        if self.groups is not None and self.taken is not None:
+            ranks = self.groups.ranks(self.taken)
+            write_positions(writer, self.groups.sizes, self.taken.counts, ranks)
 
 
 def choose_code(bits: Bits, known: Known, live: Bits | None = None) -> SupportCode:
@@ -145,16 +145,15 @@ def _range_codes(bits: Bits, known: Known) -> list[SupportCode]:
 
 def _coded(kind: int, weights: Ints, known: Known) -> SupportCode:
     groups = Groups(known.numel, last=known.last, recent=known.recent, classes=known.classes)
-    counts, ranks = groups.ranks(weights)
+    taken = groups.sort(weights)
     return SupportCode(
         kind,
-        estimate_bits(groups.sizes, counts),
+        estimate_bits(groups.sizes, taken.counts),
         with_classes=known.classes is not None,
         with_recent=known.recent is not None,
         weights=weights,
-        sizes=groups.sizes,
-        counts=counts,
-        ranks=ranks,
+        groups=groups,
+        taken=taken,
     )
 
 
@@ -177,7 +176,7 @@ def read_support(reader: BitReader, count: int, known: Known) -> tuple[Bits, Int
     groups = Groups(known.numel, last=known.last, recent=known.recent, classes=known.classes)
     weights = groups.weights(*read_positions(reader, groups.sizes, count))
     bits = np.zeros(known.numel, np.bool_) if known.last is None else known.last.copy()
-    bits[weights] ^= True
+    bits[weights] = True if known.last is None else ~bits[weights]
     return bits, weights
 
 

@@ -6,6 +6,7 @@ video, it is whole (a key frame) or holds what changed against an earlier frame 
 same sender (a delta frame).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ from flower_mcepl.wire.support import (
     SupportCode,
     choose_code,
     pack,
-    packed_bytes,
+    unpack,
 )
 from flower_mcepl.wire.values import (
     FLOAT32,
@@ -165,7 +166,7 @@ def write_frame(
     parts = [_Part.of(name, tensors[name], codec, reference) for name in sorted(tensors)]
     inside = _Inside.of(parts, description, reference, prior, packed=packed)
     # at the worst a mask is one bit per weight
-    if not packed and any(part.bits is not None for part in parts):
+    if not packed and any(part.support is not None for part in parts):
         inside = min(_Inside.of(parts, description, reference, None, packed=True), inside, key=len)
     total = FIXED.size + len(inside) + DIGEST_NBYTES
     if total > U32:
@@ -188,13 +189,13 @@ def write_frame(
     content = digest(piece for part in parts for piece in part.canonical())
     header = fixed + inside.header
     bound = bind(content, header)
-    body = header[: CONTENT.start] + bound + header[CONTENT.stop :] + inside.payload
-    header_bytes = total - len(inside.payload)
+    pieces = [header[: CONTENT.start], bound, header[CONTENT.stop :], *inside.payload]
+    data = b"".join([*pieces, digest(pieces)])
     decoded = {
         p.name: torch.from_numpy(p.decoded).reshape(p.shape) for p in parts if p.decoded is not None
     }
     return WrittenFrame(
-        body + digest([body]), inside.builds_on, header_bytes, content.hex(), inside.flips, decoded
+        data, inside.builds_on, len(header) + DIGEST_NBYTES, content.hex(), inside.flips, decoded
     )
 
 
@@ -203,7 +204,7 @@ class _Inside:
     """What lies between the fixed header and the checksum."""
 
     header: bytes
-    payload: bytes
+    payload: list[bytes]  # in pieces: it is as large as the frame
     builds_on: int | None
     flips: dict[str, Ints]
 
@@ -218,34 +219,31 @@ class _Inside:
         packed: bool,
     ) -> "_Inside":
         """Code every layer the cheapest way, or packed."""
-        gates = {part.name: part.bits for part in parts if part.is_mask and len(part.shape) == 1}
-        codes = [
-            part.code(reference, prior, packed=packed, gates=gates.get(part.name + GATES))
-            for part in parts
-        ]
-        entries = [part.entry(code) for part, code in zip(parts, codes, strict=True)]
-        coder = BitWriter()
-        flips = {}
-        in_order = sorted(
-            zip(parts, codes, strict=True), key=lambda pair: coding_order(pair[0].name)
-        )
-        for part, code in in_order:
+        gates = {part.name: part for part in parts if part.is_mask and len(part.shape) == 1}
+        coder, flips, entries, raw = BitWriter(), {}, {}, {}
+        # one layer after the other: positions take many times the memory of bits
+        for part in sorted(parts, key=lambda part: coding_order(part.name)):
+            code = part.code(reference, prior, packed=packed, gates=gates.get(part.name + GATES))
+            entries[part.name], raw[part.name] = part.entry(code), part.raw(code)
             if code is not None:
                 code.write(coder)
                 if code.kind == DELTA:
                     flips[part.name] = code.weights
         coded = coder.to_bytes()
-        raw = b"".join(part.raw(code) for part, code in zip(parts, codes, strict=True))
+        in_order = [part.name for part in parts]
         builds_on = (
-            reference.round if reference and any(entry.is_change for entry in entries) else None
+            reference.round
+            if reference and any(entry.is_change for entry in entries.values())
+            else None
         )
-        header = b"".join(entry.line() for entry in entries) + varint(len(coded))
+        header = b"".join(entries[name].line() for name in in_order) + varint(len(coded))
         if not builds_on:  # also against the first payload: a key frame says what it is
             header = description + header
-        return cls(header, raw + coded, builds_on, flips)
+        payload = [piece for name in in_order for piece in raw[name]]
+        return cls(header, [*payload, coded], builds_on, flips)
 
     def __len__(self) -> int:
-        return len(self.header) + len(self.payload)
+        return len(self.header) + sum(map(len, self.payload))
 
     @property
     def described(self) -> bool:
@@ -259,8 +257,7 @@ class _Part:
 
     name: str
     shape: tuple[int, ...]
-    bits: Bits | None  # the support, flat; None: all weights
-    support: bytes  # the same, packed; empty: all weights
+    support: bytes | None  # packed; None: all weights
     num_values: int
     values: bytes  # as they travel
     precision: Codec | None  # None: a mask, without values
@@ -284,12 +281,12 @@ class _Part:
                 "`.float()` for values, `.coalesce()` for sparse ones."
             )
         shape, bits = tuple(tensor.shape), support_of(tensor)
-        support = b"" if bits is None else pack(bits)
+        support = None if bits is None else pack(bits)
         values = values_of(tensor)
         if values is None:
-            return cls(name, shape, bits, support, 0, b"", None)
+            return cls(name, shape, support, 0, b"", None)
         if precision.of_differences:
-            if bits is not None:
+            if support is not None:
                 raise ConfigError(
                     f"precision {precision.name} is for dense layers, whose every weight has a "
                     f"value before and after; layer {name!r} is sparse. Send it with another "
@@ -298,7 +295,7 @@ class _Part:
             return cls._of_differences(
                 name, shape, values, precision, base_of(name, shape, reference)
             )
-        return cls(name, shape, bits, support, values.size, precision.encode(values), precision)
+        return cls(name, shape, support, values.size, precision.encode(values), precision)
 
     @classmethod
     def _of_differences(
@@ -312,24 +309,29 @@ class _Part:
         """Differences from what receivers hold, where that is possible and shorter."""
         if base is None or precision.size(values.size) >= FLOAT32.size(values.size):
             return cls(
-                name, shape, None, b"", values.size, FLOAT32.encode(values), FLOAT32, values.copy()
+                name, shape, None, values.size, FLOAT32.encode(values), FLOAT32, values.copy()
             )
         packed = precision.encode(difference(values, base))
         decoded = add_difference(base, precision.decode(memoryview(packed), values.size))
-        return cls(name, shape, None, b"", values.size, packed, precision, decoded)
+        return cls(name, shape, None, values.size, packed, precision, decoded)
 
     @property
     def is_mask(self) -> bool:
         """Whether it has bits and no values."""
-        return self.bits is not None and self.precision is None
+        return self.support is not None and self.precision is None
+
+    @property
+    def bits(self) -> Bits | None:
+        """The support, flat; None: all weights."""
+        if self.support is None:
+            return None
+        return unpack(memoryview(self.support), math.prod(self.shape))
 
     def canonical(self) -> list[bytes | memoryview]:
         """What stands for it in the content digest."""
         if self.decoded is not None:
             return canonical_values(self.decoded)
-        return canonical_pieces(
-            None if self.bits is None else self.support, self.precision, self.values
-        )
+        return canonical_pieces(self.support, self.precision, self.values)
 
     def code(
         self,
@@ -337,13 +339,14 @@ class _Part:
         prior: Prior | None,
         *,
         packed: bool,
-        gates: Bits | None = None,
+        gates: "_Part | None" = None,
     ) -> SupportCode | None:
         """How its bits are coded, whose rows ``gates`` turn on; None without any."""
-        if self.bits is None:
+        bits = None if packed else self.bits
+        if self.support is None:
             return None
-        if packed:
-            return SupportCode(PACKED, 8.0 * packed_bytes(self.bits.size))
+        if bits is None:
+            return SupportCode(PACKED, 8.0 * len(self.support))
         known = known_of(self.name, self.shape, reference, prior)
         if known.classes is not None and len(known.classes.order) != known.numel:
             raise ConfigError(
@@ -351,10 +354,10 @@ class _Part:
                 f"weights and classes for {len(known.classes.order)}. Make the classes from the "
                 "model that is sent."
             )
-        live = live_weights(self.shape, gates) if self.is_mask else None
-        if live is not None and self.bits[~live].any():
+        live = live_weights(self.shape, gates.bits) if self.is_mask and gates else None
+        if live is not None and bits[~live].any():
             live = None
-        return choose_code(self.bits, known, live)
+        return choose_code(bits, known, live)
 
     def entry(self, code: SupportCode | None) -> LayerEntry:
         """Its place in the header."""
@@ -372,6 +375,8 @@ class _Part:
             self.num_values,
         )
 
-    def raw(self, code: SupportCode | None) -> bytes:
+    def raw(self, code: SupportCode | None) -> list[bytes]:
         """What lies in the frame as it is."""
-        return (self.support if code is not None and code.kind == PACKED else b"") + self.values
+        if self.support is None or code is None or code.kind != PACKED:
+            return [self.values]
+        return [self.support, self.values]

@@ -1043,6 +1043,49 @@ def test_a_frame_that_tells_of_many_weights_needs_little_more_memory_than_an_hon
     assert max(peaks) < 4 * peaks[0]
 
 
+def random_masks(draw: np.random.Generator, share: float) -> dict[str, Tensor]:
+    """40 layers of 70,000 weights."""
+    return {f"{i:02}": torch.from_numpy(draw.random((700, 100)) < share) for i in range(40)}
+
+
+def flipped(draw: np.random.Generator, masks: Mapping[str, Tensor], share: float) -> Any:
+    return {
+        name: mask ^ torch.from_numpy(draw.random(mask.shape) < share)
+        for name, mask in masks.items()
+    }
+
+
+def traced_peak(run: Any) -> tuple[Any, int]:
+    """What a call returns, and the most bytes that Python and NumPy held during it."""
+    tracemalloc.start()
+    try:
+        return run(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("flips", [None, 0.02, 0.07, 0.5])
+def test_a_frame_of_many_layers_needs_at_most_twice_the_memory_of_its_masks(
+    share: float, flips: float | None
+) -> None:
+    """Positions take eight bytes each: those of one layer must go before the next."""
+    draw = np.random.default_rng(0)
+    masks, reference = random_masks(draw, share), None
+    if flips is not None:
+        reference = Reference(6, masks)
+        masks = random_masks(draw, share) if flips == 0.5 else flipped(draw, masks, flips)
+    layers, numel = shapes_of(masks), sum(mask.numel() for mask in masks.values())
+    held = [] if reference is None else [reference]
+    data, writing = traced_peak(lambda: encode(masks, reference=reference))
+    frame, reading = traced_peak(lambda: decode_frame(data, layers=layers, references=held))
+    assert_same(frame.tensors, masks)
+    # the flips are part of what comes back
+    results = sum(flips.nbytes for flips in frame.flips.values())
+    assert writing < max(numel, results) + numel
+    assert reading < results + 1.75 * numel
+
+
 def test_strides_of_an_empty_layer_cannot_overflow() -> None:
     layer = struct.pack("<HB4I", 0, 4, 0, *[2**32 - 1] * 3)
     data = replaced(forged(GOLDEN, 6, b"\x01\x00"), 56, 81, layer + b"\x01\x00")

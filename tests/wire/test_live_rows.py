@@ -13,7 +13,7 @@ from torch import Tensor
 from flower_mcepl.errors import CorruptFrameError, FutureFrameError
 from flower_mcepl.masks.gates import GATES
 from flower_mcepl.wire import Prior, Reference, decode_frame, encode_frame, layout, read_header
-from flower_mcepl.wire.range_coding import Classes
+from flower_mcepl.wire.groups import Classes
 from tests.wire.test_frames import forged
 
 FINGERPRINT = 32 * "a"

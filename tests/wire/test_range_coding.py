@@ -5,14 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flower_mcepl.errors import CorruptFrameError
+from flower_mcepl.wire import range_coding
 from flower_mcepl.wire.digits import Bits, Ints, count_table, gap_table
+from flower_mcepl.wire.groups import Classes, Groups, Places
 from flower_mcepl.wire.range_coding import (
     AT_ONCE,
     SMALL,
     BitReader,
     BitWriter,
-    Classes,
-    Groups,
     estimate_bits,
     read_positions,
     write_positions,
@@ -154,11 +154,47 @@ def test_groups_are_those_of_the_oracle_and_ranks_lead_back(
         None if labels is None else np.asarray(labels).tolist(),
     )
     assert groups.sizes.tolist() == [len(group) for group in slow]
-    counts, ranks = groups.ranks(chosen)
+    taken = groups.sort(chosen)
+    counts, ranks = taken.counts, groups.ranks(taken)
     wanted = [[rank for rank, weight in enumerate(group) if weight in chosen] for group in slow]
     assert counts.tolist() == [len(group_ranks) for group_ranks in wanted]
     assert ranks.tolist() == [rank for group_ranks in wanted for rank in group_ranks]
     assert np.sort(groups.weights(counts, ranks)).tolist() == chosen.tolist()
+
+
+@pytest.mark.parametrize("numel", [2**16, 2**16 + 1, 2**17 - 1, 2**17, 2**17 + 70])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 1.0])
+def test_members_of_large_layers_are_counted_as_those_of_small_ones(
+    numel: int, share: float
+) -> None:
+    members = np.random.default_rng(0).random(numel) < share
+    places, listed = Places(members), np.flatnonzero(members)
+    everywhere, ranks = np.arange(numel + 1), np.arange(len(listed))
+    assert np.array_equal(places.below(everywhere), np.searchsorted(listed, everywhere))
+    assert np.array_equal(places.among(everywhere[:-1]), listed)
+    for chosen in (ranks, ranks[::7], ranks[-1:], ranks[:0]):
+        assert np.array_equal(places.at(chosen), listed[chosen])
+    starts = np.array([0, 0, 63, 64, 65, numel - 1, numel])
+    assert np.array_equal(places.begins(starts), np.searchsorted(listed, starts))
+    assert places.begins(np.array([0, numel])).tolist() == [0, len(listed)]
+
+
+@pytest.mark.parametrize("num_classes", [0, 1, 5])
+@pytest.mark.parametrize("with_recent", [False, True])
+def test_ranks_lead_back_in_a_large_layer(num_classes: int, with_recent: bool) -> None:
+    draw, numel = np.random.default_rng(0), 150_000
+    last, recent = draw.random(numel) < 0.3, np.flatnonzero(draw.random(numel) < 0.01)
+    labels = draw.integers(0, num_classes, numel) if num_classes else None
+    groups = groups_of(numel, last, recent if with_recent else None, labels)
+    chosen = np.flatnonzero(draw.random(numel) < 0.05)
+    taken = groups.sort(chosen)
+    ranks = groups.ranks(taken)
+    assert np.array_equal(np.sort(groups.weights(taken.counts, ranks)), chosen)
+    ends = np.cumsum(taken.counts)
+    for size, count, end in zip(groups.sizes, taken.counts, ends, strict=True):
+        own = ranks[end - count : end]
+        assert np.all(np.diff(own) > 0)
+        assert np.all((own >= 0) & (own < size))
 
 
 def test_classes_sort_stably() -> None:
@@ -213,6 +249,26 @@ def test_more_gaps_than_are_read_at_once() -> None:
     writer = BitWriter()
     write_positions(writer, sizes, counts, ranks)
     came = read_positions(BitReader(memoryview(writer.to_bytes())), sizes, int(counts.sum()))
+    assert np.array_equal(came[0], counts)
+    assert np.array_equal(came[1], ranks)
+
+
+def test_many_gaps_of_one_group_are_coded_as_by_the_oracle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(range_coding, "AT_ONCE", 64)
+    monkeypatch.setattr(range_coding, "SMALL", 16)
+    draw = np.random.default_rng(0)
+    # more than go at once, few enough to share a call, too many for that, all but few
+    shares = zip((4000, 300, 300, 900), (200, 4, 17, 880), strict=True)
+    groups = [draw.permutation(size) < count for size, count in shares]
+    sizes, counts, ranks = sizes_counts_ranks(groups)
+    writer, slow = BitWriter(), oracle.Encoder()
+    write_positions(writer, sizes, counts, ranks)
+    oracle.write_positions(slow.write, [group.astype(int).tolist() for group in groups])
+    data = writer.to_bytes()
+    assert data == slow.finish()
+    came = read_positions(BitReader(memoryview(data)), sizes, int(counts.sum()))
     assert np.array_equal(came[0], counts)
     assert np.array_equal(came[1], ranks)
 
@@ -326,9 +382,9 @@ def test_tables_do_not_depend_on_the_machine() -> None:
 def test_a_torch_mask_can_be_coded() -> None:
     mask = torch.tensor([True, False, True]).numpy()
     groups = Groups(3)
-    counts, ranks = groups.ranks(np.flatnonzero(mask))
+    taken = groups.sort(np.flatnonzero(mask))
     writer = BitWriter()
-    write_positions(writer, groups.sizes, counts, ranks)
+    write_positions(writer, groups.sizes, taken.counts, groups.ranks(taken))
     assert read_positions(BitReader(memoryview(writer.to_bytes())), groups.sizes, 2)[
         1
     ].tolist() == [0, 2]
