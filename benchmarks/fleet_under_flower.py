@@ -6,7 +6,7 @@ time of an agent and round, and how many times the agents' own computing time ov
 cores that is; what is above 1 are Flower, Ray and the relay.
 
     python benchmarks/fleet_under_flower.py [--agents 20,200,1000] [--per-node 20]
-    [--rounds 4]
+    [--rounds 4] [--topology random-regular:degree=4]
 """
 
 import argparse
@@ -97,14 +97,15 @@ def main() -> None:
     options.add_argument(
         "--rounds", type=int, default=4, help="rounds; the first is left out (default: 4)"
     )
+    options.add_argument("--topology", default="random-regular:degree=4", help="of all sizes")
     args = options.parse_args()
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    print(f"{args.per_node} agents a node, {args.rounds} rounds, {cores} cores")
+    print(f"{args.topology}, {args.per_node} agents a node, {args.rounds} rounds, {cores} cores")
     for agents in map(int, args.agents.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            run = played(Path(folder), agents, args.per_node, args.rounds)
+            run = played(Path(folder), args, agents)
             wall, work = per_agent(run)
             files = ("relay.jsonl", "traffic.jsonl")
             size = sum((run.path / name).stat().st_size for name in files)
@@ -117,7 +118,7 @@ def main() -> None:
             )
 
 
-def played(folder: Path, agents: int, per_node: int, rounds: int) -> Run:
+def played(folder: Path, args: argparse.Namespace, agents: int) -> Run:
     """Record of a run of such a fleet."""
     app = folder / "app"
     app.mkdir()
@@ -127,12 +128,13 @@ def played(folder: Path, agents: int, per_node: int, rounds: int) -> Run:
         app,
         run_config={
             "num-agents": agents,
-            "num-rounds": rounds,
-            "agents-per-node": per_node,
+            "num-rounds": args.rounds,
+            "topology": args.topology,
+            "agents-per-node": args.per_node,
             "record-dir": str(folder / "runs"),
         },
-        num_supernodes=agents // per_node,
-        timeout=3000,
+        num_supernodes=agents // args.per_node,
+        timeout=3 * 3600,
     )
     if not outcome.ok:
         raise SystemExit(f"{outcome.status}: {outcome.log[-3000:]}")
