@@ -8,7 +8,8 @@ age 0; so where all answer at the same time both are the same.
 """
 
 from collections import deque
-from typing import final
+from collections.abc import Mapping
+from typing import Any, final
 
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.schedules import ASYNC, ROUNDS
@@ -85,3 +86,19 @@ class OwnAges:
         """Age that the sender's newest payload has in the agent's next parcel."""
         came = self._came[sender]
         return sum(frames >= came for frames in self._parcels.get(agent, ()))
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes back, JSON-able."""
+        return {
+            "frames": self._frames,
+            "came": [[sender, number] for sender, number in self._came.items()],
+            "parcels": [[agent, *numbers] for agent, numbers in self._parcels.items()],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Count on from where `state` was taken."""
+        self._frames = state["frames"]
+        self._came = dict(state["came"])
+        self._parcels = {
+            agent: deque(numbers, maxlen=self._most + 1) for agent, *numbers in state["parcels"]
+        }

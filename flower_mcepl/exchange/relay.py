@@ -49,6 +49,8 @@ class Relay(Generic[FrameT]):
         What a neighbor's vote is multiplied by for each round of its age.
     schedule : str (default: "rounds")
         With "async" each agent has rounds of its own; ages are those of `OwnAges`.
+    agents_per_node : int (default: 1)
+        As in `Ledger`.
 
     Notes
     -----
@@ -68,6 +70,7 @@ class Relay(Generic[FrameT]):
         key_interval: int = 0,
         age_decay: float = 1.0,
         schedule: str = ROUNDS,
+        agents_per_node: int = 1,
     ) -> None:
         check_rounds(
             evaluate_every=evaluate_every,
@@ -81,7 +84,7 @@ class Relay(Generic[FrameT]):
         self.age_decay, self.schedule = age_decay, schedule
         self._own_ages = OwnAges(max_staleness) if schedule == ASYNC else None
         self._open, self._wrap = open_frame, wrap_frame
-        self.ledger = Ledger()
+        self.ledger = Ledger(agents_per_node=agents_per_node)
         # with the round, oldest first
         self._posted: dict[int, list[tuple[int, Posted[FrameT]]]] = {}
         self._facts: dict[int, Mapping[str, Any]] = {}
@@ -219,6 +222,7 @@ class Relay(Generic[FrameT]):
             "asked": dict(self._asked),
             "overdue": dict(self._overdue),
             "ledger": self.ledger.state(),
+            **({} if self._own_ages is None else {"own-ages": self._own_ages.state()}),
         }
         frames = {
             f"{agent}/{place}": np.frombuffer(self._open(post.frame), np.uint8)
@@ -250,6 +254,8 @@ class Relay(Generic[FrameT]):
         self._believed = {(a, j): (times, last) for a, j, times, last in facts["believed"]}
         self._asked, self._overdue = by_number(facts["asked"]), by_number(facts["overdue"])
         self.ledger.restore(facts["ledger"])
+        if self._own_ages is not None:
+            self._own_ages.restore(facts["own-ages"])
 
     def _missing(self, agent: int, sender: int, previous: int) -> list[Posted[FrameT]]:
         """Chain with the fewest bytes that brings the agent to the newest frame."""

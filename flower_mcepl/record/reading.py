@@ -108,7 +108,9 @@ class Run:
         """Lines of ``traffic.jsonl``: frames and bytes of each round, by link.
 
         ``links`` has rows ``[sender, receiver, frames, keys, bytes, header_bytes]``,
-        ``uplinks`` rows ``[agent, frames, keys, bytes, header_bytes]``.
+        ``uplinks`` rows ``[agent, frames, keys, bytes, header_bytes]``. Where a node
+        plays several agents, ``local`` has rows like those of ``links``, of what went
+        over none.
 
         Raises
         ------
@@ -183,7 +185,9 @@ class Run:
             return _part(self.summary, "bytes", dict)
         if self.relay:  # written after every round, the agents' lines only after evaluated ones
             last = self.relay[-1]
-            return {"links_total": last.get("link_bytes"), "uplink_total": last.get("uplink_bytes")}
+            counts = {"links_total": "link_bytes", "uplink_total": "uplink_bytes"}
+            local = {"local_total": last["local_bytes"]} if "local_bytes" in last else {}
+            return {**{total: last.get(key) for total, key in counts.items()}, **local}
         rows = list(self.final().values())
         columns = {"links_total": "sent_bytes", "uplink_total": "uplink_bytes"} if rows else {}
         return {
@@ -194,6 +198,11 @@ class Run:
     def links(self) -> list[Row]:
         """Traffic over each directed link during the whole run."""
         return _part(self.summary, "links", list)
+
+    @property
+    def local(self) -> list[Row]:
+        """The same between agents of one node, over no link."""
+        return _part(self.summary, "local", list)
 
     @property
     def stopped_early(self) -> Row:

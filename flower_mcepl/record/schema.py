@@ -199,6 +199,7 @@ RELAY_LINE = _object(
             )
         ),
         "link_bytes": _BYTES,
+        "local_bytes": _BYTES,
         "uplink_bytes": _BYTES,
         "seconds": _SECONDS,
         "clock": _SECONDS,
@@ -221,7 +222,12 @@ def _entry(value: Any, place: str) -> None:
 
 _COUNTED = _whole(_COUNT)
 TRAFFIC_LINE = _object(
-    {"round": _ROUND, "links": _list(_entry), "uplinks": _list(_list(_COUNTED, exactly=5))},
+    {
+        "round": _ROUND,
+        "links": _list(_entry),
+        "local": _list(_entry),
+        "uplinks": _list(_list(_COUNTED, exactly=5)),
+    },
     required=("round", "links", "uplinks"),
 )
 EVENTS_LINE = _object(
@@ -234,6 +240,7 @@ EVENTS_LINE = _object(
     required=("clock",),
 )
 _SPREAD = _object(others=_number())
+_LINKS = _list(_object({"sender": _AGENT, "receiver": _AGENT}, required=("sender", "receiver")))
 SUMMARY_FILE = _object(
     {
         "status": _text,
@@ -242,9 +249,8 @@ SUMMARY_FILE = _object(
         "accuracy": _SPREAD,
         "result": _SPREAD,
         "bytes": _object(others=_number(0.0, float(_COUNT))),
-        "links": _list(
-            _object({"sender": _AGENT, "receiver": _AGENT}, required=("sender", "receiver"))
-        ),
+        "links": _LINKS,
+        "local": _LINKS,
         "stopped_early": _object(others=_scalar),
         "lines": _object(others=_LENGTH),
     }

@@ -2,10 +2,11 @@
 
 A sender's frame goes to all its neighbors, round after round. So an entry holds a
 sender, a list of receivers, and what went to each of them; ``null`` in place of the
-list repeats that of the sender's first entry in an earlier line.
+list repeats that of the sender's first entry in an earlier line. What went between
+agents of one node, over no link, stands apart in the same form.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -15,6 +16,7 @@ from flower_mcepl.record.parsing import read_lines
 from flower_mcepl.record.schema import TRAFFIC_LINE
 
 Counts = list[int]  # frames, keys, bytes, header_bytes
+GROUPED = ("links", "local")  # keys of a line whose rows are put together by sender
 
 
 @final
@@ -62,6 +64,23 @@ class TrafficLines:
         return sorted(rows)
 
 
+@final
+class GroupedTraffic:
+    """Lines of ``traffic.jsonl``, one after the other, with all that is in them."""
+
+    def __init__(self) -> None:
+        self._lines = {key: TrafficLines() for key in GROUPED}
+
+    def packed(self, row: Mapping[str, Any]) -> Row:
+        """The next line, as it is written."""
+        return {**row, **{key: self._lines[key].packed(row[key]) for key in GROUPED if key in row}}
+
+    def unpacked(self, line: Mapping[str, Any]) -> Row:
+        """The next line, with a row for each link; see `TrafficLines.unpacked`."""
+        rows = {key: self._lines[key].unpacked(line[key]) for key in GROUPED if key in line}
+        return {**line, **rows}
+
+
 def read_traffic(path: Path) -> Iterator[Row]:
     """Lines of the record at ``path``, with a row for each link, as `Run.traffic`.
 
@@ -70,10 +89,10 @@ def read_traffic(path: Path) -> Iterator[Row]:
     RecordError
         If a line is damaged, or one that it builds on is missing.
     """
-    lines = TrafficLines()
+    lines = GroupedTraffic()
     for row in read_lines(path / TRAFFIC, TRAFFIC_LINE)[0]:
         try:
-            yield {**row, "links": lines.unpacked(row["links"])}
+            yield lines.unpacked(row)
         except RecordError as error:
             raise RecordError(
                 f"{path / TRAFFIC}, round {row['round']}: {error}. Take a whole copy of the record."

@@ -27,7 +27,7 @@ from flower_mcepl.record.layout import (
     TRAFFIC_KEYS,
 )
 from flower_mcepl.record.parsing import read_raw
-from flower_mcepl.record.traffic import TrafficLines, read_traffic
+from flower_mcepl.record.traffic import GroupedTraffic, read_traffic
 from flower_mcepl.record.values import package_versions, to_json, utc_now
 
 
@@ -38,7 +38,7 @@ class RunRecord:
     def __init__(self, path: Path, *, with_frames: bool = False) -> None:
         self.path, self.with_frames = path, with_frames
         self._began = time.monotonic()
-        self._traffic: TrafficLines | None = None  # until the first line is written
+        self._traffic: GroupedTraffic | None = None  # until the first line is written
 
     @classmethod
     def create(
@@ -111,14 +111,13 @@ class RunRecord:
     def log_traffic(self, row: Mapping[str, Any]) -> None:
         """Append a round's line to ``traffic.jsonl``, with all ``TRAFFIC_KEYS``.
 
-        ``links`` are rows as of `Run.traffic`.
+        ``links`` and ``local`` are rows as of `Run.traffic`.
         """
         if self._traffic is None:  # of a resumed run: after the lines that there are
-            self._traffic = TrafficLines()
+            self._traffic = GroupedTraffic()
             for line in read_traffic(self.path):
-                self._traffic.packed(line["links"])
-        packed = {"links": self._traffic.packed(row["links"])} if "links" in row else {}
-        self._append(TRAFFIC, [{**row, **packed}], TRAFFIC_KEYS)
+                self._traffic.packed(line)
+        self._append(TRAFFIC, [self._traffic.packed(row)], TRAFFIC_KEYS)
 
     def log_event(self, row: Mapping[str, Any]) -> None:
         """Append an event's line to ``events.jsonl``, with all of ``EVENT_KEYS``."""

@@ -13,6 +13,7 @@ from flower_mcepl.record.reading import Run
 from flower_mcepl.record.values import human_bytes
 from flower_mcepl.report.plots.canvas import (
     BLUE,
+    GREEN,
     GREY,
     ORANGE,
     SKY,
@@ -140,7 +141,7 @@ def _draw_bytes(axes: "Axes", counts: Row, *, title: str) -> None:
         axes.set_axis_off()
         say(axes, "nothing was sent" if counts.get("links_total") == 0 else "no bytes recorded")
         return
-    colors = {"links_total": BLUE, "fp32_total": GREY, "uplink_total": SKY}
+    colors = {"links_total": BLUE, "local_total": GREEN, "fp32_total": GREY, "uplink_total": SKY}
     for place, (key, value) in enumerate(shown):
         paper = key == "paper_convention_bytes"
         hatched: Row = {"color": "white", "edgecolor": ORANGE, "hatch": "///"}
@@ -153,7 +154,8 @@ def _draw_bytes(axes: "Axes", counts: Row, *, title: str) -> None:
         axes.text(0.01, -place + 0.26, name, transform=axes.get_yaxis_transform(), va="bottom")
     values = [value for _, value in shown]
     start, end = 10 ** math.floor(math.log10(min(values)) - 0.5), max(values)
-    axes.set(xscale="log", xlim=(start, end * (end / start) ** 0.35), ylim=(-3.5, 0.7), yticks=[])
+    axes.set(xscale="log", xlim=(start, end * (end / start) ** 0.35), yticks=[])
+    axes.set_ylim(min(-3.5, 0.5 - len(shown)), 0.7)
     axes.xaxis.set_major_formatter(lambda value, _: re.sub(r"\.0+ ", " ", human_bytes(value)))
     bits = counts.get("link_bits_per_weight")
     axes.set_xlabel(

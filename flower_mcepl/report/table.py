@@ -15,11 +15,13 @@ from flower_mcepl.record.values import human_bytes
 # What each byte count is called, in the order in which it is shown.
 BYTE_NAMES = {
     "links_total": "payload over all directed links",
+    "local_total": "payload between agents of one node",
     "fp32_total": "fp32 weights over the same deliveries",
     "uplink_total": "uplink, each frame counted once",
     "paper_convention_bytes": "paper's convention: 1 bit per kept weight",
 }
 
+_CLOSED = ("finished", "incomplete")  # runs that came to their closing exchange
 _MOST_NAMED = 100  # agents of a list
 
 
@@ -140,6 +142,8 @@ def _result_lines(run: Run) -> Iterator[str]:
         f"{run.coverage()}, round {result['round']}{on}{_better(run)}); "
         f"worst: agent {result['worst_agent']} with {result['worst']:.4f}"
     )
+    if _is_older(run):
+        yield f"no evaluation came after the last round, {run.num_rounds}: this one is earlier"
     if further := ", ".join(_further_lines(run)):
         yield f"also, means of that round: {further}"
     last = run.last_evaluated()
@@ -150,6 +154,13 @@ def _result_lines(run: Run) -> Iterator[str]:
     if never := [str(agent) for agent in range(run.num_agents) if agent not in final]:
         more = f", ... ({len(never)} agents)" if len(never) > _MOST_NAMED else ""
         yield f"never evaluated: agent {', '.join(never[:_MOST_NAMED])}{more}"
+
+
+def _is_older(run: Run) -> bool:
+    """Whether a run came to its closing exchange, and has no result of it."""
+    if run.status not in _CLOSED or any(row.get("closing") for row in run.rounds):
+        return False
+    return (run.result()["round"] or 0) < run.num_rounds
 
 
 def _best_line(run: Run) -> str:
@@ -187,6 +198,7 @@ def _further_lines(run: Run) -> Iterator[str]:
 def _byte_lines(counts: Row) -> Iterator[str]:
     notes = {
         "links_total": against_fp32(counts),
+        "local_total": "over no link",
         "paper_convention_bytes": "per delivery; not bytes on the wire",
     }
     for key, name in BYTE_NAMES.items():

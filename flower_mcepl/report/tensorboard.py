@@ -10,7 +10,7 @@ from flower_mcepl.record.metric import MainMetric, metric_summary
 from flower_mcepl.record.reading import Run, read_run
 
 SPREAD = ("mean", "std", "worst", "best")
-BYTES = {"link_bytes": "links", "uplink_bytes": "uplinks"}
+BYTES = {"link_bytes": "links", "local_bytes": "local", "uplink_bytes": "uplinks"}
 
 
 @final
@@ -19,8 +19,9 @@ class ScalarWriter:
 
     The step is the round. Written are ``accuracy/mean``, ``std``, ``worst``, ``best``
     over the agents, ``loss/mean``, ``agents/3`` (accuracy of agent 3), and
-    ``bytes/links`` and ``bytes/uplinks``, totals since the start. Of another task its
-    main metric stands in place of the accuracy, and the others as ``mae/mean``.
+    ``bytes/links`` and ``bytes/uplinks`` (and ``bytes/local``, between agents of one
+    node), totals since the start. Of another task its main metric stands in place of
+    the accuracy, and the others as ``mae/mean``.
 
     Parameters
     ----------

@@ -192,10 +192,12 @@ class RunBook(Generic[FrameT]):
         if self.unanswered == ():
             return "finished", None
         agents = ", ".join(map(str, self.unanswered or ())) or "all"
+        goes_on = self.checkpoints is not None and self.checkpoints.rounds()
+        way_out = "resume the run" if goes_on else "start the run anew (it has no checkpoint)"
         return "incomplete", IncompleteRunError(
             f"the closing exchange has no answer from these agents: {agents}. Their final "
             "evaluations are missing, and so may be their final states. Look at the failures "
-            "above, and resume the run."
+            f"above, and {way_out}."
         )
 
     def due(self, round: int) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Generic
 
 from flower_mcepl.errors import first_line
+from flower_mcepl.exchange.ledger import Ledger
 from flower_mcepl.exchange.parcels import Answer, FrameT
 from flower_mcepl.record.layout import Row
 
@@ -31,6 +32,12 @@ class ClosedRound(Generic[FrameT]):
         for agent, answer in self.answers.items():
             if answer.evaluation_error:
                 yield f"agent {agent}, evaluation", answer.evaluation_error
+
+    def byte_counts(self, ledger: Ledger) -> Row:
+        """Entries of ``relay.jsonl`` on bytes; ``local_bytes`` where there are any."""
+        links, uplinks = self.so_far or ledger.so_far()
+        local = {"local_bytes": ledger.local_bytes} if ledger.local else {}
+        return {"link_bytes": links, "uplink_bytes": uplinks, **local}
 
     def evaluation_errors(self) -> Row:
         """Entry of ``relay.jsonl`` on evaluations that failed; none where none did."""

@@ -8,11 +8,13 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, final
 
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.record.reading import read_run
+from flower_mcepl.record.values import to_json
 
 Seconds = Callable[[int, int, float], float]
 """Virtual seconds of ``(agent, round, begin)``, from its parcel to its answer.
@@ -43,31 +45,121 @@ class Event:
         return cls(float(row["clock"]), *agents)
 
 
-def virtual_events(
-    num_agents: int, *, num_rounds: int, seconds: Seconds, time_budget: float = math.inf
-) -> Iterator[Event]:
+class EventSource(Protocol):
+    """Events of a simulation, one after the other; the last one was played."""
+
+    def __iter__(self) -> Iterator[Event]:
+        """Return itself."""
+        ...
+
+    def __next__(self) -> Event:
+        """The next event."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the events to come depend on, JSON-able."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on after the event that was played when `state` was taken."""
+        ...
+
+
+@final
+class VirtualEvents:
     """Events of a fleet whose rounds take known times.
 
     Whoever answers gets its next parcel at once, up to ``num_rounds`` of its own, and
     none at or after ``time_budget``. Answers of one time are one event: all of them are
     taken in before any parcel goes out, so that a fleet of equal speeds plays rounds.
     """
-    rounds = [0] * num_agents
-    answers: list[tuple[float, int]] = []
-    event = Event(0.0, (), tuple(range(num_agents)))
-    while True:
-        yield event
-        for agent in event.given:
-            rounds[agent] += 1
-            took = seconds(agent, rounds[agent], event.clock)
-            heapq.heappush(answers, (event.clock + took, agent))
-        if not answers:
-            return
-        clock, answered = answers[0][0], []
-        while answers and answers[0][0] == clock:
-            answered.append(heapq.heappop(answers)[1])
-        due = [agent for agent in answered if rounds[agent] < num_rounds and clock < time_budget]
-        event = Event(clock, tuple(answered), tuple(due))
+
+    def __init__(
+        self, num_agents: int, *, num_rounds: int, seconds: Seconds, time_budget: float = math.inf
+    ) -> None:
+        self._num_rounds, self._seconds, self._time_budget = num_rounds, seconds, time_budget
+        self._rounds = [0] * num_agents
+        self._answers: list[tuple[float, int]] = []  # a heap of those to come
+        self._last: Event | None = None  # whose parcels are yet to be timed
+
+    def __iter__(self) -> Iterator[Event]:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> Event:
+        """The next event; the rounds that the last one began have been played."""
+        if not any(self._rounds) and self._last is None:
+            self._last = Event(0.0, (), tuple(range(len(self._rounds))))
+            return self._last
+        self._time_answers()
+        if not self._answers:
+            raise StopIteration
+        clock, answered = self._answers[0][0], []
+        while self._answers and self._answers[0][0] == clock:
+            answered.append(heapq.heappop(self._answers)[1])
+        self._last = Event(clock, tuple(answered), tuple(filter(self._goes_on(clock), answered)))
+        return self._last
+
+    def _goes_on(self, clock: float) -> Callable[[int], bool]:
+        return lambda agent: self._rounds[agent] < self._num_rounds and clock < self._time_budget
+
+    def _time_answers(self) -> None:
+        event, self._last = self._last, None
+        for agent in () if event is None else event.given:
+            assert event is not None
+            self._rounds[agent] += 1
+            took = self._seconds(agent, self._rounds[agent], event.clock)
+            heapq.heappush(self._answers, (event.clock + took, agent))
+
+    def state(self) -> dict[str, Any]:
+        """Rounds of the agents, and when the answers under way will come."""
+        self._time_answers()
+        return {"rounds": [*self._rounds], "answers": sorted(self._answers)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on after the event that was played when `state` was taken."""
+        self._rounds = [*state["rounds"]]
+        self._answers = [(clock, agent) for clock, agent in state["answers"]]  # sorted: a heap
+        self._last = None
+
+
+@final
+class ReplayedEvents:
+    """Events of an earlier run, as they were."""
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self._events, self._played = events, 0
+
+    def __iter__(self) -> Iterator[Event]:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> Event:
+        """The next event."""
+        if self._played == len(self._events):
+            raise StopIteration
+        self._played += 1
+        return self._events[self._played - 1]
+
+    def state(self) -> dict[str, Any]:
+        """Number and digest of the events that were played."""
+        rows = [event.to_row() for event in self._events[: self._played]]
+        return {"played": self._played, "digest": blake2b(to_json(rows).encode()).hexdigest()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on after the event that was played when `state` was taken.
+
+        Raises
+        ------
+        ConfigError
+            If these are the events of another run.
+        """
+        self._played = int(state["played"])
+        if self.state() != state:
+            raise ConfigError(
+                "a run that plays events is resumed with the events that it began with; got those "
+                "of another run. Name the same record."
+            )
 
 
 def recorded_events(source: "str | Path | Sequence[Event]") -> list[Event]:

@@ -200,6 +200,7 @@ class RunMonitor(Generic[FrameT]):
             "accuracy": {**metric_summary(last), **of},
             "bytes": self.exchange.ledger.totals(),
             "links": self.exchange.ledger.link_rows(),
+            **({"local": local} if (local := self.exchange.ledger.local_rows()) else {}),
             "seconds": time.perf_counter() - self._start,
             **({"best": best} if (best := best_states(self.rows)) else {}),
             **({"stopped_early": self.stopped_early} if self.stopped_early else {}),
@@ -271,7 +272,6 @@ class RunMonitor(Generic[FrameT]):
         record.log_traffic({"round": closed.round, **self.exchange.ledger.changes()})
         for agent, answer in answers.items():
             record.keep_frames(answer.late_of or closed.round, agent, answer.raw)
-        link_bytes, uplink_bytes = closed.so_far or self.exchange.ledger.so_far()
         record.log_round(
             {
                 "round": closed.round,
@@ -290,8 +290,7 @@ class RunMonitor(Generic[FrameT]):
                 **closed.evaluation_errors(),
                 **decisions_of(answers, round=closed.round),
                 "train_loss": self.train_loss.get(closed.round),
-                "link_bytes": link_bytes,
-                "uplink_bytes": uplink_bytes,
+                **closed.byte_counts(self.exchange.ledger),
                 "agent_seconds": sum(a.metrics.get("seconds", 0.0) for a in answers.values()),
                 "seconds": time.perf_counter() - self._start,
                 **({} if closed.clock is None else {"clock": closed.clock}),
@@ -328,6 +327,8 @@ class RunMonitor(Generic[FrameT]):
         parts.append(f"{human_bytes(link_bytes)} over the links")
         if totals["link_bits_per_weight"]:
             parts[-1] += f" ({totals['link_bits_per_weight']:.2g} bit per weight)"
+        if "local_total" in totals:
+            parts[-1] += f", {human_bytes(totals['local_total'])} within nodes"
         return " | ".join(parts)
 
     def _time_left(self, round: int) -> str:

@@ -117,9 +117,7 @@ class RoundOptions:
             self.schedule,
             time_budget=self.time_budget,
             patience=self.patience,
-            checkpoint_every=self.checkpoint_every,
             agents_per_node=self.agents_per_node,
-            resumes=bool(self.resume),
         )
 
 

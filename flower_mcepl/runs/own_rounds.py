@@ -4,17 +4,26 @@ Whoever answers gets its next parcel at once, with the newest frames that its ne
 have delivered by then; one parcel of each agent is under way at a time. The order of
 events is written down as they happen, rows as agents are evaluated; the line of a round
 follows when all agents have played it, each in its own time.
+
+A checkpoint of round t is the whole run as it was when its agents had played t rounds
+each in the mean: so one that is slow, or away, holds none up.
 """
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Generic, final
+from typing import Any, Generic, final
 
 from flower_mcepl.exchange.exchange import Exchange
-from flower_mcepl.exchange.parcels import Answer, FrameT, Parcel
+from flower_mcepl.exchange.parcels import Answer, FrameT, Parcel, by_number
+from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.record.layout import Row
 from flower_mcepl.runs.book import RunBook
+from flower_mcepl.runs.checkpoint import KEPT
 from flower_mcepl.runs.events import Event
+from flower_mcepl.runs.own_state import answer_facts, answer_of
+from flower_mcepl.runs.resumption import LAST_FRAMES
+
+_OWN = "own-rounds"  # key of a checkpoint's facts
 
 
 @dataclass
@@ -29,6 +38,24 @@ class _OwnRound(Generic[FrameT]):
     states: dict[str, str] = field(default_factory=dict)  # that changed since the round before
     clock: float = 0.0  # of its last answer
     so_far: tuple[int, int] = (0, 0)  # bytes over links and uplinks by then
+
+    def state(self) -> dict[str, Any]:
+        """What `of` takes back, JSON-able."""
+        answers = {agent: answer_facts(answer) for agent, answer in self.answers.items()}
+        return {**vars(self), "answers": answers, "missed": sorted(self.missed)}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "_OwnRound[FrameT]":
+        """Round from its `state`."""
+        return cls(
+            **{
+                **state,
+                "answers": {int(i): answer_of(facts) for i, facts in state["answers"].items()},
+                "refused": by_number(state["refused"]),
+                "missed": set(state["missed"]),
+                "so_far": tuple(state["so_far"]),
+            }
+        )
 
 
 @final
@@ -48,17 +75,22 @@ class OwnRounds(Generic[FrameT]):
     ----------
     rounds : list of int
         Round of each agent's last parcel; 0: it had none.
+    answered : list of int
+        Round of each agent's last answer; 0: it gave none.
     """
 
     def __init__(
         self, book: RunBook[FrameT], exchange: Exchange[FrameT], *, num_agents: int
     ) -> None:
         self._book, self._exchange = book, exchange
-        self.rounds = [0] * num_agents
+        self.rounds, self.answered = [0] * num_agents, [0] * num_agents
         self._began = [0.0] * num_agents  # clock of each agent's last parcel
         self._open: dict[int, _OwnRound[FrameT]] = {}
         self._written: set[int] = set()  # rounds that have their line
         self._states: dict[str, str] = {}  # for the closing line
+        # by round of a checkpoint: the round that each agent had done by then
+        self._done: dict[int, list[int]] = {}
+        self._under_way: set[int] = set()  # agents that owe the answer to their last parcel
 
     def give(self, agents: Iterable[int], *, clock: float) -> list[Parcel[FrameT]]:
         """Parcels of the agents' next rounds, in this order."""
@@ -66,6 +98,7 @@ class OwnRounds(Generic[FrameT]):
         for agent in agents:
             self.rounds[agent] += 1
             self._began[agent] = clock
+            self._under_way.add(agent)
             parcels.append(self._exchange.parcel(agent, round=self.rounds[agent]))
         return parcels
 
@@ -104,6 +137,7 @@ class OwnRounds(Generic[FrameT]):
             own.failed[f"agent {agent}"] = reason
             own.missed.add(agent)
         for agent in (*answers, *(failed or {})):
+            self._under_way.discard(agent)
             own = self._of(agent)
             own.clock, own.so_far = clock, self._exchange.ledger.so_far()
         for round, own in sorted(self._open.items()):
@@ -130,6 +164,50 @@ class OwnRounds(Generic[FrameT]):
         last, planned = max(self.rounds), self._book.monitor.num_rounds
         if min(self.rounds) < planned:
             self._book.monitor.stop_after(last, fewest=min(self.rounds))
+
+    def due(self) -> int | None:
+        """Round of the checkpoint that is due now: rounds of an agent in the mean."""
+        last, now = max(self._done, default=0), sum(self._rounds_done()) // len(self.rounds)
+        return next((t for t in range(now, last, -1) if self._book.due(t)), None)
+
+    def _rounds_done(self) -> list[int]:
+        """Rounds that each agent has played, or will not play any more."""
+        return [t - (agent in self._under_way) for agent, t in enumerate(self.rounds)]
+
+    def keep(self, round: int, more: Bundle) -> None:
+        """Write the checkpoint of ``round``, with ``more`` beside what stands here."""
+        self._done = dict([*self._done.items(), (round, self._rounds_done())][-KEPT:])
+        self._book.keep(round, Bundle.joined({**self.state(), **more.facts}, more.groups()))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether checkpoints are written at all."""
+        return self._book.checkpoints is not None and self._book.checkpoints.every > 0
+
+    def done_by(self, agent: int) -> tuple[int, ...]:
+        """Rounds that an agent had done by each checkpoint that there is."""
+        return tuple(done[agent] for done in self._done.values())
+
+    def state(self) -> dict[str, Any]:
+        """Everything of these books that the rounds to come need, JSON-able."""
+        own = {
+            "rounds": self.rounds,
+            "began": self._began,
+            "open": {round: own.state() for round, own in self._open.items()},
+            "written": sorted(self._written),
+            "states": self._states,
+            "done": self._done,
+            "under-way": sorted(self._under_way),
+        }
+        return {_OWN: own, LAST_FRAMES: self.answered}
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        """Go on from the facts of a checkpoint that `keep` wrote."""
+        own, self.answered = facts[_OWN], [*facts[LAST_FRAMES]]
+        self.rounds, self._began = [*own["rounds"]], [*own["began"]]
+        self._open = {int(t): _OwnRound.of(state) for t, state in own["open"].items()}
+        self._written, self._states = set(own["written"]), dict(own["states"])
+        self._done, self._under_way = by_number(own["done"]), set(own["under-way"])
 
     def closing_parcel(self, agent: int) -> Parcel[FrameT]:
         """The agent's last parcel, after its own last round."""
@@ -179,8 +257,9 @@ class OwnRounds(Generic[FrameT]):
         self._book.monitor.add_rows(taken.rows)
         if self._book.record is not None:
             self._book.record.keep_frames(round, agent, answer.raw)
-        # a fast agent's answers wait long for the slow ones: without their frames
-        own.answers[agent] = replace(answer, posts=(), raw=())
+        self.answered[agent] = round
+        # a fast agent's answers wait long for the slow ones: without frames and states
+        own.answers[agent] = replace(answer, posts=(), raw=(), state=b"", exported={})
         own.rows += taken.rows
         own.refused |= taken.refused
 

@@ -1,19 +1,23 @@
 """The two ways to play a simulation: rounds of all agents, and each agent's own."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer
+from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.record.reading import read_run
 from flower_mcepl.runs.barrier import VirtualRounds
 from flower_mcepl.runs.book import RunBook
-from flower_mcepl.runs.events import Event, virtual_events
+from flower_mcepl.runs.events import Event, EventSource, ReplayedEvents, VirtualEvents
 from flower_mcepl.runs.fleet import Fleet
 from flower_mcepl.runs.own_rounds import OwnRounds
+from flower_mcepl.runs.own_state import answers_of, answers_state
 from flower_mcepl.runs.timing import Timing
 from flower_mcepl.runs.virtual_time import VirtualTimes
+
+_UNDER_WAY, _EVENTS, _CLOCK = "under-way", "events", "clock"  # keys of a checkpoint
 
 
 def play_rounds(
@@ -96,33 +100,50 @@ def play_own_rounds(
     fleet: Fleet,
     timing: Timing,
     times: VirtualTimes,
-    events: Iterable[Event] | None,
+    events: Sequence[Event] | None,
 ) -> None:
     """Play each agent's own rounds in the order of events, and the closing exchange.
 
     Without ``events`` they follow from the speeds.
     """
-    num_agents = len(fleet.agents)
-    own = OwnRounds(book, exchange, num_agents=num_agents)
-    answers: dict[int, Answer[bytes]] = {}
-    clock = 0.0
-    if events is None:
-        events = virtual_events(
-            num_agents,
+    own = OwnRounds(book, exchange, num_agents=len(fleet.agents))
+    source: EventSource = (
+        ReplayedEvents(events)
+        if events is not None
+        else VirtualEvents(
+            len(fleet.agents),
             num_rounds=book.monitor.num_rounds,
             seconds=times,
             time_budget=timing.time_budget or math.inf,
         )
-    for event in events:
+    )
+    answers: dict[int, Answer[bytes]] = {}  # under way: an agent plays when it gets its parcel
+    clock = 0.0
+    if book.resumed is not None:
+        facts = book.resumed.facts
+        own.restore(facts)
+        source.restore(facts[_EVENTS])
+        answers = answers_of(Bundle(facts[_UNDER_WAY], book.resumed.group(_UNDER_WAY)))
+        clock = facts[_CLOCK]
+    for event in source:
         times.now = clock = event.clock
         own.take({agent: answers.pop(agent) for agent in event.answered}, clock=clock)
         parcels = own.give(event.given, clock=clock)
         own.note(event)
         answers |= fleet.play(event.given, parcels)
+        if (round := own.due()) is not None:
+            fleet.store(book, round)  # first, as by rounds
+            own.keep(round, _under_way(answers, source, clock))
     own.end()
-    everyone = range(num_agents)
+    everyone = range(len(fleet.agents))
     parcels = [own.closing_parcel(agent) for agent in everyone]
     own.close(fleet.play(everyone, parcels), clock=clock)
+
+
+def _under_way(answers: Mapping[int, Answer[bytes]], source: EventSource, clock: float) -> Bundle:
+    state = answers_state(answers)
+    facts = {_UNDER_WAY: state.facts, _EVENTS: source.state(), _CLOCK: clock}
+    return Bundle.joined(facts, {_UNDER_WAY: state.arrays})
 
 
 def _clock_of(book: RunBook[bytes]) -> float:

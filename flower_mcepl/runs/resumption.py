@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, final
 
@@ -23,12 +23,13 @@ from flower_mcepl.agents.registry import read_config
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.engines import LOOP
 from flower_mcepl.config.fields import free_keys
+from flower_mcepl.config.schedules import ASYNC
 from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import FrameT
 from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.files.sealed import file_lock
-from flower_mcepl.record.layout import CONFIG, FRAMES, RELAY, ROUNDS, SUMMARY, TRAFFIC
+from flower_mcepl.record.layout import CONFIG, EVENTS, FRAMES, RELAY, ROUNDS, SUMMARY, TRAFFIC
 from flower_mcepl.record.parsing import read_raw
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.values import package_versions, to_json, utc_now
@@ -47,11 +48,13 @@ from flower_mcepl.runs.store import StateStore
 
 CHECKPOINT, LOCK = "checkpoint", ".lock"  # in the run record
 RUN = "run"  # key of config.json: 16 hex digits that stand for the run, however often it is resumed
+LAST_FRAMES = "last-frames"  # key of a checkpoint: round of each agent's last frame by then
 _FILES = (ROUNDS, RELAY, TRAFFIC)
+_ALSO = (EVENTS,)  # of some runs
 # settings that records of earlier releases do not have
 _BEFORE: Mapping[str, Any] = {
     **{"keep_best": False, "patience": 0, "engine": LOOP},
-    **{"age_decay": 1.0, "schedule": "rounds", "speeds": ""},
+    **{"age_decay": 1.0, "schedule": "rounds", "speeds": "", "replayed": False},
 }
 # the same in config.json
 _FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", "agent_cache", RUN})
@@ -118,11 +121,14 @@ class RunCheckpoints(Generic[FrameT]):
         facts = {
             "exchange": state.facts,
             "monitor": self._monitor.state(),
-            "files": {file: _synced_size(self._record.path / file) for file in _FILES},
+            "files": {file: _synced_size(self._record.path / file) for file in self._files()},
             **more.facts,
         }
         groups = {**more.groups(), "exchange": state.arrays}
         save_checkpoint(self.folder, round, Bundle.joined(facts, groups))
+
+    def _files(self) -> list[str]:
+        return [*_FILES, *(file for file in _ALSO if (self._record.path / file).exists())]
 
     def restore(self, checkpoint: Bundle) -> None:
         """Let exchange and monitor go on where `save` was called.
@@ -190,10 +196,7 @@ def reopen(
         _check_size(path / file, size)
     for file, size in sizes.items():
         os.truncate(path / file, size)
-    for frame in (path / FRAMES).glob("*.frame"):
-        number = frame.name.partition("-")[0]
-        if number.isdecimal() and int(number) > last:
-            frame.unlink()
+    _drop_later_frames(path / FRAMES, last, checkpoint.facts.get(LAST_FRAMES))
     (path / SUMMARY).unlink(missing_ok=True)
     set_damaged_aside(path / CHECKPOINT, after=last)
     record, answered = RunRecord(path, with_frames=with_frames), _last_answered(run)
@@ -207,6 +210,17 @@ def reopen(
         num_rounds=config["num_rounds"], resumptions=[*(recorded.get("resumptions") or []), noted]
     )
     return Reopened(record, checkpoint, answered)
+
+
+def _drop_later_frames(folder: Path, last: int, by_agent: Sequence[int] | None) -> None:
+    """Delete frames of rounds that come again, without a barrier by agent."""
+    for frame in folder.glob("*-agent-*.frame"):
+        round, _, rest = frame.name.partition("-agent-")
+        agent = rest.partition("-")[0].removesuffix(".frame")
+        if round.isdecimal() and agent.isdecimal():
+            limit = last if by_agent is None else by_agent[int(agent)]
+            if int(round) > limit:
+                frame.unlink()
 
 
 def how_to_resume(path: Path) -> str:
@@ -275,6 +289,13 @@ def _check_same_run(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None
     for key in sorted(now.keys() - _FREE):
         _check_same(key, recorded.get(key, _BEFORE.get(key)), json.loads(to_json(now[key])))
     before, after = int(recorded.get("num_rounds") or 0), int(now["num_rounds"])
+    check(
+        after == before or now.get("schedule") != ASYNC,
+        f"a run of schedule {ASYNC} is resumed with as many rounds as it had, since agents that "
+        f"played them all have ended; it was num-rounds = {before}",
+        after,
+        "Resume it with these.",
+    )
     check(
         after >= before,
         f"num-rounds may grow when a run is resumed, not shrink; it was {before}",

@@ -10,15 +10,10 @@ def check_schedule(
     *,
     time_budget: float = 0.0,
     patience: int = 0,
-    checkpoint_every: int = 0,
     agents_per_node: int = 1,
-    resumes: bool = False,
     has_server: bool = False,
 ) -> None:
-    """Raise ConfigError unless a run can go by this schedule.
-
-    A checkpoint would have to hold the parcels that are under way: there is none yet.
-    """
+    """Raise ConfigError unless a run can go by this schedule."""
     check(schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}", schedule)
     check(time_budget >= 0, "time-budget must be >= 0 seconds (0: none)", time_budget)
     if schedule == ROUNDS:
@@ -32,21 +27,10 @@ def check_schedule(
     none = f"a run of schedule {ASYNC}"
     check(patience == 0, f"{none} has no rounds of all agents to stop after; patience", patience)
     check(
-        checkpoint_every == 0,
-        f"{none} writes no checkpoints; checkpoint-every must be 0",
-        checkpoint_every,
-        f"Set it, or use schedule {ROUNDS}.",
-    )
-    check(
         agents_per_node == 1,
         f"{none} has one agent a node, whose message waits for no other; agents-per-node must be 1",
         agents_per_node,
     )
-    if resumes:
-        raise ConfigError(
-            f"{none} cannot be resumed: parcels that were under way are lost. Start it anew, or "
-            f"play the events of one that finished (simulate(events=...))."
-        )
     if has_server:
         raise ConfigError(
             f"{none} is one of agents that hear each other; a server-based algorithm waits for "

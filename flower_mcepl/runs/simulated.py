@@ -5,5 +5,6 @@ import sys
 
 def in_simulation() -> bool:
     """Whether this process is of a Ray simulation, and no device or server."""
-    ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())
+    # Flower's simulation imports it in one thread while the ServerApp begins in another
+    initialized = getattr(sys.modules.get("ray"), "is_initialized", None)
+    return initialized is not None and bool(initialized())

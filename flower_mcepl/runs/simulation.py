@@ -138,7 +138,7 @@ def simulate(
         Where to write the run record, final states of agents and server included.
     checkpoint_every : int (default: 0)
         Rounds between checkpoints in the record, agents' states included; 0 writes
-        none.
+        none. With schedule "async" rounds of an agent in the mean.
     resume : str or Path, optional
         The record of a simulation that broke off, in place of ``record``: go on from
         its last checkpoint, with agents, graph and settings as they were made for it.
@@ -256,8 +256,6 @@ def _check_timing(
         timing.schedule,
         time_budget=timing.time_budget,
         patience=patience,
-        checkpoint_every=checkpoint_every,
-        resumes=resume is not None,
         has_server=server is not None,
     )
     check(

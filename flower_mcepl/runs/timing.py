@@ -76,6 +76,7 @@ class Timing:
         """What the record says of it, beside the schedule."""
         return {
             "speeds": self.pace().to_text() if self.speeds else "",
+            **({"replayed": self.events is not None} if self.schedule == ASYNC else {}),
             **({"time_budget": self.time_budget} if self.time_budget else {}),
             **({"timeout_factor": self.timeout_factor} if self.timeout_factor else {}),
             **({} if math.isinf(self.round_timeout) else {"round_timeout": self.round_timeout}),

@@ -190,7 +190,7 @@ class Attendance:
             raise LostWorkerError(
                 f"round {round}: a process of Flower's simulation died, and Flower gives its "
                 f"messages to no other. {_listed(lost)}. Too little memory is the usual cause. "
-                "Resume the run: a new simulation has all its processes."
+                "A new simulation has all its processes: resume the run if it has a checkpoint."
             )
 
     def _check_reasons(self, round: int, failed: Mapping[str, str]) -> None:
@@ -204,7 +204,7 @@ class Attendance:
                 f"several agents failed for the same reason in {SAME_ROUNDS} rounds up to round "
                 f"{round} ({counts[why]} of them in this one): "
                 f"{_listed({n: w for n, w in failed.items() if same_reason(w) == why})}. Mend it, "
-                "and resume the run."
+                "and resume the run if it has a checkpoint."
             )
 
     def changes(

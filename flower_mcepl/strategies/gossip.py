@@ -73,6 +73,7 @@ class GossipStrategy(ExchangeStrategy):
             key_interval=options.key_interval,
             age_decay=options.age_decay,
             schedule=options.schedule,
+            agents_per_node=options.agents_per_node,
         )
         super().__init__(relay, options, record=record, name=name, config=config)
 

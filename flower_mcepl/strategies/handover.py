@@ -5,7 +5,7 @@ strategy's process knows that it sees the record. So what is to be in there come
 an agent's answer, and what a resumed run begins with goes with its first message.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import final
@@ -53,8 +53,17 @@ class Handover:
         generation = self._store.load(agent, run=self._run, before=round)
         return None if generation is None else raw_array(generation.encode(), Array)
 
-    def keep(self, answers: Mapping[int, Answer[Array]], *, closing: bool) -> None:
+    def keep(
+        self,
+        answers: Mapping[int, Answer[Array]],
+        *,
+        closing: bool,
+        done_by: Callable[[int], Collection[int]] = lambda agent: (),
+    ) -> None:
         """Write what came with the answers; a final state is that of a closing answer.
+
+        ``done_by`` says which rounds of an agent checkpoints go back to, where these
+        are not its two newest ones.
 
         Raises
         ------
@@ -64,14 +73,17 @@ class Handover:
         try:
             for agent, answer in answers.items():
                 if answer.state:
-                    self._keep(agent, answer, final=closing and answer.late_of is None)
+                    final = closing and answer.late_of is None
+                    self._keep(agent, answer, final=final, checkpoints=done_by(agent))
         except OSError as error:
             raise RecordError(f"cannot write into the run record: {error}") from error
 
-    def _keep(self, agent: int, answer: Answer[Array], *, final: bool) -> None:
+    def _keep(
+        self, agent: int, answer: Answer[Array], *, final: bool, checkpoints: Collection[int]
+    ) -> None:
         generation = Generation.decode(answer.state)
         if not final:
-            self._store.save(generation)
+            self._store.save(generation, checkpoints=checkpoints)
             return
         save_state(generation.state, self._folder / agent_file(agent))
         if generation.best is not None:

@@ -17,17 +17,20 @@ from flwr.serverapp import Grid
 
 from flower_mcepl.errors import RosterError
 from flower_mcepl.exchange.parcels import Answer, Parcel
+from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.runs.events import Event
 from flower_mcepl.runs.own_rounds import OwnRounds
 from flower_mcepl.strategies.attendance import NO_ANSWER, Attendance
 from flower_mcepl.strategies.dispatch import Dispatch
 from flower_mcepl.strategies.intake import Intake, Replies
 from flower_mcepl.strategies.launcher import heed_stop_request
+from flower_mcepl.strategies.own_checkpoints import OwnCheckpoints
 from flower_mcepl.strategies.waiting import Arrival
 
 logger = getLogger("flwr")
 LOOK = 3.0  # seconds after which it is looked again who is online
 ASK_AGAIN = 600.0  # after which a node that did not say who it is is asked again: all wait for it
+FAILING = 3  # messages in a row that failed, after which no checkpoint waits for an agent
 LONGEST_PAUSE = 60.0  # seconds after which an agent whose messages fail is tried again
 _LOST = f"{NO_ANSWER}: its node went away"
 
@@ -47,10 +50,14 @@ class OwnRoundsLoop:
         Message to a node with a parcel.
     read : callable
         What an arrival says, at the time of a round that the fastest agent plays.
+    keep : callable
+        Keeps what agents handed over with their answers.
     num_rounds : int
         Rounds of each agent.
     time_budget : float
         Seconds after which nobody begins a round; 0: none.
+    checkpoints : OwnCheckpoints
+        When what is written of the run.
     """
 
     grid: Grid
@@ -60,8 +67,10 @@ class OwnRoundsLoop:
     own: OwnRounds[Array]
     message: Callable[[int, Parcel[Array]], Message]
     read: Callable[[Arrival, int], Replies]
+    keep: Callable[[Mapping[int, Answer[Array]]], None]
     num_rounds: int
     time_budget: float
+    checkpoints: OwnCheckpoints
 
     def __post_init__(self) -> None:
         self._roster = self.attendance.roster
@@ -88,6 +97,13 @@ class OwnRoundsLoop:
         clock = self._clock()
         self._first = clock, sorted(answers)
         self.own.begin(answers, clock=clock, failed=failed, states=states)
+        self.checkpoints.note_answers(answers)
+
+    def resume(self, checkpoint: Bundle) -> None:
+        """Go on from a checkpoint: what was under way then is sent again."""
+        self._last = self.checkpoints.restore(checkpoint)
+        self._first, self._checked = (self._last, []), max(self.own.rounds)
+        self._began = time.monotonic() - self._last
 
     def close(
         self,
@@ -111,10 +127,13 @@ class OwnRoundsLoop:
         failed = dict[int, str]()
         while True:
             failed |= self._look(clock)
+            absent = self._absent()
+            self.checkpoints.look(absent=absent)
             given = self._give(clock)
             if answered or given or failed:
                 self.own.note(Event(clock, tuple(answered), tuple(given), tuple(sorted(failed))))
                 self._last = clock
+            self.checkpoints.keep_if_due(clock, absent=absent)
             if self._is_over(clock):
                 break
             self._check()
@@ -145,7 +164,7 @@ class OwnRoundsLoop:
 
     def _is_new(self, node: int, clock: float) -> bool:
         """Whether to ask a node who it is; a silent one is asked again later."""
-        if self._agent_of(node) is not None or node in self._out():
+        if self.agent_of(node) is not None or node in self._out():
             return False
         return node not in self._asked or clock - self._asked[node] >= ASK_AGAIN
 
@@ -160,7 +179,8 @@ class OwnRoundsLoop:
                 self.intake.refused.add(node)
                 logger.log(WARNING, "%s", error)
 
-    def _agent_of(self, node: int) -> int | None:
+    def agent_of(self, node: int) -> int | None:
+        """Agent that a node is, or says that it is."""
         agent = self._roster.agent_of(node)
         return self._named.get(node) if agent is None else agent
 
@@ -175,23 +195,29 @@ class OwnRoundsLoop:
         """Send parcels to all agents whose turn it is."""
         out, due = self._out(), dict[int, int]()
         for node in self.attendance.online:
-            agent = self._agent_of(node)
+            agent = self.agent_of(node)
             if node not in out and agent is not None and self._is_due(agent, clock):
                 due[agent] = node
-        agents = sorted(due)
-        parcels = self.own.give(agents, clock=clock)
-        self._send([(due[agent], parcel) for agent, parcel in zip(agents, parcels, strict=True)])
+        again = {
+            agent: self.checkpoints.again.pop(agent) for agent in due if self._comes_again(agent)
+        }
+        agents = sorted(due.keys() - again.keys())
+        parcels = dict(zip(agents, self.own.give(agents, clock=clock), strict=True)) | again
+        self.checkpoints.note_sent(parcels)
+        self._send([(due[agent], parcels[agent]) for agent in sorted(parcels)])
         self._waiting |= due.keys()
         self._at |= due
         return agents
 
+    def _comes_again(self, agent: int) -> bool:
+        """Whether the agent's last parcel was under way when the run broke off."""
+        return agent in self.checkpoints.again
+
     def _is_due(self, agent: int, clock: float) -> bool:
-        return (
-            agent not in self._waiting
-            and self.own.rounds[agent] < self.num_rounds
-            and not 0 < self.time_budget <= clock
-            and self._again.get(agent, 0.0) <= clock
-        )
+        if agent in self._waiting or self._again.get(agent, 0.0) > clock:
+            return False
+        begins = self.own.rounds[agent] < self.num_rounds and not 0 < self.time_budget <= clock
+        return begins or self._comes_again(agent)
 
     def _send(self, parcels: Iterable[tuple[int, Parcel[Array]]]) -> None:
         def kind(entry: tuple[int, Parcel[Array]]) -> tuple[int, bool]:
@@ -222,6 +248,8 @@ class OwnRoundsLoop:
         answers, failed = self._read(arrivals)
         failed |= {agent: f"{NO_ANSWER} within its time" for agent in late}
         self.own.take(answers, clock=clock, failed=failed)
+        self.keep(answers)
+        self.checkpoints.note_answers(answers)
         self._waiting -= answers.keys()
         for agent in answers:
             self._failures.pop(agent, None)
@@ -230,7 +258,7 @@ class OwnRoundsLoop:
 
     def _expired(self) -> list[int]:
         """Agents whose last parcel nobody can answer any more."""
-        agents = [(self._agent_of(sent.node), sent.round) for sent in self.dispatch.expire()]
+        agents = [(self.agent_of(sent.node), sent.round) for sent in self.dispatch.expire()]
         return [a for a, round in agents if a in self._waiting and round == self.own.rounds[a]]
 
     def _read(self, arrivals: Iterable[Arrival]) -> tuple[dict[int, Answer[Array]], dict[int, str]]:
@@ -246,7 +274,7 @@ class OwnRoundsLoop:
                 if agent in self._waiting and arrival.sent.round == self.own.rounds[agent]:
                     answers[agent] = answer
             self._reasons |= replies.failed
-            agent_of_node = self._agent_of(arrival.sent.node)
+            agent_of_node = self.agent_of(arrival.sent.node)
             if replies.failed and agent_of_node in self._waiting:
                 assert agent_of_node is not None
                 failed[agent_of_node] = next(iter(replies.failed.values()))
@@ -263,6 +291,7 @@ class OwnRoundsLoop:
             self._again[agent] = clock + min(LONGEST_PAUSE, 2.0 ** (count - 1))
             self._reasons[f"agent {agent}"] = reason
         self._waiting -= failed.keys()
+        self.checkpoints.note_failed(failed)
         self.attendance.check_workers(max(self.own.rounds), self._reasons)
         return dict(failed)
 
@@ -284,12 +313,19 @@ class OwnRoundsLoop:
         here = {self._roster.agent_of(node) for node in self.attendance.online}
         return [a for a in range(len(self.own.rounds)) if a in here and a not in self._failures]
 
+    def _absent(self) -> set[int]:
+        """Agents that no checkpoint waits for: away, or failing again and again."""
+        here = {self.agent_of(node) for node in self.attendance.online}
+        agents = range(len(self.own.rounds))
+        return {a for a in agents if a not in here or self._failures.get(a, 0) >= FAILING}
+
     def _is_over(self, clock: float) -> bool:
         """Whether nobody is at work, and nobody is waited for."""
         if self._waiting:
             return False
-        open_ = [a for a, round in enumerate(self.own.rounds) if round < self.num_rounds]
-        if not open_ or 0 < self.time_budget <= clock:
+        again = self.checkpoints.again
+        open_ = {a for a, round in enumerate(self.own.rounds) if round < self.num_rounds} | {*again}
+        if not open_ or (0 < self.time_budget <= clock and not again):
             return True
         paused = any(self._again.get(agent, 0.0) > clock for agent in open_)
         return not paused and clock - self._last > self.attendance.wait_timeout

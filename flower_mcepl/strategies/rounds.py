@@ -38,6 +38,7 @@ from flower_mcepl.runs.monitor import RunMonitor
 from flower_mcepl.runs.options import RoundOptions
 from flower_mcepl.runs.own_rounds import OwnRounds
 from flower_mcepl.runs.settings import RunSettings
+from flower_mcepl.runs.simulated import in_simulation
 from flower_mcepl.strategies.answers import array_record
 from flower_mcepl.strategies.attendance import Attendance
 from flower_mcepl.strategies.dispatch import Dispatch
@@ -48,6 +49,7 @@ from flower_mcepl.strategies.intake import Intake, Replies
 from flower_mcepl.strategies.launcher import announce_record, confirm_stop
 from flower_mcepl.strategies.no_arrays import CentralEvaluation, NoArrays, place_of_models
 from flower_mcepl.strategies.older_api import NotOfTheOlderApi
+from flower_mcepl.strategies.own_checkpoints import OwnCheckpoints
 from flower_mcepl.strategies.own_rounds import OwnRoundsLoop
 from flower_mcepl.strategies.reporting import report
 from flower_mcepl.strategies.roster import Roster
@@ -287,12 +289,13 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             self._take_in(round, replies, partial(self._newcomers, grid, config))
         else:
             self.aggregate_train(round, replies)
-        if self.book.due(round):
+        if self._loop is None and self.book.due(round):
             self.book.keep(round, self._own_state())
 
     def _play_own_rounds(self, grid: Grid, config: ConfigRecord) -> None:
         """Play each agent's own rounds, after the first one of all."""
         own = OwnRounds(self.book, self.exchange, num_agents=self.topology.num_agents)
+        num_rounds = self.monitor.num_rounds
         loop = self._loop = OwnRoundsLoop(
             grid,
             self.attendance,
@@ -301,11 +304,27 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             own,
             message=lambda node, p: self._message(node, p, config, MessageType.TRAIN),
             read=self._read_arrival,
-            num_rounds=self.monitor.num_rounds,
+            keep=self._keep_handed,
+            num_rounds=num_rounds,
             time_budget=self.options.time_budget,
+            checkpoints=OwnCheckpoints(
+                own,
+                num_rounds=num_rounds,
+                handed=in_simulation,
+                state=self._own_state,
+            ),
         )
-        self._play_round(grid, 1, NoArrays(place_of_models(self.record)), config)
+        if self.book.resumed is not None:
+            loop.resume(self.book.resumed)
+        else:
+            self._play_round(grid, 1, NoArrays(place_of_models(self.record)), config)
         loop.play()
+
+    def _keep_handed(self, answers: Mapping[int, Answer[Array]], *, closing: bool = False) -> None:
+        """Keep what agents handed over with their answers."""
+        if self._handover is not None:
+            done_by = (lambda agent: ()) if self._loop is None else self._loop.own.done_by
+            self._handover.keep(answers, closing=closing, done_by=done_by)
 
     def _read_arrival(self, arrival: Arrival, now: int) -> Replies:
         """What an answer says, as of a round that the fastest agent plays."""
@@ -447,7 +466,8 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
     def _message(
         self, node: int, parcel: Parcel[Array], config: ConfigRecord, message_type: str
     ) -> Message:
-        checkpoints, agent = self.book.checkpoints, self.roster.agent_of(node)
+        of = self.roster if self._loop is None else self._loop
+        agent = of.agent_of(node)
         resumed = self.book.resumed is not None and not self.roster.has_met(node)
         assert self._initial is not None
         order = Order(
@@ -457,8 +477,8 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             age_decay=self.exchange.age_decay,
             keep_best=self.options.keep_best,
             introduce=not self.roster.has_met(node) or agent is None,
-            checkpoints=() if checkpoints is None else tuple(checkpoints.rounds()),
-            store=self._handover is not None and (not parcel.train or self.book.due(parcel.round)),
+            checkpoints=self._rounds_to_keep(agent),
+            store=self._handover is not None and self._wants_state(parcel),
             state=self._handover.state_before(parcel.round, agent)
             if self._handover and resumed and agent is not None
             else None,
@@ -474,6 +494,18 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             if self._loop is not None
             else self._dispatch.time_to_live(evaluating=self._evaluates(parcel.round)),
         )
+
+    def _rounds_to_keep(self, agent: int | None) -> tuple[int, ...]:
+        """Rounds after which an agent must keep its state, for the checkpoints."""
+        if self._loop is not None and agent is not None:
+            return self._loop.own.done_by(agent)
+        checkpoints = self.book.checkpoints
+        return () if checkpoints is None else tuple(checkpoints.rounds())
+
+    def _wants_state(self, parcel: Parcel[Array]) -> bool:
+        if self._loop is not None:
+            return self._loop.checkpoints.wants_state(parcel)
+        return not parcel.train or self.book.due(parcel.round)
 
     def _read(self, round: int, replies: Iterable[Message]) -> Replies:
         origins = [(*self._dispatch.origin(reply, round), reply) for reply in replies]
@@ -503,8 +535,7 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         left = self.attendance.gone()  # as of the round before
         barred = self._intake.quarantined(round)
         states = self.attendance.changes(round, answers, failed, busy, barred)
-        if self._handover is not None:
-            self._handover.keep(answers, closing=closing)
+        self._keep_handed(answers, closing=closing)
         if self._loop is None:
             self.book.close_round(
                 round, answers, failed=failed, missing=missing, states=states, left=left

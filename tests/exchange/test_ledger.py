@@ -71,6 +71,7 @@ def test_the_ledger_adds_up(history: list[Event]) -> None:
     up = [event for event in history if event.receiver is None]
     down = [event for event in history if event.receiver is not None]
     totals = ledger.totals()
+    assert not ledger.local
     handled = {
         agent: num_bytes(
             [e for e in history if agent in ((e.sender,) if e.receiver is None else (e.receiver,))]
@@ -156,6 +157,52 @@ def test_changes_are_those_since_the_last_call_and_sum_to_the_totals(
     ]
 
 
+@given(history=events, per_node=st.integers(2, 6))
+def test_between_agents_of_a_node_nothing_is_over_a_link(
+    history: list[Event], per_node: int
+) -> None:
+    """Links and local deliveries are the links of one agent a node, together."""
+    alone, shared = Ledger(), Ledger(agents_per_node=per_node)
+    for event in history:
+        told(alone, event)
+        told(shared, event)
+    down = [event for event in history if event.receiver is not None]
+    local = [e for e in down if e.sender // per_node == (e.receiver or 0) // per_node]
+    over = [event for event in down if event not in local]
+    totals, before = shared.totals(), alone.totals()
+    assert totals["links_total"] == num_bytes(over)
+    assert totals.get("local_total", 0) == num_bytes(local)
+    assert totals.get("local_deliveries", 0) == len(local)
+    assert totals["link_bits_per_weight"] == mean_bits(over)
+    assert totals["fp32_total"] == sum(4 * event.frames[-1].num_weights for event in over)
+    for key in ("relay_total", "header_total", "uplink_total", "uplink_bits_per_weight"):
+        assert totals[key] == before[key]
+    for agent in range(5):
+        assert shared.sent(agent) == num_bytes([e for e in over if e.sender == agent])
+        assert shared.received(agent) == num_bytes([e for e in over if e.receiver == agent])
+    both = sorted((r["sender"], r["receiver"]) for r in shared.link_rows() + shared.local_rows())
+    assert both == [(row["sender"], row["receiver"]) for row in alone.link_rows()]
+    changes, all_changes = shared.changes(), alone.changes()
+    assert sorted(changes["links"] + changes.get("local", [])) == all_changes["links"]
+    assert ("local" in changes) == bool(local)
+
+
+def test_nodes_of_one_agent_have_the_books_of_before() -> None:
+    ledger = Ledger()
+    ledger.add_delivery(1, 0, [Shipment(10, 2, True)])
+    assert not {
+        key for key in (*ledger.totals(), *ledger.state(), *ledger.changes()) if "local" in key
+    }
+
+
+def test_a_checkpoint_from_before_there_were_local_counts_is_restored() -> None:
+    before, after = Ledger(), Ledger(agents_per_node=2)
+    before.add_delivery(0, 1, [Shipment(10, 2, True)])
+    after.restore(before.state())
+    after.add_delivery(0, 1, [Shipment(30, 2, True)])
+    assert (after.totals()["links_total"], after.totals()["local_total"]) == (10, 30)
+
+
 def slow_sum(counts: Iterable[Count]) -> Count:
     total = Count()
     for count in counts:
@@ -164,17 +211,17 @@ def slow_sum(counts: Iterable[Count]) -> Count:
     return total
 
 
-@given(rounds=st.lists(st.tuples(events, st.booleans()), max_size=5))
+@given(rounds=st.lists(st.tuples(events, st.booleans()), max_size=5), per_node=st.integers(1, 3))
 def test_running_totals_equal_the_slow_sums_of_all_links(
-    rounds: list[tuple[list[Event], bool]],
+    rounds: list[tuple[list[Event], bool]], per_node: int
 ) -> None:
-    ledger, kept = Ledger(), Ledger()
+    ledger, kept = Ledger(agents_per_node=per_node), Ledger(agents_per_node=per_node)
     for history, restored in rounds:
         for event in history:
             told(ledger, event)
             told(kept, event)
         if restored:
-            ledger, before = Ledger(), ledger
+            ledger, before = Ledger(agents_per_node=per_node), ledger
             ledger.restore(json.loads(json.dumps(before.state())))
         links, uplinks = slow_sum(ledger.links.values()), slow_sum(ledger.uplinks.values())
         both = slow_sum([links, uplinks])
@@ -186,8 +233,10 @@ def test_running_totals_equal_the_slow_sums_of_all_links(
             bits = count.bits_per_weight
             # the same bits, not only about the same number
             assert totals[f"{prefix}bits_per_weight"] == (bits / count.frames if bits else None)
-        of_bytes = totals["links_total"], totals["uplink_total"], totals["header_total"]
-        assert of_bytes == (links.bytes, uplinks.bytes, both.header_bytes)
+        local = slow_sum(ledger.local.values())
+        of_bytes = totals["links_total"], totals["uplink_total"], totals.get("local_total", 0)
+        assert of_bytes == (links.bytes, uplinks.bytes, local.bytes)
+        assert totals["header_total"] == both.header_bytes + local.header_bytes
         assert (totals, ledger.changes()) == (kept.totals(), kept.changes())
         assert ledger.state() == kept.state()
 
@@ -205,7 +254,7 @@ def test_what_was_used_before_is_not_walked_again() -> None:
             asked.append(ends)
             return super().__getitem__(ends)
 
-    ledger.links = Watched(Count, ledger.links)
+    ledger.links._counts = Watched(Count, ledger.links._counts)
     assert ledger.changes()["links"] == [[0, 3, 1, 1, 10, 0]]
     assert asked == [(0, 3)]
 

@@ -61,6 +61,20 @@ def test_a_resumed_record_goes_on_where_its_lines_end(tmp_path: Path) -> None:
     assert (record.path / "traffic.jsonl").read_text().count("null") == 2
 
 
+def test_what_went_over_no_link_stands_apart(tmp_path: Path) -> None:
+    record = RunRecord.create(name="x", config={}, path=tmp_path / "run")
+    rows: list[dict[str, Any]] = [
+        {"round": n, "links": [[0, 2, 1, 0, 5, 2]], "local": [[0, 1, 1, 0, 5, 2]], "uplinks": []}
+        for n in (1, 2)
+    ]
+    rows.append({"round": 3, "links": [[0, 2, 1, 0, 5, 2]], "uplinks": []})
+    record.log_traffic(rows[0])
+    for row in rows[1:]:
+        RunRecord(record.path).log_traffic(row)
+    assert read_run(record.path).traffic == rows
+    assert (record.path / "traffic.jsonl").read_text().count("null") == 3
+
+
 @pytest.mark.parametrize(
     ("line", "rule"),
     [
@@ -70,6 +84,8 @@ def test_a_resumed_record_goes_on_where_its_lines_end(tmp_path: Path) -> None:
         ({"links": [[0, [-1], 1, 0, 5, 2]]}, "must be a whole number in 0"),
         ({"links": [[0, [1], 1, 0, 5.5, 2]]}, "must be a whole number in 0"),
         ({"links": None}, "links"),
+        ({"links": [], "local": [[0, None, 1, 0, 5, 2]]}, "no line names the receivers of agent 0"),
+        ({"links": [], "local": [[0, 1]]}, "a list of a sender, its receivers and four counts"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, line: dict[str, Any], rule: str) -> None:

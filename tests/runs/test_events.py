@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flower_mcepl import ConfigError
-from flower_mcepl.runs.events import Event, check_events, virtual_events
+from flower_mcepl.runs.events import Event, VirtualEvents, check_events
 
 # few different ones, so that many answers come at the same time
 durations = st.dictionaries(
@@ -53,7 +53,7 @@ def test_events_are_those_of_a_naive_list(
         return took.get((agent, round), 1.0)
 
     events = list(
-        virtual_events(num_agents, num_rounds=num_rounds, seconds=seconds, time_budget=budget)
+        VirtualEvents(num_agents, num_rounds=num_rounds, seconds=seconds, time_budget=budget)
     )
     assert events == naive_events(num_agents, num_rounds, seconds, budget)
     check_events(events, num_agents=num_agents, num_rounds=num_rounds)
@@ -68,7 +68,7 @@ def test_events_are_those_of_a_naive_list(
 def test_equal_speeds_play_rounds(num_agents: int, num_rounds: int, step: float) -> None:
     everyone = tuple(range(num_agents))
     events = list(
-        virtual_events(num_agents, num_rounds=num_rounds, seconds=lambda agent, round, at: step)
+        VirtualEvents(num_agents, num_rounds=num_rounds, seconds=lambda agent, round, at: step)
     )
     assert [event.answered for event in events] == [(), *[everyone] * num_rounds]
     assert [event.given for event in events] == [*[everyone] * num_rounds, ()]
@@ -81,14 +81,14 @@ def test_a_round_counts_by_its_beginning() -> None:
         begins.append((round, begin))
         return 2.0
 
-    for _ in virtual_events(1, num_rounds=3, seconds=seconds):
+    for _ in VirtualEvents(1, num_rounds=3, seconds=seconds):
         pass
     assert begins == [(1, 0.0), (2, 2.0), (3, 4.0)]
 
 
 def events() -> list[Event]:
     """Two agents, one of them twice as slow, two rounds each."""
-    return list(virtual_events(2, num_rounds=2, seconds=lambda agent, round, at: float(1 + agent)))
+    return list(VirtualEvents(2, num_rounds=2, seconds=lambda agent, round, at: float(1 + agent)))
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,6 @@ def test_a_whole_run_config() -> None:
         ("max-staleness", -1, "max-staleness is a number of rounds and must be >= 0"),
         ("age-decay", 0.0, r"age-decay is what .* must be in \(0, 1\]; got 0.0"),
         ("schedule", "sometimes", "schedule must be one of rounds, async; got 'sometimes'"),
-        ("schedule", "async", "writes no checkpoints; checkpoint-every must be 0; got 25"),
         ("time-budget", 9.0, "time-budget ends a run of schedule async; .* got 9.0"),
         ("key-interval", -1, "key-interval is .* must be >= 0; got -1"),
         ("key-interval", 2.5, "run-config key key-interval must be int; got 2.5"),
@@ -314,12 +313,11 @@ def test_what_may_differ_when_a_run_is_resumed_decides_nothing_about_its_bits() 
     [
         ({"patience": 2, "evaluate-on": "validation"}, "no rounds of all agents to stop after"),
         ({"agents-per-node": 2}, "one agent a node, .*agents-per-node must be 1; got 2"),
-        ({"resume": "runs/x"}, "cannot be resumed: parcels that were under way are lost"),
         ({"algorithm": "fedavg"}, "a server-based algorithm waits for all of them"),
     ],
 )
 def test_what_a_run_without_a_barrier_cannot_do(more: dict[str, Any], message: str) -> None:
-    config = {"schedule": "async", "checkpoint-every": 0, "num-agents": 4}
+    config = {"schedule": "async", "num-agents": 4}
     settings = RunSettings.from_run_config({**config, "time-budget": 60.0, "age-decay": 0.5})
     assert (settings.time_budget, settings.age_decay) == (60.0, 0.5)
     with pytest.raises(ConfigError, match=message):

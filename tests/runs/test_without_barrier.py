@@ -1,7 +1,9 @@
 """Simulations without a barrier, and rounds on a virtual clock."""
 
+import contextlib
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +19,11 @@ from flower_mcepl.record.reading import Run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.table import agent_table
 from flower_mcepl.runs.barrier import VirtualRounds
+from flower_mcepl.runs.checkpoint import newest_checkpoint
 from flower_mcepl.runs.events import Event
 from tests.fleet.agents import make_fleet, noisy_net, same_tensors
 from tests.oracles.baselines import server_of
+from tests.runs.test_resumption import plain_rows
 
 RING = Topology.ring(4)
 
@@ -265,7 +269,6 @@ def test_a_timeout_ends_a_round_in_any_case(tmp_path: Path) -> None:
         ({"time_budget": 5.0}, "with schedule rounds it must be 0; got 5.0. Set num-rounds"),
         ({"schedule": "async", "time_budget": -1.0}, "time-budget must be >= 0 seconds"),
         ({"schedule": "async", "patience": 2}, "no rounds of all agents to stop after; patience"),
-        ({"schedule": "async", "checkpoint_every": 2}, "checkpoint-every must be 0; got 2. Set it"),
         ({"events": []}, "events are played by schedule \"async\"; got 'rounds'"),
         ({"schedule": "async", "events": [], "speeds": "1"}, "speeds and time_budget beside them"),
         ({"timeout_factor": 2.0}, "on the clock of speeds; got .2.0, inf.. Pass speeds"),
@@ -290,12 +293,6 @@ def test_a_server_waits_for_all(tmp_path: Path) -> None:
     for options in ({"schedule": "async"}, {"age_decay": 0.5}):
         with pytest.raises(ConfigError, match=r"server-based algorithm"):
             simulate(agents, server=server_of("fedavg", 2), num_rounds=1, **options)
-
-
-def test_a_run_without_a_barrier_is_not_resumed(tmp_path: Path) -> None:
-    run = played(tmp_path, schedule="async").run
-    with pytest.raises(ConfigError, match=r"cannot be resumed: .*Start it anew, or play"):
-        simulate(make_fleet(4), RING, num_rounds=6, schedule="async", resume=run.path)
 
 
 def test_events_of_a_run_by_rounds(tmp_path: Path) -> None:
@@ -352,3 +349,141 @@ def test_a_budget_that_cuts_slow_agents_off_is_in_the_record(tmp_path: Path) -> 
 def test_events_that_are_none_are_refused() -> None:
     with pytest.raises(ConfigError, match="events come from a run record of schedule async"):
         simulate(make_fleet(3), Topology.ring(3), num_rounds=2, schedule="async", events=[])
+
+
+# --- runs that break off ---
+
+
+class Interruption(Exception):
+    """What ends a run in these tests, as a kill would."""
+
+
+SPEEDS = "1, 2.5, 7; 1@4=3; noise=0.3; latency=0.1"
+OWN: dict[str, Any] = {
+    **{"schedule": "async", "age_decay": 0.7, "max_staleness": 3},
+    **{"num_rounds": 7, "evaluate_every": 2},
+}
+
+
+def simulated(path: Path, *, at: tuple[int, int] = (-1, -1), **options: Any) -> None:
+    """Simulate into a new record at ``path``, or on in that of a run that broke off."""
+
+    def stumble(round: int, agent: int, reply: Reply) -> None:
+        if (round, agent) == at:
+            raise Interruption
+
+    if "resume" not in options:
+        record = RunRecord.create(path.parent, name="x", config={}, path=path, with_frames=True)
+        options["record"] = record
+    fleet = make_fleet(4, model_fn=noisy_net)
+    simulate(fleet, RING, on_reply=stumble, **{**OWN, "checkpoint_every": 2, **options})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "run"
+    simulated(path, speeds=SPEEDS, checkpoint_every=0)
+    return path
+
+
+FOLDERS = ("agents", "frames")
+
+
+def assert_the_same(one: Path, two: Path) -> None:
+    for file in ("rounds.jsonl", "relay.jsonl", "traffic.jsonl", "events.jsonl"):
+        assert plain_rows(one, file) == plain_rows(two, file), file
+    left, right = read_run(one), read_run(two)
+    assert left.summary is not None
+    assert right.summary is not None
+    for key in ("status", "num_rounds", "result", "bytes", "links"):
+        assert left.summary[key] == right.summary[key], key
+    names = {folder: {path.name for path in (one / folder).iterdir()} for folder in FOLDERS}
+    assert len(names["agents"]) == 4
+    for folder in FOLDERS:
+        for name in names[folder]:
+            assert (one / folder / name).read_bytes() == (two / folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("at", [(4, 2), (5, 2), (7, 2), (8, 1)])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_resumed_run_is_one_that_was_never_interrupted(
+    at: tuple[int, int], again: bool, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The slow agent is number 2; (8, 1) is in the closing exchange."""
+    path = tmp_path / "run"
+    with pytest.raises(Interruption):
+        simulated(path, at=at, speeds=SPEEDS)
+    if again:  # before and after another checkpoint
+        for later in (at, (6, 2)):
+            with contextlib.suppress(Interruption):
+                simulated(path, resume=path, at=later, speeds=SPEEDS)
+            if read_run(path).finished:
+                break
+    if not read_run(path).finished:
+        simulated(path, resume=path, speeds=SPEEDS)
+    assert_the_same(path, undisturbed)
+    assert not (path / "checkpoint").exists()
+    assert read_run(path).config["resumptions"][0]["after_round"] in (2, 4, 6, 7)
+
+
+def test_a_run_that_plays_events_is_resumed_with_them(undisturbed: Path, tmp_path: Path) -> None:
+    path, events = tmp_path / "run", read_run(undisturbed).events
+    with pytest.raises(Interruption):
+        simulated(path, at=(5, 2), events=undisturbed)
+    with pytest.raises(ConfigError, match=r"replayed was True and is now False"):
+        simulated(path, resume=path)
+    others = [Event.from_row({**row, "clock": 2 * row["clock"]}) for row in events]
+    with pytest.raises(ConfigError, match="got those of another run"):
+        simulated(path, resume=path, events=others)
+    simulated(path, resume=path, events=undisturbed)
+    assert_the_same(path, undisturbed)
+
+
+def test_a_checkpoint_is_of_rounds_in_the_mean(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(Interruption):
+        simulated(path, at=(7, 2), speeds=SPEEDS)
+    # what an agent plays is played when it gets its parcel, before the checkpoint
+    files = sorted((path / "checkpoint").glob("*.checkpoint"))
+    assert [file.name for file in files] == ["round-000004.checkpoint", "round-000006.checkpoint"]
+    facts = newest_checkpoint(path / "checkpoint").facts
+    answered = facts["last-frames"]
+    assert answered[2] < 6 <= sum(answered) / 4 < max(answered)
+    # frames since then go, those of the fast agents before it stay
+    with pytest.raises(Interruption):
+        simulated(path, resume=path, at=(7, 2), speeds=SPEEDS)
+    kept = {tuple(map(int, re.findall(r"\d+", file.name))) for file in (path / "frames").iterdir()}
+    assert kept == {(t, agent) for agent in range(4) for t in range(1, answered[agent] + 1)}
+
+
+def test_a_run_without_a_barrier_keeps_its_rounds(undisturbed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(Interruption):
+        simulated(path, at=(5, 2), speeds=SPEEDS)
+    with pytest.raises(ConfigError, match=r"as many rounds as it had.*num-rounds = 7; got 9"):
+        simulated(path, resume=path, speeds=SPEEDS, num_rounds=9)
+    with pytest.raises(ConfigError, match="speeds was"):
+        simulated(path, resume=path, speeds="1")
+
+
+def test_ctrl_c_is_resumed_too(undisturbed: Path, tmp_path: Path) -> None:
+    """The record says how far it came, and goes on to the same bits."""
+    path = tmp_path / "run"
+
+    def interrupt(round: int, agent: int, reply: Reply) -> None:
+        if (round, agent) == (5, 2):
+            raise KeyboardInterrupt
+
+    record = RunRecord.create(tmp_path, name="x", config={}, path=path, with_frames=True)
+    fleet = make_fleet(4, model_fn=noisy_net)
+    options = {**OWN, "speeds": SPEEDS, "checkpoint_every": 1}
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        simulate(fleet, RING, record=record, on_reply=interrupt, log=lines.append, **options)
+    run = read_run(path)
+    assert run.status == "interrupted"
+    assert run.result()["mean"] is not None
+    assert "can go on after round 5" in lines[-1]
+    assert "interrupted" in agent_table(run)
+    simulated(path, resume=path, speeds=SPEEDS)
+    assert_the_same(path, undisturbed)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from flower_mcepl import read_run
+from flower_mcepl import RunRecord, Topology, read_run, simulate
 from flower_mcepl.agents import load_state
 from flower_mcepl.launch import RunOutcome, run_app
+from tests.stories.test_flwr_run import SEED, quickstart_agents
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 NUM_AGENTS, NUM_ROUNDS, KILLED_AFTER, EVERY = 10, 10, 5, 2
@@ -25,7 +26,7 @@ def flower_run(folder: Path, **run_config: object) -> RunOutcome:
         "num-agents": NUM_AGENTS,
         "num-rounds": NUM_ROUNDS,
         "topology": "ring",
-        "seed": 5,
+        "seed": SEED,
         "evaluate-every": 3,
     }
     return run_app(
@@ -101,3 +102,39 @@ def test_a_run_whose_server_was_killed_is_resumed_to_the_same_bits(tmp_path: Pat
     assert sorted(file.name for file in (path / "agents").iterdir()) == sorted(
         file.name for file in (expected / "agents").iterdir()
     )
+
+
+def test_a_run_without_a_barrier_is_resumed_and_its_whole_log_gives_its_bits(
+    tmp_path: Path,
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_server, args=(broken, killed))
+    killer.start()
+    assert not flower_run(broken, schedule="async").ok
+    killer.join()
+    (path,) = broken.iterdir()
+    resumed = flower_run(broken, schedule="async", resume=str(path))
+    assert resumed.ok, resumed.log[-3000:]
+    run = read_run(path)
+    (noted,) = run.config["resumptions"]
+    assert noted["after_round"] >= EVERY
+    assert [line["fresh"] for line in run.relay[1:]] == [[]] * NUM_ROUNDS
+    record = RunRecord.create(tmp_path, name="again", config={})
+    config = {"num-agents": NUM_AGENTS, "num-rounds": NUM_ROUNDS, "topology": "ring", "seed": SEED}
+    simulate(
+        quickstart_agents(config),
+        Topology.ring(NUM_AGENTS),
+        num_rounds=NUM_ROUNDS,
+        evaluate_every=3,
+        schedule="async",
+        events=path,
+        record=record,
+    )
+    again = read_run(record.path)
+    assert [line["frames"] for line in run.relay] == [line["frames"] for line in again.relay]
+    assert again.result() == run.result()
+    for index, file in run.agents.items():
+        mine, other = load_state(file), load_state(again.agents[index])
+        assert all((mine.tensors[name] == other.tensors[name]).all() for name in mine.tensors)

@@ -54,9 +54,8 @@ def flower_record(folder: Path, *, workers: int | None = None) -> Path:
     return record
 
 
-@pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's task under `simulate`."""
+def quickstart_agents(run_config: dict[str, Any]) -> list[MceplAgent]:
+    """Agents of the quickstart's task, for `simulate`."""
     sys.path.insert(0, str(QUICKSTART))
     try:
         from mcepl_quickstart.task import Net, load_data
@@ -67,14 +66,14 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     defaults = tomllib.loads((QUICKSTART / "pyproject.toml").read_text())["tool"]["flwr"]["app"][
         "config"
     ]
-    config: dict[str, Any] = {**defaults, **RUN_CONFIG}
+    config: dict[str, Any] = {**defaults, **run_config}
     net = shared_module(Net, seed=SEED)
     settings = DataSettings.from_run_config(config)
     splits = [
         load_data(index, num_agents=NUM_AGENTS, settings=settings, seed=SEED)
         for index in range(NUM_AGENTS)
     ]
-    agents = [
+    return [
         MceplAgent(
             index,
             net,
@@ -84,6 +83,12 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for index, (train, validation, test) in enumerate(splits)
     ]
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's task under `simulate`."""
+    agents = quickstart_agents(RUN_CONFIG)
     record = RunRecord.create(tmp_path_factory.mktemp("oracle"), name="oracle", config={})
     simulate(
         agents, Topology.ring(NUM_AGENTS), num_rounds=NUM_ROUNDS, evaluate_every=1, record=record

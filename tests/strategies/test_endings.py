@@ -88,14 +88,19 @@ def test_a_missing_closing_answer_makes_a_run_incomplete_and_resumable(
     assert not checkpoints(run)
 
 
+@pytest.mark.parametrize(
+    ("every", "way_out"),
+    [(25, "and resume the run"), (0, r"and start the run anew \(it has no checkpoint\)")],
+)
 def test_an_agent_that_leaves_between_the_last_round_and_the_closing_had_not_left_before(
-    tmp_path: Path,
+    every: int, way_out: str, tmp_path: Path
 ) -> None:
     grid = agent_grid(3)
-    with pytest.raises(IncompleteRunError, match="these agents: 2"):
-        GossipStrategy(
-            Topology.ring(3), record=tmp_path, wait_timeout=0.01, evaluate_every=2
-        ).start(Leaving(grid, 1002, last=2), num_rounds=2, timeout=30.0)
+    options: dict[str, Any] = {"wait_timeout": 0.01, "evaluate_every": 2, "checkpoint_every": every}
+    with pytest.raises(IncompleteRunError, match=f"these agents: 2.*{way_out}"):
+        GossipStrategy(Topology.ring(3), record=tmp_path, **options).start(
+            Leaving(grid, 1002, last=2), num_rounds=2, timeout=30.0
+        )
     assert only_run(tmp_path).status == "incomplete"
 
 

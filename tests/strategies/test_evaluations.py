@@ -16,6 +16,7 @@ from flower_mcepl.clients import NeighborAverageMod, neighbor_average_mod
 from flower_mcepl.exchange.turn import evaluate
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.writing import RunRecord
+from flower_mcepl.report.table import agent_table
 from flower_mcepl.strategies import GossipStrategy
 from tests.fleet.agents import make_agent
 from tests.fleet.flower import agent_grid, gossip
@@ -191,3 +192,30 @@ def test_an_app_without_an_evaluate_function_answers_the_closing(mod: Any, tmp_p
     run = run_app(fedavg_app(None, mod), tmp_path)
     assert (run.status, run.rounds) == ("finished", [])
     assert [line["answered"] for line in run.relay] == [3] * 4
+
+
+@pytest.mark.parametrize("schedule", ["rounds", "async"])
+@pytest.mark.parametrize("failing", [(), (1,), (0, 1, 2)])
+def test_a_result_of_no_closing_evaluation_says_so(
+    schedule: str, failing: tuple[int, ...], tmp_path: Path
+) -> None:
+    def fails_at_last(agent: MceplAgent) -> MceplAgent:
+        calls = iter((agent.evaluate, fail))
+        agent.evaluate = lambda: next(calls)()  # type: ignore[method-assign]
+        return agent
+
+    agents = [fails_at_last(make_agent(i)) if i in failing else make_agent(i) for i in range(3)]
+    record = RunRecord.create(tmp_path, name="x", config={})
+    simulate(
+        agents,
+        Topology.ring(3),
+        num_rounds=4,
+        evaluate_every=2,
+        schedule=schedule,
+        record=record,
+    )
+    run = read_run(record.path)
+    assert run.finished
+    late = len(failing) == 3
+    assert ("no evaluation came after the last round, 4: this" in agent_table(run)) == late
+    assert run.result()["round"] == (2 if late else 4)

@@ -16,14 +16,18 @@ from flower_mcepl import (
     read_run,
     simulate,
 )
+from flower_mcepl.agents import load_state
+from flower_mcepl.clients import app as client_app
+from flower_mcepl.clients import memory
 from flower_mcepl.exchange.relay import Relay
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.book import RunBook, open_book
+from flower_mcepl.runs.checkpoint import newest_checkpoint
 from flower_mcepl.runs.fleet import Fleet
 from flower_mcepl.runs.own_rounds import OwnRounds
 from flower_mcepl.runs.settings import RunSettings
-from flower_mcepl.strategies import GossipStrategy, own_rounds, rounds, waiting
+from flower_mcepl.strategies import GossipStrategy, handover, own_rounds, rounds, waiting
 from tests.fleet.agents import make_fleet
 from tests.fleet.flower import agent_grid, gossip, sent_round
 from tests.strategies.test_late_answers import Clock, DelayedGrid, delayed_grid
@@ -146,11 +150,15 @@ def test_a_node_that_comes_back_under_another_id_is_asked_who_it_is(
         grid.contexts[2003].state = grid.contexts[1003].state
 
     at(grid, {(1000, 4): leave, (1000, 6): come})
-    gossip(grid, rounds=9, wait_timeout=60.0, takeover=True, record=tmp_path, **ASYNC)
+    options = {**ASYNC, "checkpoint_every": 1, "takeover": True, "record": tmp_path}
+    gossip(grid, rounds=9, wait_timeout=60.0, **options)
     run = recorded(tmp_path)
     assert {agent: row["round"] for agent, row in run.final().items()} == dict.fromkeys(range(4), 9)
-    orders = [m for m in grid.log if "order" in m.content]
-    assert min(sent_round(m) for m in orders if m.metadata.dst_node_id == 2003) > 2
+    orders = [m for m in grid.log if "order" in m.content and m.metadata.dst_node_id == 2003]
+    assert min(map(sent_round, orders)) > 2
+    # its device is to keep the states before the parcels that were under way
+    first = orders[0].content["order"]["checkpoints"]
+    assert first[-1] == sent_round(orders[0]) - 1
 
 
 def test_a_node_that_does_not_say_who_it_is_is_not_asked_in_every_look(
@@ -301,3 +309,116 @@ def test_a_graph_that_changes_is_refused(tmp_path: Path) -> None:
     settings = {"schedule": "async", "checkpoint-every": 0, "topology": "random-neighbors:degree=2"}
     with pytest.raises(TopologyError, match="Use a graph that stays, or schedule rounds"):
         RunSettings.from_run_config(settings)
+
+
+# --- runs that break off ---
+
+PACES = [1.0, 2.3, 7.9, 1.4]
+
+
+def fleet_of(clock: Clock, first: int = 1000) -> DelayedGrid:
+    """Four nodes with nothing in memory, under ids from ``first`` on."""
+    client_app._agents.clear()
+    grid = delayed_grid(4, clock, lambda node, round: PACES[node % 1000] + round % 2)
+    if first != 1000:
+        for node in [*grid.get_node_ids()]:
+            grid.down.add(node)
+            grid.add_node(first + node - 1000, node - 1000)
+    return grid
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(params=["devices", "simulation"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Where agents keep their states: on disks, or nowhere beyond their process."""
+    if request.param == "simulation":
+        for module in (client_app, memory, handover, rounds):
+            monkeypatch.setattr(module, "in_simulation", lambda: True)
+    return str(request.param)
+
+
+def in_place(grid: DelayedGrid, place: str, folder: Path) -> DelayedGrid:
+    if place == "devices":
+        for context in grid.contexts.values():
+            context.node_config["state-dir"] = str(folder / "devices")
+    return grid
+
+
+@pytest.mark.parametrize("at_message", [(1002, 4), (1000, 8), (1002, 7)])
+def test_a_run_that_broke_off_goes_on_with_what_was_under_way(
+    at_message: tuple[int, int], place: str, clock: Clock, tmp_path: Path
+) -> None:
+    """The log of both parts, played again in a simulation, gives the same bits."""
+    options: dict[str, Any] = {**ASYNC, "checkpoint_every": 1, "takeover": True, "rounds": 8}
+    options |= {"age_decay": 0.7, "max_staleness": 3, "record": tmp_path / "runs"}
+    grid = in_place(fleet_of(clock), place, tmp_path)
+    at(grid, {at_message: stop})
+    with pytest.raises(KeyboardInterrupt):
+        gossip(grid, **options)
+    broken = recorded(tmp_path / "runs")
+    assert broken.status == "interrupted"
+    (*_, last) = sorted((broken.path / "checkpoint").iterdir())
+    facts = newest_checkpoint(last.parent).facts
+    assert facts["under-way"]  # somebody was in the middle of a round
+    assert len(set(facts["own-rounds"]["rounds"])) > 1
+    grid = in_place(fleet_of(clock, 2000), place, tmp_path)
+    gossip(grid, resume=broken.path, **options)
+    run = recorded(tmp_path / "runs")
+    assert run.finished
+    (noted,) = run.config["resumptions"]
+    assert noted["after_round"] == facts["round"]
+    assert not (run.path / "checkpoint").exists()
+    assert [line["fresh"] for line in run.relay[1:]] == [[]] * 8
+    clocks = [event["clock"] for event in run.events]
+    assert clocks == sorted(clocks)
+    again = replayed(tmp_path / "again", run, num_rounds=8, age_decay=0.7, max_staleness=3)
+    assert lines(again) == lines(run)
+    assert rows(again) == rows(run)
+    assert again.result() == run.result()
+    if place == "simulation":
+        for agent, path in run.agents.items():
+            assert load_state(path).encode() == load_state(again.agents[agent]).encode()
+    # what was under way is sent again, in the same words
+    first = {2000 + int(agent): parcel["round"] for agent, parcel in facts["under-way"].items()}
+    for node, round in first.items():
+        sent = [
+            sent_round(m)
+            for m in grid.log
+            if m.metadata.dst_node_id == node and "order" in m.content
+        ]
+        assert sent == [*range(round, 10)]
+
+
+def test_states_are_handed_over_for_checkpoints_alone(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module in (client_app, memory, handover, rounds):
+        monkeypatch.setattr(module, "in_simulation", lambda: True)
+    grid = fleet_of(clock)
+    gossip(grid, rounds=12, record=tmp_path, **{**ASYNC, "checkpoint_every": 6})
+    stores = {
+        (m.metadata.dst_node_id, sent_round(m))
+        for m in grid.log
+        if "order" in m.content and m.content["order"].get("store")
+    }
+    of_slow = sorted(round for node, round in stores if node == 1002)
+    assert of_slow == [4, 12, 13]  # begun when the mean agent had played 6; last; closing
+    assert len(stores) < 0.5 * sum("order" in m.content for m in grid.log)
+
+
+def test_a_checkpoint_waits_for_no_agent_that_is_away(
+    place: str, clock: Clock, tmp_path: Path
+) -> None:
+    grid = in_place(fleet_of(clock), place, tmp_path)
+    at(grid, {(1000, 4): lambda: grid.down.add(1003), (1000, 30): stop})
+    options: dict[str, Any] = {**ASYNC, "checkpoint_every": 1, "record": tmp_path / "runs"}
+    with pytest.raises(KeyboardInterrupt):
+        gossip(grid, rounds=30, timeout=60.0, wait_timeout=500.0, **options)
+    broken = recorded(tmp_path / "runs")
+    facts = newest_checkpoint(broken.path / "checkpoint").facts
+    played = facts["own-rounds"]["rounds"]
+    assert played[3] < min(played[:3])
+    assert played[3] + 5 < facts["round"] <= sum(played) / 4

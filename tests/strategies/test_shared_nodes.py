@@ -16,6 +16,9 @@ from flower_mcepl.clients import make_client_app, neighbor_average_mod, stacked_
 from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.clients.seats import seat_context
 from flower_mcepl.messages.bundle import NodeBundle, is_bundle
+from flower_mcepl.record.reading import read_run
+from flower_mcepl.report.overview import plot_run
+from flower_mcepl.report.table import agent_table
 from flower_mcepl.runs.settings import RunSettings
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.strategies.shared_nodes import Seat, SharedNodes
@@ -30,9 +33,15 @@ def identity() -> None:
     be_a_node()
 
 
-def traffic(strategy: GossipStrategy) -> list[Any]:
+def learned(strategy: GossipStrategy) -> list[Any]:
+    return [strategy.monitor.evaluations(), strategy.monitor.train_loss]
+
+
+def frames_by_pair(strategy: GossipStrategy) -> dict[Any, Any]:
+    """Counts by sender and receiver, over links and within nodes."""
     ledger = strategy.exchange.ledger
-    return [ledger.totals(), strategy.monitor.evaluations(), strategy.monitor.train_loss]
+    assert not ledger.links.keys() & ledger.local.keys()
+    return {**ledger.links, **ledger.local}
 
 
 def shared(nodes: int, per_node: int, **options: Any) -> tuple[RecordingGrid, GossipStrategy]:
@@ -44,9 +53,51 @@ def shared(nodes: int, per_node: int, **options: Any) -> tuple[RecordingGrid, Go
 def test_the_bits_are_those_of_one_node_each(per_node: int) -> None:
     alone = gossip(app_grid(6), RING)
     grid, strategy = shared(6 // per_node, per_node)
-    assert traffic(strategy) == traffic(alone)
+    assert learned(strategy) == learned(alone)
+    assert frames_by_pair(strategy) == frames_by_pair(alone)
     assert len(grid.log) == 6 // per_node * 5  # one message a node and round
     assert all(is_bundle(message.content) for message in grid.log)
+
+
+@pytest.mark.parametrize("per_node", [1, 2, 3, 6])
+def test_between_agents_of_a_node_nothing_goes_over_a_link(tmp_path: Path, per_node: int) -> None:
+    _, strategy = shared(6 // per_node, per_node, record=tmp_path)
+    totals = gossip(app_grid(6), RING).exchange.ledger.totals()
+    assert strategy.record is not None
+    run = read_run(strategy.record.path)
+    assert {(link["sender"], link["receiver"]) for link in run.links} == {
+        (j, i) for j, i in RING.links() if j // per_node != i // per_node
+    }
+    assert {(pair["sender"], pair["receiver"]) for pair in run.local} == {
+        (j, i) for j, i in RING.links() if j // per_node == i // per_node
+    }
+    local = run.totals.get("local_total", 0)
+    assert run.totals["links_total"] + local == totals["links_total"]
+    for key in ("relay_total", "uplink_total", "header_total"):
+        assert run.totals[key] == totals[key]
+    assert (
+        sum(row["received_bytes"] for row in run.last_evaluated().values())
+        <= (run.relay[-1]["link_bytes"])
+    )
+    assert (run.relay[-1]["link_bytes"], run.relay[-1].get("local_bytes", 0)) == (
+        run.totals["links_total"],
+        local,
+    )
+    by_line = {
+        key: sum(row[4] for line in run.traffic for row in line.get(key, []))
+        for key in ("links", "local")
+    }
+    assert by_line == {"links": run.totals["links_total"], "local": local}
+    table = agent_table(run)
+    assert ("payload between agents of one node" in table) == (per_node > 1)
+    if per_node == 1:
+        assert run.totals == totals
+        assert not any("local" in key for row in (*run.relay, *run.traffic) for key in row)
+    if per_node == 2:
+        assert plot_run(run).stat().st_size > 10_000
+    if per_node == 6:
+        assert run.totals["links_total"] == run.relay[-1]["link_bytes"] == 0 < local
+        assert run.totals["link_bits_per_weight"] is None
 
 
 def test_states_lie_on_the_disk_of_the_node_by_agent(tmp_path: Path) -> None:
@@ -54,7 +105,7 @@ def test_states_lie_on_the_disk_of_the_node_by_agent(tmp_path: Path) -> None:
     for context in grid.contexts.values():
         context.node_config["state-dir"] = str(tmp_path)
     strategy = gossip(grid, RING, agents_per_node=2)
-    assert traffic(strategy) == traffic(gossip(app_grid(6), RING))
+    assert learned(strategy) == learned(gossip(app_grid(6), RING))
     found = {path.name for path in tmp_path.glob("*/agent-*") if path.is_dir()}
     assert found == {f"agent-{agent:04d}" for agent in range(6)}
 
@@ -199,7 +250,9 @@ def test_a_resumed_run_asks_each_agent(tmp_path: Path) -> None:
         gossip(grid, RING, rounds=4, before={4: stop}, **options)
     (broken,) = (path for path in tmp_path.iterdir() if path != whole.record.path)
     resumed = gossip(grid, RING, rounds=4, resume=broken, **options)
-    assert traffic(resumed)[1][4] == traffic(whole)[1][4]
+    assert learned(resumed)[0][4] == learned(whole)[0][4]
+    assert resumed.exchange.ledger.totals() == whole.exchange.ledger.totals()
+    assert resumed.exchange.ledger.totals()["local_total"] > 0
 
 
 def test_agents_must_divide_evenly_over_the_nodes() -> None:
@@ -273,7 +326,7 @@ def test_a_nodes_agents_calculate_as_a_stack(monkeypatch: pytest.MonkeyPatch) ->
     stacked = gossip(grid, RING, agents_per_node=2)
     assert sizes == [2] * 3 * 5  # three nodes, four rounds and the closing exchange
     alone = gossip(app_grid(6), RING)
-    assert traffic(stacked)[0] == traffic(alone)[0]
+    assert frames_by_pair(stacked) == frames_by_pair(alone)
     assert stacked.monitor.train_loss == pytest.approx(alone.monitor.train_loss, rel=1e-4)
     for row, other in zip(stacked.monitor.rows, alone.monitor.rows, strict=True):
         assert row["accuracy"] == pytest.approx(other["accuracy"], abs=0.1)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # Okabe-Ito: told apart with every kind of color vision, and in grey.
 BLUE, ORANGE, SKY, VERMILION, GREY = "#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#8C8C8C"
 # the palette's yellow is left out: too faint for a line on white
-_GREEN, _PURPLE = "#009E73", "#CC79A7"
-COLORS = (BLUE, VERMILION, _GREEN, ORANGE, _PURPLE, SKY, "#000000")
+GREEN, _PURPLE = "#009E73", "#CC79A7"
+COLORS = (BLUE, VERMILION, GREEN, ORANGE, _PURPLE, SKY, "#000000")
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vPX"
 

@@ -112,7 +112,8 @@ def _links(run: Run) -> tuple[list[tuple[int, int]], bool, str]:
         directed = bool(run.topology.get("directed"))
         title = "Communication graph"
     else:
-        edges = [(int(link["sender"]), int(link["receiver"])) for link in run.links]
+        used = [*run.links, *run.local]
+        edges = [(int(link["sender"]), int(link["receiver"])) for link in used]
         known = set(edges)
         directed = any((b, a) not in known for a, b in edges)
         title = (
