@@ -170,9 +170,9 @@ SHARED_GENERATORS = "Python's, NumPy's or torch's global generator"
 
 
 def noting_draws() -> Callable[[], bool]:
-    """Return a function that says whether a generator of all was drawn from since.
+    """Return a function that says whether a shared generator was drawn from since.
 
-    The generators are those of `SHARED_GENERATORS`, torch's on the CPU. Watch no more
+    Shared are those of `SHARED_GENERATORS`, torch's on the CPU. Watch no more
     than is meant: type checkers such as beartype draw from Python's, too.
     """
 

@@ -29,7 +29,7 @@ class Distinct:
         self._of: dict[int, list[Payload]] = {}
 
     def inbox(self, inbox: Inbox) -> dict[int, Payload]:
-        """Return an equal inbox, of payloads that other inboxes hold, too."""
+        """Return an equal inbox, in which equal payloads are one object."""
         return {sender: self._one(sender, payload) for sender, payload in inbox.items()}
 
     def _one(self, sender: int, payload: Payload) -> Payload:

@@ -231,8 +231,9 @@ class Mailbox:
         ``known`` is what is held of its sender.
         """
         held = [] if known is None else [known]
-        references = [(past.round, past.identity) for past in held]
-        references += [(first.round, first.content) for first in self._common]
+        builds = header.reference is not None  # then digests are worth taking
+        references = [(past.round, past.identity) for past in held if builds]
+        references += [(first.round, first.content) for first in self._common if builds]
         key = DecodedFrames.key(data, header, references, self._lists.digest)
         decoded = _decoded.get(key)
         if decoded is not None:

@@ -228,7 +228,7 @@ class Heard(NamedTuple):
     votes: Mapping[int, float] = WHOLE
 
     def among(self, distinct: Distinct) -> "Heard":
-        """The same, of payloads that what others heard holds, too."""
+        """The same, with each payload that others heard as one object with theirs."""
         return Heard(distinct.inbox(self.inbox), self.votes)
 
 

@@ -59,7 +59,7 @@ class RoundOptions:
         Keep every frame in the run record, for study.
     checkpoint_every : int (default: 25)
         Rounds between checkpoints in the run record, from which a run that broke off is
-        resumed; 0 writes none.
+        resumed; 0 writes none. Without a barrier rounds of the mean agent.
     agents : str (default: "")
         File of lines with an agent's number and the public key of its SuperNode: no
         other node is let in as that agent, and no other agent at all. Without it a

@@ -9,9 +9,12 @@ A checkpoint of round t is the whole run as it was when its agents had played t 
 each in the mean: so one that is slow, or away, holds none up.
 """
 
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, final
+
+import numpy as np
 
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, FrameT, Parcel, by_number
@@ -23,7 +26,7 @@ from flower_mcepl.runs.events import Event
 from flower_mcepl.runs.own_state import answer_facts, answer_of
 from flower_mcepl.runs.resumption import LAST_FRAMES
 
-_OWN = "own-rounds"  # key of a checkpoint's facts
+_OWN = "own-rounds"  # group of a checkpoint's arrays
 
 
 @dataclass
@@ -91,6 +94,7 @@ class OwnRounds(Generic[FrameT]):
         # by round of a checkpoint: the round that each agent had done by then
         self._done: dict[int, list[int]] = {}
         self._under_way: set[int] = set()  # agents that owe the answer to their last parcel
+        self._facts: dict[int, Mapping[str, Any]] = {}  # by agent, of its last handshake
 
     def give(self, agents: Iterable[int], *, clock: float) -> list[Parcel[FrameT]]:
         """Parcels of the agents' next rounds, in this order."""
@@ -167,8 +171,18 @@ class OwnRounds(Generic[FrameT]):
 
     def due(self) -> int | None:
         """Round of the checkpoint that is due now: rounds of an agent in the mean."""
-        last, now = max(self._done, default=0), sum(self._rounds_done()) // len(self.rounds)
-        return next((t for t in range(now, last, -1) if self._book.due(t)), None)
+        if not self.keeps:
+            return None
+        last = max(self._done, default=0)
+        return next((t for t in range(self._mean_round(), last, -1) if self._book.due(t)), None)
+
+    def last_due(self) -> int | None:
+        """Round of the checkpoint after which nobody plays, if it is a new one."""
+        now = self._mean_round()
+        return now if self.keeps and now > max(self._done, default=0) else None
+
+    def _mean_round(self) -> int:
+        return sum(self._rounds_done()) // len(self.rounds)
 
     def _rounds_done(self) -> list[int]:
         """Rounds that each agent has played, or will not play any more."""
@@ -176,8 +190,13 @@ class OwnRounds(Generic[FrameT]):
 
     def keep(self, round: int, more: Bundle) -> None:
         """Write the checkpoint of ``round``, with ``more`` beside what stands here."""
+        assert self._book.checkpoints is not None
         self._done = dict([*self._done.items(), (round, self._rounds_done())][-KEPT:])
-        self._book.keep(round, Bundle.joined({**self.state(), **more.facts}, more.groups()))
+        # as an array: facts are limited to 100 MB, and rounds wait long for who is away
+        books = np.frombuffer(json.dumps(self._state()).encode(), np.uint8)
+        facts = {LAST_FRAMES: self.answered, **more.facts}
+        groups = {**more.groups(), _OWN: {"json": books}}
+        self._book.checkpoints.save(round, Bundle.joined(facts, groups))
 
     @property
     def keeps(self) -> bool:
@@ -188,9 +207,9 @@ class OwnRounds(Generic[FrameT]):
         """Rounds that an agent had done by each checkpoint that there is."""
         return tuple(done[agent] for done in self._done.values())
 
-    def state(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         """Everything of these books that the rounds to come need, JSON-able."""
-        own = {
+        return {
             "rounds": self.rounds,
             "began": self._began,
             "open": {round: own.state() for round, own in self._open.items()},
@@ -199,11 +218,11 @@ class OwnRounds(Generic[FrameT]):
             "done": self._done,
             "under-way": sorted(self._under_way),
         }
-        return {_OWN: own, LAST_FRAMES: self.answered}
 
-    def restore(self, facts: Mapping[str, Any]) -> None:
-        """Go on from the facts of a checkpoint that `keep` wrote."""
-        own, self.answered = facts[_OWN], [*facts[LAST_FRAMES]]
+    def restore(self, checkpoint: Bundle) -> None:
+        """Go on from a checkpoint that `keep` wrote."""
+        own = json.loads(checkpoint.group(_OWN)["json"].tobytes())
+        self.answered = [*checkpoint.facts[LAST_FRAMES]]
         self.rounds, self._began = [*own["rounds"]], [*own["began"]]
         self._open = {int(t): _OwnRound.of(state) for t, state in own["open"].items()}
         self._written, self._states = set(own["written"]), dict(own["states"])
@@ -258,8 +277,19 @@ class OwnRounds(Generic[FrameT]):
         if self._book.record is not None:
             self._book.record.keep_frames(round, agent, answer.raw)
         self.answered[agent] = round
-        # a fast agent's answers wait long for the slow ones: without frames and states
-        own.answers[agent] = replace(answer, posts=(), raw=(), state=b"", exported={})
+        # A fast agent's answers wait long for the slow ones: without frames and states,
+        # and without a handshake that says what the one before said.
+        known = self._facts.get(agent) == answer.facts
+        self._facts[agent] = answer.facts
+        own.answers[agent] = replace(
+            answer,
+            posts=(),
+            raw=(),
+            state=b"",
+            exported={},
+            facts={} if known else answer.facts,
+            introduces=answer.introduces and not known,
+        )
         own.rows += taken.rows
         own.refused |= taken.refused
 

@@ -17,7 +17,7 @@ from flower_mcepl.runs.own_state import answers_of, answers_state
 from flower_mcepl.runs.timing import Timing
 from flower_mcepl.runs.virtual_time import VirtualTimes
 
-_UNDER_WAY, _EVENTS, _CLOCK = "under-way", "events", "clock"  # keys of a checkpoint
+_ANSWERS, _EVENTS, _CLOCK = "answers", "events", "clock"  # keys of a checkpoint
 
 
 def play_rounds(
@@ -121,10 +121,15 @@ def play_own_rounds(
     clock = 0.0
     if book.resumed is not None:
         facts = book.resumed.facts
-        own.restore(facts)
+        own.restore(book.resumed)
         source.restore(facts[_EVENTS])
-        answers = answers_of(Bundle(facts[_UNDER_WAY], book.resumed.group(_UNDER_WAY)))
+        answers = answers_of(Bundle(facts[_ANSWERS], book.resumed.group(_ANSWERS)))
         clock = facts[_CLOCK]
+
+    def keep(round: int) -> None:
+        fleet.store(book, round)  # first, as by rounds
+        own.keep(round, _under_way(answers, source, clock))
+
     for event in source:
         times.now = clock = event.clock
         own.take({agent: answers.pop(agent) for agent in event.answered}, clock=clock)
@@ -132,8 +137,9 @@ def play_own_rounds(
         own.note(event)
         answers |= fleet.play(event.given, parcels)
         if (round := own.due()) is not None:
-            fleet.store(book, round)  # first, as by rounds
-            own.keep(round, _under_way(answers, source, clock))
+            keep(round)
+    if (round := own.last_due()) is not None:
+        keep(round)
     own.end()
     everyone = range(len(fleet.agents))
     parcels = [own.closing_parcel(agent) for agent in everyone]
@@ -142,8 +148,8 @@ def play_own_rounds(
 
 def _under_way(answers: Mapping[int, Answer[bytes]], source: EventSource, clock: float) -> Bundle:
     state = answers_state(answers)
-    facts = {_UNDER_WAY: state.facts, _EVENTS: source.state(), _CLOCK: clock}
-    return Bundle.joined(facts, {_UNDER_WAY: state.arrays})
+    facts = {_ANSWERS: state.facts, _EVENTS: source.state(), _CLOCK: clock}
+    return Bundle.joined(facts, {_ANSWERS: state.arrays})
 
 
 def _clock_of(book: RunBook[bytes]) -> float:

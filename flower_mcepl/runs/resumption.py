@@ -54,7 +54,7 @@ _ALSO = (EVENTS,)  # of some runs
 # settings that records of earlier releases do not have
 _BEFORE: Mapping[str, Any] = {
     **{"keep_best": False, "patience": 0, "engine": LOOP},
-    **{"age_decay": 1.0, "schedule": "rounds", "speeds": "", "replayed": False},
+    **{"age_decay": 1.0, "schedule": "rounds", "speeds": "", "replayed": "", "time_budget": 0.0},
 }
 # the same in config.json
 _FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", "agent_cache", RUN})

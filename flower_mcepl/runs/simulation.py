@@ -217,7 +217,7 @@ def simulate(
         "seed": agents[0].seed,
         "threads": threads,
         "engine": engine,
-        **timing.config(),
+        **timing.config(replayed),
         **({} if server is None else {"server": {"number": server.index, **server.parameters()}}),
     }
     with open_book(

@@ -10,7 +10,7 @@ from flower_mcepl.agents import Agent
 from flower_mcepl.agents.parts.pacing import Decisions, StepSeconds, set_pace
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.schedules import ASYNC, ROUNDS
-from flower_mcepl.runs.events import Event, check_events, recorded_events
+from flower_mcepl.runs.events import Event, check_events, digest_of, recorded_events
 from flower_mcepl.runs.speeds import Speeds
 from flower_mcepl.runs.virtual_time import VirtualTimes
 
@@ -72,12 +72,13 @@ class Timing:
             return self.speeds
         return Speeds.parse(self.speeds) if self.speeds else Speeds()
 
-    def config(self) -> dict[str, Any]:
-        """What the record says of it, beside the schedule."""
+    def config(self, events: Sequence[Event] | None) -> dict[str, Any]:
+        """What the record says beside the schedule; ``events`` are played again."""
+        replayed = "" if events is None else digest_of(events)
+        own = {"replayed": replayed, "time_budget": self.time_budget}
         return {
             "speeds": self.pace().to_text() if self.speeds else "",
-            **({"replayed": self.events is not None} if self.schedule == ASYNC else {}),
-            **({"time_budget": self.time_budget} if self.time_budget else {}),
+            **(own if self.schedule == ASYNC else {}),
             **({"timeout_factor": self.timeout_factor} if self.timeout_factor else {}),
             **({} if math.isinf(self.round_timeout) else {"round_timeout": self.round_timeout}),
         }

@@ -18,7 +18,7 @@ from flower_mcepl.runs.own_rounds import OwnRounds
 from flower_mcepl.runs.own_state import parcels_of, parcels_state
 from flower_mcepl.strategies.answers import frame_array, frame_bytes
 
-_UNDER_WAY, _CLOCK = "under-way", "clock"  # keys of a checkpoint
+_PARCELS, _CLOCK = "parcels", "clock"  # keys of a checkpoint
 
 
 @final
@@ -73,7 +73,8 @@ class OwnCheckpoints:
 
     def note_sent(self, parcels: Mapping[int, Parcel[Array]]) -> None:
         """Parcels go out, by agent."""
-        self._under_way |= parcels
+        if self._own.keeps:
+            self._under_way |= parcels
 
     def note_answers(self, answers: Mapping[int, Answer[Array]]) -> None:
         """Answers were taken in."""
@@ -82,7 +83,7 @@ class OwnCheckpoints:
         self.note_failed(answers)
 
     def note_failed(self, agents: Iterable[int]) -> None:
-        """Nobody waits for answers of these agents any more."""
+        """Forget the parcels of agents whose answers are waited for no more."""
         for agent in agents:
             self._under_way.pop(agent, None)
 
@@ -92,20 +93,26 @@ class OwnCheckpoints:
         It does not wait for agents that are ``absent``: they go on from the last state
         that they stored.
         """
-        round = self._own.due()
+        self._keep(self._own.due(), clock, absent)
+
+    def keep_last(self, clock: float, *, absent: Collection[int]) -> None:
+        """Write one after which nobody plays, if all states that it needs are there."""
+        self._keep(self._own.last_due(), clock, absent)
+
+    def _keep(self, round: int | None, clock: float, absent: Collection[int]) -> None:
         if round is None or self._lacks(absent):
             return
         parcels = parcels_state({**self.again, **self._under_way}, frame_bytes)
         more = self._state()
-        facts = {**more.facts, _UNDER_WAY: parcels.facts, _CLOCK: clock}
-        groups = {**more.groups(), _UNDER_WAY: parcels.arrays}
+        facts = {**more.facts, _PARCELS: parcels.facts, _CLOCK: clock}
+        groups = {**more.groups(), _PARCELS: parcels.arrays}
         self._own.keep(round, Bundle.joined(facts, groups))
 
     def restore(self, checkpoint: Bundle) -> float:
         """Go on from a checkpoint; returns its clock."""
         facts: Mapping[str, Any] = checkpoint.facts
-        self._own.restore(facts)
-        under_way = Bundle(facts[_UNDER_WAY], checkpoint.group(_UNDER_WAY))
-        self.again = parcels_of(under_way, frame_array)
+        self._own.restore(checkpoint)
+        parcels = Bundle(facts[_PARCELS], checkpoint.group(_PARCELS))
+        self.again = parcels_of(parcels, frame_array)
         self._stored = set(range(len(self._own.rounds)))  # in the record, as were all
         return float(facts[_CLOCK])

@@ -135,6 +135,7 @@ class OwnRoundsLoop:
                 self._last = clock
             self.checkpoints.keep_if_due(clock, absent=absent)
             if self._is_over(clock):
+                self.checkpoints.keep_last(clock, absent=absent)
                 break
             self._check()
             clock, answered, failed = self._receive()
@@ -314,10 +315,18 @@ class OwnRoundsLoop:
         return [a for a in range(len(self.own.rounds)) if a in here and a not in self._failures]
 
     def _absent(self) -> set[int]:
-        """Agents that no checkpoint waits for: away, or failing again and again."""
-        here = {self.agent_of(node) for node in self.attendance.online}
-        agents = range(len(self.own.rounds))
-        return {a for a in agents if a not in here or self._failures.get(a, 0) >= FAILING}
+        """Agents that no checkpoint waits for.
+
+        They are away or barred, fail again and again, or lost the answer to their last
+        round, so that no parcel asks them for their state any more.
+        """
+        out = self.intake.refused | self.intake.quarantined(max(self.own.rounds))
+        here = {self.agent_of(node) for node in self.attendance.online if node not in out}
+        return {a for a in range(len(self.own.rounds)) if a not in here or self._gave_up(a)}
+
+    def _gave_up(self, agent: int) -> bool:
+        failures, ended = self._failures.get(agent, 0), self.own.rounds[agent] >= self.num_rounds
+        return failures >= (1 if ended and agent not in self._waiting else FAILING)
 
     def _is_over(self, clock: float) -> bool:
         """Whether nobody is at work, and nobody is waited for."""

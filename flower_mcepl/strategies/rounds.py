@@ -566,6 +566,7 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             **self.config,
             "timeout": timeout,
             "min_agents": self.attendance.at_first,
+            **({"time_budget": self.options.time_budget} if self.options.schedule == ASYNC else {}),
             **self._about(),
             **self._initial.about(),
         }

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import math
 import re
 from pathlib import Path
@@ -365,10 +366,18 @@ OWN: dict[str, Any] = {
 }
 
 
-def simulated(path: Path, *, at: tuple[int, int] = (-1, -1), **options: Any) -> None:
+def simulated(
+    path: Path,
+    *,
+    at: tuple[int, int] = (-1, -1),
+    heard: list[tuple[int, int]] | None = None,
+    **options: Any,
+) -> None:
     """Simulate into a new record at ``path``, or on in that of a run that broke off."""
 
     def stumble(round: int, agent: int, reply: Reply) -> None:
+        if heard is not None:
+            heard.append((round, agent))
         if (round, agent) == at:
             raise Interruption
 
@@ -430,13 +439,41 @@ def test_a_run_that_plays_events_is_resumed_with_them(undisturbed: Path, tmp_pat
     path, events = tmp_path / "run", read_run(undisturbed).events
     with pytest.raises(Interruption):
         simulated(path, at=(5, 2), events=undisturbed)
-    with pytest.raises(ConfigError, match=r"replayed was True and is now False"):
+    with pytest.raises(ConfigError, match=r"replayed was '[0-9a-f]{16}' and is now ''"):
         simulated(path, resume=path)
     others = [Event.from_row({**row, "clock": 2 * row["clock"]}) for row in events]
-    with pytest.raises(ConfigError, match="got those of another run"):
+    with pytest.raises(ConfigError, match=r"replayed was '[0-9a-f]{16}' and is now '[0-9a-f]{16}'"):
         simulated(path, resume=path, events=others)
+    assert read_run(path).status == "failed"  # as it was: nothing of it was touched
     simulated(path, resume=path, events=undisturbed)
     assert_the_same(path, undisturbed)
+
+
+def test_a_run_that_its_budget_ended_loses_no_round(tmp_path: Path) -> None:
+    whole, path = tmp_path / "whole", tmp_path / "run"
+    options: dict[str, Any] = {"speeds": SPEEDS, "time_budget": 20.0, "num_rounds": 50}
+    simulated(whole, checkpoint_every=0, **options)
+    played = [line for line in read_run(whole).events if 0 in line["given"]]
+    with pytest.raises(Interruption):  # in the closing exchange
+        simulated(path, at=(len(played) + 1, 0), checkpoint_every=100, **options)
+    with pytest.raises(ConfigError, match=r"time_budget was 20\.0 and is now 0\.0"):
+        simulated(path, resume=path, **{**options, "time_budget": 0.0})
+    heard: list[tuple[int, int]] = []
+    simulated(path, resume=path, checkpoint_every=100, heard=heard, **options)
+    assert len(heard) == 4  # the closing exchange alone
+    assert_the_same(path, whole)
+
+
+def test_a_checkpoint_grows_little_with_the_lead_of_the_fast(tmp_path: Path) -> None:
+    """Rounds wait for the slow agent, with answers that say what is new alone."""
+    path = tmp_path / "run"
+    with pytest.raises(Interruption):
+        simulated(path, at=(40, 0), speeds="1, 1, 1, 1000", num_rounds=50)
+    checkpoint = newest_checkpoint(path / "checkpoint")
+    assert len(json.dumps(checkpoint.facts)) < 50_000
+    text = checkpoint.group("own-rounds")["json"].tobytes().decode()
+    assert len(json.loads(text)["open"]) > 20
+    assert text.count('"num-weights"') == 3  # a handshake of each that has answered
 
 
 def test_a_checkpoint_is_of_rounds_in_the_mean(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Flower without a barrier: whoever answers gets its next parcel at once."""
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from flower_mcepl.agents import load_state
 from flower_mcepl.clients import app as client_app
 from flower_mcepl.clients import memory
 from flower_mcepl.exchange.relay import Relay
+from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.book import RunBook, open_book
@@ -331,6 +333,11 @@ def stop() -> None:
     raise KeyboardInterrupt
 
 
+def books(checkpoint: Bundle) -> dict[str, Any]:
+    own: dict[str, Any] = json.loads(checkpoint.group("own-rounds")["json"].tobytes())
+    return own
+
+
 @pytest.fixture(params=["devices", "simulation"])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Where agents keep their states: on disks, or nowhere beyond their process."""
@@ -361,9 +368,10 @@ def test_a_run_that_broke_off_goes_on_with_what_was_under_way(
     broken = recorded(tmp_path / "runs")
     assert broken.status == "interrupted"
     (*_, last) = sorted((broken.path / "checkpoint").iterdir())
-    facts = newest_checkpoint(last.parent).facts
-    assert facts["under-way"]  # somebody was in the middle of a round
-    assert len(set(facts["own-rounds"]["rounds"])) > 1
+    checkpoint = newest_checkpoint(last.parent)
+    facts = checkpoint.facts
+    assert facts["parcels"]  # somebody was in the middle of a round
+    assert len(set(books(checkpoint)["rounds"])) > 1
     grid = in_place(fleet_of(clock, 2000), place, tmp_path)
     gossip(grid, resume=broken.path, **options)
     run = recorded(tmp_path / "runs")
@@ -382,7 +390,7 @@ def test_a_run_that_broke_off_goes_on_with_what_was_under_way(
         for agent, path in run.agents.items():
             assert load_state(path).encode() == load_state(again.agents[agent]).encode()
     # what was under way is sent again, in the same words
-    first = {2000 + int(agent): parcel["round"] for agent, parcel in facts["under-way"].items()}
+    first = {2000 + int(agent): parcel["round"] for agent, parcel in facts["parcels"].items()}
     for node, round in first.items():
         sent = [
             sent_round(m)
@@ -409,6 +417,34 @@ def test_states_are_handed_over_for_checkpoints_alone(
     assert len(stores) < 0.5 * sum("order" in m.content for m in grid.log)
 
 
+@pytest.mark.parametrize("lose", [False, True])
+def test_a_lost_last_answer_ends_no_checkpoints(
+    lose: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its agent is not asked again, and so hands no state over any more."""
+    for module in (client_app, memory, handover, rounds):
+        monkeypatch.setattr(module, "in_simulation", lambda: True)
+    client_app._agents.clear()
+    grid = delayed_grid(3, clock, lambda node, round: 1.0 if node == 1000 else 6.0)
+    written, keep = [], OwnRounds.keep
+
+    def kept(own: OwnRounds[Any], round: int, more: Bundle) -> None:
+        written.append(round)
+        keep(own, round, more)
+
+    monkeypatch.setattr(OwnRounds, "keep", kept)
+    if lose:
+        at(grid, {(1000, 12): lambda: grid.unavailable.add(1000)})
+        at(grid, {(1001, 4): lambda: grid.unavailable.discard(1000)})
+    gossip(grid, rounds=12, record=tmp_path, wait_timeout=30.0, **{**ASYNC, "checkpoint_every": 6})
+    run = recorded(tmp_path)
+    assert run.finished
+    assert any(event.get("failed") for event in run.events) == lose
+    assert written == [6, 12]
+    stores = ["store" in m.content["order"] for m in grid.log if "order" in m.content]
+    assert sum(bool(store) for store in stores) < len(stores)
+
+
 def test_a_checkpoint_waits_for_no_agent_that_is_away(
     place: str, clock: Clock, tmp_path: Path
 ) -> None:
@@ -418,7 +454,7 @@ def test_a_checkpoint_waits_for_no_agent_that_is_away(
     with pytest.raises(KeyboardInterrupt):
         gossip(grid, rounds=30, timeout=60.0, wait_timeout=500.0, **options)
     broken = recorded(tmp_path / "runs")
-    facts = newest_checkpoint(broken.path / "checkpoint").facts
-    played = facts["own-rounds"]["rounds"]
+    checkpoint = newest_checkpoint(broken.path / "checkpoint")
+    played = books(checkpoint)["rounds"]
     assert played[3] < min(played[:3])
-    assert played[3] + 5 < facts["round"] <= sum(played) / 4
+    assert played[3] + 5 < checkpoint.facts["round"] <= sum(played) / 4
