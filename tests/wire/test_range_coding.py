@@ -253,15 +253,7 @@ def test_more_gaps_than_are_read_at_once() -> None:
     assert np.array_equal(came[1], ranks)
 
 
-def test_many_gaps_of_one_group_are_coded_as_by_the_oracle(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(range_coding, "AT_ONCE", 64)
-    monkeypatch.setattr(range_coding, "SMALL", 16)
-    draw = np.random.default_rng(0)
-    # more than go at once, few enough to share a call, too many for that, all but few
-    shares = zip((4000, 300, 300, 900), (200, 4, 17, 880), strict=True)
-    groups = [draw.permutation(size) < count for size, count in shares]
+def assert_coded_as_by_the_oracle(groups: list[Bits]) -> None:
     sizes, counts, ranks = sizes_counts_ranks(groups)
     writer, slow = BitWriter(), oracle.Encoder()
     write_positions(writer, sizes, counts, ranks)
@@ -271,6 +263,18 @@ def test_many_gaps_of_one_group_are_coded_as_by_the_oracle(
     came = read_positions(BitReader(memoryview(data)), sizes, int(counts.sum()))
     assert np.array_equal(came[0], counts)
     assert np.array_equal(came[1], ranks)
+
+
+def test_many_gaps_of_one_group_are_coded_as_by_the_oracle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(range_coding, "AT_ONCE", 64)
+    monkeypatch.setattr(range_coding, "SMALL", 16)
+    draw = np.random.default_rng(0)
+    # more than go at once, few enough to share a call, too many for that, all but few
+    shares = zip((4000, 300, 300, 900), (200, 4, 17, 880), strict=True)
+    groups = [draw.permutation(size) < count for size, count in shares]
+    assert_coded_as_by_the_oracle(groups)
 
 
 @pytest.mark.parametrize(
@@ -287,15 +291,7 @@ def test_groups_that_share_a_call_are_coded_as_one_by_one(sizes: list[int]) -> N
     draw = np.random.default_rng(0)
     # all of it bit by bit, some of it turned
     groups = [draw.random(size) < draw.choice([0.3, 0.7]) for size in sizes]
-    each, counts, ranks = sizes_counts_ranks(groups)
-    writer, slow = BitWriter(), oracle.Encoder()
-    write_positions(writer, each, counts, ranks)
-    oracle.write_positions(slow.write, [group.astype(int).tolist() for group in groups])
-    data = writer.to_bytes()
-    assert data == slow.finish()
-    came = read_positions(BitReader(memoryview(data)), each, int(counts.sum()))
-    assert np.array_equal(came[0], counts)
-    assert np.array_equal(came[1], ranks)
+    assert_coded_as_by_the_oracle(groups)
 
 
 @pytest.mark.parametrize("parts", [range(1), range(1, 9), range(60)])
