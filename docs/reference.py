@@ -65,7 +65,8 @@ NOTES = {
     '`"signed-constant"`: `± sqrt(1 / fan_in)` in place of the maskable ones, signs drawn by layer '
     "name from the seed",
     "score-gradient": '`"raw"`: g as it is (paper); `"normalized"`: `g / sqrt(mean(g²))` per '
-    "layer, before weight decay and momentum; a `score-lr` of 0.0005 then suits",
+    "layer, before weight decay and momentum; a `score-lr` of 0.0005 then suits; "
+    '`"filter-normalized"`: `2 g / (rms of the layer + rms of the filter)`',
     "fusion-strength": "c >= 0: factor on what was heard, `y = z + c * mean(abs(z)) * sign(z) * n`"
     "; 1 in the paper; rules of fusion that rank an agent's scores alone go without",
     "fusion-rounds": "length of the `fusion-schedule` in rounds; 0: `num-rounds`",

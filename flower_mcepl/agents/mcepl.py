@@ -21,6 +21,7 @@ from flower_mcepl.agents.parts.masked_config import MaskedConfig
 from flower_mcepl.agents.parts.meters import SECONDS, UNITS
 from flower_mcepl.agents.parts.pacing import Pacer
 from flower_mcepl.agents.parts.score_step import (
+    FILTER_NORMALIZED,
     GRADIENT,
     MAGNITUDE,
     NORMALIZED,
@@ -41,7 +42,7 @@ from flower_mcepl.masks.compact import CompactNetwork, check_compact
 from flower_mcepl.masks.gates import gate_name
 
 SCORE_FORMS = (SIGNED, MAGNITUDE)
-SCORE_GRADIENTS = (RAW, NORMALIZED)
+SCORE_GRADIENTS = (RAW, NORMALIZED, FILTER_NORMALIZED)
 LASSO_STEPS = (GRADIENT, PROXIMAL)
 FILTERS_TRAININGS = (FULL, COMPACT)
 LR_LAYERS = "score-lr-layers"
@@ -64,7 +65,8 @@ class MceplConfig(MaskedConfig):
     # η > 0 of single layers, by name or pattern, the exact name first: "fc*=0.0001"
     score_lr_layers: str = ""
     # "raw": g as it is (paper); "normalized": g / sqrt(mean(g²)) per layer, before
-    # weight decay and momentum; a score_lr of 0.0005 then suits
+    # weight decay and momentum; a score_lr of 0.0005 then suits; "filter-normalized":
+    # 2 g / (rms of the layer + rms of the filter)
     score_gradient: str = RAW
     # "signed": z (paper); "magnitude": ``s = |z|``, and a step that would leave s below
     # zero bounces off it

@@ -264,6 +264,20 @@ def normalized_gradient(g: Float[Tensor, "*layer"]) -> Float[Tensor, "*layer"]:
     return unit / torch.where(rms == 0, torch.ones_like(rms), rms)
 
 
+def evening_factors(
+    unit_rows: Float[Tensor, "filters weights"],
+) -> Float[Tensor, " filters"]:
+    """Factors ``2 / (1 + rms_f)`` on the filters of a normalized gradient.
+
+    ``rms_f`` is the root mean square of a filter's own gradient, where that of the
+    layer is 1. A filter that learns much then takes at most twice the layer's step, and
+    one that learns little comes nearer to it. A gradient ``g`` becomes ``2 g / (rms +
+    rms_f)``.
+    """
+    rms: Tensor = unit_rows.square().mean(dim=1).sqrt()
+    return 2 / (1 + rms)
+
+
 def reflected(z: Float[Tensor, "*layer"]) -> Float[Tensor, "*layer"]:
     """Magnitude of scores: those below zero bounce off it, ``|z|``.
 

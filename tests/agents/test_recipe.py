@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flower_mcepl import (
@@ -26,16 +28,19 @@ from flower_mcepl import (
 from flower_mcepl.agents import find_algorithm, make_server
 from flower_mcepl.agents import make_agent as registered
 from flower_mcepl.agents.handshake import KEPT_BY_LAYER, check_common_ground
+from flower_mcepl.agents.parts.score_step import ScoreStep
 from flower_mcepl.agents.registry import read_config
 from flower_mcepl.clients import make_agent_app
 from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.masks.formulas import init_scores
+from flower_mcepl.masks.layers import LayerSpec
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.streams import torch_stream
 from tests.fleet.agents import SEED, Reader, make_agent, same_tensors, split
 from tests.fleet.flower import state_of
 from tests.fleet.grid import InProcessGrid
 from tests.oracles.candidate import CONV, HEAD, Candidate
+from tests.oracles.masks import filter_normalized
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PRESETS = sorted(EXAMPLES.glob("*/presets/*.toml"))
@@ -198,8 +203,9 @@ def sides(score_form: str, **config: Any) -> list[MceplAgent]:
     [
         {"score_gradient": "raw", "score_lr": 2.0, "group_lasso": 0.001},
         {"score_gradient": "normalized", "score_lr": 0.02},
+        {"score_gradient": "filter-normalized", "score_lr": 0.02},
     ],
-    ids=["raw", "normalized"],
+    ids=["raw", "normalized", "filter-normalized"],
 )
 def test_without_momentum_a_magnitude_is_the_size_of_the_signed_score(
     config: dict[str, Any],
@@ -236,6 +242,29 @@ def test_fine_tuning_leaves_magnitudes_too() -> None:
     ]
     exchange(agents, 1)
     assert all(z.min() > 0 for agent in agents for z in scores_of(agent).values())
+
+
+@given(
+    shape=st.sampled_from([(3, 2, 2, 2), (4, 5), (1, 1), (4, 3, 2)]),
+    groups=st.sampled_from([0, 0, 1, 2]),
+    quiet=st.sampled_from([1.0, 1e-3, 0.0]),
+    scale=st.sampled_from([1e-25, 1.0, 1e12]),
+    seed=st.integers(0, 99),
+)
+def test_filter_normalized_steps_by_the_oracle(
+    shape: tuple[int, ...], groups: int, quiet: float, scale: float, seed: int
+) -> None:
+    transposed = groups if groups and shape[0] % groups == 0 else 0
+    layer = LayerSpec("x", "conv", torch.Size(shape), transposed)
+    sizes = torch.full((layer.num_filters,), scale, dtype=torch.float64)
+    sizes[0] *= quiet  # a filter that learns little, or nothing
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    g *= layer.spread(sizes)
+    config = MceplConfig(score_gradient="filter-normalized", weight_decay=0.0)
+    moved, _ = ScoreStep(config)(torch.zeros(shape), g, None, layer=layer, lr=1.0)
+    expected = filter_normalized(g.numpy(), layer.transposed_groups)
+    np.testing.assert_allclose(-moved.numpy(), expected, rtol=1e-5, atol=1e-7)
+    assert abs(expected).max() <= 2 * np.sqrt(g.numel())
 
 
 # --- step sizes of single layers ---
@@ -416,7 +445,10 @@ def test_flower_gives_the_rows_and_states_of_simulate(tmp_path: Path) -> None:
 
 BAD = [
     ({"score_form": "positive"}, "score-form must be one of signed, magnitude; got 'positive'"),
-    ({"score_gradient": "sign"}, "score-gradient must be one of raw, normalized; got 'sign'"),
+    (
+        {"score_gradient": "sign"},
+        "score-gradient must be one of raw, normalized, filter-normalized; got 'sign'",
+    ),
     ({"score_lr_layers": "fc"}, 'score-lr-layers must be NAME=STEP, .*"fc\\*=0.0001"; got'),
     ({"score_lr_layers": "fc*=0"}, r"key score-lr-layers, fc\*, must be > 0; got 0\.0"),
     ({"score_lr_layers": "fc*=nan"}, r"key score-lr-layers, fc\*, must be > 0; got nan"),

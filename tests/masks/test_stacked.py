@@ -50,7 +50,7 @@ def test_nan_is_never_ranked_in_a_stack(ranking) -> None:
         {
             "momentum": st.sampled_from([0.0, 0.9]),
             "weight_decay": st.sampled_from([0.0, 0.1]),
-            "score_gradient": st.sampled_from(["raw", "normalized"]),
+            "score_gradient": st.sampled_from(["raw", "normalized", "filter-normalized"]),
             "score_form": st.sampled_from(["signed", "magnitude"]),
             "group_lasso": st.sampled_from([0.0, 0.3]),
             "lasso_step": st.sampled_from(["gradient", "proximal"]),

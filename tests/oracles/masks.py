@@ -61,6 +61,17 @@ def filter_places(
     return filters
 
 
+def filter_normalized(g: Array, transposed_groups: int = 0) -> Array:
+    """Each filter divided by the mean of its own root mean square and the layer's."""
+    scaled = np.zeros(g.shape)
+    of_layer = sqrt(sum(float(value) ** 2 for value in g.ravel()) / g.size)
+    for places in filter_places(g.shape, transposed_groups):
+        own = sqrt(sum(float(g[place]) ** 2 for place in places) / len(places))
+        for place in places:
+            scaled[place] = g[place] / ((of_layer + own) / 2) if of_layer else 0.0
+    return scaled
+
+
 def group_lasso(z: Array, transposed_groups: int = 0) -> float:
     total = 0.0
     for places in filter_places(z.shape, transposed_groups):

@@ -198,6 +198,11 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "score_averaging": 0.5,
         },
     ),
+    "filter-normalized": (
+        plain,
+        small_net,
+        {"score_gradient": "filter-normalized", "score_lr": 0.005, "momentum": 0.9},
+    ),
     "no fine-tuning": (plain, small_net, {"finetune_lr": 0.0, "local_steps": 2}),
     "shared in part": (plain, small_net, {"share": "3*", "local_steps": 2}),
     "lasso in the loss": (plain, small_net, {"group_lasso": 0.05}),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flower_mcepl.agents.mcepl import MceplConfig
 
 SIGNED, MAGNITUDE = "signed", "magnitude"
-RAW, NORMALIZED = "raw", "normalized"
+RAW, NORMALIZED, FILTER_NORMALIZED = "raw", "normalized", "filter-normalized"
 GRADIENT, PROXIMAL = "gradient", "proximal"
 
 
@@ -52,15 +52,22 @@ class ScoreStep:
             Step size of this round.
         """
         velocity = {} if v is None else {"": v}
-        direction = descent_direction("", z, self._scaled(g), velocity=velocity, config=self.config)
+        direction = descent_direction(
+            "", z, self._scaled(g, layer), velocity=velocity, config=self.config
+        )
         return self.settled(self._shrunk(z.add(direction, alpha=-lr), layer, lr=lr)), direction
 
     def settled(self, z: Tensor) -> Tensor:
         """Scores in the form that they are kept in."""
         return maths.reflected(z) if self.config.score_form == MAGNITUDE else z
 
-    def _scaled(self, g: Tensor) -> Tensor:
-        return g if self.config.score_gradient == RAW else maths.normalized_gradient(g)
+    def _scaled(self, g: Tensor, layer: LayerSpec | None) -> Tensor:
+        if self.config.score_gradient == RAW:
+            return g
+        unit = maths.normalized_gradient(g)
+        if self.config.score_gradient == NORMALIZED or layer is None:
+            return unit
+        return unit * layer.spread(maths.evening_factors(layer.rows(unit)))
 
     def _shrunk(self, z: Tensor, layer: LayerSpec | None, *, lr: float) -> Tensor:
         step = lr * self.config.group_lasso
