@@ -94,10 +94,8 @@ class _Conv5(torch.autograd.Function):
                     :, :, :, down : down + rows, across : across + columns
                 ]
         inputs = (tile @ tiles.view(_SIDE**2, -1)).view(_SIDE**2, -1, channels)
-        filters = (kernel @ weight.permute(2, 3, 1, 0).reshape(KERNEL**2, -1)).view(
-            _SIDE**2, channels, -1
-        )
-        products = torch.bmm(inputs, filters)
+        filters = (kernel @ weight.reshape(-1, KERNEL**2).T).view(_SIDE**2, -1, channels)
+        products = torch.bmm(inputs, filters.transpose(1, 2))
         y = (out @ products.view(_SIDE**2, -1)).view(TILE, TILE, batch, rows, columns, -1)
         y = y.permute(2, 3, 0, 4, 1, 5).reshape(batch, rows * TILE, columns * TILE, -1)
         ctx.save_for_backward(inputs, filters)
@@ -114,17 +112,16 @@ class _Conv5(torch.autograd.Function):
         grad = grad.reshape(batch, rows, TILE, columns, TILE, channels_out)
         grad = grad.permute(2, 4, 0, 1, 3, 5).reshape(TILE**2, -1)
         products = (out.T @ grad).view(_SIDE**2, -1, channels_out)
-        per_filter = torch.bmm(inputs.transpose(1, 2), products)
-        channels = inputs.shape[2]
-        weight_grad = (kernel.T @ per_filter.view(_SIDE**2, -1)).view(
-            KERNEL, KERNEL, channels, channels_out
+        per_filter = torch.bmm(products.transpose(1, 2), inputs)
+        weight_grad = (per_filter.view(_SIDE**2, -1).T @ kernel).view(
+            channels_out, -1, KERNEL, KERNEL
         )
         x_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = _input_gradient(
-                torch.bmm(products, filters.transpose(1, 2)), ctx.shape, ctx.padding, ctx.tiles
+                torch.bmm(products, filters), ctx.shape, ctx.padding, ctx.tiles
             )
-        return x_grad, weight_grad.permute(3, 2, 0, 1), None
+        return x_grad, weight_grad, None
 
 
 def _input_gradient(
