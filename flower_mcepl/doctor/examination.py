@@ -77,9 +77,9 @@ def _examine_machine(
         key = "state-dir, an absolute path"
         yield machine.check_disk("state-disk", folder, "agents' states", key)
     yield machine.check_state_folder(device)
-    shared = machine.check_shared_memory()
-    if shared is not None:
-        yield shared
+    for found in (machine.check_shared_memory(), machine.check_ray_cluster()):
+        if found is not None:
+            yield found
 
 
 def _record_disk(config: Mapping[str, Any], *, needed: bool) -> Finding:

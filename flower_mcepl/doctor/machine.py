@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -21,6 +23,7 @@ from flower_mcepl.runs.store import StateStore
 # bytes: below the first nothing runs, below the second not long
 LEAST_FREE, ENOUGH_FREE = 50_000_000, 1_000_000_000
 _ENOUGH_SHARED = 200_000_000  # bytes; a container has 64 MB unless told otherwise
+_RAY_SECONDS = 2.0
 _FREE_SOMETHING = "Free some, or choose a folder on another disk"
 
 
@@ -119,6 +122,40 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding | None:
         else:
             check.ok(state, free_bytes=free)
     return check.finding
+
+
+# Ray notes the address of the cluster that it last started on a machine, and `flwr
+# run` joins that one. Where it was killed, the note stays, and `flwr run` waits without
+# a word.
+def check_ray_cluster(folder: Path | None = None) -> Finding | None:
+    """Check that the Ray cluster noted on this machine, if any, still answers."""
+    note = (folder or _ray_folder()) / "ray" / "ray_current_cluster"
+    if find_spec("ray") is None or not note.is_file():
+        return None
+    remedy = f"Remove {note}, or start runs by `python -m flower_mcepl.launch`, which reads none."
+    with Examination("ray-cluster", remedy=remedy) as check:
+        address = note.read_text("utf-8").strip()
+        host, _, port = address.rpartition(":")
+        values = {"address": address, "file": str(note)}
+        try:
+            socket.create_connection((host, int(port)), timeout=_RAY_SECONDS).close()
+        except (OSError, ValueError) as error:
+            check.warn(
+                f"{note} names a Ray cluster, {address!r}, that does not answer ({error}); "
+                "`flwr run` would wait for it",
+                remedy,
+                **values,
+            )
+        else:
+            check.ok(f"{address} answers, the cluster that `flwr run` would join", **values)
+    return check.finding
+
+
+def _ray_folder() -> Path:
+    """Folder in which Ray makes its own, as Ray itself finds it."""
+    places = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
+    named = (os.environ[name] for name in places if name in os.environ)
+    return Path(next(named, "/tmp" if os.name == "posix" else tempfile.gettempdir()))
 
 
 def existing(folder: Path) -> Path:

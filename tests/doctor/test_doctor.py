@@ -27,6 +27,7 @@ from flower_mcepl.doctor import FAILED, OK, WARNING, Finding, Order, SuperLink, 
 from flower_mcepl.doctor.findings import Examination
 from flower_mcepl.doctor.machine import (
     check_disk,
+    check_ray_cluster,
     check_shared_memory,
     check_state_folder,
     check_torch,
@@ -258,6 +259,28 @@ def test_little_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found = check_shared_memory(tmp_path)
     assert found is not None
     assert (found.status, "--shm-size" in found.remedy) == (WARNING, True)
+
+
+def test_a_ray_cluster_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flower_mcepl.doctor.machine.find_spec", lambda name: object())
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert check_ray_cluster() is None
+    note = tmp_path / "ray" / "ray_current_cluster"
+    note.parent.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as cluster:
+        note.write_text(f"127.0.0.1:{cluster.getsockname()[1]}\n", "utf-8")
+        alive = check_ray_cluster()
+    gone = check_ray_cluster()
+    note.write_text("", "utf-8")
+    empty = check_ray_cluster()
+    assert alive is not None
+    assert gone is not None
+    assert empty is not None
+    assert (alive.status, gone.status, empty.status) == (OK, WARNING, WARNING)
+    assert f"Remove {note}" in gone.remedy
+    assert "does not answer" in gone.found
+    monkeypatch.setattr("flower_mcepl.doctor.machine.find_spec", lambda name: None)
+    assert check_ray_cluster() is None
 
 
 def test_the_torch_device() -> None:
