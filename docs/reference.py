@@ -59,6 +59,7 @@ NOTES = {
     "eval-batch-size": "examples a batch in evaluation; large ones are slower on a CPU",
     "lr": "η > 0: step size on the weights",
     "lr-rounds": "length of the cosine in rounds; 0: `num-rounds`",
+    "lr-warmup": "rounds of a linear warmup: round t of them has t / `lr-warmup` of its step size",
     "fusion": 'how the neighbors\' masks count: `"mcepl"`, `"mask-averaging"`, `"none"`, or a rule '
     "[of your own](extending.md)",
     "weight-init": '`"module"`: frozen weights as the model function makes them; '

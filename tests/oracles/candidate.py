@@ -16,7 +16,7 @@ Array = np.ndarray[Any, Any]
 Batch = tuple[Array, Array]
 CONV, HEAD = "conv.weight", "fc.weight"
 STEPS = {CONV: 0.0005, HEAD: 0.0001}
-STRENGTH, MOMENTUM, AVERAGING, RETENTION = 3.0, 0.9, 0.9, 0.5
+STRENGTH, MOMENTUM, AVERAGING, RETENTION, WARMUP = 3.0, 0.9, 0.9, 0.5, 10
 
 
 class Candidate:
@@ -45,12 +45,13 @@ class Candidate:
             y[CONV] = s[CONV] + STRENGTH * s[CONV].mean() * self.n
         return {name: topk_mask(array, RETENTION) for name, array in y.items()}
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Batch, *, round: int) -> None:
+        factor = self.factor * min(round / WARMUP, 1)
         masked = {name: self.w[name] * mask for name, mask in self.masks(self.s).items()}
         for name, gradient in gradients(masked, self.biases, batch).items():
             g = gradient * self.w[name]
             self.v[name] = MOMENTUM * self.v[name] + filter_normalized(g)
-            self.s[name] = np.abs(self.s[name] - self.factor * STEPS[name] * self.v[name])
+            self.s[name] = np.abs(self.s[name] - factor * STEPS[name] * self.v[name])
 
     def sent(self) -> Array:
         return self.masks(self.s)[CONV]

@@ -268,6 +268,17 @@ def test_cosine_schedule() -> None:
     assert config.lr_factor(6) == pytest.approx(0.5)
     assert config.lr_factor(11) == config.lr_factor(50) == pytest.approx(0.0)
     assert all(config.lr_factor(t) > config.lr_factor(t + 1) for t in range(1, 11))
+
+
+def test_step_sizes_rise_over_a_warmup() -> None:
+    config = MceplConfig(lr_warmup=4)
+    assert [config.lr_factor(t) for t in range(1, 7)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    plain = MceplConfig(lr_schedule="cosine", lr_rounds=10)
+    both = MceplConfig(lr_schedule="cosine", lr_rounds=10, lr_warmup=4)
+    assert both.lr_factor(2) == plain.lr_factor(2) * 0.5
+    assert both.lr_factor(9) == plain.lr_factor(9)
+    with pytest.raises(ConfigError, match="lr-warmup must be >= 0; got -1"):
+        MceplConfig(lr_warmup=-1)
     assert MceplConfig().lr_factor(10**6) == 1.0
 
 

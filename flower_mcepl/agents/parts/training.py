@@ -41,6 +41,8 @@ class TrainingConfig:
     lr_schedule: str = "constant"  # "cosine": the step sizes fall to zero over lr_rounds
     # length of the cosine in rounds; a run config that has none means its num-rounds
     lr_rounds: int = 0
+    # length in rounds of a linear warmup: round t of it has t / lr_warmup of its step
+    lr_warmup: int = 0
     # of the network, in training and evaluation: "exact": torch's own; "fast",
     # "bfloat16": see `agents.parts.arithmetic`
     arithmetic: str = "exact"
@@ -52,7 +54,7 @@ class TrainingConfig:
         check(0 <= self.momentum < 1, "momentum must be in [0, 1)", self.momentum)
         for name in ("batch_size", "local_steps", "eval_batch_size"):
             check(getattr(self, name) >= 1, f"{_key(name)} must be >= 1", getattr(self, name))
-        for name in ("local_epochs", "lr_rounds"):
+        for name in ("local_epochs", "lr_rounds", "lr_warmup"):
             check(getattr(self, name) >= 0, f"{_key(name)} must be >= 0", getattr(self, name))
         self._check_one_of("lr_schedule", LR_SCHEDULES)
         self._check_one_of("arithmetic", ARITHMETICS)
@@ -80,10 +82,11 @@ class TrainingConfig:
 
     def lr_factor(self, round: int) -> float:
         """Return what the step sizes are multiplied by in ``round`` (from 1)."""
+        warmth = min(round / self.lr_warmup, 1.0) if self.lr_warmup else 1.0
         if self.lr_schedule == "constant":
-            return 1.0
+            return warmth
         # zero after lr_rounds rounds
-        return 0.5 * (1 + math.cos(math.pi * min((round - 1) / self.lr_rounds, 1.0)))
+        return warmth * 0.5 * (1 + math.cos(math.pi * min((round - 1) / self.lr_rounds, 1.0)))
 
     def num_steps(self, num_examples: int) -> int:
         """Return the mini-batches of one round over a training split of that size."""
