@@ -302,3 +302,13 @@ def test_where_there_is_no_glibc_nothing_is_set(monkeypatch: pytest.MonkeyPatch)
         assert keep_freed_memory() is False
     finally:
         keep_freed_memory.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_gradients_of_filters_come_in_the_weights_own_order_of_memory(kernel: int) -> None:
+    """Or each operation of a step on them walks through two orders at once."""
+    weight = torch.randn(16, 8, kernel, kernel, requires_grad=True)
+    with arithmetic("fast", device="cpu"):
+        nn.functional.conv2d(torch.randn(4, 8, 16, 16), weight).square().sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.is_contiguous()
