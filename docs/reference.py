@@ -53,7 +53,7 @@ NOTES = {
     "weight-averaging": "β in [0, 1): evaluate at the running mean of the weights, "
     "`x̄ = β x̄ + (1 - β) x`; 0: at the weights",
     "arithmetic": 'of the network in training and evaluation: `"exact"`: torch\'s own; `"fast"`: '
-    "the same functions in float32, summed in another order, up to twice as fast on a CPU; "
+    "the same functions in float32, summed in another order, 1.3 to 1.7 times as fast on a CPU; "
     '`"bfloat16"`: that with bfloat16 products. Bits are equal within a class; see '
     "[benchmarks](benchmarks.md)",
     "eval-batch-size": "examples a batch in evaluation; large ones are slower on a CPU",

@@ -61,10 +61,10 @@ def make_client_app(
     -----
     All parameters are read from the run config (``algorithm``, the parameters of that
     algorithm, `DeviceSettings`, ``seed``); a SuperNode's node config may set
-    ``retention-conv``, ``retention-linear``, ``filters``, ``depth`` and the
-    `DeviceSettings` for itself. Both
-    functions are called once per process and run, and their results are kept; what they
-    draw from a global generator is the same each time. With ``worker = "none"``, or
+    ``retention-conv``, ``retention-linear``, ``filters``, ``step-budget``, ``depth``,
+    ``density``, ``weights``, ``weights-except`` and the `DeviceSettings` for itself.
+    Both functions are called once per process and run, and their results are kept;
+    what they draw from a global generator is the same each time. With ``worker = "none"``, or
     without names, a device calls them for every message.
 
     Examples

@@ -451,7 +451,8 @@ def test_a_device_may_set_what_the_readme_says(
     """Flower refuses a key that comes twice, as one would that the scripts set, too."""
     (told,) = re.findall(r"`NODE_CONFIG` takes (.+?), and whatever", page("README.md"), re.DOTALL)
     keys = re.findall(r"`([a-z-]+)`", told)
-    of_algorithms = {"retention-conv", "retention-linear", "filters", "depth", "weights"}
+    of_algorithms = {"retention-conv", "retention-linear", "filters", "step-budget", "depth"}
+    of_algorithms |= {"density", "weights", "weights-except"}
     assert set(keys) == {"partition-id"} | of_algorithms | field_keys(DeviceSettings) - {
         "state-dir"
     }
