@@ -64,8 +64,8 @@ def make_client_app(
     ``retention-conv``, ``retention-linear``, ``filters``, ``step-budget``, ``depth``,
     ``density``, ``weights``, ``weights-except`` and the `DeviceSettings` for itself.
     Both functions are called once per process and run, and their results are kept;
-    what they draw from a global generator is the same each time. With ``worker = "none"``, or
-    without names, a device calls them for every message.
+    what they draw from a global generator is the same each time. With ``worker =
+    "none"``, or without names, a device calls them for every message.
 
     Examples
     --------
