@@ -22,9 +22,11 @@ from flower_mcepl.studies.runner import (
     CSV,
     MARKDOWN,
     finished_runs,
-    is_finished,
     strangers,
     tasks_of,
+    unreadable,
+    unreadable_line,
+    waiting,
 )
 
 
@@ -103,9 +105,9 @@ def _list_runs(plan: Study, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for title in ("run", *plan.varied, "state"):
         table.add_column(title)
-    states = []
+    states, to_do = [], waiting(plan)
     for task in tasks_of(plan):
-        states.append("finished" if is_finished(task) else "to do")
+        states.append("to do" if task in to_do else "finished")
         values = [str(task.run.config[key]) for key in plan.varied]
         table.add_row(*map(Text, (task.run.slug, *values, states[-1])))
     print_table(table)
@@ -116,12 +118,14 @@ def _list_runs(plan: Study, console: Console) -> None:
 
 
 def _run(plan: Study, jobs: int, console: Console) -> list[Outcome]:
-    waiting = sum(not is_finished(task) for task in tasks_of(plan))
-    done = len(plan.runs) - waiting
+    to_do = waiting(plan)
+    done = len(plan.runs) - len(to_do)
     console.print(
-        f"{plan.name}: {len(plan.runs)} runs, {done} finished, {waiting} to do; records in "
+        f"{plan.name}: {len(plan.runs)} runs, {done} finished, {len(to_do)} to do; records in "
         f"{plan.out}"
     )
+    for place, reason in unreadable(to_do):
+        console.print(f"WARNING: {unreadable_line(place, reason)}")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -131,7 +135,7 @@ def _run(plan: Study, jobs: int, console: Console) -> list[Outcome]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        teller = _Teller(console, progress, waiting, jobs)
+        teller = _Teller(console, progress, len(to_do), jobs)
         return run_study(plan, jobs=jobs, tell=teller.tell)
 
 

@@ -2,11 +2,13 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flower_mcepl.errors import ConfigError
 from flower_mcepl.report.tensorboard import ScalarWriter
 from flower_mcepl.studies import find_records
 
@@ -61,10 +63,31 @@ def tensorboard(
     sys.stdout.write(f"{len(writers)} record(s) under {out}: tensorboard --logdir {out}\n")
 
 
-def _names(folders: list[Path]) -> list[str]:
-    """Name of each folder, its parent's in front where two are called the same."""
-    names = [folder.name for folder in folders]
-    return [
-        f"{folder.parent.name}-{folder.name}" if names.count(folder.name) > 1 else folder.name
-        for folder in folders
-    ]
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Name of each folder, with as many of its parents as tell it from the others.
+
+    Raises
+    ------
+    ConfigError
+        If none does, as with one folder given twice.
+    """
+    parts = [1] * len(folders)
+    while True:
+        names = ["-".join(folder.parts[-n:]) for folder, n in zip(folders, parts, strict=True)]
+        twins = [names.count(name) > 1 for name in names]
+        if not any(twins):
+            return names
+        longer = [
+            min(n + twin, len(folder.parts) - 1)  # the root is no name
+            for folder, n, twin in zip(folders, parts, twins, strict=True)
+        ]
+        if longer == parts:
+            same = names[twins.index(True)]
+            who = " and ".join(
+                str(folder) for folder, name in zip(folders, names, strict=True) if name == same
+            )
+            raise ConfigError(
+                f"each record needs a folder of its own in --out; {same} would be that of {who}. "
+                "Name each record once, or give them another --out, one by one."
+            )
+        parts = longer

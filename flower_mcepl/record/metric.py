@@ -61,6 +61,14 @@ class MainMetric:
             value = (row.get("metrics") or {}).get(self.name)
         return float(value) if value is not None and math.isfinite(value) else None
 
+    def target_problem(self, target: float) -> str | None:
+        """Reason why no run can reach a target; None where one can."""
+        if self.bounded and not 0 < target <= 1:
+            return f"target is an {self.name} in (0, 1]; got {target}."
+        if not math.isfinite(target):
+            return f"target must be a finite {self.name}; got {target}."
+        return None
+
     def reaches(self, value: float, target: float) -> bool:
         """Whether a value is at least as good as a target."""
         return value >= target if self.higher_is_better else value <= target

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flower_mcepl.errors import ConfigError, RecordError
+from flower_mcepl.record.facts import facts_of
 from flower_mcepl.record.layout import CONFIG
 from flower_mcepl.record.reading import Run, read_run
 
@@ -63,8 +64,10 @@ def find_records(paths: Iterable[Path]) -> list[Run]:
 def pool(runs: Sequence[Run]) -> Pooled:
     """Group run records by the settings in which they differ, the seed left aside.
 
-    Runs that are not finished are left out; of two runs with the same settings and seed
-    the newer one counts.
+    Where records with the same settings are of different apps, algorithms, networks or
+    the like (`facts`), the first such fact that tells them apart is a setting, too.
+    Runs that are not finished are left out; of two runs that differ in nothing, the
+    seed included, the newer one counts.
 
     Raises
     ------
@@ -72,22 +75,73 @@ def pool(runs: Sequence[Run]) -> Pooled:
         If no run is finished.
     """
     finished, notes = _finished(runs)
-    keys = varied(settings_of(run) for run in finished)
-    groups: dict[Any, dict[Any, Run]] = {}
-    for run in finished:
-        settings = settings_of(run)
-        group = groups.setdefault(tuple(exact(settings.get(key)) for key in keys), {})
-        older, newer = sorted((group.get(run.seed, run), run), key=lambda twin: twin.started)
-        group[run.seed] = newer
+    settings = {run.path: settings_of(run) for run in finished}
+    keys = varied(settings.values())
+    own = {path: [exact(one.get(key)) for key in keys] for path, one in settings.items()}
+    groups, told_apart = _by_facts(_parts(finished, own))
+    place = {run.path: number for number, run in enumerate(finished)}
+    pools = []
+    for group in sorted(groups, key=lambda group: place[group[0].path]):
+        first = group[0]
+        facts = {key: value for key, value in facts_of(first).items() if key in told_apart}
+        kept, left_out = _one_a_seed(group)
+        notes += [*left_out, *_unequal_graphs(kept)]
+        both = {**settings[first.path], **facts}
+        pools.append(Pool({key: both.get(key) for key in (*keys, *told_apart)}, kept))
+    return Pooled((*keys, *told_apart), tuple(pools), tuple(notes))
+
+
+def _by_facts(groups: list[list[Run]]) -> tuple[list[list[Run]], tuple[str, ...]]:
+    """Divide groups by facts of their records, and say by which.
+
+    A record that lacks a fact, as those of earlier releases do, stays with the others
+    unless these contradict each other.
+    """
+    facts = {run.path: facts_of(run) for group in groups for run in group}
+    told_apart = []
+    for key in dict.fromkeys(key for one in facts.values() for key in one):
+        parts = []
+        for group in groups:
+            known = {exact(facts[run.path][key]) for run in group if key in facts[run.path]}
+            of_fact = {run.path: exact(facts[run.path].get(key)) for run in group}
+            parts += _parts(group, of_fact) if len(known) > 1 else [group]
+        if len(parts) > len(groups):
+            told_apart.append(key)
+        groups = parts
+    return groups, tuple(told_apart)
+
+
+def _parts(runs: Sequence[Run], keys: Mapping[Path, Any]) -> list[list[Run]]:
+    """Runs of equal keys together, in the order in which they come."""
+    parts: dict[str, list[Run]] = {}
+    for run in runs:
+        parts.setdefault(repr(keys[run.path]), []).append(run)
+    return list(parts.values())
+
+
+def _one_a_seed(group: Sequence[Run]) -> tuple[tuple[Run, ...], list[str]]:
+    """Newest run of each seed, and notes of which others there are."""
+    kept: dict[Any, Run] = {}
+    notes = []
+    for run in group:
+        older, newer = sorted((kept.get(run.seed, run), run), key=lambda twin: twin.started)
+        kept[run.seed] = newer
         if older is not newer:
             notes.append(
                 f"left out: {older.path.name}, as a newer record has the same settings and seed"
             )
-    pools = []
-    for group in groups.values():
-        settings = settings_of(next(iter(group.values())))
-        pools.append(Pool({key: settings.get(key) for key in keys}, tuple(group.values())))
-    return Pooled(keys, tuple(pools), tuple(notes))
+    return tuple(kept.values()), notes
+
+
+def _unequal_graphs(runs: Sequence[Run]) -> list[str]:
+    """Note of graphs with unequal numbers of links, where no setting tells of them."""
+    graphs = [run.topology for run in runs if not run.setting("topology")]
+    counts = {len(graph["edges"]) for graph in graphs if graph.get("edges") is not None}
+    if len(counts) < 2:
+        return []
+    names = ", ".join(run.path.name for run in runs)
+    links = ", ".join(map(str, sorted(counts)))
+    return [f"pooled as seeds, though their graphs have {links} links: {names}"]
 
 
 def _finished(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:

@@ -150,7 +150,7 @@ CONFIG_FILE = _object(
         "run": _text,
         "run_config": _object(others=_scalar),
         "num_rounds": _ROUND,
-        "study": _object({"name": _scalar, "label": _scalar}),
+        "study": _object({"name": _scalar, "label": _scalar, "app": _scalar}),
         "versions": _object(),
         "topology": _object(
             {"num_agents": _AGENT, "directed": _flag, "edges": _list(_list(_AGENT, exactly=2))}

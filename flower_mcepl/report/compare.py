@@ -106,8 +106,8 @@ def compare(runs: Sequence[Run], *, target: float | None = None) -> Comparison:
     """
     pooled = pool(runs)
     metric = one_metric([run for one in pooled.pools for run in one.runs])
-    if target is not None and metric.bounded and not 0 < target <= 1:
-        raise ConfigError(f"the target is an {metric.name} in (0, 1]; got {target}.")
+    if target is not None and (problem := metric.target_problem(target)) is not None:
+        raise ConfigError(f"the {problem}")
     lasso = LASSO in pooled.keys
     rows = [
         Row(one.settings, tuple(_measure(run, target, lasso) for run in one.runs))

@@ -8,6 +8,7 @@
     ├── compare.md, compare.csv  the table over all finished runs
     ├── study.toml               the study file of the last start
     ├── .unfinished/             runs that go on or failed; the next start clears it
+    ├── .replaced/               records as others take their places
     └── .lock                    held while a process is at work here
 """
 
@@ -17,21 +18,28 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flower_mcepl.config.engines import BATCHED
-from flower_mcepl.errors import ConfigError, FlowerMceplError, RecordError
+from flower_mcepl.errors import ConfigError, FlowerMceplError
 from flower_mcepl.files.sealed import file_lock
 from flower_mcepl.launch.plan import refuse_windows
-from flower_mcepl.record.reading import Run, read_run
+from flower_mcepl.record.pools import LABEL
+from flower_mcepl.record.reading import Run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.compare import compare
 from flower_mcepl.report.tables import write_csv, write_markdown
 from flower_mcepl.studies.flower_app import FLOWER, FlowerApp
 from flower_mcepl.studies.processes import side_by_side
+from flower_mcepl.studies.records import (
+    finished_by_digest,
+    of_other_runs,
+    replace_record,
+    restore_records,
+    why_unreadable,
+)
 from flower_mcepl.studies.study import PlannedRun, Study
 
 UNFINISHED, LOGS = ".unfinished", "logs"
@@ -73,18 +81,18 @@ def tasks_of(study: Study) -> list[Task]:
     return [Task(study.name, study.app, study.engine, study.out, run) for run in study.runs]
 
 
-def is_finished(task: Task) -> bool:
-    """Whether the record of exactly this run is there, and complete."""
-    with contextlib.suppress(RecordError, OSError):
-        run = read_run(task.record)
-        same = run.study.get("digest") == task.run.digest
-        return run.finished and same and _stacked(run.study.get("engine")) == _stacked(task.engine)
-    return False
+def waiting(study: Study) -> list[Task]:
+    """Runs of the study that are not finished."""
+    finished = _finished(study)
+    return [task for task in tasks_of(study) if task.run.digest not in finished]
 
 
-def _stacked(engine: str | None) -> bool:
-    """Whether an engine gives other bits than all others."""
-    return engine == BATCHED
+def _finished(study: Study) -> dict[str, Run]:
+    return finished_by_digest(study.out, study.engine, _digests(study))
+
+
+def _digests(study: Study) -> set[str]:
+    return {run.digest for run in study.runs}
 
 
 def run_study(
@@ -121,31 +129,64 @@ def run_study(
     study.out.mkdir(parents=True, exist_ok=True)
     with _only_runner(study.out):
         shutil.rmtree(study.out / UNFINISHED, ignore_errors=True)
+        restore_records(study.out)
+        _label_records(study)
         (study.out / LOGS).mkdir(exist_ok=True)
         if study.file.resolve() != (study.out / STUDY_COPY).resolve():
             shutil.copyfile(study.file, study.out / STUDY_COPY)
-        waiting = [task for task in tasks_of(study) if not is_finished(task)]
+        to_do = waiting(study)
         outcomes = []
         try:
             # whatever happens, nobody works on unheld
-            with contextlib.closing(_attempts(waiting, jobs)) as attempts:
+            with contextlib.closing(_attempts(to_do, jobs)) as attempts:
                 for task, error in attempts:
                     outcomes.append(Outcome(task, error))
                     tell(outcomes[-1])
         finally:
+            restore_records(study.out)
             _write_tables(study)
     return outcomes
 
 
 def finished_runs(study: Study) -> list[Run]:
-    """Records of the study's finished runs, in the study's order."""
-    return [read_run(task.record) for task in tasks_of(study) if is_finished(task)]
+    """Records of the study's finished runs, in its order, under its labels as now."""
+    finished = _finished(study)
+    return [
+        _labeled(finished[run.digest], study, run) for run in study.runs if run.digest in finished
+    ]
+
+
+def _labeled(record: Run, study: Study, run: PlannedRun) -> Run:
+    about = {**record.study, "name": study.name, LABEL: run.label}
+    return replace(record, config={**record.config, "study": about})
+
+
+def _label_records(study: Study) -> None:
+    """Write the study's labels as they are now into records that have others."""
+    before = {record.path: record.study for record in _finished(study).values()}
+    for record in finished_runs(study):
+        if record.study != before[record.path]:
+            RunRecord(record.path).amend_config(study=record.study)
 
 
 def strangers(study: Study) -> list[Path]:
     """Records in the study's folder that are of none of its runs as it is now."""
     own = {task.record for task in tasks_of(study)}
-    return sorted(path.parent for path in study.out.glob("*/config.json") if path.parent not in own)
+    return [path for path in of_other_runs(study.out, _digests(study)) if path not in own]
+
+
+def unreadable(tasks: Iterable[Task]) -> list[tuple[Path, str]]:
+    """Records in the places of runs that nobody can read, and why."""
+    places = ((task.record, why_unreadable(task.record)) for task in tasks)
+    return [(place, reason) for place, reason in places if reason is not None]
+
+
+def unreadable_line(place: Path, reason: str) -> str:
+    """What becomes of a record that nobody can read."""
+    return (
+        f"{place.name} cannot be read, so its run is done again; when that has finished, its "
+        f"record takes the place of this one. Move the folder away to keep it. {reason}"
+    )
 
 
 def _write_tables(study: Study) -> None:
@@ -210,11 +251,14 @@ def _write(log: Any, line: str) -> None:
 
 
 def _carry_out(task: Task, log: Callable[[str], None]) -> None:
-    """Leave the finished record in its place, in one step at the very end."""
+    """Leave the finished record in its place, in one step at the very end.
+
+    What lies there stays until then: a run that fails costs nothing.
+    """
     from flower_mcepl.studies.engines import ENGINES  # loads torch
 
-    if task.record.exists():
-        shutil.rmtree(task.record)
+    for place, reason in unreadable([task]):
+        log(unreadable_line(place, reason))
     unfinished = task.out / UNFINISHED
     unfinished.mkdir(exist_ok=True)
     # A name of its own for every attempt: a run that outlives a killed study writes
@@ -223,12 +267,13 @@ def _carry_out(task: Task, log: Callable[[str], None]) -> None:
     record = ENGINES[task.engine](task.app, task.run.config, folder, log)
     about = {
         "name": task.study,
+        "app": task.app.name,
         "digest": task.run.digest,
         "label": task.run.label,
         "engine": task.engine,
     }
     RunRecord(record).amend_config(study=about)
-    record.rename(task.record)
+    replace_record(record, task.record, task.run.digest)
     folder.rmdir()
 
 

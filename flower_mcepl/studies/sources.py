@@ -35,7 +35,8 @@ def read_source(path: Path) -> Source:
     text = _text(path / STUDY_COPY)
     names = {run.study.get("name") for run in runs}
     name = str(names.pop() if len(names) == 1 and None not in names else path.resolve().name)
-    return Source(name, path, _in_order(runs, path / STUDY_COPY), text, _target(text))
+    target, notes = _target(text, runs)
+    return Source(name, path, _in_order(runs, path / STUDY_COPY), text, target, notes)
 
 
 def read_sources(paths: Sequence[Path]) -> Source:
@@ -99,9 +100,19 @@ def _text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
-def _target(text: str | None) -> float | None:
+def _target(text: str | None, runs: Sequence[Run]) -> tuple[float | None, tuple[str, ...]]:
+    """Target of a study's copy, or notes of why it is none of the folder's runs."""
     try:
         target = tomllib.loads(text or "").get("target")
     except tomllib.TOMLDecodeError:
-        return None
-    return float(target) if isinstance(target, int | float) and 0 < target <= 1 else None
+        return None, ()
+    if target is None:
+        return None, ()
+    if type(target) not in (int, float):
+        problems = [f"target must be a number; got {target!r:.60}."]
+    else:
+        every = (run.metric.target_problem(target) for run in runs)
+        problems = list(dict.fromkeys(problem for problem in every if problem is not None))
+    if not problems:
+        return float(target), ()
+    return None, tuple(f"{STUDY_COPY}: {problem} It is left out." for problem in problems)

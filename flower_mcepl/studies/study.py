@@ -14,6 +14,7 @@ from typing import Any
 from flower_mcepl.config.checks import closest
 from flower_mcepl.errors import ConfigError, FlowerMceplError
 from flower_mcepl.launch.plan import format_run_config
+from flower_mcepl.record.metric import MainMetric
 from flower_mcepl.record.pools import varied
 from flower_mcepl.studies.flower_app import (
     FLOWER,
@@ -100,11 +101,13 @@ def _check_target(
     """Refuse a target that no run can reach: most main metrics are in 0..1."""
     from flower_mcepl.agents.tasks.task import find_task
 
+    if target is None:
+        return
     tasks = {str(config.get("task", "classification")) for config in configs}
-    if target is not None and not 0 < target <= 1:
-        for task in map(find_task, sorted(tasks)):
-            if task.unit == "fraction":
-                raise file.error(("target",), f"target is an {task.main} in (0, 1]; got {target}.")
+    for task in map(find_task, sorted(tasks)):
+        metric = MainMetric(task.main, task.higher_is_better, task.unit)
+        if (problem := metric.target_problem(target)) is not None:
+            raise file.error(("target",), problem)
 
 
 def _whole(app: FlowerApp, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -373,6 +373,19 @@ def test_run_lists_then_runs_then_skips(study_app: Path, tmp_path: Path) -> None
     )
 
 
+def test_run_names_a_record_that_cannot_be_read_before_it_replaces_it(
+    study_app: Path, tmp_path: Path
+) -> None:
+    study = write_study(tmp_path, study_app, "")
+    assert "WARNING" not in run("run", study)
+    (rounds,) = (tmp_path / "out").glob("*/rounds.jsonl")
+    rounds.write_text("[1]\n" + rounds.read_text())
+    text = " ".join(run("run", study).split())
+    assert f"WARNING: {rounds.parent.name} cannot be read, so its run is done again" in text
+    assert "rounds.jsonl, line 1" in text
+    assert "1 runs, 1 finished, 0 to do" in run("run", study)
+
+
 def test_run_with_a_failure_ends_with_1_and_goes_on_next_time(
     study_app: Path, tmp_path: Path
 ) -> None:

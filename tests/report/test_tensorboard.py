@@ -1,6 +1,7 @@
 """Run records as TensorBoard scalars, read back with TensorBoard's own reader."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,38 @@ def test_without_tensorboard_it_says_what_to_install(
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r'pip install "flower-mcepl\[tensorboard\]"'):
         ScalarWriter(record, tmp_path)
+
+
+def test_records_of_one_name_have_folders_of_their_own(record: Path, tmp_path: Path) -> None:
+    places = ["e1/runs/ring", "e2/runs/ring", "e2/runs/path", "x/e1/runs/ring"]
+    folders = [Path(shutil.copytree(record, tmp_path / place)) for place in places]
+    for number, folder in enumerate(folders):
+        rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        lines = [json.dumps({**row, "accuracy": number / 10}) for row in rows]
+        (folder / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    command = ["tensorboard", *map(str, folders), "--out", str(out)]
+    CliRunner().invoke(app, command, catch_exceptions=False)
+    written = sorted(path for path in out.iterdir())
+    assert len(written) == len(places)
+    values = [value for path in written for value in scalars(path)["accuracy/mean"].values()]
+    assert sorted({round(value, 3) for value in values}) == [0.0, 0.1, 0.2, 0.3]
+    assert (out / "path").is_dir()
+    assert len(values) == 2 * len(places)
+
+
+@pytest.mark.parametrize(
+    "places", [("ring", "ring"), ("e/runs/ring", "x-e/runs/ring", "x/e-runs/ring")]
+)
+def test_records_that_no_name_tells_apart_are_refused(
+    places: tuple[str, ...], record: Path, tmp_path: Path
+) -> None:
+    folders = [str(tmp_path / place) for place in places]
+    for folder in {*folders}:
+        shutil.copytree(record, folder)
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"ring would be that of .*ring and .*ring\. Name each"):
+        CliRunner().invoke(
+            app, ["tensorboard", *folders, "--out", str(out)], catch_exceptions=False
+        )
+    assert not out.exists()

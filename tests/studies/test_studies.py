@@ -37,14 +37,17 @@ from flower_mcepl.studies.engines import ENGINES, run_in_process
 from flower_mcepl.studies.flower_app import FlowerApp, imported_client
 from flower_mcepl.studies.lines import key_lines, line_of_error
 from flower_mcepl.studies.processes import side_by_side
+from flower_mcepl.studies.records import REPLACED, replace_record
 from flower_mcepl.studies.runner import (
     CSV,
     MARKDOWN,
+    STUDY_COPY,
     UNFINISHED,
     Outcome,
     finished_runs,
     strangers,
     tasks_of,
+    waiting,
 )
 from flower_mcepl.studies.sources import read_source, read_sources
 from tests.fleet.grid import InProcessGrid
@@ -296,6 +299,8 @@ def test_defaults_come_from_the_files_name(
         ("rounds = 3", 4, "unknown key 'rounds'"),
         ("gird = {}", 4, "Did you mean 'grid'"),
         ('target = "high"', 4, "must be a number; got 'high'"),
+        ("target = true", 4, "must be a number; got True"),
+        ("target = nan", 4, "accuracy in (0, 1]; got nan"),
         ("target = 90", 4, "accuracy in (0, 1]; got 90"),
         ("config = 3", 4, "must be a table"),
         ("[runs]\nseed = 1", 4, "array of tables"),
@@ -422,6 +427,90 @@ def test_changed_study_runs_what_is_new_and_knows_what_is_old(study: Callable[..
         (row,) = csv.DictReader(file)
     assert row["seeds"] == "2"
     assert (new.out / MARKDOWN).read_text().startswith("| seeds |")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "[grid]\nseed = [1, 2]\n",
+        "[grid]\nseed = [1]\ntopology = ['ring', 'path']\n",
+        "[[runs]]\nlabel = 'new'\nseed = 1\n",
+        "[config]\nseed = 1\n",
+    ],
+    ids=["a seed", "a key", "a label", "no grid"],
+)
+def test_a_finished_run_is_known_whatever_the_study_now_calls_its_folder(
+    more: str, study: Callable[..., Study]
+) -> None:
+    old = study("[grid]\nseed = [1]\n[[runs]]\ntopology = 'complete'\n")
+    run_study(old)
+    before = stamps(old)
+    new = study(more)
+    assert new.runs[0].digest == old.runs[0].digest
+    assert new.runs[0].slug != old.runs[0].slug
+    assert [task.run for task in waiting(new)] == list(new.runs[1:])
+    assert all(outcome.error is None for outcome in run_study(new))
+    assert stamps(new).items() >= before.items()
+    assert strangers(new) == [old.out / old.runs[1].slug]
+    assert finished_runs(new)[0].path == old.out / old.runs[0].slug
+    known = [read_run(run.path).study["label"] for run in finished_runs(new)]
+    assert known == [run.label for run in new.runs]
+
+
+def failing(*_: object) -> Path:
+    raise RuntimeError("CUDA out of memory")
+
+
+def stopped(*_: object) -> Path:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("end", [failing, stopped])
+@pytest.mark.parametrize("damage", [True, False], ids=["unreadable", "of another engine"])
+def test_an_old_record_stays_until_the_new_one_is_in_place(
+    damage: bool,
+    end: Callable[..., Path],
+    study: Callable[..., Study],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = study("", engine="in-process" if damage else "batched")
+    run_study(plan)
+    (task,) = tasks_of(plan)
+    rounds = task.record / "rounds.jsonl"
+    if damage:
+        rounds.write_text(rounds.read_text().replace('"round": 1', '"round": O', 1))
+    kept = {path: path.read_bytes() for path in task.record.rglob("*") if path.is_file()}
+    plan = study("")
+    with monkeypatch.context() as patch:
+        patch.setitem(ENGINES, "in-process", end)
+        if end is stopped:
+            with pytest.raises(KeyboardInterrupt):
+                run_study(plan)
+        else:
+            assert [outcome.error for outcome in run_study(plan)] == [
+                "RuntimeError: CUDA out of memory"
+            ]
+    assert {path: path.read_bytes() for path in task.record.rglob("*") if path.is_file()} == kept
+    assert (f"{task.record.name} cannot be read" in task.log.read_text()) == damage
+    assert bool(runner.unreadable([task])) == damage
+    assert [outcome.error for outcome in run_study(plan)] == [None]
+    assert [path.parent for path in plan.out.rglob("config.json")] == [task.record]
+    assert not (plan.out / REPLACED).exists()
+    assert rounds.read_bytes() != kept[rounds]
+
+
+def test_a_record_is_put_back_where_its_successor_did_not_come(study: Callable[..., Study]) -> None:
+    plan = study("")
+    run_study(plan)
+    (task,) = tasks_of(plan)
+    before = stamps(plan)
+    with pytest.raises(FileNotFoundError):
+        replace_record(plan.out / "nowhere", task.record, task.run.digest)
+    assert stamps(plan) == before
+    (plan.out / REPLACED / "d").mkdir(parents=True)  # killed between the two steps
+    task.record.rename(plan.out / REPLACED / "d" / task.record.name)
+    assert run_study(plan) == []
+    assert stamps(plan) == before
 
 
 def test_failing_run_does_not_stop_the_others(study: Callable[..., Study]) -> None:
@@ -993,3 +1082,38 @@ def test_a_target_is_a_value_of_the_tasks_main_metric(tmp_path: Path) -> None:
     file.write_text(head + "task = ['binary']\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"line 3: target is an accuracy in \(0, 1\]; got 1\.5"):
         read_study(file)
+
+
+@pytest.mark.parametrize(
+    ("target", "read", "note"),
+    [
+        ("0.4", 0.4, None),
+        ("1", 1.0, None),
+        ("60.0", None, r"study.toml: target is an accuracy in (0, 1]; got 60.0. It is left out."),
+        ("true", None, r"study.toml: target must be a number; got True. It is left out."),
+    ],
+)
+def test_a_folder_has_its_studys_target_or_says_why_not(
+    target: str, read: float | None, note: str | None, tmp_path: Path
+) -> None:
+    made_run(tmp_path, "a", seed=1)
+    (tmp_path / STUDY_COPY).write_text(f"app = 'a'\ntarget = {target}\n")
+    source = read_source(tmp_path)
+    assert (source.target, source.notes) == (read, () if note is None else (note,))
+
+
+@pytest.mark.parametrize("target", ["60.0", "inf", "true"])
+def test_a_folders_target_has_the_range_of_its_runs_metric(target: str, tmp_path: Path) -> None:
+    made_run(tmp_path, "a", seed=1)
+    rmse = {"agent": 0, "main_metric": "rmse", "higher_is_better": False}
+    RunRecord(tmp_path / "a").amend_config(agents=[rmse])
+    rounds = tmp_path / "a" / "rounds.jsonl"
+    rows = [json.loads(line) for line in rounds.read_text().splitlines()]
+    rounds.write_text(
+        "".join(f"{json.dumps({**row, 'metrics': {'rmse': 55.0}})}\n" for row in rows)
+    )
+    (tmp_path / STUDY_COPY).write_text(f"app = 'a'\ntarget = {target}\n")
+    source = read_source(tmp_path)
+    assert source.target == (60.0 if target == "60.0" else None)
+    assert bool(source.notes) == (target != "60.0")
+    assert any(title.startswith("to 60") for title in titles(compare(source.runs, target=60.0)))

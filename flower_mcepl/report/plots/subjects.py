@@ -7,7 +7,7 @@ from typing import Any
 from flower_mcepl.record.pools import LABEL, RUN, Pool, pool
 from flower_mcepl.record.reading import Run
 
-_SAY_ALONE = (LABEL, RUN, "algorithm")  # keys whose values speak for themselves
+_SAY_ALONE = (LABEL, RUN, "algorithm", "app")  # keys whose values speak for themselves
 
 _LONGEST = 90  # characters of a label
 
