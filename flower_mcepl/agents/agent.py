@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from flower_mcepl.data.batches import AgentData
+from flower_mcepl.data.batches import EVALUATED, AgentData
 from flower_mcepl.errors import ConfigError, StateError
 from flower_mcepl.files.atomic import remove_leftovers, replace_file
 from flower_mcepl.files.bundle import Bundle
@@ -171,6 +171,8 @@ class WeighsVotes(Protocol):
 
 # those of `data_facts` that reveal classes
 CLASS_FACTS = ("classes", "train-counts", "validation-counts", "test-counts")
+# all that `data_facts` may tell
+DATA_FACTS = ("num-examples", *(f"num-{split}-examples" for split in EVALUATED), *CLASS_FACTS)
 
 
 def data_facts(data: AgentData) -> dict[str, Any]:

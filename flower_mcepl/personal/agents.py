@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents import Agent
@@ -104,7 +103,7 @@ def input_shape(agent: Agent) -> tuple[int, ...] | None:
     data = getattr(agent, "data", None)
     batches = data.test.evaluation_batches(batch_size=1) if data is not None else ()
     for inputs, _ in batches:
-        if isinstance(inputs, Tensor) and inputs.dtype == torch.float32:
+        if isinstance(inputs, Tensor) and inputs.is_floating_point():
             return tuple(inputs.shape)
         break
     return None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flower_mcepl.agents.tasks.network import described, one_output
+from flower_mcepl.agents.tasks.network import described, one_output, taken
 from flower_mcepl.config.extras import needs_extra
 from flower_mcepl.errors import ConfigError, UnsupportedLayerError
 from flower_mcepl.files.atomic import replace_file
@@ -63,8 +63,8 @@ def _num_other(left: Tensor, right: Tensor) -> int:
     return int((left.argmax(1) != right.argmax(1)).reshape(len(left), -1).any(1).sum())
 
 
-def tensor_batches(batches: Iterable[tuple[Any, Any]]) -> list[Tensor]:
-    """Inputs of the batches of a split.
+def tensor_batches(batches: Iterable[tuple[Any, Any]], network: nn.Module) -> list[Tensor]:
+    """Inputs of the batches of a split, as the network takes them.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def tensor_batches(batches: Iterable[tuple[Any, Any]]) -> list[Tensor]:
                 "torch.export and ONNX are for networks with one input tensor; got "
                 f"{described(given)}. Export to .mask, which holds any network."
             )
-    return inputs
+    return [taken(given, network) for given in inputs]
 
 
 def export_program(module: nn.Module, path: Path, batches: Sequence[Tensor]) -> Agreement:

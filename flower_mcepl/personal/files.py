@@ -92,8 +92,8 @@ def _why_stored(parameters: Mapping[str, Any]) -> str:
 
 
 def _write_graph(model: Exported, to: Path) -> list[str]:
-    batches = tensor_batches(_test_batches(model.agent))
     network, lines = personal_network(model.agent), []
+    batches = tensor_batches(_test_batches(model.agent), network)
     if not model.whole:
         network, line = compact_or_whole(network, batches)
         lines.append(line)

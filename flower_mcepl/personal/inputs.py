@@ -15,6 +15,7 @@ from flower_mcepl.errors import DataError
 PIXELS = "pixels"  # fact of a file: mean and std, by which images become inputs
 ARRAYS = (".npy", ".npz")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_MODES = ("L", "RGB", "P")  # whose values are 0..255, or name such
 Shape = tuple[int, ...]
 
 
@@ -79,7 +80,7 @@ def _rows(name: str, array: NDArray[Any], shape: Shape | None) -> Iterator[tuple
         raise DataError(f"{name} must hold numbers; got {array.dtype}.")
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if shape is not None:
-        tensor = tensor.float()
+        tensor = tensor if tensor.is_floating_point() else tensor.float()
         if tuple(tensor.shape) == shape:
             yield name, tensor
             return
@@ -107,13 +108,17 @@ def _image(path: Path, shape: Shape | None, pixels: Mapping[str, Any] | None) ->
             "(pixel in 0..1 - mean) / std; or pass arrays (.npy) that it prepared."
         )
     with needs_extra("vision", what="images"):
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, ImageOps
     try:
         with Image.open(path) as image:
-            size = (image.height, image.width)
-            values = np.asarray(image.convert("RGB" if shape[0] == 3 else "L"), np.float32) / 255
-    except (OSError, ValueError, UnidentifiedImageError) as error:
+            _check_pixels(path, image)
+            upright = ImageOps.exif_transpose(image)
+            values = np.asarray(upright.convert("RGB" if shape[0] == 3 else "L"), np.float32) / 255
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is no readable image ({error}).") from error
+    size = values.shape[:2]
     if size != shape[1:]:
         raise DataError(
             f"an image must have the network's size, {shape[1]} x {shape[2]} pixels; {path.name} "
@@ -122,6 +127,26 @@ def _image(path: Path, shape: Shape | None, pixels: Mapping[str, Any] | None) ->
     mean, std = (_by_channel(pixels, key, shape[0]) for key in ("mean", "std"))
     tensor = torch.from_numpy(values).reshape(*size, shape[0]).permute(2, 0, 1)
     return (tensor - mean) / std
+
+
+# Pillow converts any mode to any other: 16 bits and floats by cutting them off at 255,
+# transparent pixels to the color that happens to lie below.
+def _check_pixels(path: Path, image: Any) -> None:
+    """Refuse images that are not one picture of opaque pixels of 8 bits a channel."""
+    pages = getattr(image, "n_frames", 1)
+    if image.mode not in _MODES:
+        what = f"of Pillow's mode {image.mode}"
+    elif "transparency" in image.info:
+        what = f"of mode {image.mode} with transparent pixels"
+    elif pages > 1:
+        what = f"a file of {pages} pages"
+    else:
+        return
+    raise DataError(
+        "an image must be one picture of opaque pixels of 8 bits, gray, in color or with a palette "
+        f"(Pillow's modes {', '.join(_MODES)}); {path.name} is {what}. Save it as an array (.npy), "
+        "as the app's data function prepares it."
+    )
 
 
 def _by_channel(pixels: Mapping[str, Any], key: str, channels: int) -> Tensor:

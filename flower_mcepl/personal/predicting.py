@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flower_mcepl.agents.tasks.network import one_output
+from flower_mcepl.agents.tasks.network import one_output, taken
 from flower_mcepl.errors import DataError
 from flower_mcepl.personal.inputs import PIXELS, examples
 from flower_mcepl.personal.reading import ModelFn, read_personal
@@ -64,7 +64,7 @@ def predict(
 def _run(network: nn.Module, batch: Tensor, name: str) -> Tensor:
     try:
         with torch.no_grad():
-            outputs = one_output(network(batch))
+            outputs = one_output(network(taken(batch, network)))
     except Exception as error:  # whatever a network says to an input that is not its own
         raise DataError(
             f"the network cannot take {name}, of shape {tuple(batch.shape[1:])} "

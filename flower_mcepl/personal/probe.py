@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flower_mcepl.agents.tasks.network import one_output
+from flower_mcepl.agents.tasks.network import one_output, taken
 from flower_mcepl.errors import DataError, FingerprintError
 from flower_mcepl.personal.recipes import uniform
 from flower_mcepl.streams import mersenne_words
@@ -63,7 +63,7 @@ def check_probe(probe: Any, module: nn.Module) -> None:
 
 def _outputs(module: nn.Module, shape: tuple[int, ...]) -> list[float]:
     with torch.no_grad():
-        flat = one_output(module(probe_input(shape))).double().reshape(-1)
+        flat = one_output(module(taken(probe_input(shape), module))).double().reshape(-1)
     if not bool(flat.isfinite().all()):
         raise DataError("the network's outputs for a made-up input are not finite")
     return [float(value) for value in flat[:_MOST_OUTPUTS]]

@@ -221,6 +221,7 @@ def open_book(
     num_rounds: int,
     record: Callable[[Mapping[str, Any]], RunRecord] | None = None,
     resume: Path | None = None,
+    agents: Iterable[Mapping[str, Any]] = (),
     checkpoint_every: int = 0,
     keep_best: bool = False,
     patience: int = 0,
@@ -246,6 +247,8 @@ def open_book(
         Gives the record of a new run, whose config it gets; None writes nothing.
     resume : Path, optional
         The record of a run that broke off, in place of ``record``.
+    agents : iterable of mapping
+        Where the run is resumed: introductions of the agents, if known by now.
     checkpoint_every : int (default: 0)
         Rounds between checkpoints; 0 writes none.
     keep_best, patience : bool, int (default: False, 0)
@@ -260,7 +263,7 @@ def open_book(
     RecordError
         If the record cannot be written, or the run not be resumed.
     ConfigError
-        If the run that is resumed had other settings.
+        If the run that is resumed had other settings, or its agents had.
     TopologyError
         If the graph cannot be recorded.
     IncompleteRunError
@@ -273,7 +276,12 @@ def open_book(
         if resume is not None:
             settings = _settings(exchange, config, num_rounds)
             book.record, book.resumed, book.answered = reopen(
-                resume.absolute(), settings, held=held, with_frames=keep_frames, log=log
+                resume.absolute(),
+                settings,
+                held=held,
+                agents=agents,
+                with_frames=keep_frames,
+                log=log,
             )
             book.run = run_id_of(book.record)
         elif record is not None:

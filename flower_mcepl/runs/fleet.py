@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from flower_mcepl.agents import Agent, agent_file, save_state
 from flower_mcepl.agents.agent import best_file
@@ -75,9 +75,15 @@ class Fleet:
         answers = {}
         for number, reply in self._replies(orders):
             self._on_reply(orders[number].round, number, reply)
-            facts = introduction(self.agents[number], tell_classes=self._tell_classes)
-            answers[number] = reply.answer(facts, bytes)
+            answers[number] = reply.answer(self._introduction(self.agents[number]), bytes)
         return answers
+
+    def introductions(self) -> Iterator[dict[str, Any]]:
+        """What the agents say of themselves."""
+        return map(self._introduction, self.agents)
+
+    def _introduction(self, agent: Agent) -> dict[str, Any]:
+        return introduction(agent, tell_classes=self._tell_classes)
 
     def check(self) -> None:
         """Check what each is to learn from, and the stacks against each alone."""

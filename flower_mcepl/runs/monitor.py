@@ -17,6 +17,7 @@ from flower_mcepl.record.values import human_bytes
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.closed_round import ClosedRound
 from flower_mcepl.runs.decisions import decisions_of
+from flower_mcepl.runs.introductions import Introductions
 
 _LOGGED = 20  # refusals of an agent in a round, or agents that it lacks, that are logged
 
@@ -51,7 +52,7 @@ class RunMonitor(Generic[FrameT]):
         # first round closed, and when: it includes the start-up
         self._warm: tuple[int, float] = (0, self._start)
         self._agent_seconds: dict[int, float] = {}
-        self._introduced: dict[int, Mapping[str, Any]] = {}
+        self._introductions = Introductions()
         self._logged: set[str] = set()  # reasons of failures, in `same_reason`
 
     def rows_of(
@@ -85,7 +86,7 @@ class RunMonitor(Generic[FrameT]):
     @property
     def metric(self) -> MainMetric:
         """Main metric of the run, as the agents tell it."""
-        return MainMetric.of(self._introduced.values(), self.rows)
+        return MainMetric.of(self._introductions.rows(), self.rows)
 
     def close_round(
         self,
@@ -111,11 +112,14 @@ class RunMonitor(Generic[FrameT]):
         ]
         if losses:
             self.train_loss[round] = fmean(losses)
-        new = self._introduce(answers)
+        new = self._introductions.take(answers)
         closed = ClosedRound(
-            round, answers, rows, refused, failed, missing, states, new, clock, so_far
+            round, answers, rows, refused, failed, missing, states, bool(new), clock, so_far
         )
-        for line in (*self._troubles(closed), *self._evaluation_errors(closed)):
+        others = [
+            f"agent {n} has other settings or data: {text}" for n, text in new.items() if text
+        ]
+        for line in (*others, *self._troubles(closed), *self._evaluation_errors(closed)):
             self.log(f"round {round}: {line}")
         for name, text in closed.whole_texts():
             self._keep_text(round, name, text)
@@ -226,11 +230,7 @@ class RunMonitor(Generic[FrameT]):
         self._start = time.perf_counter() - state["seconds"]
         if stopped := state.get("stopped-early"):  # a decision stands, even with more rounds
             self.stopped_early, self.num_rounds = dict(stopped), int(stopped["round"])
-        self._introduced = {
-            facts["agent"]: facts
-            for facts in run.config.get("agents") or []
-            if facts.get("agent") is not None
-        }
+        self._introductions.restore(run)
         self.rows = list(run.rounds)
         losses = {row["round"]: row.get("train_loss") for row in run.relay}
         self.train_loss = {round: loss for round, loss in losses.items() if loss is not None}
@@ -252,23 +252,10 @@ class RunMonitor(Generic[FrameT]):
             **best_columns(metrics),
         }
 
-    def _introduce(self, answers: Mapping[int, Answer[FrameT]]) -> bool:
-        """Take note of the handshakes in a round's answers; say whether any is new."""
-        introduced = {
-            agent: {key.replace("-", "_"): value for key, value in a.facts.items()}
-            for agent, a in answers.items()
-            if a.introduces or agent not in self._introduced
-        }
-        new = any(self._introduced.get(agent) != facts for agent, facts in introduced.items())
-        self._introduced.update(introduced)
-        return new
-
     def _write(self, record: RunRecord, closed: ClosedRound[FrameT]) -> None:
         answers = closed.answers
         if closed.introduces:
-            record.amend_config(
-                agents=[self._introduced[agent] for agent in sorted(self._introduced)]
-            )
+            record.amend_config(agents=self._introductions.rows())
         record.log_traffic({"round": closed.round, **self.exchange.ledger.changes()})
         for agent, answer in answers.items():
             record.keep_frames(answer.late_of or closed.round, agent, answer.raw)

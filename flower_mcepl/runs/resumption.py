@@ -11,20 +11,13 @@ costs the rounds since the one before it, not the run.
 """
 
 import contextlib
-import dataclasses
-import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, final
 
-from flower_mcepl.agents.registry import read_config
-from flower_mcepl.config.checks import check
-from flower_mcepl.config.engines import LOOP
-from flower_mcepl.config.fields import free_keys
-from flower_mcepl.config.schedules import ASYNC
-from flower_mcepl.errors import ConfigError, RecordError
+from flower_mcepl.errors import RecordError
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import FrameT
 from flower_mcepl.files.bundle import Bundle
@@ -32,7 +25,7 @@ from flower_mcepl.files.sealed import file_lock
 from flower_mcepl.record.layout import CONFIG, EVENTS, FRAMES, RELAY, ROUNDS, SUMMARY, TRAFFIC
 from flower_mcepl.record.parsing import read_raw
 from flower_mcepl.record.reading import Run, read_run
-from flower_mcepl.record.values import package_versions, to_json, utc_now
+from flower_mcepl.record.values import package_versions, utc_now
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.checkpoint import (
     ROUND,
@@ -43,7 +36,7 @@ from flower_mcepl.runs.checkpoint import (
     set_damaged_aside,
 )
 from flower_mcepl.runs.monitor import RunMonitor
-from flower_mcepl.runs.settings import DeviceSettings, RunSettings
+from flower_mcepl.runs.same_run import check_same_agents, check_same_run
 from flower_mcepl.runs.store import StateStore
 
 CHECKPOINT, LOCK = "checkpoint", ".lock"  # in the run record
@@ -51,13 +44,6 @@ RUN = "run"  # key of config.json: 16 hex digits that stand for the run, however
 LAST_FRAMES = "last-frames"  # key of a checkpoint: round of each agent's last frame by then
 _FILES = (ROUNDS, RELAY, TRAFFIC)
 _ALSO = (EVENTS,)  # of some runs
-# settings that records of earlier releases do not have
-_BEFORE: Mapping[str, Any] = {
-    **{"keep_best": False, "patience": 0, "engine": LOOP},
-    **{"age_decay": 1.0, "schedule": "rounds", "speeds": "", "replayed": "", "time_budget": 0.0},
-}
-# the same in config.json
-_FREE = frozenset({"run_config", "num_rounds", "timeout", "min_agents", "agent_cache", RUN})
 
 
 def new_run_id() -> str:
@@ -150,6 +136,7 @@ def reopen(
     config: Mapping[str, Any],
     *,
     held: contextlib.ExitStack,
+    agents: Iterable[Mapping[str, Any]] = (),
     with_frames: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> Reopened:
@@ -166,6 +153,8 @@ def reopen(
         What `RunRecord.create` would get for the new run.
     held : ExitStack
         Gets the hold on the record, see `only_writer`.
+    agents : iterable of mapping
+        Introductions of the agents, where they are known before the first round.
     with_frames : bool (default: False)
         As in `RunRecord.create`.
     log : callable
@@ -177,7 +166,7 @@ def reopen(
         If the run has finished, is still going on, or has no checkpoint that is whole
         and can be used.
     ConfigError
-        If its settings were others.
+        If its settings were others, or its agents' parameters or data.
     """
     held.enter_context(only_writer(path))
     run = read_run(path)
@@ -188,7 +177,8 @@ def reopen(
         )
     _run_id(run)
     recorded = read_raw(path / CONFIG)
-    _check_same_run(recorded, config)
+    check_same_run(recorded, config)
+    check_same_agents(recorded, agents)
     checkpoint = newest_checkpoint(path / CHECKPOINT, log)
     last = int(checkpoint.facts[ROUND])
     sizes: Mapping[str, int] = checkpoint.facts["files"]
@@ -279,60 +269,6 @@ def _last_answered(run: Run) -> int:
     if resumptions and resumptions[-1].get("after_round") == last:
         return int(resumptions[-1].get("answered") or 0)  # broken off again before a round was over
     return next((int(line["answered"]) for line in reversed(run.relay) if line.get("answered")), 0)
-
-
-def _check_same_run(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old, new = recorded.get("run_config") or {}, now.get("run_config", {})
-    if "run_config" in now:  # a run without Flower is told agents, not a run config
-        for key in sorted({*old, *new} - free_keys(RunSettings, DeviceSettings)):
-            _check_same(f"run-config key {key}", old.get(key), new.get(key))
-    for key in sorted(now.keys() - _FREE):
-        _check_same(key, recorded.get(key, _BEFORE.get(key)), json.loads(to_json(now[key])))
-    before, after = int(recorded.get("num_rounds") or 0), int(now["num_rounds"])
-    check(
-        after == before or now.get("schedule") != ASYNC,
-        f"a run of schedule {ASYNC} is resumed with as many rounds as it had, since agents that "
-        f"played them all have ended; it was num-rounds = {before}",
-        after,
-        "Resume it with these.",
-    )
-    check(
-        after >= before,
-        f"num-rounds may grow when a run is resumed, not shrink; it was {before}",
-        after,
-        "Resume it with as many rounds as it had, or more.",
-    )
-    if old.get("num-rounds") != new.get("num-rounds") and "algorithm" in new:
-        _check_no_schedule_moves(old, new)
-
-
-def _check_no_schedule_moves(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse more rounds where a schedule of the algorithm lasts as long as they do."""
-    before, after = (
-        dataclasses.asdict(read_config(str(new["algorithm"]), config, agent=0))
-        for config in (old, new)
-    )
-    for name, value in before.items():
-        if value != after[name]:
-            key = name.replace("_", "-")
-            raise ConfigError(
-                f"with num-rounds = {new['num-rounds']} in place of {old['num-rounds']}, {key} "
-                f"would change from {value} to {after[name]}, and what was learned so far would "
-                f"be of another run. Resume it with num-rounds = {old['num-rounds']}."
-            )
-
-
-def _check_same(what: str, old: Any, new: Any) -> None:
-    if old != new:
-        raise ConfigError(
-            f"a run is resumed with the settings it began with; {what} was {_shown(old)} and is "
-            f"now {_shown(new)}. Resume it as it was, or start a new run (without resume)."
-        )
-
-
-def _shown(value: Any) -> str:
-    text = "not set" if value is None else repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _synced_size(path: Path) -> int:

@@ -226,6 +226,7 @@ def simulate(
         num_rounds=num_rounds,
         record=None if record is None else lambda _: record,
         resume=None if resume is None else Path(resume),
+        agents=fleet.introductions(),
         checkpoint_every=checkpoint_every,
         keep_best=keep_best,
         patience=patience,

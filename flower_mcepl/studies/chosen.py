@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flower_mcepl.errors import RecordError
+from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.record.reading import Run
 from flower_mcepl.studies.flower_app import read_app
 
@@ -65,7 +65,7 @@ def restored_agent(run: Run, app: str | Path, agent: int, *, state: str) -> Iter
     RecordError
         If the record holds no such state.
     ConfigError
-        If the agent cannot be built from the app.
+        If the agent cannot be built from the app, or has other parameters than it had.
     StateError
         If the state is not of this agent.
     """
@@ -83,8 +83,26 @@ def restored_agent(run: Run, app: str | Path, agent: int, *, state: str) -> Iter
     threads = read_fields(DeviceSettings, config).threads
     node = node_of(run, agent)
     with agent_of_node(read_app(Path(app)), config, node) as built, torch_threads(threads):
+        _check_parameters(run, built, app)
         built.restore(load_state(files[agent]))
         yield built
+
+
+# A state says nothing of most parameters: scores are ranked by any retention, and the
+# model would be another one.
+def _check_parameters(run: Run, built: "Agent", app: str | Path) -> None:
+    """Refuse an agent of other parameters than its record's."""
+    from flower_mcepl.agents.handshake import PARAMETERS
+    from flower_mcepl.runs.introductions import as_recorded, parameter_differences, shown
+
+    recorded = run.handshakes.get(built.index, {}).get(PARAMETERS, {})
+    now = as_recorded({PARAMETERS: built.parameters()})[PARAMETERS]
+    for name, was, has in parameter_differences(recorded, now):
+        raise ConfigError(
+            f"a state is for an agent of the parameters that it was trained with; {name} of agent "
+            f"{built.index} was {shown(was)} in {run.path}, and {app} builds it with {shown(has)}. "
+            "Use the app as it was for the run."
+        )
 
 
 def config_of_test(run: Run) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from flower_mcepl.cli import app as command_line
 from flower_mcepl.personal import personal_bytes, reference_to
+from flower_mcepl.personal.inputs import examples
 from flower_mcepl.personal.reading import opened
 
 SHAPE = (3, 8, 8)
@@ -95,6 +96,80 @@ def test_images_become_inputs_by_mean_and_deviation(tmp_path: Path, by: str) -> 
     rows = rows_of(model, folder, *options)
     assert [(row["class"], row["probability"]) for row in rows] == expected(network, inputs)
     assert [Path(row["input"]).name for row in rows] == ["0.png", "1.png"]
+
+
+def pictures(folder: Path) -> dict[str, Path]:
+    """Images that are more than one picture of opaque pixels of 8 bits."""
+    image = pytest.importorskip("PIL.Image")
+    levels = np.linspace(0, 60_000, 64).reshape(8, 8)
+    colors = np.zeros((8, 8, 4), np.uint8)
+    gray = [image.fromarray(np.full((8, 8), value, np.uint8)) for value in (10, 250)]
+    found = {
+        "16 bits.png": image.fromarray(levels.astype(np.uint16)),
+        "whole numbers.tif": image.fromarray(levels.astype(np.int32)),
+        "floats.tif": image.fromarray(levels.astype(np.float32)),
+        "transparent.png": image.fromarray(colors),
+        "gray and alpha.png": image.fromarray(colors[..., :2]),
+        "ink.jpg": image.fromarray(colors[..., :3]).convert("CMYK"),
+    }
+    for name, picture in found.items():
+        picture.save(folder / name)
+    gray[0].convert("P").save(folder / "transparent.gif", transparency=10)
+    gray[0].save(folder / "transparent gray.png", transparency=10)
+    for name in ("pages.tif", "film.gif"):
+        gray[0].save(folder / name, save_all=True, append_images=gray[1:])
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_images_whose_pixels_are_no_opaque_bytes_are_refused(tmp_path: Path) -> None:
+    model, _ = write(tmp_path, pixels=PIXELS)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    modes = {
+        "16 bits.png": "of Pillow's mode I;16",
+        "whole numbers.tif": "of Pillow's mode I",
+        "floats.tif": "of Pillow's mode F",
+        "transparent.png": "of Pillow's mode RGBA",
+        "gray and alpha.png": "of Pillow's mode LA",
+        "ink.jpg": "of Pillow's mode CMYK",
+        "transparent.gif": "of mode P with transparent pixels",
+        "transparent gray.png": "of mode L with transparent pixels",
+        "pages.tif": "a file of 2 pages",
+        "film.gif": "a file of 2 pages",
+    }
+    paths = pictures(folder)
+    assert paths.keys() == modes.keys()
+    for name, path in paths.items():
+        text = predict(model, path, code=1)
+        assert text.startswith("an image must be one picture of opaque pixels of 8 bits"), name
+        assert f"(Pillow's modes L, RGB, P); {name} is {modes[name]}. Save it as an array" in text
+
+
+def test_palettes_and_gray_are_what_a_viewer_shows(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    model, network = write(tmp_path, pixels=PIXELS)
+    gray = np.random.default_rng(1).integers(0, 256, (8, 8), dtype=np.uint8)
+    image.fromarray(gray).save(tmp_path / "gray.png")
+    palette = image.frombytes("P", (8, 8), (gray % 4).tobytes())
+    palette.putpalette([200, 30, 10, 0, 255, 0, 7, 7, 90, 1, 2, 3])
+    palette.save(tmp_path / "palette.png")
+    colors = np.array([[200, 30, 10], [0, 255, 0], [7, 7, 90], [1, 2, 3]], np.uint8)[gray % 4]
+    values = np.stack([np.stack([gray] * 3, axis=2), colors])
+    inputs = (torch.from_numpy(values).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+    rows = rows_of(model, tmp_path / "gray.png", tmp_path / "palette.png")
+    assert [(row["class"], row["probability"]) for row in rows] == expected(network, inputs)
+
+
+def test_an_image_is_turned_as_its_camera_says(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    turned = image.new("L", (6, 4))  # 4 high, and 6 high for a viewer
+    turned.putpixel((0, 0), 255)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # Orientation: its first row is the right side
+    turned.save(tmp_path / "turned.png", exif=exif)
+    pixels = {"mean": [0.0], "std": [1.0]}
+    ((_, tensor),) = examples([tmp_path / "turned.png"], (1, 6, 4), pixels)
+    assert tensor.nonzero().tolist() == [[0, 0, 3]]
 
 
 def test_other_tasks_have_other_answers(tmp_path: Path) -> None:

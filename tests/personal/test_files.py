@@ -4,17 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from flower_mcepl import ConfigError
-from flower_mcepl.personal import read_personal
+from flower_mcepl import AgentData, ConfigError
+from flower_mcepl.personal import predict, read_personal, reference_to
 from flower_mcepl.personal.exporting import agreement, tensor_batches
 from flower_mcepl.personal.files import Exported, check_ending, export_model
 from flower_mcepl.record.layout import EXPORTS
 from flower_mcepl.runs.settings import DeviceSettings
-from tests.fleet.agents import make_agent, small_net
+from tests.fleet.agents import make_agent, small_net, split
 
 
 @pytest.mark.parametrize("name", ["model.h5", "model", "model.MASK"])
@@ -27,7 +28,37 @@ def test_nothing_agrees_on_no_inputs() -> None:
     assert not agreement(torch.neg, torch.neg, []).holds(1.0)
     assert agreement(torch.neg, torch.neg, [torch.ones(1, 2)]).holds(0.0)
     with pytest.raises(ConfigError, match="which gave no batch"):
-        tensor_batches([])
+        tensor_batches([], nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("of_inputs", [torch.float64, torch.float16, torch.float32])
+@pytest.mark.parametrize("of_weights", [torch.float32, torch.float64])
+def test_a_model_that_learned_from_any_floats_can_be_used(
+    of_inputs: torch.dtype, of_weights: torch.dtype, tmp_path: Path
+) -> None:
+    """As training does, everything casts floats to the type of the weights."""
+    build = small_net if of_weights == torch.float32 else double_net
+    agent = make_agent(0, model_fn=build)
+    (inputs, labels), other = split(0), split(1)
+    kept = [(x.to(of_inputs), y) for x, y in ((inputs, labels), other)]
+    agent.data = AgentData.of(*kept, agent=0)
+    agent.train(round=1)
+    exported = Exported(agent, 1, network=reference_to(build))
+    for ending in EXPORTS.values():
+        if ending != ".onnx":  # which needs the extra, and takes the same batches
+            export_model(exported, tmp_path / f"a{ending}")
+    assert read_personal(tmp_path / "a.mask").facts["probe"]["shape"] == [1, 1, 6, 6]
+    np.save(tmp_path / "x.npy", kept[1][0].numpy())
+    found = list(predict(tmp_path / "a.mask", [tmp_path / "x.npy"]))
+    network = agent.personal_model()
+    with torch.no_grad():
+        outputs = network(kept[1][0].to(of_weights)).softmax(1)
+    assert [row["class"] for row in found] == outputs.argmax(1).tolist()
+    assert [row["probability"] for row in found] == pytest.approx(outputs.amax(1).tolist())
+
+
+def double_net() -> nn.Module:
+    return small_net().double()
 
 
 def test_the_key_and_the_files_know_the_same_endings() -> None:

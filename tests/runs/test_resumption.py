@@ -2,11 +2,13 @@
 what they do without one.
 """
 
+import dataclasses
 import itertools
 import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from flwr.app import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flower_mcepl import ConfigError, RunRecord, Topology, read_run, simulate
+from flower_mcepl import AgentData, ConfigError, MceplAgent, RunRecord, Topology, read_run, simulate
 from flower_mcepl.agents import load_state
 from flower_mcepl.clients import app as client_module
 from flower_mcepl.clients import make_agent_app, memory
@@ -33,8 +35,9 @@ from flower_mcepl.runs.checkpoint import (
     save_checkpoint,
     set_damaged_aside,
 )
+from flower_mcepl.runs.same_run import check_same_run
 from flower_mcepl.strategies import GossipStrategy, ServerStrategy, handover
-from tests.fleet.agents import make_agent, make_fleet, same_tensors
+from tests.fleet.agents import make_agent, make_fleet, same_tensors, split
 from tests.fleet.flower import sent_round
 from tests.fleet.grid import InProcessGrid
 from tests.fleet.twins import Twin
@@ -368,6 +371,16 @@ def test_more_rounds_than_the_run_had(tmp_path: Path) -> None:
     assert_same_records(path, longer.path)
 
 
+def fleet_on(data: AgentData) -> list[MceplAgent]:
+    """The fleet of these tests, whose first agent has other data."""
+    agents = make_fleet(SIZE)
+    agents[0].data = data
+    return agents
+
+
+DATA = make_agent(0).data
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -376,6 +389,26 @@ def test_more_rounds_than_the_run_had(tmp_path: Path) -> None:
         ({"threads": 2}, "threads was 1 and is now 2"),
         ({"topology": Topology.complete(SIZE)}, "topology was .* and is now "),
         ({"agents": make_fleet(SIZE, seed=8)}, "seed was 7 and is now 8"),
+        (
+            {"agents": [*make_fleet(SIZE - 1), make_agent(SIZE - 1, score_lr=0.5)]},
+            r"; score-lr of agent 3 was 1\.0 and is now 0\.5\. Resume it as it was",
+        ),
+        (
+            {"agents": make_fleet(SIZE, retention={"conv": 0.3, "linear": 0.2})},
+            r"retention of agent 0 was \{.*'linear': 0\.9\} and is now \{.*'linear': 0\.2\}",
+        ),
+        (
+            {"agents": fleet_on(AgentData.of(split(0, size=23), split(1), agent=0))},
+            "num-examples of agent 0 was 24 and is now 23",
+        ),
+        (
+            {"agents": fleet_on(dataclasses.replace(DATA, evaluated="validation"))},
+            "num-test-examples of agent 0 was 24 and is now not set",
+        ),
+        (
+            {"agents": fleet_on(dataclasses.replace(DATA, class_counts={"train": {0: 24}}))},
+            "train-counts of agent 0 was '0:.* 1:.* 2:.*' and is now '0:24'",
+        ),
         (
             {"num_rounds": ROUNDS - 1},
             f"num-rounds may grow when a run is resumed, not shrink; it was {ROUNDS}; got 4",
@@ -398,6 +431,25 @@ def test_other_settings_are_refused_by_name(
             }
         )
     assert (path / "relay.jsonl").read_text() == before  # and nothing has changed
+
+
+def test_classes_that_one_side_keeps_to_itself_are_not_compared(tmp_path: Path) -> None:
+    path = break_off(FLEETS["mcepl"](), tmp_path, at=(4, 2))
+    options = {"num_rounds": ROUNDS, "evaluate_every": 2, "resume": path, "tell_classes": False}
+    simulate(**FLEETS["mcepl"](), **options)
+    assert read_run(path).finished
+
+
+@pytest.mark.parametrize("algorithm", [{}, {"algorithm": "mcepl"}])
+def test_more_rounds_are_refused_where_a_schedule_would_become_longer(
+    algorithm: dict[str, str],
+) -> None:
+    before = {"lr-schedule": "cosine", **algorithm, "num-rounds": 100}
+    after = before | {"num-rounds": 400}
+    with pytest.raises(ConfigError, match="lr-rounds would change from 100 to 400"):
+        check_same_run(
+            {"run_config": before, "num_rounds": 100}, {"run_config": after, "num_rounds": 400}
+        )
 
 
 def test_what_cannot_be_resumed_is_refused(whole: Callable[[str], Path], tmp_path: Path) -> None:
@@ -466,15 +518,18 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "in_simulation", lambda: True)
 
 
+FIRST = {"conv": 0.3, "linear": 0.9}  # retention of the common first mask
 node_ids = itertools.count(1000, 1000)
 
 
-def new_grid(name: str, size: int = SIZE, **node_config: Any) -> InProcessGrid:
+def new_grid(
+    name: str, size: int = SIZE, *, make: Callable[[int], Any] | None = None, **node_config: Any
+) -> InProcessGrid:
     """Nodes under new ids, with empty contexts."""
     settings = DIFFERENCES if name == "dfedavgm" else {}
-    make: Callable[[int], Any] = (
-        make_agent if name == "mcepl" else lambda index: agent_of(name, index, **settings)
-    )
+    if make is None:
+        of_name = partial(agent_of, name, **settings)
+        make = make_agent if name == "mcepl" else of_name
     client_module._agents.clear()
     grid = InProcessGrid(make_agent_app(lambda context: make(agent_index(context))), 0)
     first = next(node_ids)
@@ -598,6 +653,30 @@ def test_a_run_goes_on_without_the_agent_that_had_died_before_it_broke_off(tmp_p
     run = read_run(path)
     assert [noted["answered"] for noted in run.config["resumptions"]] == [3, 3]
     assert [line["missing"] for line in run.relay] == [[]] * 3 + [[3]] * 3
+
+
+@pytest.mark.usefixtures("simulated")
+def test_an_agent_of_flower_may_come_back_with_a_retention_of_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = run_flower("mcepl", stop=3, record=tmp_path).record.path
+    own = {1: {"retention": {"conv": 0.3, "linear": 0.5}, "first_retention": FIRST}}
+    grid = new_grid("mcepl", make=lambda index: make_agent(index, **own.get(index, {})))
+    with caplog.at_level("INFO", logger="flwr"):
+        run_flower("mcepl", resume=path, grid=grid)
+    run = read_run(path)
+    assert run.finished
+    (line,) = (text for text in caplog.messages if "other settings or data" in text)
+    assert line.startswith(
+        "round 4: agent 1 has other settings or data: first-retention was not set"
+    )
+    assert line.endswith(f"; retention was {FIRST}, now {own[1]['retention']}")
+    assert [line["fresh"] for line in run.relay[1:]] == [[]] * ROUNDS  # from its state, not anew
+    linear = [run.handshakes[agent]["parameters"]["retention"]["linear"] for agent in range(SIZE)]
+    assert linear == [0.9, 0.5, 0.9, 0.9]
+    densities = [line["density"] for line in run.rounds if line["agent"] == 1]
+    assert densities[0] > 0.8
+    assert densities[-1] < 0.6
 
 
 @pytest.mark.usefixtures("simulated")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,23 @@ def test_other_runs_are_refused(run: Run, app: Path, tmp_path: Path) -> None:
     (tmp_path / "agents" / "agent-0000-best.safetensors").write_bytes(b"x")
     with pytest.raises(StateError, match="is no readable agent state"):
         evaluate_best(read_run(tmp_path), app)
+
+
+def test_an_agent_of_other_parameters_gets_no_state(run: Run, app: Path, tmp_path: Path) -> None:
+    """Its app is no longer that of the run: it would be another model."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run.path, copy)
+    config = json.loads((copy / "config.json").read_text())
+    parameters = config["agents"][0]["parameters"]
+    parameters["of_another_release"] = parameters.pop("momentum")
+    (copy / "config.json").write_text(json.dumps(config))
+    assert evaluate_best(read_run(copy), app) == evaluate_best(run, app)
+    parameters["retention"]["linear"] = 0.75
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ConfigError, match=r"retention of agent 0 was \{.*'linear': 0\.75\} in .* builds it with \{"
+    ):
+        evaluate_best(read_run(copy), app)
 
 
 def test_the_test_split_is_refused_before_anything_starts(app: Path, tmp_path: Path) -> None:

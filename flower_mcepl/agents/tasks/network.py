@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flower_mcepl.errors import DataError
 
@@ -31,6 +31,11 @@ def float_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
         if tensor.is_floating_point():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
     return max(sizes, key=sizes.__getitem__, default=torch.float32)
+
+
+def taken(inputs: Any, network: nn.Module) -> Any:
+    """Inputs on the CPU as `call` gives them to a network: floats in its dtype."""
+    return moved(inputs, device="cpu", dtype=float_dtype(dict(network.named_parameters())))
 
 
 def one_output(outputs: Any) -> Tensor:
