@@ -198,7 +198,7 @@ class FedpmAgent(Agent):
 
     def check(self) -> None:
         """Check the first batch of both splits against the task."""
-        self.learner.check(self.network, self.data)
+        self.learner.check(self.network, self.data, frozen=self._frozen)
 
     # What is sent may be asked for again, after a restart or by a repeated message, and
     # must then be the same mask: so it is drawn from a stream of its own, which depends

@@ -26,6 +26,7 @@ from flower_mcepl.data.labels import (
 from flower_mcepl.data.loaders import loaded_dataset
 from flower_mcepl.data.pairs import (
     as_tensors,
+    check_dense,
     check_finite,
     is_inputs,
     on_parts,
@@ -261,6 +262,10 @@ class TensorBatches:
         for start in range(0, self.num_examples, batch_size):
             yield self._batch(slice(start, start + batch_size))
 
+    def known_labels(self) -> Tensor:
+        """Labels of all examples."""
+        return self.labels
+
     def _batch(self, index: Any) -> Batch:
         return on_parts(self.inputs, lambda part: part[index]), self.labels[index]
 
@@ -305,6 +310,11 @@ class DatasetBatches:
         for start in range(0, self.num_examples, batch_size):
             yield self._batch(range(start, min(start + batch_size, self.num_examples)))
 
+    def known_labels(self) -> Tensor | None:
+        """Labels of all examples, where they lie in memory."""
+        known = labels_in_memory(self.dataset) if self.collate is default_collate else None
+        return None if known is None else as_tensors(known, whose=self.whose)
+
     def handed_labels(self) -> "np.ndarray[Any, Any] | None":
         """Labels of all examples, where they are known without drawing them all."""
         if self.collate is default_collate:
@@ -332,5 +342,6 @@ def _check_memory(dataset: Any, *, whose: str) -> None:
         dataset = dataset.dataset
     if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
         for what, values in zip(("inputs", "labels"), dataset.tensors, strict=True):
+            check_dense(values, whose=whose)
             if values.is_floating_point():
                 check_finite(values[rows], what=what, whose=whose)

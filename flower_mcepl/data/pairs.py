@@ -11,6 +11,9 @@ from torch.utils.data import default_collate
 
 from flower_mcepl.errors import DataError
 
+# unsigned types that torch stores but hardly calculates with
+_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+
 LABEL_COLUMNS = ("label", "labels")  # names of the labels among named columns
 
 _PILLOW = (
@@ -71,9 +74,20 @@ def parts_of(inputs: Any) -> list[Tensor]:
 
 
 def as_tensors(value: Any, *, whose: str) -> Any:
-    """Arrays of NumPy as tensors, one level deep; everything else as it is."""
+    """Arrays of NumPy as tensors, one level deep, and all tensors as torch's own work.
+
+    Everything else stays as it is.
+
+    Raises
+    ------
+    DataError
+        If one holds no numbers, is sparse, or holds larger ones than 64 bits with a
+        sign.
+    """
     if isinstance(value, np.ndarray):
-        return _as_tensor(value, whose=whose)
+        return _calculable(_as_tensor(value, whose=whose), whose=whose)
+    if isinstance(value, Tensor):
+        return _calculable(value, whose=whose)
     if isinstance(value, Mapping):
         return {name: as_tensors(part, whose=whose) for name, part in value.items()}
     if type(value) in (tuple, list):
@@ -91,6 +105,36 @@ def _as_tensor(array: "np.ndarray[Any, Any]", *, whose: str) -> Tensor:
         ) from error
 
 
+def _calculable(tensor: Tensor, *, whose: str) -> Tensor:
+    """A dense tensor; wider, of an unsigned type for which torch lacks functions."""
+    check_dense(tensor, whose=whose)
+    if tensor.dtype not in _WIDER:
+        return tensor
+    wider = tensor.to(_WIDER[tensor.dtype])
+    if tensor.dtype == torch.uint64 and bool((wider < 0).any()):
+        raise DataError(
+            f"{whose} split must hold whole numbers below 2**63; got {described(tensor)} with "
+            "larger ones. Give them as floats, or number them anew."
+        )
+    return wider
+
+
+def check_dense(tensor: Tensor, *, whose: str) -> None:
+    """Refuse a sparse tensor, of which no batch can be cut.
+
+    Raises
+    ------
+    DataError
+        If it is one.
+    """
+    if tensor.layout is not torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise DataError(
+            f"{whose} split must hold dense tensors; got {described(tensor)}, {layout}. Call "
+            ".to_dense(), or let a dataset do so for each example."
+        )
+
+
 def stacked(examples: list[Any], *, whose: str) -> Any:
     """One batch of examples, as torch's default_collate makes it.
 
@@ -100,7 +144,10 @@ def stacked(examples: list[Any], *, whose: str) -> Any:
         If they hold something else than numbers, or differ in shape.
     """
     try:
-        return default_collate(examples)
+        try:
+            return default_collate(examples)
+        except TypeError:  # of numbers such as np.uint16(1), among others
+            return default_collate([_with_ints(example) for example in examples])
     except TypeError as error:
         first = described(examples[0])
         way_out = _PILLOW if "PIL." in str(error) else _COLLATE
@@ -115,6 +162,17 @@ def stacked(examples: list[Any], *, whose: str) -> Any:
             f"the examples of {whose} split must be alike to make a batch; got {kinds[0]} and "
             f"{other}. {_COLLATE}"
         ) from error
+
+
+def _with_ints(example: Any) -> Any:
+    """An example, unsigned numbers of NumPy in it as Python's."""
+    if isinstance(example, np.unsignedinteger):
+        return int(example)
+    if isinstance(example, Mapping):
+        return {name: _with_ints(part) for name, part in example.items()}
+    if type(example) in (tuple, list):
+        return type(example)(map(_with_ints, example))
+    return example
 
 
 def pair_of(batch: Any, *, whose: str) -> tuple[Any, Tensor]:

@@ -1,7 +1,10 @@
 """Tasks: what is learned and measured, for every algorithm, and what fits it."""
 
+import contextlib
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.data import StackDataset
+from torch.utils.data import StackDataset, TensorDataset
 
 from flower_mcepl import (
     AgentData,
@@ -23,11 +26,16 @@ from flower_mcepl import (
     shared_module,
 )
 from flower_mcepl.agents import ALGORITHMS, Task, make_agent
+from flower_mcepl.agents.parts.pace import REASON_METRIC, SHARE_METRIC, SPENT_METRIC
 from flower_mcepl.agents.tasks import find_task
 from flower_mcepl.agents.tasks.kinds import CLASSIFICATION, yes_or_no
 from flower_mcepl.agents.tasks.network import call, described, one_output
-from flower_mcepl.agents.tasks.task import TASKS
+from flower_mcepl.agents.tasks.tally import Tally
+from flower_mcepl.agents.tasks.task import TAKEN, TASKS, is_free
+from flower_mcepl.record.layout import AGENT_KEYS
+from flower_mcepl.record.selection import BEST_ROUND, BEST_VALUE
 
+ROOT = Path(__file__).parents[2]
 N, CLASSES, TOKENS, SIZE = 24, 3, 5, 4
 
 
@@ -184,6 +192,11 @@ FITS = {
     "int32": ("classification", Y.int()),
     "int16": ("classification", Y.short()),
     "uint8": ("classification", Y.to(torch.uint8)),
+    **{
+        str(dtype).removeprefix("torch."): ("classification", Y.to(dtype))
+        for dtype in (torch.uint16, torch.uint32, torch.uint64)
+    },
+    "uint16 of yes and no": ("binary", (Y > 0).to(torch.uint16)),
     "[B, 1]": ("classification", Y[:, None]),
     "bool": ("binary", Y > 0),
     "uint8 [B, 1]": ("binary", (Y > 0).to(torch.uint8)[:, None]),
@@ -210,7 +223,11 @@ def test_a_dimension_of_one_at_the_end_does_not_matter(
 def test_targets_of_one_meaning_are_taken(kind: str) -> None:
     task, targets = FITS[kind]
     build, inputs, plain = KINDS[task]
-    plain = plain if kind not in ("int", "bool", "uint8 [B, 1]") else targets.flatten().float()
+    plain = (
+        plain
+        if kind not in ("int", "bool", "uint8 [B, 1]", "uint16 of yes and no")
+        else targets.flatten().float()
+    )
     states = []
     for given_targets in (plain, targets):
         data = AgentData.of((inputs, given_targets), (inputs, given_targets), agent=0)
@@ -265,21 +282,6 @@ def test_what_the_network_cannot_take_is_refused_with_what_came() -> None:
     data = AgentData.of((X.to(torch.uint8), Y), (X, Y), agent=3)
     agent = MceplAgent(3, shared_module(mlp(3), seed=1), data, MceplConfig(), seed=1)
     with pytest.raises(DataError, match=r"agent 3's training split: .*uint8 \[24, 4\].*Byte"):
-        agent.check()
-
-
-def test_a_network_that_drops_the_batch_of_one_is_told_so() -> None:
-    class Squeezing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = mlp(CLASSES)()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layers(x).squeeze()
-
-    data = AgentData.of((X, Y), (X[:1], Y[:1]), agent=0)
-    agent = MceplAgent(0, shared_module(Squeezing, seed=1), data, MceplConfig(), seed=1)
-    with pytest.raises(DataError, match=r"squeeze\(\)"):
         agent.check()
 
 
@@ -338,6 +340,18 @@ def test_outputs_of_one_meaning_are_found() -> None:
 def test_whatever_comes_is_described_on_one_line(value: object) -> None:
     assert "\n" not in described(value)
     assert len(described(value)) < 3000
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that torch warns of rare types
+def test_every_kind_of_tensor_is_described() -> None:
+    types = [value for value in vars(torch).values() if isinstance(value, torch.dtype)]
+    for dtype in types:
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # no such tensor can be made
+            zeros = torch.empty(2, dtype=dtype)
+            assert described(zeros).startswith(str(dtype).removeprefix("torch.") + " [2]")
+    assert described(torch.eye(2).to_sparse()) == "float32 [2, 2]"
+    assert described(torch.zeros(2, device="meta")) == "float32 [2]"
+    assert described(torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)])) == "float32"
 
 
 def test_what_came_is_described_by_type_shape_and_range() -> None:
@@ -401,11 +415,21 @@ def test_settings_of_tasks_are_checked() -> None:
         Task(loss=loss, main="f1")
     with pytest.raises(ConfigError, match="a loss gets better as it falls"):
         Task(loss=loss, higher_is_better=True)
-    for name in ("loss", "num-examples", "F1", "my_metric"):
+    for name in ("loss", "num-examples", "F1", "my_metric", "train-accuracy", "round", "agent"):
         with pytest.raises(ConfigError, match="names of metrics"):
             Task(loss=loss, metrics={name: MeanOutput})
     with pytest.raises(ConfigError, match="given as a value, own; run-config key task"):
         make_agent("mcepl", 0, mlp(3)(), data, {"task": "binary"}, seed=1, task=Task(loss=loss))
+
+
+def test_no_metric_has_the_name_of_a_column_of_the_record() -> None:
+    row = (ROOT / "docs" / "run-record.md").read_text().split("**`rounds.jsonl`**")[1]
+    fields = [line.split("|")[1] for line in row.split("**`")[0].splitlines() if "| `" in line]
+    names = {name for field in fields for name in re.findall(r"`(\w+)`", field)}
+    assert names >= {*AGENT_KEYS, "clock", "best_round"}
+    assert {name.replace("_", "-") for name in names} - {"accuracy"} <= {*TAKEN}
+    assert {BEST_ROUND, BEST_VALUE} <= {*TAKEN}
+    assert not any(map(is_free, [SHARE_METRIC, REASON_METRIC, SPENT_METRIC]))
 
 
 # --- networks whose state no saved state would hold ---
@@ -473,3 +497,317 @@ def test_frozen_batch_norm_stays_frozen_in_every_algorithm() -> None:
         means = [t for name, t in buffers if "running_mean" in name]
         assert len(means) == 1 + (algorithm == "ditto"), algorithm
         assert not any(bool(mean.any()) for mean in means), algorithm
+
+
+# --- what the check before round 1 sees beyond a first batch ---
+
+
+class Squeezing(nn.Module):
+    """A network that drops every dimension of one, also that of a batch of one."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.layers = mlp(outputs)()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).squeeze()
+
+
+def squeezing(task: str, size: int, algorithm: str = "mcepl", **settings: Any) -> Any:
+    _, inputs, targets = KINDS[task]
+    outputs = 1 if task in ("binary", "regression") else CLASSES
+    data = AgentData.of((inputs, targets), (inputs[:size], targets[:size]), agent=7)
+    config = {"task": task, "eval-batch-size": 8, "num-rounds": 4, **settings}
+    module = shared_module(lambda: Squeezing(outputs), seed=1)
+    return make_agent(algorithm, 7, module, data, config, seed=1)
+
+
+@pytest.mark.parametrize("task", ["classification", "binary", "multilabel", "regression"])
+def test_a_last_batch_of_one_is_tried_before_round_1(task: str) -> None:
+    squeezing(task, 16).check()  # it never meets one
+    for size in (17, 9, 1):
+        with pytest.raises(DataError, match=rf"agent 7's test split, task {task}: .*squeeze\(-1\)"):
+            squeezing(task, size).check()
+
+
+def test_a_training_batch_of_one_is_tried_before_round_1() -> None:
+    with pytest.raises(DataError, match=r"agent 7's training split.*squeeze\(-1\)"):
+        squeezing("regression", 16, **{"batch-size": 1}).check()
+
+
+def with_norm(outputs: int = CLASSES) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, outputs))
+
+
+@pytest.mark.parametrize("algorithm", ["mcepl", "dsgd", "fedpm"])
+def test_a_batch_norm_that_gets_one_example_is_refused_before_round_1(algorithm: str) -> None:
+    def agent(size: int, build: Callable[[], nn.Module] = with_norm, **settings: Any) -> Any:
+        data = AgentData.of((X[:size], Y[:size]), (X, Y), agent=7)
+        module = shared_module(build, seed=1)
+        return make_agent(algorithm, 7, module, data, {"num-rounds": 4, **settings}, seed=1)
+
+    rule = r"agent 7's training split: with {} examples and batch-size {} .*raise batch-size"
+    for size, batch_size in ((1, 128), (N, 1)):
+        with pytest.raises(DataError, match=rule.format(size, batch_size)):
+            agent(size, **{"batch-size": batch_size}).check()
+    agent(9, **{"batch-size": 8}).check()  # the one that is left over joins the batch before
+    agent(N, **{"eval-batch-size": 1}).check()
+
+    def frozen() -> nn.Module:
+        network = with_norm()
+        network[1].eval()
+        return network
+
+    agent(1, frozen).check()  # which training leaves in eval mode
+    assert math.isfinite(agent(1, frozen).train(round=1)["train-loss"])
+
+
+LATE = {
+    "a class too many": ("classification", Y, 9, r"whole numbers in 0\.\.2"),
+    "no zero or one": ("binary", KINDS["binary"][2], 2, "targets must be 0 or 1"),
+    "no class of a token": ("tokens", KINDS["tokens"][2], 9, r"whole numbers in 0\.\.2"),
+}
+
+
+@pytest.mark.parametrize("split", ["training", "test"])
+@pytest.mark.parametrize("held", ["tensors", "dataset"])
+@pytest.mark.parametrize("kind", LATE)
+def test_all_targets_in_memory_are_looked_at_before_round_1(
+    kind: str, held: str, split: str
+) -> None:
+    task, targets, wrong, rule = LATE[kind]
+    build, inputs, _ = KINDS[task]
+    late = targets.clone()
+    late[-1] = wrong
+    splits: dict[str, Any] = {"training": (inputs, targets), "test": (inputs, targets)}
+    splits[split] = (inputs, late) if held == "tensors" else TensorDataset(inputs, late)
+    data = AgentData.of(splits["training"], splits["test"], agent=7)
+    config = {"task": task, "eval-batch-size": 4}
+    agent = make_agent("mcepl", 7, shared_module(build, seed=1), data, config, seed=1)
+    with pytest.raises(DataError, match=f"agent 7's {split} split, task {task}: .*{rule}"):
+        agent.check()
+
+
+class Constant:
+    """A metric that is whatever is asked for, or raises it."""
+
+    def __init__(self, value: Any = 0.5, *, least: int = 0) -> None:
+        self.value, self.least, self.seen = value, least, 0
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self.seen += len(targets)
+        if self.value is KeyError:
+            raise KeyError("no such thing")
+
+    def compute(self) -> Any:
+        if self.seen < self.least:
+            raise ValueError("too few")
+        return self.value
+
+
+cross_entropy = nn.functional.cross_entropy
+UNFIT: dict[str, tuple[Task, str]] = {
+    "one loss an example": (
+        Task(loss=lambda o, t: cross_entropy(o, t, reduction="none")),
+        r"loss must be one float.*got float32 \[8\].*\.mean\(\)",
+    ),
+    "a loss that is no tensor": (
+        Task(loss=lambda o, t: 1.0),  # type: ignore[arg-type,return-value]
+        "loss must be one float.*got 1.0",
+    ),
+    "a loss that fails": (
+        Task(loss=nn.functional.mse_loss, metrics={"half": Constant}),
+        r"task's loss must take a batch; given outputs float32 \[8, 3\].*it raised",
+    ),
+    "a vector": (
+        Task(loss=cross_entropy, metrics={"f1": lambda: Constant(torch.zeros(3))}),
+        r"metric f1 must compute one number; got float32 \[3\].*average=",
+    ),
+    "text": (
+        Task(loss=cross_entropy, metrics={"f1": lambda: Constant("high")}),
+        "metric f1 must compute one number; got 'high'",
+    ),
+    "percent": (
+        Task(loss=cross_entropy, metrics={"accuracy": lambda: Constant(55.0)}),
+        "metric accuracy must be a fraction in 0..1; got 55",
+    ),
+    "an update that fails": (
+        Task(loss=cross_entropy, metrics={"f1": lambda: Constant(KeyError)}),
+        "metric f1 must take a batch; .*KeyError: 'no such thing'",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")  # of torch's mse_loss
+@pytest.mark.parametrize("kind", UNFIT)
+def test_a_loss_or_metric_that_is_no_number_is_refused_before_round_1(kind: str) -> None:
+    task, rule = UNFIT[kind]
+    agent = an_agent(task, "dsgd", **{"eval-batch-size": 8})
+    with pytest.raises(ConfigError, match=f"agent 0's (training|test) split, task own: .*{rule}"):
+        agent.check()
+
+
+def test_a_metric_that_needs_more_than_a_first_batch_is_taken() -> None:
+    def agent(least: int) -> Any:
+        task = Task(loss=cross_entropy, metrics={"most": lambda: Constant(least=least)})
+        return an_agent(task, "local", **{"eval-batch-size": 8})
+
+    agent(N).check()
+    assert agent(N).evaluate()["most"] == 0.5
+    with pytest.raises(ConfigError, match=f"must compute one number of {N} examples; .*too few"):
+        agent(N + 1).evaluate()
+    whole = Task(loss=cross_entropy, metrics={"most": lambda: Constant(least=N + 1)})
+    with pytest.raises(ConfigError, match=r"agent 0's test split.*too few"):
+        an_agent(whole, "local").check()
+
+
+# --- metrics that are not defined ---
+
+
+def measured(task: str, outputs: Tensor, targets: Tensor, size: int = 2) -> dict[str, float]:
+    kind = find_task(task)
+    tally = Tally(kind, whose="agent 7's test split")
+    for some, labels in zip(outputs.split(size), targets.split(size), strict=True):
+        tally.add(some, kind.fitting(some, labels, whose="a"), torch.zeros(1))
+    return tally.metrics()
+
+
+NO, YES = torch.full((5,), -3.0), torch.full((5,), 3.0)
+MIXED = torch.tensor([-3.0, -3.0, -3.0, -3.0, 3.0])
+ZEROS, ONES = torch.zeros(5), torch.ones(5)
+UNDEFINED: dict[str, tuple[str, Tensor, Tensor, dict[str, float | None]]] = {
+    "none positive": ("binary", NO, ZEROS, {"accuracy": 1, "f1": None, "auroc": None}),
+    "a false positive": ("binary", MIXED, ZEROS, {"accuracy": 0.8, "f1": 0, "auroc": None}),
+    "all positive": ("binary", YES, ONES, {"accuracy": 1, "f1": 1, "auroc": None}),
+    "missed": ("binary", NO, (MIXED > 0).float(), {"accuracy": 0.8, "f1": 0, "auroc": 0.5}),
+    "right": ("binary", MIXED, (MIXED > 0).float(), {"accuracy": 1, "f1": 1, "auroc": 1}),
+    "no label": (
+        "multilabel",
+        NO[:, None].expand(5, 3),
+        torch.zeros(5, 3),
+        {"f1": None, "label-accuracy": 1},
+    ),
+    "false labels": (
+        "multilabel",
+        YES[:, None].expand(5, 3),
+        torch.zeros(5, 3),
+        {"f1": 0, "label-accuracy": 0},
+    ),
+    "constant": ("regression", ZEROS, ONES, {"rmse": 1, "mae": 1, "r2": None}),
+    "one differs": ("regression", MIXED, MIXED, {"rmse": 0, "mae": 0, "r2": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", UNDEFINED)
+def test_a_metric_is_left_out_exactly_where_it_is_not_defined(kind: str) -> None:
+    task, outputs, targets, expected = UNDEFINED[kind]
+    metrics = measured(task, outputs, targets)
+    for name, value in expected.items():
+        assert metrics.get(name) == (None if value is None else pytest.approx(value)), name
+
+
+@pytest.mark.parametrize("split", ["training", "test"])
+@pytest.mark.parametrize("held", ["tensors", "examples"])
+@pytest.mark.parametrize(("task", "ignored"), [("tokens", -100), ("segmentation", 255)])
+def test_a_split_in_which_nothing_counts_is_refused_before_round_1(
+    task: str, ignored: int, held: str, split: str
+) -> None:
+    build, inputs, targets = KINDS[task]
+    nothing = torch.full_like(targets, ignored)
+
+    def agent(bad: Tensor) -> Any:
+        splits: dict[str, Any] = {"training": (inputs, targets), "test": (inputs, targets)}
+        splits[split] = (inputs, bad) if held == "tensors" else StackDataset(inputs, bad)
+        data = AgentData.of(splits["training"], splits["test"], agent=7)
+        config = {"task": task, "eval-batch-size": 8 if held == "tensors" else N}
+        return make_agent("dsgd", 7, shared_module(build, seed=1), data, config, seed=1)
+
+    rule = f"agent 7's {split} split, task {task}: at least one target must count; of {N} examples"
+    with pytest.raises(DataError, match=rule):
+        agent(nothing).check()
+    if split == "test":
+        with pytest.raises(DataError, match=rule):
+            agent(nothing).evaluate()
+    nothing[-1] = 0  # beyond the first batch of those in memory
+    agent(nothing).check()
+
+
+# --- probabilities where logits are due ---
+
+
+class Ends(nn.Module):
+    """A network that ends as it is told."""
+
+    def __init__(self, build: Callable[[], nn.Module], end: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.network, self.end = build(), end
+
+    def forward(self, x: Tensor) -> Any:
+        return self.end(self.network(x))
+
+
+SQUASHED: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
+    "sigmoid": ("binary", torch.sigmoid),
+    "its module": ("binary", nn.Sigmoid()),
+    "its method": ("multilabel", lambda x: x.sigmoid()),
+    "and squeezed": ("binary", lambda x: torch.sigmoid(x).squeeze(-1)),
+    "in a dict": ("binary", lambda x: {"logits": torch.sigmoid(x)}),
+    "softmax": ("classification", lambda x: x.softmax(1)),
+    "its function": ("segmentation", lambda x: nn.functional.softmax(x, dim=1)),
+    "its own module": ("tokens", nn.Softmax(dim=-1)),
+}
+
+
+@pytest.mark.parametrize("kind", SQUASHED)
+def test_a_network_that_returns_probabilities_is_warned_of(kind: str) -> None:
+    task, end = SQUASHED[kind]
+    build, inputs, targets = KINDS[task]
+    for algorithm in ("mcepl", "dsgd", "fedpm"):
+        data = AgentData.of((inputs, targets), (inputs, targets), agent=0)
+        module = shared_module(lambda: Ends(build, end), seed=1)
+        agent = make_agent(algorithm, 0, module, data, {"task": task, "num-rounds": 4}, seed=1)
+        with pytest.warns(UserWarning, match=f"softmax, which the loss of task {task}") as warned:
+            agent.check()
+        assert len(warned) == 1, algorithm
+
+
+NOT_SQUASHED: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
+    "logits in 0..1": ("binary", lambda x: x * 0 + 0.5),
+    "a gate": ("classification", lambda x: x * torch.sigmoid(x)),
+    "attention": ("tokens", lambda x: (x @ x.mT).softmax(-1) @ x),
+    "log-softmax": ("classification", lambda x: x.log_softmax(1)),
+    "numbers in 0..1": ("regression", torch.sigmoid),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_SQUASHED)
+def test_no_network_is_warned_of_for_what_its_logits_are(kind: str) -> None:
+    task, end = NOT_SQUASHED[kind]
+    build, inputs, targets = KINDS[task]
+    data = AgentData.of((inputs, targets), (inputs, targets), agent=0)
+    module = shared_module(lambda: Ends(build, end), seed=1)
+    make_agent("mcepl", 0, module, data, {"task": task}, seed=1).check()  # warnings are errors
+
+
+class Unsigned:
+    """A source of one's own whose labels torch hardly calculates with."""
+
+    def __init__(self, task: str) -> None:
+        _, self.inputs, targets = KINDS[task]
+        self.targets, self.num_examples = targets.to(torch.uint16), N
+
+    def training_batches(self, *, steps: int, **how: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from [(self.inputs, self.targets)] * steps
+
+    def evaluation_batches(self, *, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self.inputs, self.targets
+
+
+@pytest.mark.parametrize("task", ["classification", "binary", "multilabel", "tokens"])
+def test_whole_targets_of_a_source_of_ones_own_may_be_of_any_size(task: str) -> None:
+    data = AgentData.of(Unsigned(task), Unsigned(task), agent=0)
+    module = shared_module(KINDS[task][0], seed=1)
+    agent = make_agent("mcepl", 0, module, data, {"task": task, "num-rounds": 4}, seed=1)
+    agent.check()
+    trained, plain = agent.train(round=1), an_agent(task, **{"batch-size": N})
+    assert trained == pytest.approx(plain.train(round=1), rel=1e-4)

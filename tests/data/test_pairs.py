@@ -272,3 +272,59 @@ def test_finite_is_what_each_number_is(values: list[float]) -> None:
             check_finite(tensor, what="inputs", whose="the")
     else:
         check_finite(tensor, what="inputs", whose="the")
+
+
+# --- tensors with which torch does not calculate ---
+
+SMALL = np.arange(6)
+AS_ARRAYS: dict[str, Callable[[Any], object]] = {
+    "arrays": lambda dtype: (SMALL.astype(dtype), SMALL.astype(dtype)),
+    "tensors": lambda dtype: tuple(torch.from_numpy(SMALL.astype(dtype)) for _ in "xy"),
+    "by name": lambda dtype: ({"x": SMALL.astype(dtype)}, SMALL.astype(dtype)),
+    "dataset": lambda dtype: TensorDataset(*(torch.from_numpy(SMALL.astype(dtype)) for _ in "xy")),
+    "scalars": lambda dtype: Rows(lambda i: (SMALL.astype(dtype)[i], SMALL.astype(dtype)[i]), 6),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wider"),
+    [(np.uint16, torch.int32), (np.uint32, torch.int64), (np.uint64, torch.int64)],
+)
+@pytest.mark.parametrize("kind", AS_ARRAYS)
+def test_unsigned_types_that_torch_hardly_knows_become_wider(
+    kind: str, dtype: Any, wider: torch.dtype
+) -> None:
+    split = AS_ARRAYS[kind](dtype)
+    inputs, labels = first_batch(split)
+    (inputs,) = inputs.values() if isinstance(inputs, dict) else (inputs,)
+    assert inputs.dtype == labels.dtype
+    assert inputs.dtype == wider or (kind == "scalars" and inputs.dtype == torch.int64)
+    assert inputs.tolist() == labels.tolist() == SMALL.tolist()
+    if kind != "scalars":  # of which nothing is known without drawing
+        assert class_counts(split) == dict.fromkeys(range(6), 1)
+    source = source_of(split)
+    if isinstance(source, TensorBatches) or isinstance(split, TensorDataset):
+        known = source.known_labels()  # type: ignore[attr-defined]
+        assert known.dtype == wider
+
+
+def test_whole_numbers_beyond_64_bits_with_a_sign_are_refused() -> None:
+    large = np.full(6, 2**63, dtype=np.uint64)
+    with pytest.raises(DataError, match=r"agent 4's training split .*below 2\*\*63.*uint64"):
+        source_of((INPUTS, large))
+    assert source_of((INPUTS, large - 1)).num_examples == 6
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_tensors_are_refused_with_their_layout(layout: torch.layout) -> None:
+    sparse = torch.eye(6).to_sparse(layout=layout)
+    message = rf"agent 4's training split must hold dense .*{layout}.*\.to_dense\(\)".replace(
+        "torch.", ""
+    )
+    splits: list[object] = [(sparse, LABELS), ({"x": sparse}, LABELS)]
+    if layout is torch.sparse_coo:  # of which a dataset can cut examples
+        splits += [TensorDataset(sparse, LABELS)]
+    for split in splits:
+        with pytest.raises(DataError, match=message):
+            first_batch(split)

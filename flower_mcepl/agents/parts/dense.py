@@ -200,7 +200,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
 
     def check(self) -> None:
         """Check the first batch of both splits against the task."""
-        self.learner.check(self.model, self.data)
+        self.learner.check(self.model, self.data, frozen=self._frozen)
 
     def describe(self) -> dict[str, Any]:
         """Facts for the handshake: who this is, its weights and its data."""

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flower_mcepl.masks.placement import train_mode
+
 
 def hidden_state(
     network: nn.Module,
     call: Callable[[nn.Module], Tensor],
     rng: Callable[[], AbstractContextManager[None]],
+    frozen: tuple[str, ...] = (),
 ) -> list[str]:
     """Attributes that a forward pass changes and a later one depends on, by name.
 
@@ -26,23 +29,24 @@ def hidden_state(
         Gives the outputs of a network for the same batch each time.
     rng : callable
         Context in which random draws are the same each time.
+    frozen : tuple of str
+        Submodules that training leaves in eval mode (default: none).
     """
-    used = copy.deepcopy(network).train()
+    used = copy.deepcopy(network)
+    train_mode(used, frozen)
     before = attributes(used)
-    try:
-        with rng():
-            call(used)
-    except ValueError:  # a batch norm refuses a batch of one, as training will
-        return []
+    with rng():
+        call(used)
     names = _changed(before, attributes(used))
     if not names:
         return []
     reset = copy.deepcopy(used)
     for name in names:
         _set(reset, name, before)
-    for mode in (True, False):
+    for put in (lambda module: train_mode(module, frozen), nn.Module.eval):
         outputs = []
-        for module in (used.train(mode), reset.train(mode)):
+        for module in (used, reset):
+            put(module)
             with rng():
                 outputs.append(call(module))
         if not torch.equal(*outputs):

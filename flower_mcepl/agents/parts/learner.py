@@ -1,5 +1,7 @@
 """An agent's task on its data: loss of a batch, evaluation, check of first batches."""
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,10 +14,11 @@ from flower_mcepl.agents.parts.arithmetic import arithmetic
 from flower_mcepl.agents.parts.hidden_state import hidden_state
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.agents.tasks import Task, find_task
-from flower_mcepl.agents.tasks.network import call, described, float_dtype
-from flower_mcepl.agents.tasks.task import Tally, check_finite
-from flower_mcepl.data.batches import AgentData, Batch, BatchSource
+from flower_mcepl.agents.tasks.network import Squashing, call, described, float_dtype
+from flower_mcepl.agents.tasks.tally import Tally, check_finite, first_line
+from flower_mcepl.data.batches import AgentData, Batch, BatchSource, pass_sizes
 from flower_mcepl.errors import DataError, FlowerMceplError, UnsupportedLayerError
+from flower_mcepl.masks.placement import train_mode
 from flower_mcepl.streams import isolated_rng, torch_stream
 
 
@@ -98,23 +101,28 @@ class Learner:
         """The class of arithmetic that the configuration asks for, as a context."""
         return arithmetic(self.config.arithmetic, device=self.device)
 
-    def check(self, network: nn.Module, data: AgentData) -> None:
-        """Check the first batch of both splits, before anything is learned.
+    def check(self, network: nn.Module, data: AgentData, *, frozen: tuple[str, ...] = ()) -> None:
+        """Check network, data and task on first batches, before anything is learned.
+
+        Looked at are the first batch of both splits, a batch of one example where there
+        will be one, and all targets that lie in memory. ``frozen`` are the submodules
+        that training leaves in eval mode.
 
         Raises
         ------
         DataError
             If one does not fit the task, or the network cannot take its inputs.
+        ConfigError
+            If the task's loss or metrics are no numbers.
         UnsupportedLayerError
             If the network keeps a state in a Python attribute, which is not saved.
         """
         network.eval()
         with torch.no_grad(), self._rng():
-            batch = self._check_first(network, data.train, self._whose("training"))
-            self._check_first(network, data.test, self._whose(data.evaluated))
+            batch = self._check_split(network, data.train, self._whose("training"))
+            self._check_split(network, data.test, self._whose(data.evaluated), measured=True)
         if batch is not None:
-            with torch.no_grad():
-                self._check_state(network, *batch)
+            self._check_training(network, data.train, batch, frozen)
 
     def on_one_batch(
         self, split: BatchSource, module: nn.Module, measure: Callable[[Any, Tensor], float]
@@ -137,17 +145,49 @@ class Learner:
 
     def compare(self, split: BatchSource, check: Callable[[Callable[[Any], Tensor]], None]) -> None:
         """Let ``check`` compare networks by their outputs for a split's first batch."""
-        batch = self._first_batch(split)
+        batch = self._first_batch(split, self.config.eval_batch_size)
         if batch is not None:
             with torch.no_grad(), self._rng():
                 whose = self._whose("training")
                 check(lambda network: self._predict(network, *batch, whose)[0])
 
-    def _check_state(self, network: nn.Module, inputs: Any, targets: Any) -> None:
-        def outputs(module: nn.Module) -> Tensor:
-            return self._predict(module, inputs, targets, self._whose("training"))[0]
+    def _check_training(
+        self, network: nn.Module, split: BatchSource, batch: Batch, frozen: tuple[str, ...]
+    ) -> None:
+        """Check a copy of the network in train mode, on the smallest batch."""
+        inputs, targets = batch
+        if 1 in pass_sizes(split.num_examples, self.config.batch_size):
+            trained = copy.deepcopy(network)
+            train_mode(trained, frozen)
+            with torch.no_grad(), self._rng():
+                one = self._first_batch(split, 1) or batch
+                self._check_single(trained, one, split.num_examples)
+        elif len(targets) == 1:  # which a batch norm refuses, and training will not have
+            return
+        with torch.no_grad():
+            self._check_state(network, inputs, targets, frozen)
 
-        hidden = hidden_state(network, outputs, self._rng)
+    def _check_single(self, trained: nn.Module, batch: Batch, num_examples: int) -> None:
+        try:
+            self._predict(trained, *batch, self._whose("training"))
+        except FlowerMceplError:
+            raise
+        except Exception as error:  # a ValueError of a batch norm, or what the user's code has
+            raise DataError(
+                f"{self._whose('training')}: with {num_examples} examples and batch-size "
+                f"{self.config.batch_size} a training batch is one example, which the network must "
+                f"take; it raised {type(error).__name__}: {first_line(error)}. A batch norm needs "
+                "two: raise batch-size, give the agent more examples, or normalize by groups "
+                "(torch.nn.GroupNorm)."
+            ) from error
+
+    def _check_state(
+        self, network: nn.Module, inputs: Any, targets: Any, frozen: tuple[str, ...]
+    ) -> None:
+        def outputs(module: nn.Module) -> Tensor:
+            return self._taken(module, (inputs, targets), self._whose("training"))[0]
+
+        hidden = hidden_state(network, outputs, self._rng, frozen)
         if hidden:
             raise UnsupportedLayerError(
                 f"agent {self.agent}'s network must keep its state in parameters and buffers, "
@@ -158,29 +198,79 @@ class Learner:
     def _rng(self) -> AbstractContextManager[None]:
         return isolated_rng(self.seed, "first-batches", agent=self.agent)
 
-    def _check_first(self, network: nn.Module, split: BatchSource, whose: str) -> Batch | None:
-        batch = self._first_batch(split)
+    def _check_split(
+        self, network: nn.Module, split: BatchSource, whose: str, *, measured: bool = False
+    ) -> Batch | None:
+        """Check first batch, targets and, where it is evaluated, metrics of a split."""
+        batch = self._first_batch(split, self.config.eval_batch_size)
         if batch is None:  # training or evaluation will say so
             return None
+        inputs, given = batch
+        with Squashing() as squashing:
+            outputs, targets = self._taken(network, batch, whose)
+        if self.task.logits and not measured and squashing.gave(outputs):
+            self._warn_of_probabilities()
+        check_finite(outputs, inputs, whose=whose)
+        self.task.check_loss(outputs, targets, whose=whose)
+        self._check_all_targets(split, outputs, targets, whose)
+        if measured:
+            tally = Tally(self.task, whose=whose)
+            tally.add(outputs, targets, inputs)
+            tally.check(whole=len(given) == split.num_examples)
+            self._check_last(network, split, tally, whose)
+        return batch
+
+    def _warn_of_probabilities(self) -> None:
+        warnings.warn(
+            "the network ends in a sigmoid or softmax, which the loss of task "
+            f"{self.task.name} has already: it learns slowly, and its metrics are wrong. Let it "
+            "return logits.",
+            stacklevel=1,  # one line for all agents: it is shown once
+        )
+
+    def _check_last(self, network: nn.Module, split: BatchSource, tally: Tally, whose: str) -> None:
+        """Check a batch of one example, if the last one of the split will be."""
+        if split.num_examples % self.config.eval_batch_size != 1:
+            return
+        one = self._first_batch(split, 1)
+        if one is not None:
+            tally.add(*self._taken(network, one, whose), one[0])
+
+    def _check_all_targets(
+        self, split: BatchSource, outputs: Tensor, targets: Tensor, whose: str
+    ) -> None:
+        """Check all targets of a split that lie in memory, as those of a batch."""
+        counted, seen = self.task.counted(targets), len(targets)
+        known = getattr(split, "known_labels", lambda: None)()
+        if known is not None and len(outputs) == len(targets):  # an output for each
+            counted, seen = 0, split.num_examples
+            example = outputs[:1].cpu()
+            for part in known.split(self.config.eval_batch_size):
+                like = example.expand(len(part), *example.shape[1:])
+                counted += self.task.counted(self.task.fitting(like, part, whose=whose))
+        if seen == split.num_examples:  # a later batch may count
+            self.task.check_counted(counted, seen, whose=whose)
+
+    def _taken(self, network: nn.Module, batch: Batch, whose: str) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of a batch, or an error that says what it was given."""
         inputs, targets = batch
         try:
-            outputs, _ = self._predict(network, inputs, targets, whose)
-            check_finite(outputs, inputs, whose=whose)
-            return inputs, targets
+            given = call(network, inputs, device=self.device, dtype=self.dtype)
         except FlowerMceplError:
             raise
         except Exception as error:  # whatever the user's network raises
-            reason = str(error).strip().partition("\n")[0]
             raise DataError(
                 f"{whose}: the network must take a batch of its inputs; given "
-                f"{described(inputs)} it raised {type(error).__name__}: {reason}. Let the data "
-                f"function give what the model function's network takes, in {self.dtype}."
+                f"{described(inputs)} it raised {type(error).__name__}: {first_line(error)}. Let "
+                "the data function give what the model function's network takes, in "
+                f"{self.dtype}."
             ) from error
+        return self.task.fitting_pair(given, targets, whose=whose)
 
-    def _first_batch(self, split: BatchSource) -> Batch | None:
+    def _first_batch(self, split: BatchSource, size: int) -> Batch | None:
         # a split of one's own that only trains is checked as it does
         cut = getattr(split, "evaluation_batches", None)
-        batches = () if cut is None else cut(batch_size=self.config.eval_batch_size)
+        batches = () if cut is None else cut(batch_size=size)
         return next(iter(batches), None)
 
     def _predict(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flower_mcepl.agents.tasks.task import TAKEN
+from flower_mcepl.agents.tasks.task import OF_TRAINING, TAKEN, is_free
 
 _MOST, _LONGEST = 50, 200  # metrics of one answer, characters of a name
 
@@ -40,16 +40,16 @@ def plain_number(value: Any) -> float | None:
 
 def _fits(name: object, value: Any) -> bool:
     number = plain_number(value)
-    free = isinstance(name, str) and len(name) <= _LONGEST and name not in ("accuracy", *TAKEN)
-    fits = free and not str(name).startswith("train-")
-    return fits and number is not None and math.isfinite(number)
+    free = isinstance(name, str) and len(name) <= _LONGEST and name != "accuracy" and is_free(name)
+    return free and number is not None and math.isfinite(number)
 
 
 @lru_cache(maxsize=100)
 def _log_left_out(names: str) -> None:
     getLogger("flwr").warning(
         "the evaluate function's %s is left out of the record: it holds finite numbers, under "
-        "names that are not its own (accuracy, %s, train-...).",
+        "names that are not its own (accuracy, %s, %s...).",
         names,
         ", ".join(TAKEN),
+        OF_TRAINING,
     )

@@ -1,5 +1,6 @@
 """Tasks: what agents learn to predict, the same for every algorithm."""
 
-from flower_mcepl.agents.tasks.task import Metric, Task, find_task
+from flower_mcepl.agents.tasks.tally import Metric
+from flower_mcepl.agents.tasks.task import Task, find_task
 
 __all__ = ["Metric", "Task", "find_task"]

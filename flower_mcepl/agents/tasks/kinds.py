@@ -1,123 +1,36 @@
-"""The built-in tasks: losses of torch, metrics of torchmetrics, checks of targets."""
+"""The built-in tasks: losses of torch, metrics, checks of targets."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flower_mcepl.agents.tasks.metrics import (
+    A_POSITIVE,
+    DIFFERENT_TARGETS,
+    Accuracy,
+    as_is,
+    by_token,
+    flat,
+    metric,
+    probabilities,
+)
 from flower_mcepl.agents.tasks.network import described
-from flower_mcepl.agents.tasks.task import Metric, Task
-from flower_mcepl.errors import ConfigError, DataError
+from flower_mcepl.agents.tasks.task import Task
+from flower_mcepl.errors import DataError
 
-WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+WHOLE = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    *(torch.uint16, torch.uint32, torch.uint64),  # of a source of one's own
+)
 IGNORED_TOKEN = -100  # as of Transformers and torch
 IGNORED_PIXEL = 255  # as of Pascal VOC and Cityscapes
 FRACTION = "fraction"
-
-Pair = tuple[Tensor, Tensor]  # outputs and targets
-
-
-# --- metrics ---
-
-
-class Accuracy:
-    """Share of examples whose largest output is that of their class.
-
-    Counted exactly, and without torchmetrics, whose import takes seconds of every
-    message that a device answers.
-    """
-
-    def __init__(self) -> None:
-        self.correct = self.seen = 0
-
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Count one batch, [B, C] against [B]."""
-        self.correct += int((outputs.argmax(dim=1) == targets).sum())
-        self.seen += len(targets)
-
-    def compute(self) -> float:
-        """Return the share, in 0..1."""
-        return self.correct / self.seen
-
-
-class OfTorchmetrics:
-    """Metric of torchmetrics, loaded and made when the first batch is there.
-
-    Parameters
-    ----------
-    name : str
-        Its path in torchmetrics, such as ``"regression.R2Score"``.
-    shape : callable
-        Brings outputs and targets of the task to what the metric takes.
-    size : str (default: none)
-        Parameter that is the number of classes or labels, which the outputs tell.
-    **options
-        Its other parameters.
-    """
-
-    def __init__(
-        self, name: str, shape: Callable[[Tensor, Tensor], Pair], size: str = "", **options: Any
-    ) -> None:
-        self.name, self.shape, self.size, self.options = name, shape, size, options
-        self.metric: Metric | None = None
-
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take in one batch."""
-        outputs, targets = self.shape(outputs, targets)
-        if self.metric is None:
-            size = {self.size: outputs.shape[1]} if self.size else {}
-            self.metric = _load(self.name)(**size, **self.options)
-        self.metric.update(outputs, targets)
-
-    def compute(self) -> float:
-        """Return the metric of all batches; not a number where it is not defined."""
-        if self.metric is None:
-            return float("nan")
-        try:
-            return float(self.metric.compute())
-        except ValueError:  # such as R² of a single example
-            return float("nan")
-
-
-def _load(name: str) -> Callable[..., Metric]:
-    """Class of torchmetrics by its path."""
-    try:
-        import torchmetrics
-    except ImportError as error:
-        raise ConfigError(
-            f"this task's metrics need torchmetrics, which cannot be imported ({error}). "
-            "pip install torchmetrics"
-        ) from error
-    value: Any = torchmetrics
-    for part in name.split("."):
-        value = getattr(value, part)
-    make: Callable[..., Metric] = value
-    return make
-
-
-def _metric(
-    name: str, shape: Callable[[Tensor, Tensor], Pair], size: str = "", **options: Any
-) -> Callable[[], Metric]:
-    return partial(OfTorchmetrics, name, shape, size, **options)
-
-
-def _as_is(outputs: Tensor, targets: Tensor) -> Pair:
-    return outputs, targets
-
-
-def _probabilities(outputs: Tensor, targets: Tensor) -> Pair:
-    return outputs.sigmoid(), targets.long()
-
-
-def _by_token(outputs: Tensor, targets: Tensor) -> Pair:
-    return outputs.flatten(0, 1), targets.flatten()
-
-
-def _flat(outputs: Tensor, targets: Tensor) -> Pair:
-    return outputs.flatten(), targets.flatten()
+SQUEEZED = (
+    "Of a batch of one example the network drops the dimension of the batch: let its forward end "
+    "in squeeze(-1) or flatten(1), not in squeeze()."
+)
 
 
 # --- targets ---
@@ -135,9 +48,12 @@ def _must(holds: bool, rule: str, outputs: Tensor, targets: Tensor, way_out: str
         )
 
 
-def _floats(outputs: Tensor, targets: Tensor) -> None:
-    rule = "a network's outputs must be floats"
-    _must(outputs.is_floating_point(), rule, outputs, targets, "Return logits, not classes.")
+def _floats_of_a_batch(outputs: Tensor, targets: Tensor, rule: str) -> None:
+    of_floats = "a network's outputs must be floats"
+    _must(outputs.is_floating_point(), of_floats, outputs, targets, "Return logits, not classes.")
+    one = targets.ndim > 0 and len(targets) == 1
+    dropped = one and (outputs.ndim == 0 or len(outputs) != 1)
+    _must(not dropped, rule, outputs, targets, SQUEEZED)
 
 
 def _in_classes(
@@ -162,11 +78,9 @@ def _in_classes(
 
 def classes(outputs: Tensor, targets: Tensor) -> Tensor:
     """One class an example: outputs [B, C], targets [B] or [B, 1]."""
-    _floats(outputs, targets)
     rule = "outputs must be [B, C] with C >= 2, a logit for each class, and targets [B]"
-    if outputs.ndim == 1 and outputs.numel() > 1 and targets.numel() == 1:
-        way_out = "The network drops the dimension of the batch: squeeze() takes the last one only."
-    elif outputs.ndim > 2:
+    _floats_of_a_batch(outputs, targets, rule)
+    if outputs.ndim > 2:
         way_out = "A class for each pixel is task segmentation, one for each position task tokens."
     else:
         way_out = "One output is task binary (yes or no) or regression (a number)."
@@ -180,15 +94,16 @@ def classes(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _zeros_and_ones(outputs: Tensor, targets: Tensor) -> Tensor:
     rule = "targets must be 0 or 1"
+    targets = targets.to(outputs.dtype)
     known = (targets == 0) | (targets == 1)
     way_out = "Labels -1 and 1 become (labels > 0); other classes are task classification."
     _must(bool(known.all()), rule, outputs, targets, way_out)
-    return targets.to(outputs.dtype)
+    return targets
 
 
 def _like_outputs(outputs: Tensor, targets: Tensor, rule: str, way_out: str) -> Tensor:
     """Targets of the outputs' shape; a dimension of one at the end does not matter."""
-    _floats(outputs, targets)
+    _floats_of_a_batch(outputs, targets, rule)
     if outputs.shape[-1:] == (1,) and targets.shape == outputs.shape[:-1]:
         targets = targets[..., None]
     if targets.shape[-1:] == (1,) and outputs.shape == targets.shape[:-1]:
@@ -227,8 +142,8 @@ def numbers(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def pixels(outputs: Tensor, targets: Tensor) -> Tensor:
     """A class a pixel: outputs [B, C, H, W], targets [B, H, W] or [B, 1, H, W]."""
-    _floats(outputs, targets)
     rule = "outputs must be [B, C, ...] with C >= 2, and targets the same without C"
+    _floats_of_a_batch(outputs, targets, rule)
     if targets.ndim == outputs.ndim and targets.shape[1] == 1:
         targets = targets[:, 0]
     fits = outputs.ndim > 2 and outputs.shape[1] > 1
@@ -240,8 +155,8 @@ def pixels(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def tokens(outputs: Tensor, targets: Tensor) -> Tensor:
     """A class for each position: outputs [B, T, C], targets [B, T]."""
-    _floats(outputs, targets)
     rule = "outputs must be [B, T, C] with C >= 2, and targets [B, T]"
+    _floats_of_a_batch(outputs, targets, rule)
     fits = outputs.ndim == 3 and outputs.shape[2] > 1 and targets.shape == outputs.shape[:2]
     way_out = "One class for a whole text is task classification."
     _must(fits, rule, outputs, targets, way_out)
@@ -285,46 +200,53 @@ CLASSIFICATION = Task(
     higher_is_better=True,
     unit=FRACTION,
     targets=classes,
+    logits=True,
 )
 
 BINARY = Task(
     name="binary",
     loss=functional.binary_cross_entropy_with_logits,
     metrics={
-        "accuracy": _metric("classification.BinaryAccuracy", _probabilities),
-        "f1": _metric("classification.BinaryF1Score", _probabilities),
-        "auroc": _metric("classification.BinaryAUROC", _probabilities),
+        "accuracy": metric("classification.BinaryAccuracy", probabilities),
+        "f1": metric("classification.BinaryF1Score", probabilities, needs=A_POSITIVE),
+        "auroc": metric("classification.BinaryAUROC", probabilities, needs=DIFFERENT_TARGETS),
     },
     main="accuracy",
     higher_is_better=True,
     unit=FRACTION,
     targets=yes_or_no,
+    logits=True,
 )
 
 MULTILABEL = Task(
     name="multilabel",
     loss=functional.binary_cross_entropy_with_logits,
     metrics={
-        "f1": _metric(
-            "classification.MultilabelF1Score", _probabilities, "num_labels", average="micro"
+        "f1": metric(
+            "classification.MultilabelF1Score",
+            probabilities,
+            "num_labels",
+            A_POSITIVE,
+            average="micro",
         ),
-        "label-accuracy": _metric(
-            "classification.MultilabelAccuracy", _probabilities, "num_labels", average="micro"
+        "label-accuracy": metric(
+            "classification.MultilabelAccuracy", probabilities, "num_labels", average="micro"
         ),
     },
     main="f1",
     higher_is_better=True,
     unit=FRACTION,
     targets=labels,
+    logits=True,
 )
 
 REGRESSION = Task(
     name="regression",
     loss=functional.mse_loss,
     metrics={
-        "rmse": _metric("regression.MeanSquaredError", _flat, squared=False),
-        "mae": _metric("regression.MeanAbsoluteError", _flat),
-        "r2": _metric("regression.R2Score", _flat),
+        "rmse": metric("regression.MeanSquaredError", flat, squared=False),
+        "mae": metric("regression.MeanAbsoluteError", flat),
+        "r2": metric("regression.R2Score", flat, needs=DIFFERENT_TARGETS),
     },
     main="rmse",
     higher_is_better=False,
@@ -335,15 +257,15 @@ SEGMENTATION = Task(
     name="segmentation",
     loss=_pixel_loss,
     metrics={
-        "iou": _metric(
+        "iou": metric(
             "classification.MulticlassJaccardIndex",
-            _as_is,
+            as_is,
             "num_classes",
             ignore_index=IGNORED_PIXEL,
         ),
-        "pixel-accuracy": _metric(
+        "pixel-accuracy": metric(
             "classification.MulticlassAccuracy",
-            _as_is,
+            as_is,
             "num_classes",
             average="micro",
             ignore_index=IGNORED_PIXEL,
@@ -353,6 +275,7 @@ SEGMENTATION = Task(
     higher_is_better=True,
     unit=FRACTION,
     targets=pixels,
+    logits=True,
     counted=partial(_not, IGNORED_PIXEL),
 )
 
@@ -360,9 +283,9 @@ TOKENS = Task(
     name="tokens",
     loss=_token_loss,
     metrics={
-        "token-accuracy": _metric(
+        "token-accuracy": metric(
             "classification.MulticlassAccuracy",
-            _by_token,
+            by_token,
             "num_classes",
             average="micro",
             ignore_index=IGNORED_TOKEN,
@@ -372,5 +295,6 @@ TOKENS = Task(
     higher_is_better=True,
     unit=FRACTION,
     targets=tokens,
+    logits=True,
     counted=partial(_not, IGNORED_TOKEN),
 )

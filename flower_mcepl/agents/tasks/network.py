@@ -1,13 +1,15 @@
 """Calls of a network: inputs go to the device, and outputs become one tensor."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flower_mcepl.errors import DataError
 
+SQUASHES = ("sigmoid", "sigmoid_", "expit", "softmax")  # functions of torch
 OUTPUTS = ("logits", "out")  # what Transformers and torchvision call them in a dict
 
 
@@ -22,6 +24,38 @@ def call(network: Callable[..., Any], inputs: Any, *, device: str, dtype: torch.
     if isinstance(placed, Mapping):
         return network(**placed)
     return network(*placed) if isinstance(placed, (tuple, list)) else network(placed)
+
+
+@final
+class Squashing(TorchFunctionMode):
+    """Context that sees whether a network's outputs come from a sigmoid or softmax.
+
+    What such a function returned last is kept, and outputs that lie in its memory are
+    the same numbers, whatever their shape. An attention's softmax is none of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: Any = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch, and keep what it returns if it squashes."""
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in SQUASHES:
+            self._last = result
+        return result
+
+    def gave(self, outputs: Tensor) -> bool:
+        """Whether these are the outputs of the last such function."""
+        if not isinstance(self._last, Tensor):
+            return False
+        return outputs.untyped_storage().data_ptr() == self._last.untyped_storage().data_ptr()
 
 
 def float_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
@@ -68,11 +102,7 @@ def one_output(outputs: Any) -> Tensor:
 def described(value: Any) -> str:
     """Type, shape, dtype and range of what came, on one line."""
     if isinstance(value, Tensor):
-        text = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-        if value.numel() and value.dtype != torch.bool and not value.is_complex():
-            low, high = value.min().item(), value.max().item()
-            text += f" with values {low:g}..{high:g}"
-        return text
+        return _described(value)
     if isinstance(value, Mapping):
         entries = (f"{key}: {described(entry)}" for key, entry in [*value.items()][:4])
         return f"{type(value).__name__} of {', '.join(entries) or 'nothing'}"
@@ -81,6 +111,17 @@ def described(value: Any) -> str:
         entries = (described(entry) for entry in value[:4])
         return f"{type(value).__name__} of {', '.join(entries) or 'nothing'}{more}"
     return repr(value)[:60] if isinstance(value, (str, int, float)) else type(value).__name__
+
+
+def _described(tensor: Tensor) -> str:
+    text = str(tensor.dtype).removeprefix("torch.")
+    try:
+        text += f" {list(tensor.shape)}"
+        if tensor.numel() and tensor.dtype != torch.bool and not tensor.is_complex():
+            text += f" with values {tensor.min().item():g}..{tensor.max().item():g}"
+    except RuntimeError:  # sparse, nested and rare types have no minimum, or no shape
+        return text
+    return text
 
 
 def moved(inputs: Any, *, device: str, dtype: torch.dtype) -> Any:

@@ -1,41 +1,37 @@
 """Task: loss, metrics and fitting targets, in one value for every algorithm."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from flower_mcepl.agents.tasks.network import call, described, one_output
+from flower_mcepl.agents.tasks.tally import LOSS, Metric, Tally, first_line
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.registry import Registry
 from flower_mcepl.data.batches import BatchSource
-from flower_mcepl.data.pairs import parts_of
-from flower_mcepl.errors import ConfigError, DataError, DivergedError
+from flower_mcepl.errors import ConfigError, DataError, FlowerMceplError
 
-LOSS = "loss"
-# what an evaluation says beside the metrics
-TAKEN = (LOSS, "num-examples", "density", "seconds", "train-loss")
-
-
-class Metric(Protocol):
-    """Metric of one evaluation, as of torchmetrics: `update`, then `compute`."""
-
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take in one batch, on the CPU."""
-        ...
-
-    def compute(self) -> Any:
-        """Return one number for all batches."""
-        ...
+# what an evaluation says beside the metrics, and columns of a record's lines
+TAKEN = (
+    *(LOSS, "num-examples", "density", "seconds", "train-loss", "metrics", "round", "agent"),
+    *("sent-bytes", "received-bytes", "uplink-bytes", "clock", "closing"),
+    *("best-round", "best-value", "keep-best-round", "keep-best-value"),
+)
+OF_TRAINING = "train-"  # begins the names of what training measures
 
 
 def as_they_are(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return the targets: an own task's loss checks them itself."""
     return targets
+
+
+def is_free(name: str) -> bool:
+    """Whether an evaluation's metric may have a name: it has no other meaning."""
+    return name not in TAKEN and not name.startswith(OF_TRAINING)
 
 
 def _examples(targets: Tensor) -> int:
@@ -70,9 +66,12 @@ class Task:
         is one meaning, see `flower_mcepl.agents.tasks.network.one_output`).
     counted : callable
         Number of predictions in a batch of targets, over which the loss is a mean
-        (default: their length).
+        (default: their length). A split in which none counts is refused.
     total_loss : callable, optional
         The loss as a sum instead of a mean, where that is more exact.
+    logits : bool (default: False)
+        Whether the loss itself applies the sigmoid or softmax: a network that ends in
+        one is warned of.
 
     Raises
     ------
@@ -90,12 +89,14 @@ class Task:
     outputs: Callable[[Any], Tensor] = one_output
     counted: Callable[[Tensor], int] = _examples
     total_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    logits: bool = False
 
     def __post_init__(self) -> None:
         for name in self.metrics:
             check(
-                name not in TAKEN and name == name.lower().replace("_", "-").strip(),
-                f"names of metrics are lowercase, in kebab-case, and none of {', '.join(TAKEN)}",
+                is_free(name) and name == name.lower().replace("_", "-").strip(),
+                "names of metrics are lowercase, in kebab-case, none of "
+                f"{', '.join(TAKEN)}, and do not begin with {OF_TRAINING}",
                 name,
             )
         check(
@@ -142,8 +143,19 @@ class Task:
         DataError
             If outputs or targets are not what the task needs.
         """
+        given = call(network, inputs, device=device, dtype=dtype)
+        return self.fitting_pair(given, targets, whose=whose)
+
+    def fitting_pair(self, given: Any, targets: Any, *, whose: str) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of a batch as the loss takes them.
+
+        Raises
+        ------
+        DataError
+            If what the network gives, or the targets, are not what the task needs.
+        """
         with self._naming(whose):
-            outputs = self.outputs(call(network, inputs, device=device, dtype=dtype))
+            outputs = self.outputs(given)
         return outputs, self.fitting(outputs, targets, whose=whose)
 
     def fitting(self, outputs: Tensor, targets: Any, *, whose: str) -> Tensor:
@@ -202,6 +214,53 @@ class Task:
             **({"metric-unit": self.unit} if self.unit else {}),  # Flower's mods trip over ""
         }
 
+    def check_loss(self, outputs: Tensor, targets: Tensor, *, whose: str) -> None:
+        """Refuse a loss that is no number of a batch.
+
+        Raises
+        ------
+        ConfigError
+            If it fails, or gives something else than a float scalar.
+        """
+        with self.blamed("loss", outputs, targets, whose=whose):
+            loss = self.loss(outputs, targets)
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+            raise ConfigError(
+                f"{whose}, task {self.name}: a task's loss must be one float, the mean over a "
+                f"batch, as a tensor without dimensions; got {described(loss)}. Let it end in "
+                '.mean(), or pass reduction="mean".'
+            )
+
+    def check_counted(self, counted: int, num_examples: int, *, whose: str) -> None:
+        """Refuse a split in which nothing counts: it has neither loss nor metrics.
+
+        Raises
+        ------
+        DataError
+            If ``counted``, the number of predictions that count, is zero.
+        """
+        if not counted:
+            raise DataError(
+                f"{whose}, task {self.name}: at least one target must count; of {num_examples} "
+                "examples all targets are marked to be ignored. Label some, or leave this agent "
+                "out of the graph."
+            )
+
+    @contextlib.contextmanager
+    def blamed(self, what: str, outputs: Tensor, targets: Tensor, *, whose: str) -> Iterator[None]:
+        """Turn what a user's loss or metric raises into an error that names it."""
+        try:
+            yield
+        except FlowerMceplError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{whose}, task {self.name}: the task's {what} must take a batch; given outputs "
+                f"{described(outputs)} and targets {described(targets)} it raised "
+                f"{type(error).__name__}: {first_line(error)}. Change it, or let the task's "
+                "targets= bring targets to what it takes."
+            ) from error
+
     def total(self, outputs: Tensor, targets: Tensor) -> float:
         """Loss of a batch as a sum over what counts."""
         if self.total_loss is not None:
@@ -215,73 +274,6 @@ class Task:
             yield
         except DataError as error:
             raise DataError(f"{whose}, task {self.name}: {error}") from error
-
-
-@final
-class Tally:
-    """Metrics and loss of an evaluation, batch by batch."""
-
-    def __init__(self, task: Task, *, whose: str) -> None:
-        self.task, self.whose = task, whose
-        self._metrics = {name: make() for name, make in task.metrics.items()}
-        self._total, self._counted, self._seen = 0.0, 0, 0
-
-    def add(self, outputs: Tensor, targets: Tensor, inputs: Any) -> None:
-        """Take in one batch, with targets as the loss takes them.
-
-        Raises
-        ------
-        DataError, DivergedError
-            If inputs or outputs are not finite.
-        """
-        check_finite(outputs, inputs, whose=self.whose)
-        self._total += self.task.total(outputs, targets)
-        self._counted += self.task.counted(targets)
-        self._seen += len(targets)
-        for metric in self._metrics.values():
-            metric.update(outputs.cpu(), targets.cpu())
-
-    def metrics(self) -> dict[str, float]:
-        """Metrics that are defined, mean ``loss`` and ``num-examples``.
-
-        Raises
-        ------
-        DataError
-            If there was no batch.
-        """
-        if not self._seen:
-            raise DataError(
-                f"{self.whose} gave no batch: evaluation_batches must yield every example once."
-            )
-        values = {name: float(metric.compute()) for name, metric in self._metrics.items()}
-        defined = {name: value for name, value in values.items() if math.isfinite(value)}
-        return {**defined, LOSS: self._total / max(self._counted, 1), "num-examples": self._seen}
-
-
-def check_finite(outputs: Tensor, inputs: Any, *, whose: str) -> None:
-    """Refuse outputs that are not finite: no metric of them means anything.
-
-    Raises
-    ------
-    DataError
-        If inputs are not finite either.
-    DivergedError
-        If the network itself makes them so.
-    """
-    if math.isfinite(float(outputs.detach().sum())) or bool(outputs.isfinite().all()):
-        return
-    for tensor in parts_of(inputs):
-        bad = ~tensor.isfinite() if isinstance(tensor, Tensor) else torch.tensor(False)
-        if bool(bad.any()):
-            rows = int(bad.flatten(1).any(1).sum()) if bad.ndim > 1 else int(bad.sum())
-            raise DataError(
-                f"{whose} must hold finite inputs; {rows} of {len(tensor)} examples of a batch "
-                "hold values that are infinite or not a number. Remove or fill them."
-            )
-    raise DivergedError(
-        f"{whose}: the network's outputs are not finite, though its inputs are. Lower the step "
-        "size."
-    )
 
 
 TASKS = Registry(
