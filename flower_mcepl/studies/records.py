@@ -83,10 +83,11 @@ def replace_record(new: Path, place: Path, digest: str) -> None:
 
 def restore_records(out: Path) -> None:
     """Put back what a replacement that was killed left aside."""
-    for aside in sorted((out / REPLACED).glob("*")):
-        _put_back(aside)
-    with contextlib.suppress(FileNotFoundError):
-        (out / REPLACED).rmdir()
+    replaced = out / REPLACED
+    if replaced.is_dir():
+        for aside in sorted(replaced.iterdir()):
+            _put_back(aside)
+        replaced.rmdir()
 
 
 def _put_back(aside: Path) -> None:
