@@ -134,7 +134,7 @@ def check_ray_cluster(folder: Path | None = None) -> Finding | None:
         return None
     remedy = f"Remove {note}, or start runs by `python -m flower_mcepl.launch`, which reads none."
     with Examination("ray-cluster", remedy=remedy) as check:
-        address = note.read_text("utf-8").strip()
+        address = note.read_text(encoding="utf-8").strip()
         host, _, port = address.rpartition(":")
         values = {"address": address, "file": str(note)}
         try:

@@ -268,10 +268,10 @@ def test_a_ray_cluster_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     note = tmp_path / "ray" / "ray_current_cluster"
     note.parent.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as cluster:
-        note.write_text(f"127.0.0.1:{cluster.getsockname()[1]}\n", "utf-8")
+        note.write_text(f"127.0.0.1:{cluster.getsockname()[1]}\n", encoding="utf-8")
         alive = check_ray_cluster()
     gone = check_ray_cluster()
-    note.write_text("", "utf-8")
+    note.write_text("", encoding="utf-8")
     empty = check_ray_cluster()
     assert alive is not None
     assert gone is not None
