@@ -127,9 +127,9 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding | None:
 # Ray notes the address of the cluster that it last started on a machine, and `flwr
 # run` joins that one. Where it was killed, the note stays, and `flwr run` waits without
 # a word.
-def check_ray_cluster(folder: Path | None = None) -> Finding | None:
+def check_ray_cluster() -> Finding | None:
     """Check that the Ray cluster noted on this machine, if any, still answers."""
-    note = (folder or _ray_folder()) / "ray" / "ray_current_cluster"
+    note = _ray_folder() / "ray" / "ray_current_cluster"
     if find_spec("ray") is None or not note.is_file():
         return None
     remedy = f"Remove {note}, or start runs by `python -m flower_mcepl.launch`, which reads none."

@@ -163,10 +163,12 @@ def _labeled(record: Run, study: Study, run: PlannedRun) -> Run:
 
 def _label_records(study: Study) -> None:
     """Write the study's labels as they are now into records that have others."""
-    before = {record.path: record.study for record in _finished(study).values()}
-    for record in finished_runs(study):
-        if record.study != before[record.path]:
-            RunRecord(record.path).amend_config(study=record.study)
+    finished = _finished(study)
+    for run in study.runs:
+        if (record := finished.get(run.digest)) is not None:
+            labeled = _labeled(record, study, run)
+            if labeled.study != record.study:
+                RunRecord(record.path).amend_config(study=labeled.study)
 
 
 def strangers(study: Study) -> list[Path]:

@@ -345,10 +345,13 @@ def test_whatever_comes_is_described_on_one_line(value: object) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # that torch warns of rare types
 def test_every_kind_of_tensor_is_described() -> None:
     types = [value for value in vars(torch).values() if isinstance(value, torch.dtype)]
+    tensors = {}
     for dtype in types:
         with contextlib.suppress(NotImplementedError, RuntimeError):  # no such tensor can be made
-            zeros = torch.empty(2, dtype=dtype)
-            assert described(zeros).startswith(str(dtype).removeprefix("torch.") + " [2]")
+            tensors[dtype] = torch.empty(2, dtype=dtype)
+    assert len(tensors) > 10
+    for dtype, tensor in tensors.items():
+        assert described(tensor).startswith(str(dtype).removeprefix("torch.") + " [2]")
     assert described(torch.eye(2).to_sparse()) == "float32 [2, 2]"
     assert described(torch.zeros(2, device="meta")) == "float32 [2]"
     assert described(torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)])) == "float32"

@@ -10,12 +10,8 @@ from flower_mcepl.report.plots.curves import in_part
 from flower_mcepl.report.plots.subjects import settings_label
 
 FEWEST_VALUES = 3  # fewer make no line
-_NAMES = {
-    LABEL,
-    "algorithm",
-    "app",
-    "run",
-}  # of methods and runs: no order that a line could follow
+# of methods and runs: no order that a line could follow
+_NAMES = {LABEL, "algorithm", "app", "run"}
 
 
 @dataclass(frozen=True)
