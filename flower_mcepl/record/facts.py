@@ -51,8 +51,12 @@ def _algorithms(run: Run) -> str | None:
 
 
 def _engine(run: Run) -> str:
-    """Engine as far as bits depend on it; records without one are older than stacks."""
     engine = run.config.get("engine") or run.setting("engine") or run.study.get("engine")
+    return engine_of_bits(engine)
+
+
+def engine_of_bits(engine: str | None) -> str:
+    """Engine as far as bits depend on it; records without one are older than stacks."""
     return _OTHER_BITS if engine == _OTHER_BITS else _ITS_BITS
 
 

@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from flower_mcepl.config.engines import BATCHED
 from flower_mcepl.errors import RecordError
+from flower_mcepl.record.facts import engine_of_bits
 from flower_mcepl.record.layout import CONFIG
 from flower_mcepl.record.parsing import read_object
 from flower_mcepl.record.reading import Run, read_run
@@ -35,14 +35,9 @@ def finished_by_digest(out: Path, engine: str, digests: Collection[str]) -> dict
 def _finished(path: Path, engine: str) -> Run | None:
     with contextlib.suppress(RecordError, OSError):
         run = read_run(path)
-        if run.finished and _stacked(run.study.get("engine")) == _stacked(engine):
+        if run.finished and engine_of_bits(run.study.get("engine")) == engine_of_bits(engine):
             return run
     return None
-
-
-def _stacked(engine: str | None) -> bool:
-    """Whether an engine gives other bits than all others."""
-    return engine == BATCHED
 
 
 def of_other_runs(out: Path, digests: Collection[str]) -> list[Path]:
