@@ -80,6 +80,8 @@ class OwnRounds(Generic[FrameT]):
         Round of each agent's last parcel; 0: it had none.
     answered : list of int
         Round of each agent's last answer; 0: it gave none.
+    under_way : set of int
+        Agents that owe the answer to their last parcel.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class OwnRounds(Generic[FrameT]):
         self._states: dict[str, str] = {}  # for the closing line
         # by round of a checkpoint: the round that each agent had done by then
         self._done: dict[int, list[int]] = {}
-        self._under_way: set[int] = set()  # agents that owe the answer to their last parcel
+        self.under_way: set[int] = set()
         self._facts: dict[int, Mapping[str, Any]] = {}  # by agent, of its last handshake
 
     def give(self, agents: Iterable[int], *, clock: float) -> list[Parcel[FrameT]]:
@@ -102,7 +104,7 @@ class OwnRounds(Generic[FrameT]):
         for agent in agents:
             self.rounds[agent] += 1
             self._began[agent] = clock
-            self._under_way.add(agent)
+            self.under_way.add(agent)
             parcels.append(self._exchange.parcel(agent, round=self.rounds[agent]))
         return parcels
 
@@ -141,7 +143,7 @@ class OwnRounds(Generic[FrameT]):
             own.failed[f"agent {agent}"] = reason
             own.missed.add(agent)
         for agent in (*answers, *(failed or {})):
-            self._under_way.discard(agent)
+            self.under_way.discard(agent)
             own = self._of(agent)
             own.clock, own.so_far = clock, self._exchange.ledger.so_far()
         for round, own in sorted(self._open.items()):
@@ -186,7 +188,7 @@ class OwnRounds(Generic[FrameT]):
 
     def _rounds_done(self) -> list[int]:
         """Rounds that each agent has played, or will not play any more."""
-        return [t - (agent in self._under_way) for agent, t in enumerate(self.rounds)]
+        return [t - (agent in self.under_way) for agent, t in enumerate(self.rounds)]
 
     def keep(self, round: int, more: Bundle) -> None:
         """Write the checkpoint of ``round``, with ``more`` beside what stands here."""
@@ -216,7 +218,7 @@ class OwnRounds(Generic[FrameT]):
             "written": sorted(self._written),
             "states": self._states,
             "done": self._done,
-            "under-way": sorted(self._under_way),
+            "under-way": sorted(self.under_way),
         }
 
     def restore(self, checkpoint: Bundle) -> None:
@@ -226,7 +228,7 @@ class OwnRounds(Generic[FrameT]):
         self.rounds, self._began = [*own["rounds"]], [*own["began"]]
         self._open = {int(t): _OwnRound.of(state) for t, state in own["open"].items()}
         self._written, self._states = set(own["written"]), dict(own["states"])
-        self._done, self._under_way = by_number(own["done"]), set(own["under-way"])
+        self._done, self.under_way = by_number(own["done"]), set(own["under-way"])
 
     def closing_parcel(self, agent: int) -> Parcel[FrameT]:
         """The agent's last parcel, after its own last round."""

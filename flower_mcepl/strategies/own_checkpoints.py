@@ -7,7 +7,7 @@ a checkpoint is due, agents hand over the state of every round that they begin, 
 checkpoint is written as soon as the last answer of each came with one.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, final
 
 from flwr.app import Array
@@ -23,7 +23,7 @@ _PARCELS, _CLOCK = "parcels", "clock"  # keys of a checkpoint
 
 @final
 class OwnCheckpoints:
-    """Parcels under way, states that were handed over, and when both are written.
+    """Last parcels, states that were handed over, and when both are written.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class OwnCheckpoints:
     ) -> None:
         self._own, self._num_rounds, self._handed, self._state = own, num_rounds, handed, state
         self.again: dict[int, Parcel[Array]] = {}
-        self._under_way: dict[int, Parcel[Array]] = {}
+        self._sent: dict[int, Parcel[Array]] = {}  # by agent, its last one
         self._stored: set[int] = set()  # agents whose last answer came with its state
         self._wanted = False  # whether states are, for a checkpoint that is due
 
@@ -74,18 +74,12 @@ class OwnCheckpoints:
     def note_sent(self, parcels: Mapping[int, Parcel[Array]]) -> None:
         """Parcels go out, by agent."""
         if self._own.keeps:
-            self._under_way |= parcels
+            self._sent |= parcels
 
     def note_answers(self, answers: Mapping[int, Answer[Array]]) -> None:
         """Answers were taken in."""
         self._stored -= answers.keys()
         self._stored |= {agent for agent, answer in answers.items() if answer.state}
-        self.note_failed(answers)
-
-    def note_failed(self, agents: Iterable[int]) -> None:
-        """Forget the parcels of agents whose answers are waited for no more."""
-        for agent in agents:
-            self._under_way.pop(agent, None)
 
     def keep_if_due(self, clock: float, *, absent: Collection[int]) -> None:
         """Write a checkpoint if one is due, and all states that it needs are there.
@@ -102,7 +96,8 @@ class OwnCheckpoints:
     def _keep(self, round: int | None, clock: float, absent: Collection[int]) -> None:
         if round is None or self._lacks(absent):
             return
-        parcels = parcels_state({**self.again, **self._under_way}, frame_bytes)
+        last, under_way = {**self.again, **self._sent}, sorted(self._own.under_way)
+        parcels = parcels_state({agent: last[agent] for agent in under_way}, frame_bytes)
         more = self._state()
         facts = {**more.facts, _PARCELS: parcels.facts, _CLOCK: clock}
         groups = {**more.groups(), _PARCELS: parcels.arrays}

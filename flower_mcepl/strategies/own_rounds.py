@@ -74,7 +74,6 @@ class OwnRoundsLoop:
 
     def __post_init__(self) -> None:
         self._roster = self.attendance.roster
-        self._waiting: set[int] = set()  # agents that owe the answer to their last parcel
         self._at: dict[int, int] = {}  # agent -> node that got it
         self._failures: dict[int, int] = {}  # agent -> messages that failed, in a row
         self._again: dict[int, float] = {}  # agent -> clock from which on it is tried again
@@ -148,6 +147,11 @@ class OwnRoundsLoop:
     def _clock(self) -> float:
         return time.monotonic() - self._began
 
+    @property
+    def _waiting(self) -> set[int]:
+        """Agents that have a parcel, and owe the answer; not who is to get it again."""
+        return self.own.under_way - self.checkpoints.again.keys()
+
     # --- who is there ---
 
     def _look(self, clock: float) -> dict[int, str]:
@@ -206,7 +210,6 @@ class OwnRoundsLoop:
         parcels = dict(zip(agents, self.own.give(agents, clock=clock), strict=True)) | again
         self.checkpoints.note_sent(parcels)
         self._send([(due[agent], parcels[agent]) for agent in sorted(parcels)])
-        self._waiting |= due.keys()
         self._at |= due
         return agents
 
@@ -251,7 +254,6 @@ class OwnRoundsLoop:
         self.own.take(answers, clock=clock, failed=failed)
         self.keep(answers)
         self.checkpoints.note_answers(answers)
-        self._waiting -= answers.keys()
         for agent in answers:
             self._failures.pop(agent, None)
             self._again.pop(agent, None)
@@ -291,8 +293,6 @@ class OwnRoundsLoop:
             count = self._failures[agent] = self._failures.get(agent, 0) + 1
             self._again[agent] = clock + min(LONGEST_PAUSE, 2.0 ** (count - 1))
             self._reasons[f"agent {agent}"] = reason
-        self._waiting -= failed.keys()
-        self.checkpoints.note_failed(failed)
         self.attendance.check_workers(max(self.own.rounds), self._reasons)
         return dict(failed)
 
