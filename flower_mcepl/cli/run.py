@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, final
 
@@ -21,6 +22,7 @@ from flower_mcepl.studies import Outcome, Study, compare, read_study, run_study
 from flower_mcepl.studies.runner import (
     CSV,
     MARKDOWN,
+    Task,
     finished_runs,
     strangers,
     tasks_of,
@@ -70,9 +72,10 @@ def run(
     folder of its own below `out`, and all together a table in compare.md and
     compare.csv.
 
-    Ctrl-C, a crash or a power cut cost nothing but the run that was going on: start the
-    same command again, and what is finished is skipped. A run that fails is told and
-    left for the next time; the exit code is then 1.
+    Ctrl-C, a crash or a power cut cost nothing but the rounds since the last checkpoint
+    (checkpoint-every): start the same command again. What is finished is skipped, and
+    the run that was going on goes on, unless the app's code or a version has changed.
+    A run that fails is told and left for the next time; the exit code is then 1.
 
     \b
     Examples:
@@ -95,6 +98,7 @@ def run(
             f"stopped; {done} of {len(plan.runs)} runs are finished. The same command goes on "
             "from here."
         )
+        _tell_what_goes_on(waiting(plan), console)
         raise typer.Exit(128 + getattr(stop, "signum", signal.SIGINT)) from None
     _report(plan, outcomes, console)
     if any(outcome.error is not None for outcome in outcomes):
@@ -107,14 +111,29 @@ def _list_runs(plan: Study, console: Console) -> None:
         table.add_column(title)
     states, to_do = [], waiting(plan)
     for task in tasks_of(plan):
-        states.append("to do" if task in to_do else "finished")
+        states.append(_state(task) if task in to_do else "finished")
         values = [str(task.run.config[key]) for key in plan.varied]
         table.add_row(*map(Text, (task.run.slug, *values, states[-1])))
     print_table(table)
     console.print(
-        f"{len(states)} runs, {states.count('to do')} to do, engine {plan.engine}, records in "
-        f"{plan.out}"
+        f"{len(states)} runs, {len(to_do)} to do, engine {plan.engine}, records in {plan.out}"
     )
+
+
+def _state(task: Task) -> str:
+    """What is to be done of a run."""
+    return f"to do, after round {after}" if (after := _after(task)) else "to do"
+
+
+def _after(task: Task) -> int:
+    """Round after which a run that broke off goes on; 0: it begins."""
+    return max((attempt.after for attempt in task.broken_off()), default=0)
+
+
+def _tell_what_goes_on(tasks: Iterable[Task], console: Console) -> None:
+    for task in tasks:
+        if after := _after(task):
+            console.print(f"{task.run.slug} broke off; it goes on after round {after}.")
 
 
 def _run(plan: Study, jobs: int, console: Console) -> list[Outcome]:
@@ -124,6 +143,7 @@ def _run(plan: Study, jobs: int, console: Console) -> list[Outcome]:
         f"{plan.name}: {len(plan.runs)} runs, {done} finished, {len(to_do)} to do; records in "
         f"{plan.out}"
     )
+    _tell_what_goes_on(to_do, console)
     for place, reason in unreadable(to_do):
         console.print(f"WARNING: {unreadable_line(place, reason)}")
     columns = (

@@ -21,12 +21,15 @@ record that `read_run` still reads. All counters (bytes, seconds) are totals sin
 the start of the run. ``docs/run-record.md`` lists every field.
 """
 
+import re
+from pathlib import Path
 from typing import Any
 
 CONFIG, SUMMARY, AGENTS, FRAMES = "config.json", "summary.json", "agents", "frames"
 FAILURES = "failures.txt"
 ROUNDS, RELAY, TRAFFIC = "rounds.jsonl", "relay.jsonl", "traffic.jsonl"
 EVENTS = "events.jsonl"
+CHECKPOINT = "checkpoint"
 STATUSES = ("finished", "incomplete", "interrupted", "failed")
 
 # personal models, by the run-config key ``export``: endings of their files
@@ -45,3 +48,16 @@ RELAY_KEYS = (
 )
 
 Row = dict[str, Any]
+
+_CHECKPOINT_FILE = re.compile(r"round-(\d{6,})\.checkpoint")
+
+
+def checkpoint_file(round: int) -> str:
+    """Name of the file that holds the checkpoint of a round."""
+    return f"round-{round:06d}.checkpoint"
+
+
+def checkpoint_rounds(folder: Path) -> list[int]:
+    """Return the rounds of which ``folder`` holds a checkpoint, ascending."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(m[1]) for file in files if (m := _CHECKPOINT_FILE.fullmatch(file.name)))

@@ -1,6 +1,5 @@
 """Checkpoints: what of a run must survive a round, each a bundle in one sealed file."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +7,11 @@ from flower_mcepl.errors import RecordError, StateError
 from flower_mcepl.files.atomic import remove_leftovers
 from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.files.sealed import DamagedError, Kind, read_sealed, set_aside, write_sealed
+from flower_mcepl.record.layout import checkpoint_file, checkpoint_rounds
 
 SEAL = Kind(b"FMCECKPT", 2, "a checkpoint")
 ROUND = "round"  # key of a checkpoint's facts
 KEPT = 2  # the newest and the one before
-_NAME = re.compile(r"round-(\d{6,})\.checkpoint")
 
 
 def save_checkpoint(folder: Path, round: int, checkpoint: Bundle) -> None:
@@ -31,7 +30,7 @@ def save_checkpoint(folder: Path, round: int, checkpoint: Bundle) -> None:
         write_sealed(
             path, Bundle({ROUND: round, **checkpoint.facts}, checkpoint.arrays).encode(), SEAL
         )
-        for earlier in sorted(checkpoint_rounds(folder))[:-KEPT]:
+        for earlier in checkpoint_rounds(folder)[:-KEPT]:
             _path(folder, earlier).unlink()
     except OSError as error:
         raise RecordError(f"cannot write the checkpoint {path}: {error}") from error
@@ -49,7 +48,7 @@ def newest_checkpoint(folder: Path, log: Callable[[str], None] = lambda line: No
         be read, or is of another format version. Going back further would throw away
         what it holds.
     """
-    rounds = sorted(checkpoint_rounds(folder), reverse=True)
+    rounds = checkpoint_rounds(folder)[::-1]
     reasons = []
     for round in rounds:
         try:
@@ -94,14 +93,8 @@ def drop_checkpoints(folder: Path) -> None:
         folder.rmdir()
 
 
-def checkpoint_rounds(folder: Path) -> list[int]:
-    """Return the rounds of which ``folder`` holds a checkpoint, in no order."""
-    files = folder.iterdir() if folder.is_dir() else ()
-    return [int(match[1]) for file in files if (match := _NAME.fullmatch(file.name))]
-
-
 def _path(folder: Path, round: int) -> Path:
-    return folder / f"round-{round:06d}.checkpoint"
+    return folder / checkpoint_file(round)
 
 
 def _load(path: Path) -> Bundle:

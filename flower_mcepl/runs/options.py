@@ -141,3 +141,12 @@ class RoundKeywords(TypedDict, total=False):
     agents: str
     takeover: bool
     resume: str | Path | None
+
+
+def check_nodes(num_agents: int, agents_per_node: int) -> None:
+    """Raise ConfigError unless agents divide evenly over nodes of so many."""
+    check(
+        agents_per_node >= 1 and num_agents % agents_per_node == 0,
+        f"the graph's {num_agents} agents must divide evenly over nodes of agents-per-node",
+        agents_per_node,
+    )

@@ -22,14 +22,23 @@ from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import FrameT
 from flower_mcepl.files.bundle import Bundle
 from flower_mcepl.files.sealed import file_lock
-from flower_mcepl.record.layout import CONFIG, EVENTS, FRAMES, RELAY, ROUNDS, SUMMARY, TRAFFIC
+from flower_mcepl.record.layout import (
+    CHECKPOINT,
+    CONFIG,
+    EVENTS,
+    FRAMES,
+    RELAY,
+    ROUNDS,
+    SUMMARY,
+    TRAFFIC,
+    checkpoint_rounds,
+)
 from flower_mcepl.record.parsing import read_raw
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.values import package_versions, utc_now
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.checkpoint import (
     ROUND,
-    checkpoint_rounds,
     drop_checkpoints,
     newest_checkpoint,
     save_checkpoint,
@@ -39,7 +48,7 @@ from flower_mcepl.runs.monitor import RunMonitor
 from flower_mcepl.runs.same_run import check_same_agents, check_same_run
 from flower_mcepl.runs.store import StateStore
 
-CHECKPOINT, LOCK = "checkpoint", ".lock"  # in the run record
+LOCK = ".lock"  # in the run record
 RUN = "run"  # key of config.json: 16 hex digits that stand for the run, however often it is resumed
 LAST_FRAMES = "last-frames"  # key of a checkpoint: round of each agent's last frame by then
 _FILES = (ROUNDS, RELAY, TRAFFIC)
@@ -96,7 +105,7 @@ class RunCheckpoints(Generic[FrameT]):
 
     def rounds(self) -> list[int]:
         """Return the rounds of the checkpoints that are there, ascending."""
-        return sorted(checkpoint_rounds(self.folder))
+        return checkpoint_rounds(self.folder)
 
     def save(self, round: int, more: Bundle) -> None:
         """Write the checkpoint of ``round``, with ``more`` beside it.
@@ -215,7 +224,7 @@ def _drop_later_frames(folder: Path, last: int, by_agent: Sequence[int] | None) 
 
 def how_to_resume(path: Path) -> str:
     """Line that says how the run of a record that broke off goes on."""
-    rounds = sorted(checkpoint_rounds(path / CHECKPOINT))
+    rounds = checkpoint_rounds(path / CHECKPOINT)
     if not rounds:
         return (
             f"The run in {path} has no checkpoint to go on from (checkpoint-every): start it anew."

@@ -19,7 +19,7 @@ from flower_mcepl.errors import ConfigError
 from flower_mcepl.exchange.ages import check_graph, check_votes
 from flower_mcepl.files.user_folders import user_folder
 from flower_mcepl.record.layout import EXPORTS
-from flower_mcepl.runs.options import RoundOptions
+from flower_mcepl.runs.options import RoundOptions, check_nodes
 from flower_mcepl.runs.schedules import check_schedule, check_votes_of_server
 from flower_mcepl.runs.worker_settings import WorkerSettings
 from flower_mcepl.streams import check_seed
@@ -160,6 +160,7 @@ class RunSettings(RoundOptions):
             "test the chosen states afterwards (docs/data.md).",
         )
         check_engine(self.engine)
+        check_nodes(self.num_agents, self.agents_per_node)
         check(self.round_timeout > 0, "round-timeout must be > 0 seconds", self.round_timeout)
 
     @classmethod

@@ -17,9 +17,11 @@ from flower_mcepl.errors import ConfigError, TopologyError
 from flower_mcepl.exchange.center import Center
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.relay import Relay
+from flower_mcepl.record.layout import FRAMES
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.book import check_selection, open_book
 from flower_mcepl.runs.fleet import Fleet, OnReply
+from flower_mcepl.runs.options import check_nodes
 from flower_mcepl.runs.playing import play_own_rounds, play_rounds
 from flower_mcepl.runs.schedules import check_schedule, check_votes_of_server
 from flower_mcepl.runs.speeds import Speeds
@@ -65,6 +67,7 @@ def simulate(
     max_staleness: int = 5,
     key_interval: int = 0,
     age_decay: float = 1.0,
+    agents_per_node: int = 1,
     schedule: str = ROUNDS,
     time_budget: float = 0.0,
     speeds: str | Speeds = "",
@@ -103,6 +106,9 @@ def simulate(
         As in `GossipStrategy`; a server needs no ``key_interval``.
     age_decay : float (default: 1.0)
         As in `GossipStrategy`.
+    agents_per_node : int (default: 1)
+        Agents that one node would play under Flower, neighbors by number: what they
+        hand to each other is over no link, and counted apart.
     schedule : str (default: "rounds")
         With "async" no agent waits for others: whoever answers gets its next parcel at
         once, with its neighbors' newest masks, up to ``num_rounds`` of its own.
@@ -185,7 +191,14 @@ def simulate(
         timeout_factor=timeout_factor,
         round_timeout=round_timeout,
     )
-    _check_timing(timing, patience, checkpoint_every, resume=resume, server=server)
+    _check_timing(
+        timing,
+        patience,
+        checkpoint_every,
+        agents_per_node=agents_per_node,
+        resume=resume,
+        server=server,
+    )
     exchange = _exchange(
         topology,
         server,
@@ -194,8 +207,10 @@ def simulate(
         key_interval=key_interval,
         age_decay=age_decay,
         schedule=schedule,
+        agents_per_node=agents_per_node,
     )
     _check_fleet(agents, exchange.topology, num_rounds)
+    check_nodes(len(agents), agents_per_node)
     _check_server(agents[0], server)
     replayed = timing.checked_events(num_agents=len(agents), num_rounds=num_rounds)
     times = timing.times(agents, decisions=decisions, step_seconds=step_seconds)
@@ -230,6 +245,7 @@ def simulate(
         checkpoint_every=checkpoint_every,
         keep_best=keep_best,
         patience=patience,
+        keep_frames=resume is not None and (Path(resume) / FRAMES).is_dir(),
         log=any_encoding(log),
     ) as book:
         if book.resumed is not None:
@@ -250,6 +266,7 @@ def _check_timing(
     patience: int,
     checkpoint_every: int,
     *,
+    agents_per_node: int,
     resume: str | Path | None,
     server: Server | None,
 ) -> None:
@@ -257,6 +274,7 @@ def _check_timing(
         timing.schedule,
         time_budget=timing.time_budget,
         patience=patience,
+        agents_per_node=agents_per_node,
         has_server=server is not None,
     )
     check(
@@ -277,6 +295,7 @@ def _exchange(
     key_interval: int,
     age_decay: float,
     schedule: str,
+    agents_per_node: int,
 ) -> Exchange[bytes]:
     if server is not None:
         check_votes_of_server(age_decay)
@@ -301,6 +320,7 @@ def _exchange(
         key_interval=key_interval,
         age_decay=age_decay,
         schedule=schedule,
+        agents_per_node=agents_per_node,
     )
 
 

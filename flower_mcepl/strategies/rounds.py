@@ -25,7 +25,6 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from flower_mcepl.config.checks import check
 from flower_mcepl.config.schedules import ASYNC
 from flower_mcepl.errors import ConfigError, RosterError
 from flower_mcepl.exchange.exchange import Exchange
@@ -35,7 +34,7 @@ from flower_mcepl.messages.order import Order
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.book import RunBook, check_selection, open_book
 from flower_mcepl.runs.monitor import RunMonitor
-from flower_mcepl.runs.options import RoundOptions
+from flower_mcepl.runs.options import RoundOptions, check_nodes
 from flower_mcepl.runs.own_rounds import OwnRounds
 from flower_mcepl.runs.settings import RunSettings
 from flower_mcepl.runs.simulated import in_simulation
@@ -89,11 +88,7 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             raise ConfigError(f"min_agents must be in 0..{num_agents}; got {options.min_agents}.")
         self.record_root, self.name = record, name
         self.config = dict(config or {})
-        check(
-            num_agents % options.agents_per_node == 0,
-            f"the graph's {num_agents} agents must divide evenly over nodes of agents-per-node",
-            options.agents_per_node,
-        )
+        check_nodes(num_agents, options.agents_per_node)
         per_node = options.agents_per_node
         keys = read_agent_keys(options.agents, per_key=per_node) if options.agents else None
         self.roster = Roster(num_agents, Identities(keys, takeover=options.takeover))

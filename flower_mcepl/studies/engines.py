@@ -15,6 +15,7 @@ from flower_mcepl.config.fields import read_fields
 from flower_mcepl.errors import ConfigError, FlowerMceplError, RecordError
 from flower_mcepl.launch import run_app
 from flower_mcepl.launch.logs import excerpt
+from flower_mcepl.launch.restarts import RESUME
 from flower_mcepl.record.reading import read_run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings, read_device
@@ -34,14 +35,23 @@ if TYPE_CHECKING:
     from flower_mcepl.clients.app import AgentApp
 
 Log = Callable[[str], None]
-Engine = Callable[[FlowerApp, Mapping[str, Any], Path, Log], Path]
-"""``engine(app, config, folder, log)`` returns the run record that it leaves."""
+Engine = Callable[[FlowerApp, Mapping[str, Any], Path, Log, Path | None], Path]
+"""``engine(app, config, folder, log, resume)`` returns the run record that it leaves.
+
+``resume`` is the record of a run that broke off, below the same folder.
+"""
 
 # a client keeps modules and data for as long as the run's number stays
 _run_ids = itertools.count(1)
 
 
-def run_in_flower(app: FlowerApp, config: Mapping[str, Any], folder: Path, log: Log) -> Path:
+def run_in_flower(
+    app: FlowerApp,
+    config: Mapping[str, Any],
+    folder: Path,
+    log: Log,
+    resume: Path | None = None,
+) -> Path:
     """Run the app in a private SuperLink.
 
     Raises
@@ -55,7 +65,7 @@ def run_in_flower(app: FlowerApp, config: Mapping[str, Any], folder: Path, log: 
     }
     outcome = run_app(
         app.folder,
-        run_config={**set_here, "record-dir": folder},
+        run_config={**set_here, "record-dir": folder, **({RESUME: resume} if resume else {})},
         on_line=log,
     )
     if not outcome.ok:
@@ -71,7 +81,13 @@ def run_in_flower(app: FlowerApp, config: Mapping[str, Any], folder: Path, log: 
 
 
 def run_in_process(
-    app: FlowerApp, config: Mapping[str, Any], folder: Path, log: Log, *, engine: str = ""
+    app: FlowerApp,
+    config: Mapping[str, Any],
+    folder: Path,
+    log: Log,
+    resume: Path | None = None,
+    *,
+    engine: str = "",
 ) -> Path:
     """Run the app's agents with `simulate`, without Flower's messages.
 
@@ -87,12 +103,15 @@ def run_in_process(
     refuse_export(config)
     refuse_schedule(config)
     contexts = _contexts(config, settings.num_agents)
-    record = RunRecord.create(
-        name=app.name,
-        path=folder / app.name,
-        config={"run_config": dict(config), "seed": settings.seed},
-        with_frames=settings.keep_frames,
-    )
+    path = resume or folder / app.name
+    record = None
+    if resume is None:
+        record = RunRecord.create(
+            name=app.name,
+            path=path,
+            config={"run_config": dict(config), "seed": settings.seed},
+            with_frames=settings.keep_frames,
+        )
     with imported_client(app) as client:
         with torch_threads(device.threads):
             agents = [client.agent_fn(context) for context in contexts]
@@ -106,16 +125,19 @@ def run_in_process(
             max_staleness=settings.max_staleness,
             key_interval=settings.key_interval,
             age_decay=settings.age_decay,
+            agents_per_node=settings.agents_per_node,
             keep_best=settings.keep_best,
             patience=settings.patience,
             threads=device.threads,
             engine=engine or settings.engine,
             tell_classes=device.tell_classes,
             record=record,
+            checkpoint_every=settings.checkpoint_every,
+            resume=resume,
             decisions=read_run(device.decisions).decisions if device.decisions else None,
             log=log,
         )
-    return record.path
+    return path
 
 
 def introductions(app: FlowerApp, config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from flower_mcepl.config.checks import check
 from flower_mcepl.config.schedules import ROUNDS
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.launch.plan import app_settings, flat
+from flower_mcepl.launch.restarts import RESUME
 
 if TYPE_CHECKING:
     from flower_mcepl.clients.app import AgentApp
@@ -125,4 +126,14 @@ def refuse_export(config: Mapping[str, Any]) -> None:
         "export writes models at the end of a run under Flower; in process it must be empty",
         config.get("export"),
         "Use flower-mcepl export on the record.",
+    )
+
+
+def refuse_resume(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where all runs are to go on with one that broke off."""
+    check(
+        not config.get(RESUME),
+        "a study goes on with its runs that broke off by itself; resume must be empty",
+        config.get(RESUME),
+        "Leave it out.",
     )

@@ -7,7 +7,7 @@
     ├── logs/                    one log a run, of its last attempt
     ├── compare.md, compare.csv  the table over all finished runs
     ├── study.toml               the study file of the last start
-    ├── .unfinished/             runs that go on or failed; the next start clears it
+    ├── .unfinished/             runs under way, broken off or failed, see `attempts`
     ├── .replaced/               records as others take their places
     └── .lock                    held while a process is at work here
 """
@@ -15,22 +15,31 @@
 import contextlib
 import shutil
 import signal
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flower_mcepl.errors import ConfigError, FlowerMceplError
 from flower_mcepl.files.sealed import file_lock
 from flower_mcepl.launch.plan import refuse_windows
 from flower_mcepl.record.pools import LABEL
-from flower_mcepl.record.reading import Run
+from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.compare import compare
 from flower_mcepl.report.tables import write_csv, write_markdown
+from flower_mcepl.studies.attempts import (
+    Attempt,
+    Subject,
+    begin_attempt,
+    can_resume,
+    clear_attempts,
+    end_attempts,
+    find_attempts,
+    subject_of,
+)
 from flower_mcepl.studies.flower_app import FLOWER, FlowerApp
 from flower_mcepl.studies.processes import side_by_side
 from flower_mcepl.studies.records import (
@@ -42,8 +51,11 @@ from flower_mcepl.studies.records import (
 )
 from flower_mcepl.studies.study import PlannedRun, Study
 
-UNFINISHED, LOGS = ".unfinished", "logs"
-Attempts = Generator[tuple["Task", str | None], None, None]
+if TYPE_CHECKING:
+    from flower_mcepl.studies.engines import Engine
+
+LOGS = "logs"
+Outcomes = Generator[tuple["Task", str | None], None, None]
 MARKDOWN, CSV, STUDY_COPY = "compare.md", "compare.csv", "study.toml"
 
 
@@ -61,6 +73,15 @@ class Task:
     def record(self) -> Path:
         """Folder of the finished run's record."""
         return self.out / self.run.slug
+
+    @property
+    def subject(self) -> Subject:
+        """What attempts at the run are at."""
+        return subject_of(self.run.digest, self.engine, self.app)
+
+    def broken_off(self) -> list[Attempt]:
+        """Attempts that can be gone on with, the one that came furthest first."""
+        return find_attempts(self.out, self.subject) if can_resume(self.engine, self.app) else []
 
     @property
     def log(self) -> Path:
@@ -128,18 +149,18 @@ def run_study(
         )
     study.out.mkdir(parents=True, exist_ok=True)
     with _only_runner(study.out):
-        shutil.rmtree(study.out / UNFINISHED, ignore_errors=True)
         restore_records(study.out)
         _label_records(study)
         (study.out / LOGS).mkdir(exist_ok=True)
         if study.file.resolve() != (study.out / STUDY_COPY).resolve():
             shutil.copyfile(study.file, study.out / STUDY_COPY)
         to_do = waiting(study)
+        clear_attempts(study.out, but=[task.subject for task in to_do])
         outcomes = []
         try:
             # whatever happens, nobody works on unheld
-            with contextlib.closing(_attempts(to_do, jobs)) as attempts:
-                for task, error in attempts:
+            with contextlib.closing(_carried_out(to_do, jobs)) as ended:
+                for task, error in ended:
                     outcomes.append(Outcome(task, error))
                     tell(outcomes[-1])
         finally:
@@ -198,7 +219,7 @@ def _write_tables(study: Study) -> None:
         write_csv(comparison, study.out / CSV)
 
 
-def _attempts(tasks: Sequence[Task], jobs: int) -> Attempts:
+def _carried_out(tasks: Sequence[Task], jobs: int) -> Outcomes:
     if jobs > 1:
         return side_by_side(attempt, tasks, jobs=jobs)
     return ((task, attempt(task)) for task in tasks)
@@ -206,8 +227,10 @@ def _attempts(tasks: Sequence[Task], jobs: int) -> Attempts:
 
 def attempt(task: Task) -> str | None:
     """Carry out one run; return what went wrong (its log has the traceback)."""
+    before = task.broken_off()
+    mode = "a" if before else "w"  # one run, one log
     # what an app prints may hold names of files that are no text
-    with open(task.log, "w", encoding="utf-8", errors="backslashreplace", buffering=1) as log:
+    with open(task.log, mode, encoding="utf-8", errors="backslashreplace", buffering=1) as log:
         interrupts: list[int] = []
         try:
             # An app that prints would disturb the progress shown.
@@ -216,7 +239,7 @@ def attempt(task: Task) -> str | None:
                 contextlib.redirect_stderr(log),
                 _noting(interrupts),
             ):
-                _carry_out(task, lambda line: _write(log, line))
+                _carry_out(task, before, lambda line: _write(log, line))
         except Exception as error:  # a run may fail in any way; the study goes on with the others
             if interrupts:
                 raise KeyboardInterrupt from error
@@ -252,21 +275,14 @@ def _write(log: Any, line: str) -> None:
     log.write(line + "\n")
 
 
-def _carry_out(task: Task, log: Callable[[str], None]) -> None:
+def _carry_out(task: Task, before: Sequence[Attempt], log: Callable[[str], None]) -> None:
     """Leave the finished record in its place, in one step at the very end.
 
     What lies there stays until then: a run that fails costs nothing.
     """
-    from flower_mcepl.studies.engines import ENGINES  # loads torch
-
     for place, reason in unreadable([task]):
         log(unreadable_line(place, reason))
-    unfinished = task.out / UNFINISHED
-    unfinished.mkdir(exist_ok=True)
-    # A name of its own for every attempt: a run that outlives a killed study writes
-    # nowhere near the next attempt.
-    folder = Path(tempfile.mkdtemp(prefix=f"{task.run.slug}.", dir=unfinished))
-    record = ENGINES[task.engine](task.app, task.run.config, folder, log)
+    record = _gone_on(task, before, log) or _begun(task, log)
     about = {
         "name": task.study,
         "app": task.app.name,
@@ -276,7 +292,46 @@ def _carry_out(task: Task, log: Callable[[str], None]) -> None:
     }
     RunRecord(record).amend_config(study=about)
     replace_record(record, task.record, task.run.digest)
-    folder.rmdir()
+    end_attempts(task.out, task.subject)
+
+
+def _gone_on(task: Task, before: Sequence[Attempt], log: Callable[[str], None]) -> Path | None:
+    """Record of a run that broke off and has finished now.
+
+    None where none can go on: what may be no longer as it was, such as the agents'
+    data, is found out as it does.
+    """
+    for attempt in before:
+        if attempt.finished:
+            return attempt.record
+        log(f"the run broke off; it goes on after round {attempt.after}.")
+        resumptions = _resumptions(attempt.record)
+        try:
+            return _engine(task)(
+                task.app, task.run.config, attempt.record.parent, log, attempt.record
+            )
+        except FlowerMceplError as error:
+            if _resumptions(attempt.record) > resumptions:
+                raise
+            log(f"it cannot: {error}")
+    return None
+
+
+def _begun(task: Task, log: Callable[[str], None]) -> Path:
+    """Record of a run that was begun, and has finished."""
+    folder = begin_attempt(task.out, task.run.slug, task.subject)
+    return _engine(task)(task.app, task.run.config, folder, log, None)
+
+
+def _engine(task: Task) -> "Engine":
+    from flower_mcepl.studies.engines import ENGINES  # loads torch
+
+    return ENGINES[task.engine]
+
+
+def _resumptions(record: Path) -> int:
+    """How often the run of a record has gone on."""
+    return len(read_run(record).config.get("resumptions") or [])
 
 
 def _only_runner(folder: Path) -> contextlib.AbstractContextManager[None]:

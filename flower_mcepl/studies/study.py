@@ -6,7 +6,7 @@ What the checks need of agents and runs loads torch, so it is imported as they b
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from flower_mcepl.config.checks import closest
 from flower_mcepl.errors import ConfigError, FlowerMceplError
 from flower_mcepl.launch.plan import format_run_config
+from flower_mcepl.launch.restarts import RESUME
 from flower_mcepl.record.metric import MainMetric
 from flower_mcepl.record.pools import varied
 from flower_mcepl.studies.flower_app import (
@@ -21,6 +22,7 @@ from flower_mcepl.studies.flower_app import (
     FlowerApp,
     read_app,
     refuse_export,
+    refuse_resume,
     refuse_schedule,
 )
 from flower_mcepl.studies.study_file import Combination, StudyFile
@@ -164,13 +166,15 @@ def _check(file: StudyFile, app: FlowerApp, combination: Combination, engine: st
     problem = _problem(app, combination.settings)
     if problem is not None:
         raise _explain(file, app, combination, problem)
+    rules: dict[str, Callable[[Mapping[str, Any]], None]] = {RESUME: refuse_resume}
     if engine != FLOWER:
-        for key, refuse in (("export", refuse_export), ("schedule", refuse_schedule)):
-            try:
-                refuse({**app.config, **combination.settings})
-            except ConfigError as error:
-                place = combination.places.get(key, combination.origin)
-                raise file.error(place, str(error)) from None
+        rules |= {"export": refuse_export, "schedule": refuse_schedule}
+    for key, refuse in rules.items():
+        try:
+            refuse({**app.config, **combination.settings})
+        except ConfigError as error:
+            place = combination.places.get(key, combination.origin)
+            raise file.error(place, str(error)) from None
 
 
 def _wrong_type(key: str, value: Any, default: Any) -> str | None:

@@ -27,9 +27,9 @@ from flower_mcepl.errors import RecordError, RosterError
 from flower_mcepl.exchange.parcels import Answer, Posted
 from flower_mcepl.exchange.relay import Relay
 from flower_mcepl.files.bundle import Bundle
+from flower_mcepl.record.layout import checkpoint_rounds
 from flower_mcepl.runs import checkpoint
 from flower_mcepl.runs.checkpoint import (
-    checkpoint_rounds,
     drop_checkpoints,
     newest_checkpoint,
     save_checkpoint,
@@ -129,7 +129,7 @@ def test_checkpoints_are_exact_and_the_previous_one_is_kept(tmp_path: Path) -> N
     }
     for round in (3, 6, 9):
         save_checkpoint(tmp_path, round, Bundle({"π": [0.1, None, "ß"]}, arrays))
-    assert sorted(checkpoint_rounds(tmp_path)) == [6, 9]
+    assert checkpoint_rounds(tmp_path) == [6, 9]
     found = newest_checkpoint(tmp_path)
     assert found.facts == {"round": 9, "π": [0.1, None, "ß"]}
     assert found.arrays.keys() == arrays.keys()

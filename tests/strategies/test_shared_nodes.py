@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flower_mcepl import ConfigError, FlowerMceplError, Topology
+from flower_mcepl import ConfigError, FlowerMceplError, Topology, simulate
 from flower_mcepl.clients import make_client_app, neighbor_average_mod, stacked_seats
 from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.clients.seats import seat_context
@@ -22,6 +22,7 @@ from flower_mcepl.report.table import agent_table
 from flower_mcepl.runs.settings import RunSettings
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.strategies.shared_nodes import Seat, SharedNodes
+from tests.fleet.agents import make_fleet
 from tests.fleet.flower import RecordingGrid, app_grid, gossip
 from tests.fleet.flower_messages import RUN_CONFIG, a_context, be_a_node, data_fn, model_fn
 
@@ -260,6 +261,9 @@ def test_agents_must_divide_evenly_over_the_nodes() -> None:
         GossipStrategy(RING, agents_per_node=4)
     with pytest.raises(ConfigError, match="agents-per-node must be >= 1"):
         GossipStrategy(RING, agents_per_node=0)
+    for per_node in (0, 4):
+        with pytest.raises(ConfigError, match=rf"6 agents must divide evenly .* got {per_node}"):
+            simulate(make_fleet(6), RING, num_rounds=1, agents_per_node=per_node)
 
 
 def test_an_app_of_its_own_plays_one_agent_a_node() -> None:

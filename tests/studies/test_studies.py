@@ -33,6 +33,7 @@ from flower_mcepl.report.final_masks import final_masks
 from flower_mcepl.report.tables import cells, footnotes, markdown, titles, write_csv
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.studies import Study, compare, find_records, read_study, run_study, runner
+from flower_mcepl.studies.attempts import UNFINISHED
 from flower_mcepl.studies.engines import ENGINES, run_in_process
 from flower_mcepl.studies.flower_app import FlowerApp, imported_client
 from flower_mcepl.studies.lines import key_lines, line_of_error
@@ -42,7 +43,6 @@ from flower_mcepl.studies.runner import (
     CSV,
     MARKDOWN,
     STUDY_COPY,
-    UNFINISHED,
     Outcome,
     finished_runs,
     strangers,
@@ -273,6 +273,39 @@ def test_what_means_nothing_in_process_is_refused_before_the_first_run(
         return
     with pytest.raises(ConfigError, match=rf"line \d+: {rule}"):
         read_study(path)
+
+
+@pytest.mark.parametrize("engine", ["flower", "in-process"])
+def test_one_resumption_for_all_runs_is_refused(engine: str, tmp_path: Path) -> None:
+    app = write_app(tmp_path / "apps")
+    pyproject = app / "pyproject.toml"
+    config = "[tool.flwr.app.config]\n"
+    text = pyproject.read_text(encoding="utf-8").replace(config, f'{config}resume = ""\n')
+    pyproject.write_text(text, encoding="utf-8")
+    assert read_study(write_study(tmp_path, app, "", engine=engine)).runs
+    path = write_study(tmp_path, app, "[config]\nresume = 'runs/x'\n", engine=engine)
+    with pytest.raises(ConfigError, match=r"line 5: a study goes on .* by itself"):
+        read_study(path)
+
+
+def test_nodes_of_several_agents_have_their_own_bytes(tmp_path: Path) -> None:
+    """Pairs of a ring hand to each other over no link: half of its links are left."""
+    app = write_app(tmp_path / "apps", "pairs")
+    pyproject = app / "pyproject.toml"
+    config = "[tool.flwr.app.config]\n"
+    text = pyproject.read_text(encoding="utf-8").replace(config, f"{config}agents-per-node = 1\n")
+    pyproject.write_text(text, encoding="utf-8")
+    plan = read_study(write_study(tmp_path, app, "[grid]\nagents-per-node = [1, 2]\n"))
+    assert [outcome.error for outcome in run_study(plan)] == [None, None]
+    alone, pairs = (read_run(task.record) for task in tasks_of(plan))
+    assert facts(alone.path)[0] == facts(pairs.path)[0]  # the same frames
+    whole, counted = ((run.summary or {})["bytes"] for run in (alone, pairs))
+    assert "local_total" not in whole
+    assert counted["links_total"] + counted["local_total"] == whole["links_total"]
+    assert 0 < counted["local_total"] < whole["links_total"]
+    odd = write_study(tmp_path, app, "[config]\nagents-per-node = 3\n")
+    with pytest.raises(ConfigError, match="4 agents must divide evenly over nodes"):
+        read_study(odd)
 
 
 def test_study_without_a_grid_is_one_run(study: Callable[..., Study]) -> None:
@@ -535,16 +568,14 @@ def test_ctrl_c_stops_the_study_even_where_a_library_makes_another_error_of_it(
     plan = study("[grid]\nseed = [1, 2, 3]\n")
     in_process = ENGINES["in-process"]
 
-    def interrupted(
-        app: FlowerApp, config: Mapping[str, Any], folder: Path, log: Callable[[str], None]
-    ) -> Path:
+    def interrupted(app: FlowerApp, config: Mapping[str, Any], *rest: Any) -> Path:
         if config["seed"] == 2:
             try:
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(5)
             except KeyboardInterrupt:
                 raise ValueError("could not determine the shape") from None
-        return in_process(app, config, folder, log)
+        return in_process(app, config, *rest)
 
     monkeypatch.setitem(ENGINES, "in-process", interrupted)
     ended: list[Outcome] = []
@@ -688,7 +719,7 @@ PLACES = {
     "log_round": RunRecord,
     "amend_config": RunRecord,
     "rename": Path,
-    "rmdir": Path,
+    "rmtree": shutil,
     "write_csv": runner,
 }
 
@@ -718,7 +749,7 @@ def killed(path: Path, at: str, count: int) -> None:
         # the first record is whole, but unmarked
         pytest.param("amend_config", 3, 0, marks=pytest.mark.slow),
         # right after the first record went to its place
-        pytest.param("rmdir", 1, 1, marks=pytest.mark.slow),
+        pytest.param("rmtree", 2, 1, marks=pytest.mark.slow),
         pytest.param("write_csv", 1, 3, marks=pytest.mark.slow),
     ],
 )

@@ -1,0 +1,146 @@
+"""Attempts at a study's runs: one that broke off is gone on with.
+
+::
+
+    OUT/.unfinished/SLUG.RANDOM/
+    ├── attempt.json   what it is an attempt at, see `subject_of`
+    └── records/       where the engine leaves the run record
+
+A name of its own for every attempt: a run that outlives a killed study writes nowhere
+near another one.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from flower_mcepl.errors import RecordError
+from flower_mcepl.files.atomic import replace_file
+from flower_mcepl.launch.restarts import RESUME
+from flower_mcepl.record.layout import CHECKPOINT, checkpoint_rounds
+from flower_mcepl.record.parsing import read_raw
+from flower_mcepl.record.reading import read_run
+from flower_mcepl.record.values import package_versions, to_json
+from flower_mcepl.studies.flower_app import FLOWER, FlowerApp
+
+UNFINISHED = ".unfinished"
+ABOUT, RECORDS = "attempt.json", "records"
+Subject = dict[str, Any]
+"""What an attempt is at, JSON-able: nothing of it may change while a run goes on."""
+
+
+@final
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt at a run, which broke off.
+
+    Attributes
+    ----------
+    record : Path
+        Its run record.
+    after : int
+        Round of the checkpoint that it goes on from; 0: none.
+    finished : bool
+        Whether the run has finished, and its record has yet to be put in its place.
+    """
+
+    record: Path
+    after: int
+    finished: bool
+
+
+def subject_of(digest: str, engine: str, app: FlowerApp) -> Subject:
+    """What an attempt at a run is at: its digest, engine, code and versions."""
+    return {
+        "digest": digest,
+        "engine": engine,
+        "code": code_digest(app.folder),
+        "versions": package_versions(),
+    }
+
+
+# A process imports an app's modules once, so once it is looked what they are.
+@functools.cache
+def code_digest(folder: Path) -> str:
+    """SHA-256 over an app's Python files; none of environments and hidden folders."""
+    digest = hashlib.sha256()
+    for path in sorted(_python_files(folder)):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _python_files(folder: Path) -> Iterator[Path]:
+    for top, folders, files in os.walk(folder):
+        inside = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in inside if not Path(top, name, "pyvenv.cfg").exists()]
+        yield from (Path(top, name) for name in files if name.endswith(".py"))
+
+
+def begin_attempt(out: Path, slug: str, subject: Subject) -> Path:
+    """Make the folder of a new attempt; return the one that its engine is given."""
+    (out / UNFINISHED).mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{slug}.", dir=out / UNFINISHED))
+    records = folder / RECORDS
+    records.mkdir()
+    replace_file(folder / ABOUT, to_json(subject).encode())
+    return records
+
+
+def find_attempts(out: Path, subject: Subject) -> list[Attempt]:
+    """Attempts that can be gone on with, the one that came furthest first."""
+    found = [one for folder in _folders(out) if _subject(folder) == subject for one in _in(folder)]
+    return sorted(found, key=lambda one: (one.finished, one.after), reverse=True)
+
+
+def clear_attempts(out: Path, *, but: Collection[Subject]) -> None:
+    """Remove attempts, but those at these runs that can be gone on with."""
+    for folder in _folders(out):
+        if _subject(folder) not in but or not any(_in(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_attempts(out: Path, subject: Subject) -> None:
+    """Remove the attempts at a run that has finished."""
+    for folder in _folders(out):
+        if _subject(folder) == subject:
+            shutil.rmtree(folder)
+
+
+def can_resume(engine: str, app: FlowerApp) -> bool:
+    """Whether an app's runs can be told to go on: Flower takes no key that it lacks."""
+    return engine != FLOWER or RESUME in app.config
+
+
+def _in(folder: Path) -> Iterator[Attempt]:
+    """What there is to go on from in the folder of an attempt."""
+    for record in sorted((folder / RECORDS).glob("*")):
+        after = max(checkpoint_rounds(record / CHECKPOINT), default=0)
+        if (finished := _is_finished(record)) or after:
+            yield Attempt(record, after, finished)
+
+
+def _subject(folder: Path) -> Subject | None:
+    """What an attempt is at; None where its folder does not say so."""
+    with contextlib.suppress(RecordError, OSError):
+        return read_raw(folder / ABOUT)
+    return None
+
+
+def _is_finished(record: Path) -> bool:
+    with contextlib.suppress(RecordError, OSError):
+        return read_run(record).finished
+    return False
+
+
+def _folders(out: Path) -> list[Path]:
+    unfinished = out / UNFINISHED
+    return sorted(unfinished.iterdir()) if unfinished.is_dir() else []
