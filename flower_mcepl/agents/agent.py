@@ -3,8 +3,10 @@
 import abc
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from flower_mcepl.data.batches import EVALUATED, AgentData
@@ -40,6 +42,8 @@ class Agent(abc.ABC):
     weights_from: str = ""
     layers: dict[str, tuple[int, ...]]  # shape of each layer's outgoing tensor
     layers_down: dict[str, tuple[int, ...]] | None = None  # of what it hears; None: the same
+    # what the floats of a layer stand for, where it is not float32 (`parts.words`)
+    float_types: Mapping[str, torch.dtype] = MappingProxyType({})
     depth: int = 0  # stages that it holds of the network; 0: the network has none
     # `layers` of agents of each depth, where there are several
     layers_by_depth: tuple[dict[str, tuple[int, ...]], ...] = ()

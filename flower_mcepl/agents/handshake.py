@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flower_mcepl.agents.agent import CLASS_FACTS, Agent
+from flower_mcepl.config.checks import check
 from flower_mcepl.errors import FingerprintError
 
 PARAMETERS = "parameters"  # key of `Agent.parameters`, which makes facts a handshake
@@ -26,9 +27,21 @@ def introduction(agent: Agent, *, tell_classes: bool) -> dict[str, Any]:
 
     Without ``tell_classes`` it keeps to itself which classes it holds, and how many
     examples of each.
+
+    Raises
+    ------
+    ConfigError
+        If the agent calls a fact as the record would call another one.
     """
     secret = () if tell_classes else CLASS_FACTS
     facts = {key: fact for key, fact in agent.describe().items() if key not in secret}
+    wrong = [key for key in facts if "_" in key]
+    check(
+        not wrong,
+        "names of an agent's facts must be in kebab-case, without _",
+        wrong,
+        "Rename them in Agent.describe.",
+    )
     return {**facts, PARAMETERS: agent.parameters()}
 
 

@@ -13,6 +13,7 @@ from flower_mcepl.agents.array_layout import ArrayLayout, Arrays
 from flower_mcepl.agents.parts.averaging import DEGREE, metropolis_pull
 from flower_mcepl.agents.parts.groups import check_group, groups_of, state_of
 from flower_mcepl.agents.parts.votes import WHOLE
+from flower_mcepl.agents.parts.words import from_words, to_words
 from flower_mcepl.errors import ConfigError, DivergedError, StateError
 
 Metrics = Mapping[str, float]
@@ -89,6 +90,10 @@ class NeighborAverageAgent(Agent):
             )
         self._shapes = {name: shape for name, (_, shape) in layout.arrays.items()}
         self.layers = {name: self._shape_sent(name) for name in self._averaged} | {DEGREE: (1,)}
+        self.float_types = {
+            name: torch.from_numpy(np.empty(0, layout.arrays[name][0])).dtype
+            for name in self._averaged
+        }
         self._arrays = {} if initial is None else _tensors(layout.take(initial))
         self._degree = 0  # number of neighbors in the last inbox; 0: unknown
         self._num_examples: int | None = None  # as the app last said
@@ -106,7 +111,7 @@ class NeighborAverageAgent(Agent):
         own = {name: _summed(self._present()[name]) for name in self._averaged}
         heard = {
             sender: {DEGREE: payload[DEGREE]}
-            | {name: _heard(payload[name], like=x) for name, x in own.items()}
+            | {name: from_words(payload[name], x.dtype).reshape(x.shape) for name, x in own.items()}
             for sender, payload in inbox.items()
         }
         pull = metropolis_pull(own, heard, degree=max(self._degree, len(inbox)), votes=votes)
@@ -140,7 +145,7 @@ class NeighborAverageAgent(Agent):
 
     def outgoing(self) -> dict[str, Tensor]:
         """Return the trained arrays of floats, as they travel, and the own degree."""
-        sent = {name: _words(self._arrays[name]) for name in self._averaged}
+        sent = {name: to_words(self._arrays[name]) for name in self._averaged}
         return {**sent, DEGREE: torch.tensor([float(self._degree)])}
 
     def evaluate(self) -> dict[str, float]:
@@ -203,20 +208,3 @@ def _tensors(arrays: Arrays) -> dict[str, Tensor]:
 def _summed(x: Tensor) -> Tensor:
     """Return an array in the type in which sums are taken."""
     return x.float() if x.dtype == torch.float16 else x
-
-
-def _words(x: Tensor) -> Tensor:
-    """Return an array as it travels: in 32-bit words, of which a float64 has two."""
-    if x.dtype == torch.float64:
-        return x.reshape(*x.shape, 1).contiguous().view(torch.float32).clone()
-    return x.to(torch.float32, copy=True)
-
-
-def _heard(words: Tensor, *, like: Tensor) -> Tensor:
-    """Undo `_words`, in the type in which sums are taken."""
-    words = words.to_dense().to(torch.float32)
-    return (
-        words.contiguous().view(torch.float64).reshape(like.shape)
-        if like.dtype == torch.float64
-        else words
-    )

@@ -120,4 +120,5 @@ def _neighbor_of(agent: Agent, max_staleness: int) -> Mailbox:
         prior=agent.prior,
         first=agent.first_payload(),
         lists=agent.layers_by_depth,
+        float_types=agent.float_types,
     )

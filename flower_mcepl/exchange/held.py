@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flower_mcepl.agents.parts.words import from_words
 from flower_mcepl.errors import CorruptFrameError, StateError
 from flower_mcepl.files.bundle import Arrays
 from flower_mcepl.wire.layout import digest
@@ -233,10 +234,18 @@ def restore_held(
     return held
 
 
-def check_finite(tensors: Mapping[str, Tensor], who: str) -> None:
-    """Refuse values from which an average would never recover."""
+def check_finite(
+    tensors: Mapping[str, Tensor], who: str, *, types: Mapping[str, torch.dtype]
+) -> None:
+    """Refuse values from which an average would never recover.
+
+    ``types`` say what floats stand for, where that is not float32.
+    """
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.bool and not bool(tensor.to_dense().isfinite().all()):
+        if tensor.dtype == torch.bool:
+            continue
+        values = from_words(tensor, types.get(name, torch.float32))
+        if not bool(values.isfinite().all()):
             raise CorruptFrameError(
                 f"values must be finite; {who} has some in layer {name!r} that are infinite or "
                 "not a number. Look at why its training left the finite numbers."

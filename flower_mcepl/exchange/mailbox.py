@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,9 @@ class Mailbox:
         have, each list by names and shapes; ``layers`` is one of them.
     age_decay : float (default: 1.0)
         λ in (0, 1]: what a vote is multiplied by for each round of its age.
+    float_types : Mapping[str, torch.dtype] (default: all float32)
+        What the floats of a layer stand for, where that is another type
+        (`agents.parts.words`): it is those that must be finite.
 
     Raises
     ------
@@ -92,6 +96,7 @@ class Mailbox:
         run: str = "",
         lists: Sequence[Layers] = (),
         age_decay: float = 1.0,
+        float_types: Mapping[str, torch.dtype] = MappingProxyType({}),
     ) -> None:
         check_decay(age_decay)
         if max_staleness < 0:
@@ -108,6 +113,7 @@ class Mailbox:
             sum(map(math.prod, self._layers.values())), only_masks=dtype == torch.bool
         )
         self._dtype, self._prior, self._first = dtype, prior, first
+        self._float_types = float_types
         self._held: dict[int, Held] = {}
         self._unpacked: dict[int, Reference | None] = {}  # just come, asked for at once
         self._doubtful: set[int] = set()  # senders that a whole frame is wanted of
@@ -241,7 +247,8 @@ class Mailbox:
         usable = [*(past.reference(self._layers) for past in held), *self._common]
         frame = unpack_frame(payload, header, references=usable, prior=self._prior)
         reference = frame.as_reference()
-        check_finite(reference.tensors, name_frame(header.sender, header.round))
+        who = name_frame(header.sender, header.round)
+        check_finite(reference.tensors, who, types=self._float_types)
         decoded = Held.of(reference, self._layers)
         _decoded.put(key, decoded)
         return decoded, reference

@@ -135,6 +135,7 @@ def open_mail(
         run=run,
         lists=agent.layers_by_depth,
         age_decay=age_decay,
+        float_types=agent.float_types,
     )
     outbox = Outbox(
         owner=agent.index,

@@ -234,7 +234,9 @@ def _read_handshake(fields: Fields) -> dict[str, Any]:
     facts[PARAMETERS] = fields.json(
         PARAMETERS, most=fields.limits.parameters, depth=fields.limits.depth
     )
-    for key in [key for key in fields.rest if key.replace("_", "-") in _COUNTS]:
+    for key in fields.rest:  # else the record, in snake_case, would have a fact twice
+        fields.check("_" not in key, "names of facts must be in kebab-case, without _", key)
+    for key in [key for key in fields.rest if key in _COUNTS]:
         fields.number(key, most=_MOST)
     if KEPT_BY_LAYER in fields:
         fields.numbers(KEPT_BY_LAYER, most=MOST_WEIGHTS)
@@ -247,8 +249,7 @@ def _read_handshake(fields: Fields) -> dict[str, Any]:
         rule = f"{key} must be a finite number, bool, text, or list of one of these"
         fits = is_fact(value, most=fields.limits.text)
         fields.check(fits, f"{rule}, of at most {fields.limits.text} characters", value)
-        # the record makes no difference between - and _
-        known, is_right = _KNOWN.get(key.replace("_", "-"), ("", lambda value: True))
+        known, is_right = _KNOWN.get(key, ("", lambda value: True))
         fields.check(is_right(value), f"{key} must be {known}", value)
     return {key: visible_json(value) for key, value in facts.items()}
 

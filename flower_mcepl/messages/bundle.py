@@ -10,7 +10,7 @@ from typing import Any, final
 
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.messages import keys
-from flower_mcepl.messages.limits import LIMITS, MakeRecord, Records
+from flower_mcepl.messages.limits import LIMITS, Fields, MakeRecord, Records
 
 
 @final
@@ -55,35 +55,31 @@ class NodeBundle:
         ConfigError
             If it is no bundle, or one of other seats than it says.
         """
-        about = records.get(keys.BUNDLE, {})
-        per_node, seats = about.get(keys.PER_NODE), about.get(keys.SEATS)
-        if (
-            type(per_node) is not int
-            or not 1 <= per_node <= LIMITS.agent
-            or not isinstance(seats, list)
-            or not all(type(seat) is int and 0 <= seat < per_node for seat in seats)
-            or len(set(seats)) != len(seats)
-        ):
-            raise ConfigError(
-                "a message to several agents of a node names their number and their seats below "
-                f"it; got {dict(about)!s:.200}. Use the same release of flower-mcepl on server "
-                "and devices."
-            )
+        fields = Fields(
+            records.get(keys.BUNDLE),
+            keys.BUNDLE,
+            error=ConfigError,
+            limits=LIMITS,
+            way_out=". Use the same release of flower-mcepl on server and devices.",
+        )
+        per_node = fields.number(keys.PER_NODE, least=1, most=LIMITS.agent)
+        seats = fields.agents(keys.SEATS)
+        below = all(seat < per_node for seat in seats)
+        fields.check(below, f"{keys.SEATS} must be below {keys.PER_NODE}, {per_node}", seats)
         parts: dict[int, dict[str, Any]] = {seat: {} for seat in seats}
+        by_name = {str(seat): part for seat, part in parts.items()}
         for name, record in records.items():
             seat, _, own = name.partition("/")
-            if own and seat.isdecimal() and int(seat) in parts:
-                parts[int(seat)][own] = record
+            if own and seat in by_name:
+                by_name[seat][own] = record
         failed = {seat for seat, part in parts.items() if keys.FAILED in part}
-        reasons = {seat: parts.pop(seat)[keys.FAILED].get(keys.REASON) for seat in failed}
-        return cls(
-            per_node,
-            parts,
-            {
-                seat: str(reason or "no reason given")[-LIMITS.error :]
-                for seat, reason in reasons.items()
-            },
-        )
+        reasons = {
+            seat: fields.of(parts.pop(seat)[keys.FAILED], keys.FAILED).text(
+                keys.REASON, most=LIMITS.error
+            )
+            for seat in failed
+        }
+        return cls(per_node, parts, {s: text or "no reason given" for s, text in reasons.items()})
 
 
 def seat_records(parts: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from flower_mcepl.strategies.launcher import heed_stop_request
 from flower_mcepl.strategies.roster import Roster
 
 logger = getLogger("flwr")
-SAME_ROUNDS, SAME_AGENTS = 3, 2  # so many rounds in which so many fail for one reason end the run
+SAME_ROUNDS, SAME_NODES = 3, 2  # so many rounds in which so many fail for one reason end the run
 # How Ray says that a process is gone. It stays in the simulation's pool and fails every
 # message that it is given, at once: later rounds would go on with a few agents.
 # Code 0 is none that an app's own exception gets. Looked for at the start alone: what
@@ -43,10 +43,14 @@ class Attendance:
         half of them in later ones.
     wait_timeout : float
         Seconds to wait for the nodes of these agents.
+    agents_per_node : int (default: 1)
+        Number k of agents of each node: node p plays ``p * k`` to ``p * k + k - 1``.
     """
 
-    def __init__(self, roster: Roster, *, min_agents: int, wait_timeout: float) -> None:
-        self.roster, self.wait_timeout = roster, wait_timeout
+    def __init__(
+        self, roster: Roster, *, min_agents: int, wait_timeout: float, agents_per_node: int = 1
+    ) -> None:
+        self.roster, self.wait_timeout, self._per_node = roster, wait_timeout, agents_per_node
         self.at_first = min_agents or roster.num_agents  # agents that must take part in round 1
         self.later = min_agents or roster.num_agents // 2 + 1  # the same in any later round
         self._reasons: list[set[str]] = []  # of the last rounds: those of several agents
@@ -194,18 +198,27 @@ class Attendance:
             )
 
     def _check_reasons(self, round: int, failed: Mapping[str, str]) -> None:
-        """Raise RosterError if several fail for one reason, round after round."""
-        counts = Counter(same_reason(w) for w in failed.values() if not _ABSENT.match(w))
-        several = {why for why, count in counts.items() if count >= SAME_AGENTS}
+        """Raise RosterError if several nodes fail for one reason, round after round."""
+        reasons = {name: same_reason(w) for name, w in failed.items() if not _ABSENT.match(w)}
+        # one node fails with all of its agents, and is still one
+        nodes = {(self._node(name), why) for name, why in reasons.items()}
+        counts = Counter(why for _, why in nodes)
+        several = {why for why, count in counts.items() if count >= SAME_NODES}
         self._reasons = [*self._reasons[1 - SAME_ROUNDS :], several]
         if len(self._reasons) == SAME_ROUNDS and (lasting := set.intersection(*self._reasons)):
             why = min(lasting)
+            alike = {name: failed[name] for name in reasons if reasons[name] == why}
             raise RosterError(
                 f"several agents failed for the same reason in {SAME_ROUNDS} rounds up to round "
-                f"{round} ({counts[why]} of them in this one): "
-                f"{_listed({n: w for n, w in failed.items() if same_reason(w) == why})}. Mend it, "
-                "and resume the run if it has a checkpoint."
+                f"{round} ({len(alike)} of them in this one): {_listed(alike)}. Mend it, and "
+                "resume the run if it has a checkpoint."
             )
+
+    def _node(self, name: str) -> str:
+        """Node of who failed, an agent or, of a stranger, a seat."""
+        kind, _, number = name.partition(" ")
+        own = str(int(number) // self._per_node) if kind == "agent" else number.partition("/")[0]
+        return f"{kind} {own}"
 
     def changes(
         self,

@@ -96,6 +96,7 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             self.roster,
             min_agents=options.min_agents,
             wait_timeout=options.wait_timeout,
+            agents_per_node=per_node,
         )
         # Flower's defaults, unless the run config says otherwise
         self._num_rounds, self._timeout = 3, 3600.0

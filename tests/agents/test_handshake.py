@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from flower_mcepl import FingerprintError
-from flower_mcepl.agents.handshake import check_common_ground
+from flower_mcepl import ConfigError, FingerprintError
+from flower_mcepl.agents.handshake import check_common_ground, introduction
 from tests.fleet.agents import make_agent
 
 # what differs, and the words that say what to do
@@ -64,3 +64,11 @@ def test_a_server_has_no_task_and_an_agent_must_say_its_own() -> None:
     silent = {key: fact for key, fact in facts().items() if key != "main-metric"}
     with pytest.raises(FingerprintError, match=r"main-metric\): None and accuracy"):
         check_common_ground("agent 0", silent, "agent 1", facts())
+
+
+def test_a_fact_is_called_as_no_other_one_is_in_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = make_agent(0)
+    told = agent.describe() | {"main_metric": "loss"}
+    monkeypatch.setattr(agent, "describe", lambda: told)
+    with pytest.raises(ConfigError, match=r"kebab-case.*got \['main_metric'\]\. Rename them"):
+        introduction(agent, tell_classes=True)

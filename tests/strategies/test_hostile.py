@@ -197,6 +197,12 @@ def test_damaged_frames_are_silence(first: int, place: int, way: str) -> None:
 
 # --- the rows of issue 13, section 1, by their names ---
 
+
+def snake_case(records: Records) -> None:
+    """Say another main metric by a name that the record makes the same of."""
+    records["agent"] |= handshake_of() | {"main_metric": "loss", "higher_is_better": False}
+
+
 SAID = {  # what is refused, in the order of the rows
     "a fact of bytes": handshake(own=b"\x00"),
     "parameters nested 900 deep": handshake(parameters='{"a":' * 900 + "1" + "}" * 900),
@@ -214,6 +220,7 @@ SAID = {  # what is refused, in the order of the rows
     "a main metric that is markup": handshake(main_metric="[/x]"),
     "a main metric that is a formula": handshake(main_metric=r"$\frac{$"),
     "another main metric than the others": handshake(main_metric="loss"),
+    "a main metric beside its main metric": from_round_2(snake_case),
     "a share of text": handshake(frozen_share="much"),
     "classes of a number": handshake(classes=5),
     "a task of a list": handshake(task=["classification"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +15,7 @@ from flower_mcepl import ConfigError, FlowerMceplError, Topology, simulate
 from flower_mcepl.clients import make_client_app, neighbor_average_mod, stacked_seats
 from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.clients.seats import seat_context
+from flower_mcepl.errors import IncompleteRunError, RosterError
 from flower_mcepl.messages.bundle import NodeBundle, is_bundle
 from flower_mcepl.record.reading import read_run
 from flower_mcepl.report.overview import plot_run
@@ -194,6 +195,29 @@ def test_a_spoiled_answer_is_the_failure_of_its_own_agents(
     assert "agent 3" in failures
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_reason_of_one_node_ends_no_run_however_many_agents_it_plays(nodes: int) -> None:
+    """As where its disk is full; what two nodes say ends the run in the third round."""
+
+    def full(message: Message, context: Context, call_next: Any) -> Message:
+        if int(context.node_config["partition-id"]) < nodes and message.metadata.group_id > "1":
+            raise OSError(f"agent {context.node_config['partition-id']}: no room")
+        return call_next(message, context)  # type: ignore[no-any-return]
+
+    grid = RecordingGrid(make_client_app(model_fn, data_fn, mods=[full]), 3, RUN_CONFIG)
+    strategy = GossipStrategy(
+        RING, record=None, evaluate_every=9, wait_timeout=0.01, min_agents=2, agents_per_node=2
+    )
+    error, match, trained = (
+        (IncompleteRunError, "these agents: 0, 1", 5)
+        if nodes == 1
+        else (RosterError, r"rounds up to round 4 \(4 of them in this one\)", 3)
+    )
+    with pytest.raises(error, match=match):
+        strategy.start(grid, num_rounds=5, timeout=30.0)
+    assert len(strategy.monitor.train_loss) == trained
+
+
 def a_question(seat: int) -> Message:
     return Message(RecordDict({"identify": ConfigRecord()}), dst_node_id=seat, message_type="query")
 
@@ -295,6 +319,29 @@ PARTS: st.SearchStrategy[dict[int, Any]] = st.dictionaries(
 def test_a_bundle_comes_back(parts: dict[int, Any], failures: dict[int, str]) -> None:
     back = NodeBundle.from_records(NodeBundle(20, parts, failures).to_records())
     assert (back.per_node, back.parts, back.failures) == (20, parts, failures)
+
+
+LARGE = Array(dtype="uint8", shape=(10**6,), stype="safetensors", data=bytes(10**6))
+
+
+@pytest.mark.parametrize(
+    ("record", "entries", "rule"),
+    [
+        ("bundle", ArrayRecord({"seats": LARGE}), "agents-per-node must be a whole number"),
+        ("bundle", ConfigRecord({"agents-per-node": True, "seats": [0]}), "agents-per-node must"),
+        ("bundle", ConfigRecord({"agents-per-node": 2, "seats": [2]}), "seats must be below"),
+        ("bundle", ConfigRecord({"agents-per-node": 2, "seats": [0, 0]}), "seats must name each"),
+        ("0/failed", ArrayRecord({"reason": LARGE}), "reason must be text .*; got <Array>"),
+        ("0/failed", ConfigRecord({"reason": "x" * 20_001}), "reason must be text of at most"),
+    ],
+)
+def test_a_bundle_is_checked_as_every_record_is(record: str, entries: Any, rule: str) -> None:
+    """Its error is short, whatever came: no node makes the server print arrays."""
+    records = RecordDict({"bundle": ConfigRecord({"agents-per-node": 2, "seats": [0]})})
+    records[record] = entries
+    with pytest.raises(ConfigError, match=rule) as caught:
+        NodeBundle.from_records(records)
+    assert len(str(caught.value)) < 300
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 1000), st.data())

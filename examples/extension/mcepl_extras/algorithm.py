@@ -24,7 +24,7 @@ class HardAgent(DenseAgent[HardConfig]):
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
         """Average, and keep the largest of each matrix."""
         for name, w in self.weights.items():
-            mean = torch.stack([w, *(inbox[j][name].to(w) for j in sorted(inbox))]).mean(dim=0)
+            mean = torch.stack([w, *(x[name].to_dense().to(w) for x in inbox.values())]).mean(dim=0)
             w.copy_(mean * topk_mask(mean, retention=self.config.kept) if w.dim() > 1 else mean)
 
     def density(self) -> float:
