@@ -18,7 +18,7 @@ from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.gates import LAYER, gate_name, masks_of
 from flower_mcepl.masks.layers import LayerSpec
 from flower_mcepl.masks.model import MaskedModel
-from flower_mcepl.masks.placement import call_with, slots_of
+from flower_mcepl.masks.placement import call_with, evaluating, slots_of
 from flower_mcepl.masks.thin import Thin, called, whole
 from flower_mcepl.models import local_response_norm
 
@@ -62,7 +62,7 @@ class CompactNetwork:
 
     def __init__(self, model: MaskedModel) -> None:
         self.model = model
-        self._graph = _Graph(model.module)
+        self._graphs = _graphs_of(model)
         self._slots = slots_of(model.module, model.layers)
         self._thin = self._thin_layers()
         if not any(name in model.rules.filters for name in self._thin.values()):
@@ -82,17 +82,21 @@ class CompactNetwork:
         """Run the network with its weights masked."""
         filters, placed = self._weights()
         layers = {layer: filters[name] for layer, name in self._thin.items()}
+        graph = self._graphs[self.model.module.training]
         if not placed:
-            return self._graph.run(layers, args, kwargs)
+            return graph.run(layers, args, kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            return self._graph.run(layers, args, kwargs)
+            return graph.run(layers, args, kwargs)
 
         return call_with(run, self._slots, placed, args, kwargs)
 
     def _thin_layers(self) -> dict[nn.Module, str]:
         """Layers of which filters are left out, with the name of their weight."""
-        modules, read = self._graph.modules(), self._graph.reads()
+        modules, read = set[nn.Module](), set[int]()
+        for graph in self._graphs.values():
+            modules |= graph.modules()
+            read |= graph.reads()
         return {
             layer: name
             for name, slots in self._slots.items()
@@ -176,6 +180,14 @@ def check_compact(compact: CompactNetwork, outputs: Callable[[Any], Tensor]) -> 
             f"{EXACT:g} of the largest output; got a difference of {difference:.2g}. Set "
             "filters-training to full, and report this with the network."
         )
+
+
+def _graphs_of(model: MaskedModel) -> "dict[bool, _Graph]":
+    """Graphs of a model's network by whether it trains, which its code may ask."""
+    with evaluating(model):
+        graphs = {False: _Graph(model.module)}
+        model.train()
+        return {**graphs, True: _Graph(model.module)}
 
 
 def _traced(module: nn.Module) -> fx.Graph:

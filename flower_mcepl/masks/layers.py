@@ -130,6 +130,16 @@ def _attention(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
             yield name, LINEAR, 0
 
 
+def check_shaped(module: nn.Module) -> None:
+    """Raise UnsupportedLayerError if a lazy layer of ``module`` has no shape yet."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise UnsupportedLayerError(
+                f"{name} has no shape yet. Run one batch through the lazy module in the model "
+                "function."
+            )
+
+
 def find_maskable(module: nn.Module) -> dict[str, LayerSpec]:
     """Maskable weights of ``module``, each once, by name, in the module's own order.
 
@@ -141,11 +151,7 @@ def find_maskable(module: nn.Module) -> dict[str, LayerSpec]:
         If nothing can be masked, or a weight is not an ordinary initialised float
         parameter.
     """
-    for name, parameter in module.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise UnsupportedLayerError(
-                f"{name} has no shape yet. Run one batch through the lazy module before masking."
-            )
+    check_shaped(module)
     specs: dict[str, LayerSpec] = {}
     seen: set[int] = set()
     for prefix, layer in module.named_modules():

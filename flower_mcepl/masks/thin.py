@@ -120,7 +120,8 @@ def called(
         return function(*whole(args), **whole(kwargs))
     if _reads_shape(target, args):
         return _shape(target, thin[0], args)
-    if len(thin) == 2 and target in BINARY and _alike(*thin) and args[:2] == tuple(thin):
+    # nothing but the two: an addition may have a factor, alpha
+    if target in BINARY and len(thin) == 2 and args == tuple(thin) and not kwargs and _alike(*thin):
         live, rest = (function(getattr(thin[0], n), getattr(thin[1], n)) for n in ("live", "rest"))
         return replace(thin[0], live=live, rest=rest)
     others = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, (Tensor, list, tuple))]

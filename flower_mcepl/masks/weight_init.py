@@ -26,7 +26,8 @@ def with_weights(module: nn.Module, init: str, *, seed: int) -> nn.Module:
     """Return the module, or a copy whose maskable weights are signed constants.
 
     Biases, norm layers and everything else that gets no mask stay as the module has
-    them. A weight that several layers share is drawn once, by its first name.
+    them, and so does an embedding's row for padding (``padding_idx``), which is zero. A
+    weight that several layers share is drawn once, by its first name.
 
     Parameters
     ----------
@@ -50,6 +51,10 @@ def with_weights(module: nn.Module, init: str, *, seed: int) -> nn.Module:
         for name, spec in find_maskable(made).items():
             weight = made.get_parameter(name)
             weight.copy_(signed_constant(spec, seed=seed))
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+                weight = made.get_parameter(f"{name}.weight" if name else "weight")
+                weight[layer.padding_idx] = layer.weight[layer.padding_idx]
     return made
 
 

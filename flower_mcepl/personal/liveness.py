@@ -93,7 +93,7 @@ class Liveness:
         self, node: fx.Node, module: nn.Module | None, inputs: list[fx.Node]
     ) -> Callable[[], None] | None:
         """What a node does to channels; None: nothing that is known."""
-        if len(inputs) == 2 and node.target in ops.BINARY and ops.same_shape(*inputs):
+        if len(inputs) == 2 and ops.is_join(node, *inputs):
             return lambda: self._join(node, *inputs)
         if len(inputs) != 1 or not ops.is_tensor(node):
             return None

@@ -38,6 +38,15 @@ def same_shape(one: fx.Node, other: fx.Node) -> bool:
     return is_tensor(one) and shape_of(one) == shape_of(other)
 
 
+def is_join(node: fx.Node, one: fx.Node, other: fx.Node) -> bool:
+    """Whether a node adds or multiplies two values of one shape, and does no more.
+
+    An addition may have a factor, ``alpha``.
+    """
+    alone = node.args == (one, other) and not node.kwargs
+    return alone and node.target in BINARY and same_shape(one, other)
+
+
 def is_pool(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a node pools each channel by itself, so that a constant stays one."""
     if isinstance(module, channelwise.AVERAGE_POOLS):

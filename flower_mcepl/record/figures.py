@@ -69,12 +69,23 @@ def bytes_to(run: Run, target: float) -> int | None:
 
 
 def bytes_by_round(run: Run) -> dict[int, int]:
-    """Bytes over links (`link_bytes`) from the start to each evaluated round."""
+    """Bytes over links (`link_bytes`) from the start to each evaluated round.
+
+    They are of all agents, whoever was evaluated. What a round's evaluation has heard
+    went out with the next round's messages. Without a barrier each agent has rounds of
+    its own, and counts by what its last line says.
+    """
+    lines = {} if run.events else {int(line["round"]): line for line in run.relay}
     keys = ("received_bytes",) if run.server is None else ("received_bytes", "uplink_bytes")
-    return {
-        round: sum(int(row.get(key) or 0) for row in rows for key in keys)
-        for round, rows in run.by_round().items()
-    }
+    last: dict[int, int] = {}  # by agent
+    counts = {}
+    for round, rows in run.by_round().items():
+        last |= {row["agent"]: sum(int(row.get(key) or 0) for key in keys) for row in rows}
+        links = lines.get(round + 1, {}).get("link_bytes")
+        uplinks = 0 if run.server is None else lines.get(round, {}).get("uplink_bytes")
+        known = links is not None and uplinks is not None
+        counts[round] = links + uplinks if known else sum(last.values())
+    return counts
 
 
 def curve_by_clock(run: Run) -> list[tuple[float, float]]:

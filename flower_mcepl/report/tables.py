@@ -49,8 +49,8 @@ def footnotes(comparison: Comparison) -> list[str]:
         )
     if LASSO in comparison.keys:
         notes.append(
-            "filters off: share of output filters and neurons whose weights are all masked out, "
-            "at the end."
+            "filters off: share of output filters and neurons (of transposed convolutions, of "
+            "input channels) whose weights are all masked out, at the end."
         )
     if any(title == "agents" for title, _ in _columns(comparison)):
         notes.append(

@@ -360,6 +360,36 @@ def test_a_transposed_convolution_counts_its_own_inputs() -> None:
     assert torch.equal(agent.model.module[1].weight, torch.ones(4))
 
 
+class Padded(nn.Module):
+    """Token 2 is padding; the embedding is the head's weight, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(5, 4, padding_idx=2)
+        self.head = nn.Linear(4, 5)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.tokens(x).sum(1))
+        return y
+
+
+@pytest.mark.parametrize("algorithm", ["mcepl", "fedpm"])
+def test_a_row_for_padding_stays_zero_among_signed_constants(algorithm: str) -> None:
+    tokens = torch.tensor([[0, 1, 3], [1, 4, 2]])
+    data = AgentData.of((tokens, torch.tensor([0, 1])), (tokens, torch.tensor([0, 1])), agent=0)
+    keys = {"weight-init": "signed-constant", "num-rounds": 1, "batch-size": 2}
+    module = shared_module(Padded, seed=SEED)
+    agent = registered(algorithm, 0, module, data, keys, seed=SEED)
+    agent.train(round=1)
+    model = agent.personal_model()
+    weight = model.get_parameter("tokens.weight")
+    assert not weight[2].any()
+    assert weight[[0, 1, 3, 4]].any(1).all() or algorithm == "fedpm"
+    longer = torch.cat([tokens, torch.full((2, 7), 2)], 1)
+    assert torch.equal(model(longer), model(tokens))
+
+
 def test_other_weights_are_another_fingerprint() -> None:
     one, other = make_agent(0), make_agent(1, weight_init="signed-constant")
     with pytest.raises(FingerprintError, match="different frozen weights"):
@@ -417,6 +447,27 @@ def test_the_final_masks_are_read_from_the_state() -> None:
     assert isinstance(masks, dict)
     live = masked(agents[0]).model.masks()
     assert same_tensors({name: torch.from_numpy(mask) for name, mask in masks.items()}, live)
+
+
+class Bilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.both = nn.Conv2d(1, 4, 6), nn.Bilinear(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).flatten(1).relu()
+        y: Tensor = self.both(x, x)
+        return y
+
+
+def test_a_bilinear_layers_final_mask_keeps_the_share_of_linear_layers() -> None:
+    agent = make_agent(0, model_fn=Bilinear, retention={"conv": 0.3, "linear": 0.8})
+    masks = find_algorithm("mcepl").masks_of(agent.state(), agent.parameters())
+    assert isinstance(masks, dict)
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {
+        "conv.weight": 44,
+        "both.weight": 39,
+    }
 
 
 def test_a_state_of_other_shared_layers_is_refused() -> None:

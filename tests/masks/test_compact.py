@@ -112,6 +112,23 @@ class Widths(nn.Module):
         return self.f(y.reshape(y.shape[0], -1))
 
 
+class Moody(nn.Module):
+    """Code that asks whether it trains, and an addition with a factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 6)
+        self.b, self.c = nn.Linear(6, 8), nn.Linear(6, 8)
+        self.d = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        x = torch.add(F.relu(self.b(x)), F.relu(self.c(x)), alpha=3)
+        if self.training:
+            x = x + 1
+        return self.d(F.dropout(x, 0.5, self.training))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "digits": (digits, (3, 1, 8, 8)),
     "alexnet": (lambda: AlexNetCifar(width=0.1), (2, 3, 32, 32)),
@@ -119,6 +136,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "batch norm": (lambda: Residual(nn.BatchNorm2d), (3, 3, 6, 6)),
     "mixed": (Mixed, (3, 2, 5, 5)),
     "widths": (Widths, (3, 1, 8, 8)),
+    "moody": (Moody, (5, 4)),
 }
 
 
@@ -286,6 +304,37 @@ def test_a_trace_that_is_not_the_network_is_refused() -> None:
     model.module.scale = 2.0
     with pytest.raises(UnsupportedLayerError, match=r"got a difference of 0\.5"):
         check_compact(compact, lambda network: network(inputs))
+
+
+@pytest.mark.parametrize("made_in_eval", [False, True])
+def test_code_that_asks_whether_it_trains_is_answered_as_in_the_whole_network(
+    made_in_eval: bool,
+) -> None:
+    model = masked(Moody, seed=2, share=0.5, dtype=torch.float64)
+    model.train(not made_in_eval)
+    modes = {name: submodule.training for name, submodule in model.named_modules()}
+    compact = CompactNetwork(model)
+    assert {name: submodule.training for name, submodule in model.named_modules()} == modes
+    inputs = torch.randn(5, 4, generator=generator(3), dtype=torch.float64)
+    for mode in (True, False, True):
+        model.train(mode)
+        due = outputs_and_gradients(model, model, inputs)
+        came = outputs_and_gradients(model, compact, inputs)
+        assert max(differences(due, came).values()) < 1e-10
+
+
+def test_an_addition_keeps_its_factor_where_both_sides_lack_the_same_filters() -> None:
+    model = masked(Moody, seed=2, share=0.5, dtype=torch.float64)
+    scores = model.all_scores
+    with torch.no_grad():
+        scores[gate_name("c.weight")].copy_(scores[gate_name("b.weight")])
+    model.set_neighbor_means(None)
+    inputs = torch.randn(5, 4, generator=generator(3), dtype=torch.float64)
+    due = outputs_and_gradients(model, model, inputs)
+    assert (
+        max(differences(due, outputs_and_gradients(model, CompactNetwork(model), inputs)).values())
+        < 1e-10
+    )
 
 
 def test_blocks_of_four_stay_blocks_in_compact_steps() -> None:

@@ -100,6 +100,19 @@ def test_a_residual_channel_goes_where_both_sides_are_empty() -> None:
     assert made.module.get_submodule("norm1").running_mean.shape == (6,)
 
 
+class Weighted(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).sigmoid()
+        y = self.norm1(self.conv1(x)).sigmoid()
+        return self.fc(torch.add(x, y, alpha=2).mean((2, 3)))
+
+
+def test_an_addition_with_a_factor_stays_as_it_is() -> None:
+    made = checked(emptied(Weighted(), {"stem": [1, 2], "conv1": [1, 2]}), 3, 6, 6)
+    assert made.filters == {}
+    assert "add mixes channels" in made.locked["conv1"]
+
+
 def test_a_norms_constants_are_counted_in() -> None:
     module = Block()
     with torch.no_grad():

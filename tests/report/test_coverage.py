@@ -1,13 +1,15 @@
 """Of how many agents, and of which round, a mean is: nowhere is it taken for all."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flower_mcepl import Topology, simulate
 from flower_mcepl.cli.run import _reached
-from flower_mcepl.record.figures import bytes_to, full_curve
+from flower_mcepl.record.figures import bytes_by_round, bytes_to, full_curve
 from flower_mcepl.record.metric import metric_summary
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.writing import RunRecord
@@ -17,6 +19,7 @@ from flower_mcepl.report.plots.curves import curve_of, final_values
 from flower_mcepl.report.plots.subjects import subjects_of
 from flower_mcepl.report.table import agent_table, headline
 from flower_mcepl.report.tables import cells, footnotes, titles, write_csv
+from tests.oracles.baselines import fleet_of, server_of
 
 Rounds = Mapping[int, Sequence[int]]  # agents that were evaluated, by round
 
@@ -123,6 +126,38 @@ def test_best_and_target_leave_out_rounds_of_fewer_agents(tmp_path: Path) -> Non
     assert [round for round, _ in full_curve(run)] == [3, 5]
     assert bytes_to(run, 0.3) is None
     assert compare([run]).rows[0].best() == (5, pytest.approx(0.2))
+
+
+def test_who_is_not_evaluated_has_moved_bytes_all_the_same(run: Run) -> None:
+    """Without the relay's lines: what each agent said last."""
+    assert bytes_by_round(run) == {3: 4 * 3, 20: 3 * 20 + 3, 30: 2 * 30 + 20 + 3}
+
+
+@pytest.mark.parametrize("algorithm", ["mcepl", "fedavg"])
+def test_bytes_by_round_are_those_of_all_agents(algorithm: str, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"num_rounds": 4}
+    agents = fleet_of(algorithm, 3, **keys)
+    record = RunRecord.create(name="x", config={}, path=tmp_path / "r")
+    others: dict[str, Any] = (
+        {"server": server_of(algorithm, 3, **keys)}
+        if algorithm == "fedavg"
+        else {"topology": Topology.complete(3)}
+    )
+    simulate(agents, num_rounds=4, evaluate_every=1, record=record, **others)
+    due = bytes_by_round(read_run(record.path))
+    lines = (record.path / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    whole = {
+        t: sum(
+            row["received_bytes"] + (row["uplink_bytes"] if algorithm == "fedavg" else 0)
+            for row in map(json.loads, lines)
+            if row["round"] == t
+        )
+        for t in range(1, 5)
+    }
+    assert due == whole
+    kept = [line for line in lines if json.loads(line)["agent"] != 1]  # it cannot evaluate
+    (record.path / "rounds.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    assert bytes_by_round(read_run(record.path)) == due
 
 
 def test_a_loss_without_an_accuracy_is_what_the_run_is_judged_by(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import safetensors.numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flower_mcepl.agents.agent import AgentState
-from flower_mcepl.errors import StateError
+from flower_mcepl.errors import StateError, UnsupportedLayerError
+from flower_mcepl.masks.layers import check_shaped
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -19,6 +21,33 @@ def state_of(facts: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]
         for group, tensors in groups.items()
     }
     return AgentState.joined(facts, arrays)
+
+
+def check_savable(module: nn.Module) -> None:
+    """Check that a state can hold a network's parameters and buffers.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        If one has no shape yet, is not dense, or of a type that NumPy or safetensors
+        does not have.
+    """
+    check_shaped(module)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.layout is not torch.strided or not _is_known(tensor.dtype):
+            raise UnsupportedLayerError(
+                "a network's parameters and buffers must be dense and of a type that a saved state "
+                f"can hold; {name} is {tensor.dtype}, {tensor.layout}. Convert it in the model "
+                "function, as with .float() or .to_dense()."
+            )
+
+
+def _is_known(dtype: torch.dtype) -> bool:
+    try:
+        safetensors.numpy.save({"tensor": torch.empty(0, dtype=dtype).numpy()})
+    except (TypeError, RuntimeError, safetensors.SafetensorError):
+        return False
+    return True
 
 
 def groups_of(state: AgentState, *, device: str = "cpu") -> dict[str, dict[str, Tensor]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_mcepl.agents.parts.arithmetic import arithmetic
+from flower_mcepl.agents.parts.groups import check_savable
 from flower_mcepl.agents.parts.hidden_state import hidden_state
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.agents.tasks import Task, find_task
@@ -43,7 +44,14 @@ class Learner:
         seed: int,
         device: str,
     ) -> "Learner":
-        """The learner of an agent whose network is ``module``."""
+        """The learner of an agent whose network is ``module``.
+
+        Raises
+        ------
+        UnsupportedLayerError
+            If the network holds a tensor that no state can hold.
+        """
+        check_savable(module)
         dtype = float_dtype(dict(module.named_parameters()))
         return cls(find_task(config.task), config, agent, seed, device, dtype)
 

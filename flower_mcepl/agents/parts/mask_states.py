@@ -1,6 +1,6 @@
 """Masks in a state: what was heard from the neighbors, and the agent's own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,18 +27,28 @@ STRENGTH = "fusion-strength"  # fact of a state, where it is not 1
 # facts of a state with gates: share of the filters that are to go that is on still, and
 # groups of the transposed convolutions that have any
 OPENING, TRANSPOSED = "filters-opening", "transposed-groups"
+KINDS = "layer-kinds"  # fact of a state: kinds of layers that are not those of their shapes
 SHARE = "filters-share"  # fact of a state whose device chooses its share of filters
 IN_BLOCKS = "block-layers"  # fact of a state: layers that keep 2 of every 4 inputs
 
 
 def rules_facts(model: MaskedModel) -> dict[str, Any]:
-    """What a state must say of its gates and blocks; nothing without any."""
+    """What a state must say of its kinds of layers, gates and blocks; often nothing."""
     rules, layers = model.rules, model.layers
-    blocks = {IN_BLOCKS: [*rules.blocks]} if rules.blocks else {}
+    kinds = {n: spec.kind for n, spec in layers.items() if spec.kind != _kind_of(spec.shape)}
+    facts = {
+        **({KINDS: kinds} if kinds else {}),
+        **({IN_BLOCKS: [*rules.blocks]} if rules.blocks else {}),
+    }
     if not rules.filters:
-        return blocks
+        return facts
     groups = {n: g for n in rules.filters if (g := layers[n].transposed_groups)}
-    return {**blocks, OPENING: rules.opening, **({TRANSPOSED: groups} if groups else {})}
+    return {**facts, OPENING: rules.opening, **({TRANSPOSED: groups} if groups else {})}
+
+
+def _kind_of(shape: Sequence[int]) -> str:
+    """Kind of a layer by the shape of its weight; a bilinear one has another."""
+    return CONV if len(shape) > 2 else LINEAR
 
 
 # A state travels to and from the agent with every message of a simulation, so what was
@@ -126,9 +136,9 @@ def final_masks(state: AgentState, parameters: Mapping[str, Any]) -> Masks | str
         name: n if strength == 1 else strength * n
         for name, n in heard_means(groups, heard_by).items()
     }
-    transposed = state.facts.get(TRANSPOSED, {})
+    transposed, kinds = state.facts.get(TRANSPOSED, {}), state.facts.get(KINDS, {})
     layers = {
-        name: LayerSpec(name, CONV if z.dim() > 2 else LINEAR, z.shape, transposed.get(name, 0))
+        name: LayerSpec(name, kinds.get(name, _kind_of(z.shape)), z.shape, transposed.get(name, 0))
         for name, z in scores.items()
         if not name.endswith(GATES)
     }

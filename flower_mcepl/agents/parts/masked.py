@@ -72,12 +72,12 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     ) -> None:
         self.index, self.seed, self.data, self.config = index, seed, data, config
         self.device = device
+        self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
         # not kept: a shallow agent need not hold what is deeper
         depths = Depths.of(with_weights(module, config.weight_init, seed=seed), config.depth)
         self.depth = depths.depth
         self._common = CommonKnowledge.of(depths, config, seed=seed, agent=index)
         self.model = self._common.model.to(device)
-        self.learner = Learner.of(module, config, agent=index, seed=seed, device=device)
         self.fingerprint, self.prior = self._common.fingerprint, self._common.prior
         self._rules = replace(self.model.rules, opening=0.0)  # of the handshake
         self._shapes = {name: tuple(spec.shape) for name, spec in self.model.layers.items()}
