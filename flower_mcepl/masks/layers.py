@@ -132,8 +132,9 @@ def _attention(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
 
 def check_shaped(module: nn.Module) -> None:
     """Raise UnsupportedLayerError if a lazy layer of ``module`` has no shape yet."""
+    lazy = nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, lazy):
             raise UnsupportedLayerError(
                 f"{name} has no shape yet. Run one batch through the lazy module in the model "
                 "function."

@@ -83,8 +83,10 @@ def bytes_by_round(run: Run) -> dict[int, int]:
         last |= {row["agent"]: sum(int(row.get(key) or 0) for key in keys) for row in rows}
         links = lines.get(round + 1, {}).get("link_bytes")
         uplinks = 0 if run.server is None else lines.get(round, {}).get("uplink_bytes")
-        known = links is not None and uplinks is not None
-        counts[round] = links + uplinks if known else sum(last.values())
+        if links is None or uplinks is None:
+            counts[round] = sum(last.values())
+        else:
+            counts[round] = int(links) + int(uplinks)
     return counts
 
 
