@@ -1,5 +1,6 @@
 """Attendance: waiting for nodes, asking who they are, and the state of every agent."""
 
+import math
 import re
 import time
 from collections import Counter
@@ -16,7 +17,9 @@ from flower_mcepl.strategies.launcher import heed_stop_request
 from flower_mcepl.strategies.roster import Roster
 
 logger = getLogger("flwr")
-SAME_ROUNDS, SAME_NODES = 3, 2  # so many rounds in which so many fail for one reason end the run
+# Rounds on end after which a run ends in which nodes fail for one reason: two at least,
+# and a tenth of all, as a few devices of a large fleet must not end it.
+SAME_ROUNDS, SAME_NODES, SAME_SHARE = 3, 2, 0.1
 # How Ray says that a process is gone. It stays in the simulation's pool and fails every
 # message that it is given, at once: later rounds would go on with a few agents.
 # Code 0 is none that an app's own exception gets. Looked for at the start alone: what
@@ -198,12 +201,14 @@ class Attendance:
             )
 
     def _check_reasons(self, round: int, failed: Mapping[str, str]) -> None:
-        """Raise RosterError if several nodes fail for one reason, round after round."""
+        """Raise RosterError if many nodes fail for one reason, round after round."""
         reasons = {name: same_reason(w) for name, w in failed.items() if not _ABSENT.match(w)}
         # one node fails with all of its agents, and is still one
         nodes = {(self._node(name), why) for name, why in reasons.items()}
         counts = Counter(why for _, why in nodes)
-        several = {why for why, count in counts.items() if count >= SAME_NODES}
+        num_nodes = self.roster.num_agents // self._per_node
+        least = max(SAME_NODES, math.ceil(SAME_SHARE * num_nodes))
+        several = {why for why, count in counts.items() if count >= least}
         self._reasons = [*self._reasons[1 - SAME_ROUNDS :], several]
         if len(self._reasons) == SAME_ROUNDS and (lasting := set.intersection(*self._reasons)):
             why = min(lasting)

@@ -12,6 +12,7 @@ from flower_mcepl import IncompleteRunError, LostWorkerError, RosterError, Topol
 from flower_mcepl.errors import same_reason
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.strategies import GossipStrategy, attendance
+from flower_mcepl.strategies.roster import Roster
 from tests.fleet.flower import agent_grid, gossip
 from tests.fleet.grid import InProcessGrid
 
@@ -144,6 +145,31 @@ def test_the_same_reason_round_after_round_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(RosterError, match=r"same reason in 3 rounds up to round 4 \(2 of them"):
         gossip(grid, rounds=9, record=tmp_path, before={2: lambda: grid.fails.update(fails)})
     assert only_run(tmp_path).status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("num_agents", "per_node", "least"),
+    [(2, 1, 2), (20, 1, 2), (21, 1, 3), (30, 1, 3), (1000, 1, 100), (1000, 20, 5)],
+)
+def test_a_few_devices_of_a_large_fleet_end_no_run(
+    num_agents: int, per_node: int, least: int
+) -> None:
+    """Nodes that fail for one reason: less than a tenth of all go on failing alone."""
+
+    def play(failing: int) -> None:
+        people = attendance.Attendance(
+            Roster(num_agents),
+            min_agents=1,
+            wait_timeout=1.0,
+            agents_per_node=per_node,
+        )
+        failed = {f"agent {i}": "no room on the disk" for i in range(failing * per_node)}
+        for round in range(1, 4):
+            people.check(round, range(num_agents), failed, first=False)
+
+    play(least - 1)
+    with pytest.raises(RosterError, match=rf"{least * per_node} of them in this one"):
+        play(least)
 
 
 def test_a_reason_of_one_agent_or_with_a_pause_ends_no_run(tmp_path: Path) -> None:
