@@ -60,7 +60,8 @@ class MaskedConfig(SharingConfig, FrozenWeightsConfig, DepthConfig):
     # ρ in (0, 1]: share of the filters that stays on, in layers that have gates
     filters: float = 1.0
     # ρ of single layers, by name or pattern, for all agents: "conv1.weight=0.8"; 1: no
-    # gates; convolutions and linear layers have them, but the first and the last layer
+    # gates; convolutions and linear layers have them, but the first and the last layer,
+    # in the order in which the network registers them
     filters_layers: str = ""
     # length of the cubic schedule from 1 down to ρ; 0: ρ from the first round on; a run
     # config that has none means half of its num-rounds
