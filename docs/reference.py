@@ -96,7 +96,8 @@ NOTES = {
     "filters-rounds": "length of the cubic schedule from 1 down to ρ; 0: half of `num-rounds`",
     "filters-warmup": "rounds with all filters on before it; 0: a tenth of `num-rounds`",
     "filters-layers": 'ρ of single layers, by name or pattern, for all agents: `"conv1.weight=0.8"`'
-    "; 1: no gates. Convolutions and linear layers have them, but the first and the last layer",
+    "; 1: no gates. Convolutions and linear layers have them, but the first and the last layer, "
+    "in the order in which the network registers them",
     "retention-budget": '`"layer"`: each layer keeps its retention; `"network"`: all together keep '
     "as many weights, those of the largest `abs(y)` over its mean in the layer, zeros left out",
     "block": '`"2:4"`: linear layers whose number of inputs is a multiple of 4 keep the 2 of '
