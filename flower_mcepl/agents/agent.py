@@ -66,15 +66,24 @@ class Agent(abc.ABC):
 
     @abc.abstractmethod
     def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
-        """Take in the neighbors' payloads of ``round``, by agent; it may be empty."""
+        """Take in the neighbors' payloads of ``round``, by agent; it may be empty.
+
+        It leaves the tensors as they are: some are the common `first_payload`.
+        """
 
     @abc.abstractmethod
     def train(self, *, round: int) -> dict[str, float]:
-        """Take the local steps of ``round``; return metrics with ``train-loss``."""
+        """Take the local steps of ``round``; return metrics with ``train-loss``.
+
+        They are numbers, and none has the name of one that `evaluate` returns.
+        """
 
     @abc.abstractmethod
     def outgoing(self) -> dict[str, Tensor]:
-        """Return what the neighbors get this round."""
+        """Return what the neighbors get this round: all of `layers`, in these shapes.
+
+        An empty mapping sends nothing: the neighbors go on with what they hold.
+        """
 
     def sent(self, decoded: Payload) -> None:  # noqa: B027
         """Take note of what comes out of this round's frame at its receivers.
@@ -130,7 +139,10 @@ class Agent(abc.ABC):
 
     @abc.abstractmethod
     def first_payload(self) -> dict[str, Tensor] | None:
-        """Return what all know of this agent before its first frame; None: nothing."""
+        """Return what all know of this agent before its first frame; None: nothing.
+
+        Tensors that nobody changes in place, in the shapes of `layers`.
+        """
 
     @abc.abstractmethod
     def parameters(self) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class Algorithm:
     Raises
     ------
     ConfigError
-        If a fixed parameter is none of the config's.
+        If a class is of another kind, a parameter lacks its default, or a fixed
+        parameter is none of the config's.
     """
 
     agent: type[Agent]
@@ -60,6 +61,23 @@ class Algorithm:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_class(self.agent, Agent, "agent")
+        _check_class(self.config, TrainingConfig, "config")
+        if self.server is not None:
+            _check_class(self.server, Server, "server")
+        own, name = vars(self.config), self.config.__name__
+        check(
+            "__dataclass_fields__" in own or not own.get("__annotations__"),
+            f"fields of a config class are parameters only if it is a dataclass; {name} adds",
+            ", ".join(own.get("__annotations__", ())),
+            "Write @dataclass(frozen=True, kw_only=True) above it.",
+        )
+        check(
+            not (bare := _without_default(self.config)),
+            f"every parameter of {name} needs a default: a run config may name none of them",
+            ", ".join(bare),
+            "Write one, as in kept: float = 0.5.",
+        )
         names = {each.name for each in dataclasses.fields(self.config)}
         check(
             self.fixed.keys() <= names,
@@ -106,3 +124,21 @@ class Algorithm:
 
     def _fixed_keys(self) -> set[str]:
         return {name.replace("_", "-") for name in self.fixed}
+
+
+def _check_class(given: Any, kind: type, what: str) -> None:
+    check(
+        isinstance(given, type) and issubclass(given, kind),
+        f"the {what} of an Algorithm must be a subclass of {kind.__name__}",
+        given,
+        "See docs/extending.md.",
+    )
+
+
+def _without_default(config: type[TrainingConfig]) -> list[str]:
+    missing = dataclasses.MISSING
+    return [
+        each.name
+        for each in dataclasses.fields(config)
+        if each.init and each.default is missing and each.default_factory is missing
+    ]

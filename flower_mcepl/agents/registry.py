@@ -17,6 +17,7 @@ from flower_mcepl.config.fields import RunConfig, field_keys, with_section
 from flower_mcepl.config.registry import Registry
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.streams import isolated_rng
 
 # On a device every message is a process of its own, which loads the one algorithm that
 # its run names: so an entry is a reference, and the module behind it loads when it is
@@ -41,6 +42,10 @@ ALGORITHMS = Registry(
     },
     noun="algorithm",
 )
+
+
+# attributes that the agents of every algorithm set
+_DECLARED = ("index", "seed", "fingerprint", "layers")
 
 
 def find_algorithm(name: str) -> Algorithm:
@@ -135,8 +140,8 @@ def make_agent(
     Raises
     ------
     ConfigError
-        If there is no such algorithm, one of its settings is out of range, or a task
-        comes both ways.
+        If there is no such algorithm, one of its settings is out of range, a task comes
+        both ways, or the agent does not say what it sends.
     """
     chosen = find_algorithm(algorithm)
     config = read_config(algorithm, run_config, agent=index, node_config=node_config)
@@ -153,7 +158,16 @@ def make_agent(
     if "depth" not in chosen.keys():
         module = deepest(module)
     make: Callable[..., Agent] = chosen.agent
-    agent = make(index, module, data, config, seed=seed, device=device)
+    with isolated_rng(seed, "agent", agent=index):
+        agent = make(index, module, data, config, seed=seed, device=device)
+    missing = [name for name in _DECLARED if not hasattr(agent, name)]
+    check(
+        not missing,
+        f"an agent must set {', '.join(_DECLARED)} when it is made; {type(agent).__name__} of "
+        f"algorithm {algorithm} lacks",
+        ", ".join(missing),
+        "See flower_mcepl.agents.Agent.",
+    )
     agent.algorithm, agent.weights_from = algorithm, origin
     return agent
 

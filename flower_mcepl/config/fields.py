@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from flower_mcepl.errors import ConfigError
 
@@ -24,21 +25,48 @@ def read_fields(cls: type[T], run_config: RunConfig, **overrides: Any) -> T:
         If a value has the wrong type or is out of range.
     """
     values: dict[str, Any] = {}
+    hints = get_type_hints(cls)  # fields of a postponed annotation have its text as type
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         key = field.name.replace("_", "-")
         if field.name not in overrides and key in run_config:
-            values[field.name] = _typed(key, run_config[key], field.type)
+            values[field.name] = _typed(key, run_config[key], hints[field.name])
     return cls(**values, **overrides)
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind in (bool, int, float, str) and type(value) is not kind:
+    """The value, if it is one that the field's type has; a whole number may be a float.
+
+    A run config holds bool, int, float and str: of a union those members count.
+    """
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        known = ", ".join(map(repr, get_args(kind)))
+        raise ConfigError(f"run-config key {key} must be one of {known}; got {value!r}.")
+    kinds = [one for one in _members(kind) if one in _PLAIN]
+    if not kinds:
         raise ConfigError(
-            f"run-config key {key} must be {kind.__name__}; got {value!r} ({type(value).__name__})."
+            f"run-config key {key} cannot be set: a run config holds bool, int, float and str, "
+            f"and its field is of type {kind}; got {value!r}. Leave the key out, or let the "
+            "field be a text that the config class reads."
         )
-    return value
+    if type(value) in kinds:
+        return value
+    if float in kinds and type(value) is int:
+        return float(value)
+    names = " or ".join(one.__name__ for one in kinds)
+    raise ConfigError(
+        f"run-config key {key} must be {names}; got {value!r} ({type(value).__name__})."
+    )
+
+
+_PLAIN = (bool, int, float, str)
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    if kind is Any or kind is object:
+        return _PLAIN
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def field_keys(*classes: type) -> set[str]:

@@ -113,6 +113,7 @@ class Mailbox:
             sum(map(math.prod, self._layers.values())), only_masks=dtype == torch.bool
         )
         self._dtype, self._prior, self._first = dtype, prior, first
+        self._first_versions = _versions(first or {})
         self._float_types = float_types
         self._held: dict[int, Held] = {}
         self._unpacked: dict[int, Reference | None] = {}  # just come, asked for at once
@@ -281,6 +282,21 @@ class Mailbox:
                 payloads[sender] = self._first
         return payloads
 
+    def check_first(self) -> None:
+        """Refuse a first payload that is no longer the one that all agents know.
+
+        Raises
+        ------
+        ConfigError
+            If one of its tensors was changed in place.
+        """
+        if _versions(self._first or {}) != self._first_versions:
+            raise ConfigError(
+                f"the first payload is what all agents know; one of agent {self._owner}'s tensors "
+                "was changed in place since. Let first_payload return copies and not the weights "
+                "that train, and let fuse leave what it hears as it is."
+            )
+
     def votes(self, senders: Iterable[int], *, round: int) -> dict[int, float]:
         """Votes of payloads of `current` that are not whole, by agent."""
         votes = {
@@ -356,3 +372,8 @@ class Mailbox:
             for s in self._held
             if f"{s}/{_KEPT}" in arrays
         }
+
+
+def _versions(payload: Mapping[str, Tensor]) -> list[int]:
+    """How often each tensor was changed in place, as torch counts it."""
+    return [tensor._version for tensor in payload.values()]

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flower_mcepl.config.checks import check
 from flower_mcepl.exchange.held import Held, restore_held
 from flower_mcepl.files.bundle import Arrays
 from flower_mcepl.wire import Prior, Reference, WrittenFrame, check_fingerprint, write_frame
@@ -78,7 +79,13 @@ class Outbox:
             none.
         key : bool (default: False)
             Write a whole frame, too, if the first one is not.
+
+        Raises
+        ------
+        ConfigError
+            If they are not the sender's layers, every receiver would refuse them.
         """
+        self._check(tensors)
         self._sent = {r: held for r, held in self._sent.items() if r == acknowledged}
         last = (
             self._sent[acknowledged].reference(self._layers)
@@ -103,6 +110,19 @@ class Outbox:
             flips = frames[0].flips if len(frames) == 1 and frames[0].reference else {}
             self._sent[round] = Held.of(Reference(round, {**masks, **decoded}, flips), self._layers)
         return frames
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        for name in sorted(self._layers.keys() | tensors.keys()):
+            tensor, due = tensors.get(name), self._layers.get(name)
+            came = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            check(
+                isinstance(tensor, Tensor) and came == due,
+                f"sender {self._owner} must send the layers that it declares, as tensors of these "
+                f"shapes; layer {name!r} is declared as {due}",
+                came,
+                "Mend the algorithm's outgoing, or its layers (a server's payload_for and "
+                "layers_down); {} sends nothing in a round.",
+            )
 
     def _write(
         self, tensors: Mapping[str, Tensor], round: int, reference: Reference | None, precision: str

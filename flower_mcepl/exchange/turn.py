@@ -14,6 +14,7 @@ from flower_mcepl.agents.agent import AgentState, Payload, WeighsVotes
 from flower_mcepl.agents.inboxes import Distinct
 from flower_mcepl.agents.parts.votes import WHOLE
 from flower_mcepl.agents.stack import AgentStack, given
+from flower_mcepl.config.checks import check
 from flower_mcepl.errors import (
     AnswerError,
     DivergedError,
@@ -25,6 +26,7 @@ from flower_mcepl.exchange.ages import check_votes
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.outbox import Outbox
 from flower_mcepl.exchange.parcels import Answer, FrameT, Parcel, Posted
+from flower_mcepl.streams import isolated_rng
 from flower_mcepl.wire import WrittenFrame
 from flower_mcepl.wire.values import find_precision
 
@@ -162,7 +164,8 @@ def play_round(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
     """
     start = time.perf_counter()
     turn = _Turn(agent, mail, parcel)
-    with turn.naming():
+    # each verb isolates what it calls; what it draws itself is as repeatable here
+    with turn.naming(), isolated_rng(agent.seed, "verbs", agent=agent.index, round=parcel.round):
         heard = turn.take_in()
         if heard is not None and heard.votes:
             cast(WeighsVotes, agent).fuse(heard.inbox, round=turn.previous, votes=heard.votes)
@@ -267,7 +270,15 @@ class _Turn:
             self._metrics.update(note)
 
     def write(self, metrics: Mapping[str, float], payload: Payload) -> None:
-        """Take note of the training, and encode what goes out."""
+        """Take note of the training, and encode what goes out.
+
+        Raises
+        ------
+        ConfigError
+            If the algorithm's agent returned something else, or changed what is common.
+        """
+        self._mail.inbox.check_first()
+        _check_training(metrics, payload, taken=self._metrics)
         self._metrics.update(metrics)
         self._payload = payload
         if payload:  # some algorithms have no neighbors
@@ -302,6 +313,44 @@ class _Turn:
             raise DivergedError(
                 f"agent {self._agent.index}, round {self._parcel.round}: {error}"
             ) from error
+        except Exception as error:
+            agent = self._agent
+            error.add_note(
+                f"It was raised by agent {agent.index} of algorithm {agent.algorithm}, "
+                f"{type(agent).__module__}.{type(agent).__qualname__}, in round "
+                f"{self._parcel.round}."
+            )
+            raise
+
+
+# what every evaluation may say: names that no metric of training has
+_OF_EVALUATION = ("accuracy", "loss", "num-examples", "density")
+
+
+def _check_training(metrics: Any, payload: Any, *, taken: Mapping[str, float]) -> None:
+    check(
+        isinstance(metrics, Mapping),
+        "an agent's train must return a mapping of metrics, with train-loss",
+        type(metrics).__name__,
+        "Mend the algorithm's train.",
+    )
+    for name, value in metrics.items():
+        try:
+            float(value)
+        except (TypeError, ValueError, RuntimeError):
+            check(False, f"a metric of train must be one number; {name}", value, "Mend train.")
+    check(
+        not (both := metrics.keys() & {*taken, *_OF_EVALUATION}),
+        "metrics of train must have other names than those of evaluate",
+        ", ".join(sorted(both)),
+        "Begin them with train-.",
+    )
+    check(
+        isinstance(payload, Mapping),
+        "an agent's outgoing must return a mapping of layers to tensors",
+        type(payload).__name__,
+        "Return {} to send nothing.",
+    )
 
 
 def evaluate(agent: Agent) -> tuple[dict[str, float], str]:

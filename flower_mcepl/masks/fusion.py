@@ -11,8 +11,9 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
+from flower_mcepl.config.checks import check
 from flower_mcepl.config.registry import Registry
-from flower_mcepl.errors import ConfigError
+from flower_mcepl.errors import ConfigError, FlowerMceplError
 from flower_mcepl.masks import formulas as maths
 
 
@@ -80,6 +81,15 @@ class Fusion:
     blend: Blend | None = None
     exchanges: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("hear", "rank", "blend"):
+            formula = getattr(self, name)
+            check(
+                callable(formula) or (formula is None and name == "blend"),
+                f"a fusion rule's {name} must be a function",
+                formula,
+            )
+
     @property
     def averages(self) -> bool:
         """Whether the mean of the neighbors' masks is heard, without the own one."""
@@ -108,18 +118,95 @@ def heard_by(fusion: Fusion, masks: Sequence[Tensor], own: Tensor) -> Tensor:
     Raises
     ------
     ConfigError
-        If it takes bits alone, and votes have faded.
+        If it fails, takes bits alone where votes have faded, changes a mask in place,
+        or gives another shape, no floats, or numbers that are not finite.
     """
+    # the neighbors' first masks are common to all agents, and the own one is sent
+    lent = [*masks, own]
+    versions = [mask._version for mask in lent]
     try:
-        return fusion.hear(masks, own)
+        n = fusion.hear(masks, own)
     except (RuntimeError, TypeError) as error:
         if not masks[0].is_floating_point():
-            raise
+            raise _failed("hear", fusion.hear, error) from error
         raise ConfigError(
             "where votes have faded (age-decay below 1), a fusion rule's hear gets masks as "
             f"floats, each times its vote; this one failed on them ({error}). Mend the rule, or "
             "set age-decay to 1."
         ) from error
+    except FlowerMceplError:
+        raise
+    except Exception as error:  # whatever the rule of a package raises
+        raise _failed("hear", fusion.hear, error) from error
+    check(
+        [mask._version for mask in lent] == versions,
+        "a fusion rule's hear must leave the masks as they are; it changed one in place",
+        _name(fusion.hear),
+        "Let it calculate on copies: other agents hear the same masks.",
+    )
+    if not bool(check_formula(n, own, name="hear").isfinite().all()):
+        raise ConfigError(
+            "a fusion rule's hear must return finite numbers; got some that are infinite or "
+            f"not a number, from {len(masks)} masks. Mend the rule."
+        )
+    # a rule may give one tensor for all, filled anew each time
+    return n if fusion.averages else n.clone()
+
+
+def ranked_by(fusion: Fusion, z: Tensor, n: Tensor) -> Tensor:
+    """Return ``y`` of a layer by a rule.
+
+    Raises
+    ------
+    ConfigError
+        If the rule fails, gives another shape or no floats, or a tensor of which
+        nothing can be learned.
+    """
+    try:
+        y = fusion.rank(z, n)
+    except FlowerMceplError:
+        raise
+    except Exception as error:  # whatever the rule of a package raises
+        raise _failed("rank", fusion.rank, error) from error
+    check(
+        check_formula(y, z, name="rank").requires_grad
+        or not (torch.is_grad_enabled() and z.requires_grad),
+        "a fusion rule's rank must be differentiable in the scores z; what it returned has no "
+        "gradient",
+        _name(fusion.rank),
+        "Leave out detach(), .data and no_grad() on the way from z.",
+    )
+    return y
+
+
+def blended_by(blend: Blend, m: Tensor, n: Tensor, *, num_neighbors: int) -> Tensor:
+    """Return what a rule multiplies the weights of a layer with.
+
+    Raises
+    ------
+    ConfigError
+        If the rule fails, or gives another shape or no floats.
+    """
+    try:
+        x = blend(m, n, num_neighbors=num_neighbors)
+    except FlowerMceplError:
+        raise
+    except Exception as error:  # whatever the rule of a package raises
+        raise _failed("blend", blend, error) from error
+    return check_formula(x, m, name="blend")
+
+
+def _failed(name: str, formula: Callable[..., object], error: Exception) -> ConfigError:
+    """Error that names the function of a rule, and what it raised."""
+    return ConfigError(
+        f"a fusion rule's {name} must take every layer; {_name(formula)} raised "
+        f"{type(error).__name__}: {error}. Mend the rule (docs/extending.md)."
+    )
+
+
+def _name(formula: Callable[..., object]) -> str:
+    module = getattr(formula, "__module__", "")
+    return f"{module}.{getattr(formula, '__qualname__', repr(formula))}"
 
 
 def check_formula(result: Tensor, like: Tensor, *, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.blocks import check_block_retention
-from flower_mcepl.masks.fusion import MCEPL, Fusion, check_formula, heard_by
+from flower_mcepl.masks.fusion import MCEPL, Fusion, blended_by, heard_by, ranked_by
 from flower_mcepl.masks.gates import LAYER, MaskRules, gate_name, masks_of
 from flower_mcepl.masks.layers import LayerSpec, find_frozen, find_maskable
 from flower_mcepl.masks.placement import call_with, kept_in_eval, slots_of, train_mode
@@ -202,7 +202,8 @@ class MaskedModel(nn.Module):
         Raises
         ------
         ConfigError
-            If the rule gives another shape, no floats, or numbers that are not finite.
+            If the rule fails, changes a mask in place, or gives another shape, no
+            floats, or numbers that are not finite.
         """
         means = {}
         # ranking takes long, and the mean of the neighbors has no use for the own mask
@@ -210,7 +211,7 @@ class MaskedModel(nn.Module):
         for name, own in (self.masks() if needs_own else self.all_scores).items():
             heard = [payload[name].to(own.device) for payload in payloads if name in payload]
             if heard:
-                means[name] = self._heard(heard, own)
+                means[name] = heard_by(self.fusion, heard, own)
         self.set_heard(means, payloads)
 
     def set_heard(
@@ -314,24 +315,14 @@ class MaskedModel(nn.Module):
     def ranked(self, z: Tensor, n: Tensor) -> Tensor:
         """Return ``y`` of one layer of which ``n`` was heard."""
         strong = n if self.fusion_strength == 1 else self.fusion_strength * n
-        return check_formula(self.fusion.rank(z, strong), z, name="rank")
-
-    def _heard(self, masks: Sequence[Tensor], own: Tensor) -> Tensor:
-        n = heard_by(self.fusion, masks, own)
-        if not bool(check_formula(n, own, name="hear").isfinite().all()):
-            raise ConfigError(
-                "a fusion rule's hear must return finite numbers; got some that are infinite or "
-                f"not a number, from {len(masks)} masks. Mend the rule."
-            )
-        return n
+        return ranked_by(self.fusion, z, strong)
 
     def blended(self, m: Tensor, *, name: str) -> Tensor:
         """What multiplies the weights in place of a layer's mask ``m`` of floats."""
         n = self.neighbor_means[name]
         if n is None or self.fusion.blend is None:
             return m
-        x = self.fusion.blend(m, n, num_neighbors=self.num_holders(name))
-        return check_formula(x, m, name="blend")
+        return blended_by(self.fusion.blend, m, n, num_neighbors=self.num_holders(name))
 
     def is_structured(self) -> bool:
         """Whether masks are more than the largest of each layer."""

@@ -88,6 +88,9 @@ def random_regular(n: int, *, degree: int, seed: int) -> Edges:
         )
     import networkx as nx
 
+    if degree > n // 2:  # networkx draws until all fit, which hardly ever happens then
+        apart = nx.random_regular_graph(n - 1 - degree, n, seed=_nx_seed(seed))
+        return [edge for edge in complete(n) if not apart.has_edge(*edge)]
     return list(nx.random_regular_graph(degree, n, seed=_nx_seed(seed)).edges())
 
 

@@ -19,7 +19,7 @@ def read_graph(
     rows = _read_npy(path) if Path(path).suffix == ".npy" else _read_text(path)
     if isinstance(rows, list) and all(len(row) == 2 for row in rows):
         edges = _edge_list(rows, path)
-        size = 1 + max(map(max, edges), default=-1) if num_agents is None else num_agents
+        size = _size(edges, path) if num_agents is None else num_agents
         return FixedLinks.from_edges(edges, num_agents=size, directed=directed)
     matrix = _adjacency(rows, path)
     if num_agents not in (None, len(matrix)):
@@ -34,9 +34,23 @@ def read_graph(
     )
 
 
+def _size(edges: list[Edge], path: str | Path) -> int:
+    """Number of agents of an edge list that stands alone."""
+    named = {agent for edge in edges for agent in edge}
+    size = 1 + max(named, default=-1)
+    if size > 2 * len(named):  # numbers of something else: memory for each would be taken
+        raise TopologyError(
+            f"an edge list numbers its agents 0, 1, 2...; {path} names {len(named)} agents, the "
+            f"highest of them {size - 1}. Number them anew, or pass num_agents if the others have "
+            "no link."
+        )
+    return size
+
+
 def _read_npy(path: str | Path) -> _Matrix:
     try:
-        return np.asarray(np.load(path, allow_pickle=False), dtype=np.float64)
+        rows = np.asarray(np.load(path, allow_pickle=False))
+        return rows.astype(np.float64, casting="same_kind")  # complex: refused, not cut off
     except (OSError, EOFError, TypeError, ValueError) as error:
         raise TopologyError(
             f"a .npy graph must be a saved matrix of 0 and 1; {path}: {error}."

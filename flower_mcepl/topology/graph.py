@@ -245,7 +245,14 @@ class Topology:
 
     @classmethod
     def from_networkx(cls, graph: Any) -> "Topology":
-        """Take over the edges of a networkx graph with the nodes 0..N-1."""
+        """Take over the edges of a networkx graph with the nodes 0..N-1.
+
+        Raises
+        ------
+        TopologyError
+            If the nodes are others, or an edge links an agent to itself or has a
+            ``weight`` that is not 1.
+        """
         num_agents = graph.number_of_nodes()
         if set(graph.nodes) != set(range(num_agents)):
             raise TopologyError(
@@ -253,6 +260,12 @@ class Topology:
                 f"{list(graph.nodes)!r:.80}. Rename them with "
                 "networkx.convert_node_labels_to_integers."
             )
+        for sender, receiver, weight in graph.edges(data="weight", default=1):
+            if weight != 1:
+                raise TopologyError(
+                    f"links have no weights here; edge ({sender}, {receiver}) of the networkx "
+                    f"graph has {weight!r:.40}. Leave out the edge attribute 'weight'."
+                )
         return cls._linked("networkx", graph.edges(), num_agents, directed=graph.is_directed())
 
     @classmethod
@@ -273,8 +286,8 @@ class Topology:
         Parameters
         ----------
         num_agents : int, optional
-            N. An edge list without it ends at the highest agent it names; a matrix has
-            to agree with it.
+            N. An edge list without it ends at the highest agent it names, and names at
+            least half of them; a matrix has to agree with it.
         directed : bool (default: False)
             Read the links as one-way: edge lists as ``sender receiver``, symmetric
             matrices as directed.

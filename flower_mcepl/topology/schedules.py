@@ -154,6 +154,12 @@ def checked_schedule(schedule: Any, num_agents: int, name: str) -> Schedule:
                 f"the topology {name!r} must have {num_agents} agents; its links are of "
                 f"{len(schedule.out)}. Build it with num_agents={num_agents}."
             )
+        edges, directed = schedule.edges(), schedule.directed
+        if schedule != FixedLinks.from_edges(edges, num_agents=num_agents, directed=directed):
+            raise TopologyError(
+                f"fixed links must say the same from either end; the tables of {name!r} do not. "
+                "Build them with FixedLinks.from_edges."
+            )
         return schedule
     try:
         hash(schedule)

@@ -226,3 +226,51 @@ def test_neighbors_that_are_gone_count_no_more() -> None:
     model.hear([])
     assert (model.num_neighbors, set(model.neighbor_means.values())) == (0, {None})
     assert np.isin(model.live_masks()["3.weight"].numpy(), (0, 1)).all()
+
+
+# --- mistakes of a rule of somebody's own ---
+
+
+def flipping(masks: Sequence[Tensor], own: Tensor) -> Tensor:
+    return masks[0].logical_not_().float()
+
+
+def failing(masks: Sequence[Tensor], own: Tensor) -> Tensor:
+    raise KeyError("mask")
+
+
+def heard(rule: Fusion) -> MaskedModel:
+    model = MaskedModel(small_net(), fusion=rule, generator=torch.Generator().manual_seed(0))
+    model.hear([{name: mask.clone() for name, mask in model.masks().items()}])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Fusion(hear=flipping), "must leave the masks as they are.*flipping"),
+        (Fusion(hear=failing), "test_fusion.failing raised KeyError: 'mask'. Mend the rule"),
+        (Fusion(rank=lambda z, n: (z + n).detach()), "rank must be differentiable"),
+        (Fusion(rank=lambda z: z), "a fusion rule's rank must take every layer.*TypeError"),
+        (Fusion(blend=lambda m, n: m), "rule's blend must take every layer.*num_neighbors"),
+    ],
+)
+def test_a_rule_that_fails_is_named(rule: Fusion, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        heard(rule)(torch.zeros(2, 1, 6, 6))
+
+
+def test_a_rule_is_made_of_functions() -> None:
+    with pytest.raises(ConfigError, match="a fusion rule's hear must be a function; got 3"):
+        Fusion(hear=3)  # type: ignore[arg-type]
+
+
+def test_a_rule_may_fill_one_tensor_each_time() -> None:
+    buffers: dict[torch.Size, Tensor] = {}
+
+    def counting(masks: Sequence[Tensor], own: Tensor) -> Tensor:
+        return buffers.setdefault(own.shape, torch.zeros(own.shape)).add_(1)
+
+    one, two = heard(Fusion(hear=counting)), heard(Fusion(hear=counting))
+    assert {float(n.unique()) for n in one.neighbor_means.values() if n is not None} == {1.0}
+    assert {float(n.unique()) for n in two.neighbor_means.values() if n is not None} == {2.0}

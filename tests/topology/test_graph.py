@@ -364,6 +364,7 @@ def test_text_of_two_pairs_is_never_misread_as_a_matrix(tmp_path: Path, rows: st
         ("g.txt", "0 1\n1 2.5\n", r"pairs of agents.*\[1.0, 2.5\]"),
         ("g.txt", "0 1\n1 inf\n", "pairs of agents"),
         ("g.txt", "0 -1\n", "pairs of agents"),
+        ("g.txt", "0 99999999999\n", "names 2 agents, the highest of them 99999999999. Number"),
         ("g.txt", "# nothing\n", "num_agents must be at least 1; got 0"),
         ("g.npy", "not numpy", "saved matrix"),
         ("g.txt", None, "readable text file"),
@@ -384,6 +385,9 @@ def test_bad_arrays_and_sizes_in_files(tmp_path: Path) -> None:
     np.save(tmp_path / "three.npy", np.zeros((3, 3)))
     with pytest.raises(TopologyError, match="has 3 agents, but 4 are asked for"):
         Topology.from_file(tmp_path / "three.npy", num_agents=4)
+    np.save(tmp_path / "complex.npy", np.array([[0, 1j], [1, 0]]))
+    with pytest.raises(TopologyError, match=r"saved matrix of 0 and 1.*complex128"):
+        Topology.from_file(tmp_path / "complex.npy")
     (tmp_path / "list.txt").write_text("0 5\n")
     with pytest.raises(
         TopologyError, match=r"edge \(0, 5\) names agent 5, but the graph has agents 0..3"
@@ -520,3 +524,17 @@ def test_a_directed_edge_list_from_a_spec(tmp_path: Path) -> None:
     path.write_text("0 1\n1 2\n")
     assert Topology.parse(f"directed-file:{path}", num_agents=3).links() == ((0, 1), (1, 2))
     assert Topology.parse(f"file:{path}", num_agents=3).links() == ((0, 1), (1, 0), (1, 2), (2, 1))
+
+
+def test_networkx_weights_are_refused_and_not_dropped() -> None:
+    ones = nx.from_numpy_array(np.array([[0, 1], [1, 0]]))  # each edge has the weight 1
+    assert Topology.from_networkx(ones).links() == ((0, 1), (1, 0))
+    ones[0][1]["weight"] = 0.5
+    with pytest.raises(TopologyError, match=r"no weights here; edge \(0, 1\).* has 0.5"):
+        Topology.from_networkx(ones)
+
+
+@pytest.mark.parametrize(("n", "degree"), [(100, 90), (60, 57), (9, 6), (8, 7), (7, 6)])
+def test_dense_regular_graphs_are_drawn_at_once(n: int, degree: int) -> None:
+    graph = Topology.random_regular(n, degree=degree, seed=3)
+    assert {len(graph.in_neighbors(i)) for i in range(n)} == {degree}

@@ -18,7 +18,7 @@ from flower_mcepl.errors import TopologyError
 from flower_mcepl.record.reading import read_run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.runs.simulation import simulate
-from flower_mcepl.topology import TOPOLOGIES, Spec, Topology, families
+from flower_mcepl.topology import TOPOLOGIES, FixedLinks, Spec, Topology, families
 from tests.fleet.agents import make_fleet
 
 RECORDED = {  # as they were written before schedules said how they are built again
@@ -304,6 +304,10 @@ def test_a_run_record_is_refused_before_the_run(tmp_path: Path) -> None:
         (nx.path_graph(4), "those of 'mine' are a Graph"),
         (Topology.ring(3), "those of 'mine' are a Topology"),
         (Topology.ring(3)._schedule, "'mine' must have 10 agents; its links are of 3"),
+        (
+            FixedLinks(((1,), *[()] * 9), ((), (0,), *[()] * 8), directed=False),
+            "the same from either end; the tables of 'mine' do not. Build them with FixedLinks",
+        ),
         (Listed(), "the Listed of 'mine' is not .*unhashable.*frozen dataclass"),
     ],
 )
