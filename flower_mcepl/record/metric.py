@@ -133,6 +133,23 @@ def final_rows(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [{**row, "round": newest} for row in closing] or known
 
 
+def rows_by_round(rows: Iterable[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
+    """Lines by evaluated round, in the order of the rounds.
+
+    Those that a run's result is of (`final_rows`), where they are marked, are a round
+    of their own: the last point of a curve is the result.
+    """
+    known = list(rows)
+    rounds: dict[int, list[Mapping[str, Any]]] = {}
+    for row in known:
+        if not row.get("closing"):
+            rounds.setdefault(int(row["round"]), []).append(row)
+    if any(row.get("closing") for row in known):
+        last = final_rows(known)
+        rounds[int(last[0]["round"])] = last
+    return dict(sorted(rounds.items()))
+
+
 def last_evaluated(
     rows: Iterable[Mapping[str, Any]], metric: MainMetric = ACCURACY
 ) -> dict[int, Row]:

@@ -19,6 +19,7 @@ from flower_mcepl.record.metric import (
     last_rows,
     metric_summary,
     of_agents,
+    rows_by_round,
 )
 from flower_mcepl.record.parsing import read_lines, read_object
 from flower_mcepl.record.schema import (
@@ -158,11 +159,24 @@ class Run:
 
     @property
     def num_rounds(self) -> int:
-        """Rounds of the run; without a summary, the last one that has a line."""
+        """Rounds of the run; without a summary, the last one that has a line.
+
+        The line of the closing exchange is none of a round.
+        """
         planned = (self.summary or {}).get("num_rounds")
-        if planned is not None:
-            return int(planned)
-        return max((row["round"] for row in (*self.rounds, *self.relay)), default=0)
+        return self.rounds_played if planned is None else int(planned)
+
+    @property
+    def rounds_played(self) -> int:
+        """Last round that has a line: of a run that broke off, fewer than planned."""
+        last = max((row["round"] for row in (*self.rounds, *self.relay)), default=0)
+        return int(last if self.planned_rounds is None else min(last, self.planned_rounds))
+
+    @property
+    def planned_rounds(self) -> int | None:
+        """Rounds of the run, had it not broken off; None where nothing says so."""
+        planned = (self.summary or {}).get("num_rounds", self.config.get("num_rounds"))
+        return None if planned is None else int(planned)
 
     @property
     def damage(self) -> str:
@@ -245,11 +259,11 @@ class Run:
         return {round: count for round, count in counts.items() if 0 < count < self.num_agents}
 
     def by_round(self) -> dict[int, list[Row]]:
-        """Lines of the agents by evaluated round, in the order of the rounds."""
-        rows: dict[int, list[Row]] = {}
-        for row in self.rounds:
-            rows.setdefault(int(row["round"]), []).append(row)
-        return dict(sorted(rows.items()))
+        """Lines of the agents by evaluated round, in the order of the rounds.
+
+        Without a barrier the last one is that of the closing exchange, of all agents.
+        """
+        return {t: [*map(dict, rows)] for t, rows in rows_by_round(self.rounds).items()}
 
     def curve(self) -> list[tuple[int, float, float, float, float]]:
         """Main metric by evaluated round: ``(round, mean, std, worst, best)``."""

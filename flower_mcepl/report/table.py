@@ -66,6 +66,8 @@ def agent_table(run: Run) -> str:
 
 def _agent_cells(run: Run, *, with_depth: bool) -> Iterator[list[str]]:
     handshakes, last, metric = run.handshakes, run.final(), run.metric
+    # what goes to a server is over no link between agents
+    sent = "sent_bytes" if run.server is None else "uplink_bytes"
     for agent in sorted({*handshakes, *last}):
         handshake, row = handshakes.get(agent, {}), last.get(agent, {})
         yield [
@@ -77,7 +79,7 @@ def _agent_cells(run: Run, *, with_depth: bool) -> Iterator[list[str]]:
             _cell(row.get("num_examples")),
             _cell(metric.value(row), ".4f"),
             _cell(row.get("density"), ".4f"),
-            human_bytes(row.get("sent_bytes")),
+            human_bytes(row.get(sent)),
             human_bytes(row.get("received_bytes")),
         ]
 
@@ -103,17 +105,28 @@ def headline(run: Run) -> str:
     result = run.result()
     status += f" [DAMAGED: {run.damage}]" if run.damage else ""
     if result["mean"] is None or (len(run.final()) == result["agents"] == run.num_agents):
-        return f"{run.name}: {status}, {agents}, {run.num_rounds} rounds"
+        return f"{run.name}: {status}, {agents}, {_rounds(run)}"
     return (
-        f"{run.name}: {status}, {run.num_agents} agents, {run.num_rounds} rounds; "
+        f"{run.name}: {status}, {of_agents(run.num_agents, run.num_agents)}, {_rounds(run)}; "
         f"{run.metric.name} of {run.coverage()} after round {result['round']}"
     )
+
+
+def _rounds(run: Run) -> str:
+    """Rounds of a run: of one that broke off, how many of them were played."""
+    played, planned = run.rounds_played, run.planned_rounds
+    if run.status in _CLOSED or planned is None:
+        played = planned = run.num_rounds
+    of = "" if played == planned else f" of {planned}"
+    return f"{played}{of} {'round' if planned == 1 else 'rounds'}"
 
 
 def _stopped(run: Run) -> str:
     """Why a run is shorter than planned, behind its status."""
     if not (stopped := run.stopped_early):
         return ""
+    if "fewest" in stopped and stopped.get("round") == stopped.get("planned"):
+        return f" (the slowest agent played {stopped['fewest']} rounds)"
     if "fewest" in stopped:
         return (
             f" (of {stopped.get('planned')} rounds, when its time was over; the slowest agent "
@@ -146,11 +159,13 @@ def _result_lines(run: Run) -> Iterator[str]:
         yield f"no evaluation came after the last round, {run.num_rounds}: this one is earlier"
     if further := ", ".join(_further_lines(run)):
         yield f"also, means of that round: {further}"
-    last = run.last_evaluated()
-    late = [f"{a} (round {r['round']})" for a, r in run.final().items() if a not in last]
+    last, final = run.last_evaluated(), run.final()
+    others = {agent: row for agent, row in final.items() if agent not in last}
+    if without := [str(a) for a, row in others.items() if metric.value(row) is None]:
+        yield f"without a value of {metric.name} when last evaluated: agent {', '.join(without)}"
+    late = [f"{a} (round {r['round']})" for a, r in others.items() if str(a) not in without]
     if late:
         yield f"last evaluated in an earlier round, and not in the mean: agent {', '.join(late)}"
-    final = run.final()
     if never := [str(agent) for agent in range(run.num_agents) if agent not in final]:
         more = f", ... ({len(never)} agents)" if len(never) > _MOST_NAMED else ""
         yield f"never evaluated: agent {', '.join(never[:_MOST_NAMED])}{more}"
@@ -204,8 +219,8 @@ def _byte_lines(counts: Row) -> Iterator[str]:
     for key, name in BYTE_NAMES.items():
         if counts.get(key) is not None:
             yield f"{name:<43}{human_bytes(counts[key]):>8}   {notes.get(key, '')}"
-    if counts.get("busiest_agent") is not None:
-        total = counts.get("busiest_agent_total")
+    total = counts.get("busiest_agent_total")
+    if counts.get("busiest_agent") is not None and total != 0:  # nobody sent anything
         note = f"   {human_bytes(total)} up and down" if total else ""
         yield f"{'busiest agent':<43}{_cell(counts['busiest_agent']):>8}{note}"
     if counts.get("relay_total") is not None:

@@ -1,6 +1,7 @@
 """A comparison as a table: for people, as Markdown, and as CSV with plain numbers."""
 
 import csv
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from flower_mcepl.record.values import human_bytes
 from flower_mcepl.report.compare import LASSO, Comparison, Row
 
 Column = tuple[str, Callable[[Row], str]]  # title and cell
+_ACTIVE = re.compile(r"[\\`*<>\[\]|$~&]|(?<!\w)_|_(?!\w)")  # what Markdown would not show
 _EXPLAINED = (
     "{main}: mean over the agents of their personalized {main} in the last evaluated round; "
     "then mean ± sample standard deviation over the seeds, of which one seed has none. All other "
@@ -67,7 +69,7 @@ def markdown(comparison: Comparison) -> str:
     rules = ["---"] * len(comparison.keys) + ["---:"] * (len(heads) - len(comparison.keys))
     lines = [heads, rules, *([_escaped(cell) for cell in row] for row in cells(comparison))]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    notes = "\n".join(f"- {note}" for note in footnotes(comparison))
+    notes = "\n".join(f"- {_escaped(note)}" for note in footnotes(comparison))
     return f"{table}\n\n{notes}\n"
 
 
@@ -80,7 +82,7 @@ def write_csv(comparison: Comparison, path: Path) -> None:
     """Write the table as CSV of plain numbers; what is not known is empty."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        numbers = [_numbers(row) for row in comparison.rows]
+        numbers = [_numbers(row, comparison.target) for row in comparison.rows]
         writer.writerow([*comparison.keys, *numbers[0]])
         for row, values in zip(comparison.rows, numbers, strict=True):
             writer.writerow([*(row.settings[key] for key in comparison.keys), *values.values()])
@@ -139,8 +141,9 @@ def _reached(row: Row) -> str:
     )
 
 
-def _numbers(row: Row) -> dict[str, Any]:
+def _numbers(row: Row, target: float | None) -> dict[str, Any]:
     best_round, best = row.best() or (None, None)
+    reached = sum(run.target_bytes is not None for run in row.runs)
     main = row.runs[0].metric.name.replace("-", "_")
     return {
         "seeds": len(row.runs),
@@ -154,7 +157,7 @@ def _numbers(row: Row) -> dict[str, Any]:
         "best_round": best_round,
         "link_bytes": row.mean("link_bytes"),
         "target_bytes": row.mean("target_bytes"),
-        "seeds_reaching_target": sum(run.target_bytes is not None for run in row.runs),
+        "seeds_reaching_target": None if target is None else reached,
         "filters_off": row.mean("filters_off"),
         "bits_per_weight": row.mean("bits_per_weight"),
         "busiest_agent_bytes": row.mean("busiest_bytes"),
@@ -172,4 +175,4 @@ def _text(value: Any) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _ACTIVE.sub(r"\\\g<0>", text).replace("\n", " ")

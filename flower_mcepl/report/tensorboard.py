@@ -41,7 +41,7 @@ class ScalarWriter:
     def __init__(self, record: Path, folder: Path) -> None:
         self.record = record
         self._began = _timestamp(read_run(record).started)
-        self._rounds: set[int] = set()
+        self._rounds: dict[int, int] = {}  # lines of each round that was written
         self._relay = 0
         writer = _event_writer()
         for old in folder.glob("events.out.tfevents.*"):
@@ -49,14 +49,20 @@ class ScalarWriter:
         self._events = writer(folder)
 
     def update(self) -> Run:
-        """Write what is new, and return the record; a started evaluation waits."""
+        """Write what is new, and return the record; a started evaluation waits.
+
+        A round's evaluation is over when the relay's line of the next round is there.
+        An answer that comes later than that has the round's means written once more.
+        """
         run = read_run(self.record)
-        rounds = run.by_round()
-        newest = max(rounds, default=0)
-        for round in sorted(rounds.keys() - self._rounds):
-            if round < newest or run.summary is not None:
-                self._rounds.add(round)
-                self._write_round(round, rounds[round], run.metric)
+        # time of the answers that the evaluations came with
+        ends = {int(line["round"]) - 1: float(line.get("seconds") or 0) for line in run.relay}
+        for round, rows in run.by_round().items():
+            is_over = round in ends or run.summary is not None
+            if is_over and self._rounds.get(round) != len(rows):
+                self._rounds[round] = len(rows)
+                when = ends.get(round, max(ends.values(), default=0.0))
+                self._write_round({"round": round, "seconds": when}, rows, run.metric)
         for row in run.relay[self._relay :]:
             for key, name in BYTES.items():
                 self._add(f"bytes/{name}", row.get(key), row)
@@ -68,24 +74,24 @@ class ScalarWriter:
         """Close the event file."""
         self._events.close()
 
-    def _write_round(self, round: int, rows: list[Row], metric: MainMetric) -> None:
+    def _write_round(self, place: Row, rows: list[Row], metric: MainMetric) -> None:
         whole = metric_summary(rows, metric)
-        last = max(rows, key=lambda row: float(row.get("seconds") or 0))
         for name in SPREAD:
-            self._add(f"{metric.name}/{name}", whole[name], last)
+            self._add(f"{metric.name}/{name}", whole[name], place)
         further = dict.fromkeys(name for row in rows for name in row.get("metrics") or {})
         for name in ("loss", *further):
             values = [MainMetric(name).value(row) for row in rows]
             known = [value for value in values if value is not None]
             if known and name != metric.name:
-                self._add(f"{name}/mean", sum(known) / len(known), last)
+                self._add(f"{name}/mean", sum(known) / len(known), place)
         for row in rows:
-            self._add(f"agents/{row['agent']}", metric.value(row), row)
+            self._add(f"agents/{row['agent']}", metric.value(row), place)
 
-    def _add(self, tag: str, value: Any, row: Row) -> None:
+    def _add(self, tag: str, value: Any, place: Row) -> None:
+        """Write a value at a round, and the seconds since the run's start."""
         if value is not None:
-            when = self._began + float(row.get("seconds") or 0)
-            self._events.add_scalar(tag, value, global_step=int(row["round"]), walltime=when)
+            when = self._began + float(place.get("seconds") or 0)
+            self._events.add_scalar(tag, value, global_step=int(place["round"]), walltime=when)
 
 
 def _timestamp(started: str) -> float:

@@ -10,7 +10,13 @@ from flower_mcepl.errors import first_line, same_reason
 from flower_mcepl.exchange.exchange import Exchange
 from flower_mcepl.exchange.parcels import Answer, FrameT
 from flower_mcepl.record.layout import Row
-from flower_mcepl.record.metric import MainMetric, final_rows, metric_summary, of_agents
+from flower_mcepl.record.metric import (
+    MainMetric,
+    final_rows,
+    metric_summary,
+    of_agents,
+    rows_by_round,
+)
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.selection import BEST_ROUND, BEST_VALUE, best_columns, best_states
 from flower_mcepl.record.values import human_bytes
@@ -46,6 +52,8 @@ class RunMonitor(Generic[FrameT]):
     train_loss: dict[int, float] = field(default_factory=dict)  # mean over the agents, by round
     # why the run stops before its planned end, as in the summary; empty: it does not
     stopped_early: Row = field(default_factory=dict)
+    time_budget: float = 0.0  # of the run's clock, after which no round begins; 0: none
+    is_over: bool = False  # nobody plays a round any more; of some the lines are still to come
 
     def __post_init__(self) -> None:
         self._start = time.perf_counter()
@@ -173,15 +181,8 @@ class RunMonitor(Generic[FrameT]):
         Without a barrier the last one is that of the closing exchange, of all agents.
         """
         metric = self.metric
-        by_round: dict[int, list[Mapping[str, Any]]] = {}
-        for row in self.rows:
-            if not row.get("closing"):
-                by_round.setdefault(row["round"], []).append(row)
-        if any(row.get("closing") for row in self.rows):
-            last = final_rows(self.rows)
-            by_round[last[0]["round"]] = last
         result = {}
-        for round, rows in sorted(by_round.items()):
+        for round, rows in rows_by_round(self.rows).items():
             s = metric_summary(rows, metric)
             if s["mean"] is not None:
                 result[round] = {
@@ -288,10 +289,8 @@ class RunMonitor(Generic[FrameT]):
         if closed.round > self.num_rounds:
             parts = ["closing"]
         else:
-            parts = [
-                f"round {closed.round}/{self.num_rounds}",
-                f"{self._time_left(closed.round)} left",
-            ]
+            parts = [f"round {closed.round}/{self.num_rounds}"]
+            parts += [] if self.is_over else [f"{self._time_left(closed)} left"]
         parts.append(f"{len(closed.answers)}/{self.exchange.topology.num_agents} answered")
         late = sum(answer.late_of is not None for answer in closed.answers.values())
         parts[-1] += f" ({late} late)" if late else ""
@@ -318,12 +317,16 @@ class RunMonitor(Generic[FrameT]):
             parts[-1] += f", {human_bytes(totals['local_total'])} within nodes"
         return " | ".join(parts)
 
-    def _time_left(self, round: int) -> str:
+    def _time_left(self, closed: ClosedRound[FrameT]) -> str:
         known, since = self._warm
         if known == 0:  # the first round says little of the others
             return "?"
-        per_round = (time.perf_counter() - since) / (round - known)
-        minutes, seconds = divmod(int(per_round * (self.num_rounds - round) + 0.5), 60)
+        now = time.perf_counter()
+        left = (now - since) / (closed.round - known) * (self.num_rounds - closed.round)
+        if self.time_budget and closed.clock:
+            per_second = (now - self._start) / closed.clock
+            left = min(left, per_second * max(0.0, self.time_budget - closed.clock))
+        minutes, seconds = divmod(int(left + 0.5), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 

@@ -165,11 +165,12 @@ class OwnRounds(Generic[FrameT]):
 
     def end(self) -> None:
         """Write the rounds that some agents never played: nobody plays any more."""
+        monitor = self._book.monitor
+        monitor.is_over = True
+        if min(self.rounds) < monitor.num_rounds:
+            monitor.stop_after(max(self.rounds), fewest=min(self.rounds))
         for round in sorted(self._open):
             self._close(round)
-        last, planned = max(self.rounds), self._book.monitor.num_rounds
-        if min(self.rounds) < planned:
-            self._book.monitor.stop_after(last, fewest=min(self.rounds))
 
     def due(self) -> int | None:
         """Round of the checkpoint that is due now: rounds of an agent in the mean."""

@@ -107,6 +107,7 @@ def play_own_rounds(
     Without ``events`` they follow from the speeds.
     """
     own = OwnRounds(book, exchange, num_agents=len(fleet.agents))
+    book.monitor.time_budget = timing.time_budget
     source: EventSource = (
         ReplayedEvents(events)
         if events is not None

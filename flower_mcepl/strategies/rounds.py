@@ -291,6 +291,7 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
     def _play_own_rounds(self, grid: Grid, config: ConfigRecord) -> None:
         """Play each agent's own rounds, after the first one of all."""
         own = OwnRounds(self.book, self.exchange, num_agents=self.topology.num_agents)
+        self.monitor.time_budget = self.options.time_budget
         num_rounds = self.monitor.num_rounds
         loop = self._loop = OwnRoundsLoop(
             grid,

@@ -13,7 +13,7 @@ from flower_mcepl.record.values import human_bytes
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.__main__ import main
 from flower_mcepl.report.overview import plot_run
-from flower_mcepl.report.table import agent_table
+from flower_mcepl.report.table import agent_table, headline
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -188,6 +188,46 @@ def test_an_agent_that_fell_silent_is_named(tmp_path: Path) -> None:
         "last evaluated in an earlier round, and not in the mean: agent 1 (round 1)"
         in agent_table(read_run(record.path))
     )
+
+
+def test_an_agent_without_a_value_is_not_said_to_be_of_an_earlier_round(tmp_path: Path) -> None:
+    record = RunRecord.create(name="x", config={}, path=tmp_path / "r")
+    record.log_agents([_row(0, 2, []), {**_row(1, 2, []), "accuracy": None}])
+    table = agent_table(read_run(record.path))
+    assert "without a value of accuracy when last evaluated: agent 1" in table
+    assert "earlier round" not in table
+
+
+@pytest.mark.parametrize(
+    ("status", "last", "rounds"),
+    [
+        ("interrupted", 3, "3 of 6 rounds"),
+        ("failed", 3, "3 of 6 rounds"),
+        (None, 3, "3 of 6 rounds"),
+        (None, 7, "6 rounds"),  # killed in its closing exchange
+        ("finished", 7, "6 rounds"),
+        ("interrupted", 1, "1 of 6 rounds"),
+    ],
+)
+def test_rounds_are_those_that_were_played(
+    tmp_path: Path, status: str | None, last: int, rounds: str
+) -> None:
+    record = RunRecord.create(name="x", config={"num_rounds": 6}, path=tmp_path / "r")
+    counts = {"failed": {}, "missing": [], "link_bytes": 0, "uplink_bytes": 0, "seconds": 0.0}
+    for round in range(1, last + 1):
+        record.log_round({"round": round, "answered": 2, "agents": 2, **counts})
+    record.log_agents([_row(0, 1, []), _row(1, 1, [])])
+    if status is not None:
+        record.finish(status, num_rounds=6)
+    assert headline(read_run(record.path)).endswith(f", 2 agents, {rounds}")
+
+
+def test_what_goes_to_a_server_is_sent(tmp_path: Path) -> None:
+    config = {"server": {"number": 2}}
+    record = RunRecord.create(name="x", config=config, path=tmp_path / "r")
+    record.log_agents([_row(0, 1, []), _row(1, 1, [])])
+    shown = cells(agent_table(read_run(record.path)), 0)
+    assert " ".join(shown[-4:]) == f"{human_bytes(FRAME)} 0 B"
 
 
 def test_bytes_of_a_killed_run_come_from_its_last_lines(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -76,6 +78,64 @@ def test_a_run_that_goes_on_is_followed_without_saying_anything_twice(
         app, ["tensorboard", str(record), "--out", str(tmp_path)], catch_exceptions=False
     )
     assert scalars(tmp_path / "events") == scalars(tmp_path / record.name)
+
+
+def agent_line(agent: int, round: int, accuracy: float) -> dict[str, Any]:
+    counts = {"sent_bytes": 0, "received_bytes": 0, "uplink_bytes": 0, "seconds": 99.0}
+    scores = {"accuracy": accuracy, "loss": 1.0, "num_examples": 4, "density": 0.5}
+    return {"round": round, "agent": agent, **scores, **counts}
+
+
+def relay_line(round: int) -> dict[str, Any]:
+    counts = {"failed": {}, "missing": [], "link_bytes": 0, "uplink_bytes": 0}
+    return {"round": round, "answered": 2, "agents": 2, **counts, "seconds": 10.0 * round}
+
+
+def test_an_evaluation_that_comes_late_is_in_the_means(tmp_path: Path) -> None:
+    record = RunRecord.create(name="x", config={}, path=tmp_path / "late")
+    writer = ScalarWriter(record.path, tmp_path / "events")
+    record.log_round(relay_line(1))
+    record.log_agents([agent_line(0, 1, 0.5)])
+    record.log_round(relay_line(2))
+    writer.update()
+    assert scalars(tmp_path / "events")["accuracy/mean"] == {1: 0.5}
+    record.log_agents([agent_line(0, 2, 0.5), agent_line(1, 1, 1.0)])
+    record.log_round(relay_line(3))
+    writer.update()
+    writer.close()
+    written = scalars(tmp_path / "events")
+    assert written["accuracy/mean"] == {1: 0.75, 2: 0.5}
+    assert written["agents/1"] == {1: 1.0}
+
+
+def test_slow_agents_of_a_run_without_a_barrier_are_waited_for(tmp_path: Path) -> None:
+    """Its rounds end by themselves, some of them long after others have begun."""
+    record = RunRecord.create(name="x", config={}, path=tmp_path / "async")
+    writer = ScalarWriter(record.path, tmp_path / "events")
+    record.log_agents([agent_line(0, round, 0.5) for round in (1, 2, 3)])
+    record.log_round(relay_line(1))
+    writer.update()
+    assert "accuracy/mean" not in scalars(tmp_path / "events")
+    record.log_agents([agent_line(1, 1, 1.0)])
+    record.log_round(relay_line(2))
+    writer.update()
+    writer.close()
+    assert scalars(tmp_path / "events")["accuracy/mean"] == {1: 0.75}
+
+
+def test_an_evaluation_stands_at_its_time_since_the_start(tmp_path: Path) -> None:
+    record = RunRecord.create(name="x", config={}, path=tmp_path / "timed")
+    record.log_round(relay_line(1))
+    record.log_agents([agent_line(0, 1, 0.5)])  # whose own seconds are of its computing
+    record.log_round(relay_line(2))
+    writer = ScalarWriter(record.path, tmp_path / "events")
+    writer.update()
+    writer.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
+    begin = datetime.fromisoformat(read_run(record.path).started).timestamp()
+    for tag in ("accuracy/mean", "loss/mean", "agents/0"):
+        assert [event.wall_time - begin for event in events.Scalars(tag)] == [20.0], tag
+    assert [event.wall_time - begin for event in events.Scalars("bytes/links")] == [10.0, 20.0]
 
 
 def test_writing_again_replaces_what_was_written(record: Path, tmp_path: Path) -> None:

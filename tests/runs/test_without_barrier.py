@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from flower_mcepl import ConfigError, MceplAgent, Topology, read_run, simulate
 from flower_mcepl.agents import load_state
 from flower_mcepl.exchange.turn import Reply
-from flower_mcepl.record.figures import clock_to, curve_by_clock
+from flower_mcepl.record.figures import (
+    bytes_by_round,
+    bytes_to,
+    clock_to,
+    curve_by_clock,
+    full_curve,
+)
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.writing import RunRecord
 from flower_mcepl.report.table import agent_table
@@ -345,7 +351,38 @@ def test_a_budget_that_cuts_slow_agents_off_is_in_the_record(tmp_path: Path) -> 
     simulate(make_fleet(3), graph, num_rounds=4, evaluate_every=2, record=record, **options)
     run = read_run(record.path)
     assert run.stopped_early == {"round": 4, "planned": 4, "fewest": 2}
+    assert "x: finished (the slowest agent played 2 rounds), 3 agents, 4 rounds" in agent_table(run)
     assert [line["missing"] for line in run.relay] == [[], [], [2], [2], []]
+
+
+def test_the_last_point_of_a_curve_is_the_result(tmp_path: Path) -> None:
+    """Agents end after unequal rounds; the mean of the fastest alone is no result."""
+    options = {"num_rounds": 99, "time_budget": 20.0, "speeds": "1, 1, 2, 5; noise=0.2"}
+    run = played(tmp_path, schedule="async", **options).run
+    result = run.result()
+    closing = [row["accuracy"] for row in run.rounds if row.get("closing")]
+    assert len(closing) == 4
+    round, mean, *_ = run.curve()[-1]
+    assert (round, mean) == (result["round"], pytest.approx(sum(closing) / 4))
+    assert round not in run.partial_rounds()
+    assert full_curve(run)[-1] == (round, mean)
+    assert bytes_to(run, max(mean for _, mean in full_curve(run))) is not None
+    whole = sum(row["received_bytes"] for row in run.rounds if row.get("closing"))
+    assert bytes_by_round(run)[round] == whole == run.totals["links_total"]
+
+
+def test_the_time_left_ends_with_the_budget_and_with_the_last_event(tmp_path: Path) -> None:
+    lines: list[str] = []
+    options = {"num_rounds": 10**6, "time_budget": 20.0, "speeds": "1, 1, 1, 5"}
+    played(tmp_path, schedule="async", log=lines.append, **options)
+    told = [line for line in lines if " left |" in line]
+    assert [line.split()[1] for line in told] == [f"{t}/1000000" for t in range(1, 5)]
+    # a million rounds would take hours
+    assert all(re.search(r" \? left| 0m\d\ds left", line) for line in told)
+    assert [line.split(" | ")[0] for line in lines[4:21]] == [
+        *(f"round {t}/20" for t in range(5, 21)),
+        "closing",
+    ]
 
 
 def test_events_that_are_none_are_refused() -> None:

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -896,7 +897,7 @@ def write_record(root: Path, *, accuracies: np.ndarray, sent: int = 100, **run_c
             "agents": agents,
             "failed": {},
             "missing": [],
-            "link_bytes": 0,
+            "link_bytes": (round - 1) * sent * agents,
             "uplink_bytes": 0,
         }
         record.log_round({"round": round, **counts, "seconds": 0.0})
@@ -980,6 +981,28 @@ def test_table_for_people(records: tuple[Path, dict[tuple[str, int], np.ndarray]
     assert lines[2].startswith("| a | 3 | ")
     assert "one seed has none" in footnotes(comparison)[0]
     assert lines[-1].startswith("- to 0.95: bytes")
+
+
+def test_without_a_target_nothing_is_said_to_have_reached_it(
+    records: tuple[Path, dict[tuple[str, int], np.ndarray]], tmp_path: Path
+) -> None:
+    write_csv(compare(find_records([records[0]])), tmp_path / "table.csv")
+    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+        assert {row["seeds_reaching_target"] for row in csv.DictReader(file)} == {""}
+
+
+def test_names_are_no_markup_in_a_table(tmp_path: Path) -> None:
+    scores, names = np.full((4, 3), 0.5), ("<b>x</b>", "_a_ *b*", "[c](d)", "a_b \\ $e$")
+    for seed, name in enumerate(names):
+        write_record(tmp_path / "r", accuracies=scores, sent=1, algorithm=name, seed=seed)
+    table = markdown(compare(find_records([tmp_path / "r"])))
+    shown = [re.sub(r"\\(.)", r"\1", line.split(" | ")[0]) for line in table.splitlines()[2:6]]
+    assert sorted(shown) == sorted(f"| {name}" for name in names)
+    for raw in ("<b>", " _a", "[c]", "$e"):
+        assert f"| {raw}" not in table
+    assert r"\<b\>x\</b\>" in table
+    assert r"\_a\_ \*b\*" in table
+    assert r"a_b \\ \$e\$" in table
 
 
 def test_one_seed_has_no_spread_and_target_may_be_reached_by_some(tmp_path: Path) -> None:
