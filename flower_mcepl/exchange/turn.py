@@ -26,7 +26,6 @@ from flower_mcepl.exchange.ages import check_votes
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.outbox import Outbox
 from flower_mcepl.exchange.parcels import Answer, FrameT, Parcel, Posted
-from flower_mcepl.streams import isolated_rng
 from flower_mcepl.wire import WrittenFrame
 from flower_mcepl.wire.values import find_precision
 
@@ -164,8 +163,7 @@ def play_round(agent: Agent, mail: Mail, parcel: Parcel[bytes]) -> Reply:
     """
     start = time.perf_counter()
     turn = _Turn(agent, mail, parcel)
-    # each verb isolates what it calls; what it draws itself is as repeatable here
-    with turn.naming(), isolated_rng(agent.seed, "verbs", agent=agent.index, round=parcel.round):
+    with turn.naming():
         heard = turn.take_in()
         if heard is not None and heard.votes:
             cast(WeighsVotes, agent).fuse(heard.inbox, round=turn.previous, votes=heard.votes)

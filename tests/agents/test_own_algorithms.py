@@ -1,7 +1,7 @@
 """Mistakes that authors of an algorithm make: each is refused by name."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
@@ -137,30 +137,33 @@ def test_an_agent_declares_what_it_sends() -> None:
 
 
 class Drawing(Plain):
-    """Agent that draws from the global generators, wherever it can."""
+    """Agent that draws from the global generators, as it is made and in a verb."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.drawn = [float(torch.rand(()))]
+        self.made, self.drawn = float(torch.rand(())), list[float]()
 
-    def fuse(self, inbox: Mapping[int, Payload], *, round: int) -> None:
+    def train(self, *, round: int) -> dict[str, float]:
         self.drawn += [float(torch.rand(())), random.random(), float(np.random.rand())]  # noqa: NPY002
+        return super().train(round=round)
 
 
-def test_draws_from_global_generators_are_those_of_the_runs_seed() -> None:
-    def draws() -> Iterator[list[float]]:
+def test_what_an_agent_draws_as_it_is_made_is_of_the_seed_and_no_verb_is() -> None:
+    """Noise of a mod in training hides nothing if it follows from a public seed."""
+
+    def draws(seed: int) -> list[tuple[float, list[float]]]:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
         agents = fleet(Drawing)
         simulate(agents, Topology.ring(2), num_rounds=3)
-        for agent in agents:
-            assert isinstance(agent, Drawing)
-            yield agent.drawn
+        return [(agent.made, agent.drawn) for agent in agents if isinstance(agent, Drawing)]
 
-    torch.manual_seed(1)
-    one = [*draws()]
-    torch.manual_seed(2)
-    random.seed(2)
-    assert [*draws()] == one
-    assert len({*one[0], *one[1]}) == len(one[0]) + len(one[1])  # no draw comes twice
+    one, two = draws(1), draws(2)
+    assert [made for made, _ in one] == [made for made, _ in two]
+    assert one[0][0] != one[1][0]
+    (first, second), (third, fourth) = ([drawn for _, drawn in each] for each in (one, two))
+    assert not {*first, *second} & {*third, *fourth}
 
 
 class NotDecorated(Config):

@@ -48,7 +48,7 @@ PAGES = sorted(
 )
 NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 # the last word of the groups of entry points, which are no modules
-ENTRY_POINTS = {"algorithms", "topologies", "fusions", "codecs"}
+ENTRY_POINTS = {"algorithms", "topologies", "fusions", "codecs", "tasks"}
 # by tests/stories/test_drop_in.py, tests/stories/test_deployment.py, and the test of
 # the doors
 RUN_ELSEWHERE = {"docs/existing-apps.md", "examples/deployment/README.md", "docs/extending.md"}

@@ -1097,11 +1097,17 @@ def test_the_mods_line_in_the_docs_clips_and_adds_noise() -> None:
         "def train(msg, context): ...", "def train(msg, context): return step(msg)"
     )
     assert whole != code
-    exec(whole, names)
-    run(Nodes(names["app"], 1), Topology.from_edges([], num_agents=1), rounds=2, initial=FLAT)
-    move = np.linalg.norm(begins[1] - begins[0])
-    assert 0.5 < move < 1.5  # clipped to 1; the noise's deviation is 0.05 a number
-    assert move != pytest.approx(1.0, abs=1e-7)
+    quiet = whole.replace("epsilon=0.9", "epsilon=200.0")  # noise of a deviation of 0.05 a number
+    assert quiet != whole
+    moves = []
+    for text in (quiet, whole, whole):
+        begins.clear()
+        exec(text, names)
+        run(Nodes(names["app"], 1), Topology.from_edges([], num_agents=1), rounds=2, initial=FLAT)
+        moves.append(float(np.linalg.norm(begins[1] - begins[0])))
+    assert 0.5 < moves[0] < 1.5  # clipped to 1
+    assert moves[0] != pytest.approx(1.0, abs=1e-7)
+    assert moves[1] != moves[2]  # which the run's seed does not give
 
 
 def shown_diff(page: Path) -> dict[str, list[str]]:
