@@ -52,7 +52,7 @@ def with_weights(module: nn.Module, init: str, *, seed: int) -> nn.Module:
             weight = made.get_parameter(name)
             weight.copy_(signed_constant(spec, seed=seed))
         for name, layer in module.named_modules():
-            if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+            if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.padding_idx is not None:
                 weight = made.get_parameter(f"{name}.weight" if name else "weight")
                 weight[layer.padding_idx] = layer.weight[layer.padding_idx]
     return made

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from logging import WARNING, getLogger
-from typing import final
+from typing import TypeGuard, final
 
 from flwr.app import Array, Message
 from flwr.serverapp import Grid
@@ -147,10 +147,9 @@ class OwnRoundsLoop:
     def _clock(self) -> float:
         return time.monotonic() - self._began
 
-    @property
-    def _waiting(self) -> set[int]:
-        """Agents that have a parcel, and owe the answer; not who is to get it again."""
-        return self.own.under_way - self.checkpoints.again.keys()
+    def _waits_for(self, agent: int | None) -> TypeGuard[int]:
+        """Whether an agent owes the answer to its last parcel, and has got that."""
+        return agent in self.own.under_way and agent not in self.checkpoints.again
 
     # --- who is there ---
 
@@ -164,7 +163,11 @@ class OwnRoundsLoop:
         self.dispatch.lose(online)
         self._meet([node for node in online if self._is_new(node, clock)], clock)
         busy = self.dispatch.busy()
-        lost = [agent for agent in sorted(self._waiting) if self._at[agent] not in busy]
+        lost = [
+            agent
+            for agent in sorted(self.own.under_way)
+            if self._waits_for(agent) and self._at[agent] not in busy
+        ]
         return self._fail(dict.fromkeys(lost, _LOST), clock)
 
     def _is_new(self, node: int, clock: float) -> bool:
@@ -218,7 +221,7 @@ class OwnRoundsLoop:
         return agent in self.checkpoints.again
 
     def _is_due(self, agent: int, clock: float) -> bool:
-        if agent in self._waiting or self._again.get(agent, 0.0) > clock:
+        if self._waits_for(agent) or self._again.get(agent, 0.0) > clock:
             return False
         begins = self.own.rounds[agent] < self.num_rounds and not 0 < self.time_budget <= clock
         return begins or self._comes_again(agent)
@@ -262,7 +265,7 @@ class OwnRoundsLoop:
     def _expired(self) -> list[int]:
         """Agents whose last parcel nobody can answer any more."""
         agents = [(self.agent_of(sent.node), sent.round) for sent in self.dispatch.expire()]
-        return [a for a, round in agents if a in self._waiting and round == self.own.rounds[a]]
+        return [a for a, round in agents if self._waits_for(a) and round == self.own.rounds[a]]
 
     def _read(self, arrivals: Iterable[Arrival]) -> tuple[dict[int, Answer[Array]], dict[int, str]]:
         """Answers to the agents' last parcels, and why others failed.
@@ -274,12 +277,11 @@ class OwnRoundsLoop:
         for arrival in arrivals:
             replies = self.read(arrival, max(self.own.rounds))
             for agent, answer in replies.answers.items():
-                if agent in self._waiting and arrival.sent.round == self.own.rounds[agent]:
+                if self._waits_for(agent) and arrival.sent.round == self.own.rounds[agent]:
                     answers[agent] = answer
             self._reasons |= replies.failed
             agent_of_node = self.agent_of(arrival.sent.node)
-            if replies.failed and agent_of_node in self._waiting:
-                assert agent_of_node is not None
+            if replies.failed and self._waits_for(agent_of_node):
                 failed[agent_of_node] = next(iter(replies.failed.values()))
         return answers, failed
 
@@ -326,11 +328,11 @@ class OwnRoundsLoop:
 
     def _gave_up(self, agent: int) -> bool:
         failures, ended = self._failures.get(agent, 0), self.own.rounds[agent] >= self.num_rounds
-        return failures >= (1 if ended and agent not in self._waiting else FAILING)
+        return failures >= (1 if ended and not self._waits_for(agent) else FAILING)
 
     def _is_over(self, clock: float) -> bool:
         """Whether nobody is at work, and nobody is waited for."""
-        if self._waiting:
+        if any(map(self._waits_for, self.own.under_way)):
             return False
         again = self.checkpoints.again
         open_ = {a for a, round in enumerate(self.own.rounds) if round < self.num_rounds} | {*again}

@@ -62,11 +62,15 @@ def subject_of(digest: str, engine: str, app: FlowerApp) -> Subject:
         "digest": digest,
         "engine": engine,
         "code": code_digest(app.folder),
-        "versions": package_versions(),
+        "versions": _versions(),
     }
 
 
-# A process imports an app's modules once, so once it is looked what they are.
+# A process imports a package and an app's modules once, so once it is looked what they
+# are, and not for each of a study's runs.
+_versions = functools.cache(package_versions)
+
+
 @functools.cache
 def code_digest(folder: Path) -> str:
     """SHA-256 over an app's Python files; none of environments and hidden folders."""

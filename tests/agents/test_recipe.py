@@ -34,6 +34,7 @@ from flower_mcepl.clients import make_agent_app
 from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.masks.formulas import init_scores
 from flower_mcepl.masks.layers import LayerSpec
+from flower_mcepl.masks.weight_init import with_weights
 from flower_mcepl.strategies import GossipStrategy
 from flower_mcepl.streams import torch_stream
 from tests.fleet.agents import SEED, Reader, make_agent, same_tensors, split
@@ -372,6 +373,11 @@ class Padded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.head(self.tokens(x).sum(1))
         return y
+
+
+def test_a_bag_of_embeddings_keeps_its_row_for_padding() -> None:
+    made = with_weights(nn.EmbeddingBag(5, 4, padding_idx=2), "signed-constant", seed=1)
+    assert [bool(row.any()) for row in made.get_parameter("weight")] == [1, 1, 0, 1, 1]
 
 
 @pytest.mark.parametrize("algorithm", ["mcepl", "fedpm"])

@@ -1,5 +1,6 @@
 """A state as groups of tensors, ``group/layer``, on the agent's device."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,7 @@ def check_savable(module: nn.Module) -> None:
             )
 
 
+@functools.cache
 def _is_known(dtype: torch.dtype) -> bool:
     try:
         safetensors.numpy.save({"tensor": torch.empty(0, dtype=dtype).numpy()})
