@@ -15,6 +15,7 @@ from flower_mcepl.doctor.machine import existing
 from flower_mcepl.doctor.own_client import examine_own
 from flower_mcepl.doctor.pace import check_pace
 from flower_mcepl.doctor.personal_file import check_personal_model
+from flower_mcepl.doctor.restart import check_restart
 from flower_mcepl.doctor.trial import Trial, try_rounds
 from flower_mcepl.errors import ConfigError, first_line
 from flower_mcepl.launch.plan import flat
@@ -22,7 +23,7 @@ from flower_mcepl.record.values import human_bytes
 from flower_mcepl.runs.settings import DeviceSettings, RunSettings, read_device
 from flower_mcepl.runs.store import KEPT
 from flower_mcepl.streams import torch_threads
-from flower_mcepl.studies.engines import agent_of_node
+from flower_mcepl.studies.engines import builder_of_node
 from flower_mcepl.studies.flower_app import FlowerApp, read_app
 from flower_mcepl.studies.own_client import own_client
 from flower_mcepl.topology import Topology
@@ -172,7 +173,8 @@ def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
     device = read_device(run.config, run.node_config)
     with contextlib.ExitStack() as held:
         with Examination("agent", remedy=_APP) as check:
-            agent = held.enter_context(agent_of_node(run.app, run.config, run.node_config))
+            rebuild = held.enter_context(builder_of_node(run.app, run.config, run.node_config))
+            agent = rebuild()
             facts = agent.describe()
             check.ok(
                 f"agent {agent.index} was built, algorithm {agent.algorithm}",
@@ -192,7 +194,11 @@ def _examine_agent(run: AppRun, graph: Topology) -> Iterator[Finding]:
                 trial = try_rounds(agent, heard, run.settings)
             _tell_time(check, trial, agent, device)
         yield check.finding
-    if not check.failed:
+        if check.failed:
+            return
+        with torch_threads(device.threads):
+            restart = check_restart(agent, rebuild, heard, trial=trial, options=run.settings)
+        yield restart
         yield _evaluation(trial)
         yield _frames(trial)
         yield _state(trial, device, len(heard), server=agent.server_based)
@@ -294,7 +300,7 @@ def _frames(trial: Trial) -> Finding:
             check.ok("none: this algorithm sends nothing", whole_bytes=0, delta_bytes=0)
         else:
             whole, later = human_bytes(trial.whole_bytes), human_bytes(trial.later_bytes)
-            last = len(trial.delta_bytes) + 1
+            last = trial.rounds
             check.ok(
                 f"{whole} the first, whole one; {later} a later one (median of rounds 2 to "
                 f"{last}, tried alone)",

@@ -35,6 +35,11 @@ class Trial:
     evaluation_error: str  # why there is none
 
     @property
+    def rounds(self) -> int:
+        """Number of rounds that were played."""
+        return 1 + len(self.delta_bytes)
+
+    @property
     def train_seconds(self) -> float:
         """Median training time of a round."""
         return statistics.median(self.seconds)
@@ -61,7 +66,7 @@ def try_rounds(agent: Agent, neighbors: Sequence[int], options: RoundOptions) ->
     """Let the agent train for some rounds, alone as nobody else answers, and evaluate.
 
     The first round warms up and gives the whole frame; at most three more follow, fewer
-    where training is slow. The agent is of no further use.
+    where training is slow. The agent could go on with the round after them.
     """
     max_staleness = options.max_staleness
     keeper = BestState() if options.keep_best else None

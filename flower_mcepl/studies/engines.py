@@ -168,11 +168,23 @@ def agent_of_node(
         If the settings are wrong, or the ClientApp is not made by `make_client_app` or
         `make_agent_app`.
     """
+    with builder_of_node(app, config, node_config) as build:
+        yield build()
+
+
+@contextlib.contextmanager
+def builder_of_node(
+    app: FlowerApp, config: Mapping[str, Any], node_config: Mapping[str, Any]
+) -> Iterator[Callable[[], Agent]]:
+    """Function that builds `agent_of_node`, with its data, anew at each call."""
     settings = read_device(config, node_config)
     with imported_client(app) as client:
-        with torch_threads(settings.threads):
-            agent = client.agent_fn(_context(next(_run_ids), config, node_config))
-        yield agent
+
+        def build() -> Agent:
+            with torch_threads(settings.threads):
+                return client.agent_fn(_context(next(_run_ids), config, node_config))
+
+        yield build
 
 
 def _contexts(config: Mapping[str, Any], num_agents: int) -> "list[Context]":

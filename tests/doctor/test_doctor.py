@@ -4,6 +4,7 @@ that are not.
 
 import errno
 import ipaddress
+import itertools
 import json
 import os
 import shutil
@@ -20,10 +21,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flower_mcepl.agents import ALGORITHMS, MceplAgent
+from flower_mcepl.agents import ALGORITHMS, AgentState, MceplAgent
 from flower_mcepl.cli import app as commands
 from flower_mcepl.cli import main
-from flower_mcepl.doctor import FAILED, OK, WARNING, Finding, Order, SuperLink, examine
+from flower_mcepl.doctor import FAILED, OK, WARNING, Finding, Order, SuperLink, examine, restart
 from flower_mcepl.doctor.findings import Examination
 from flower_mcepl.doctor.machine import (
     check_disk,
@@ -33,6 +34,7 @@ from flower_mcepl.doctor.machine import (
     check_torch,
 )
 from flower_mcepl.doctor.packages import check_extras, check_packages, check_python
+from flower_mcepl.doctor.restart import check_restart
 from flower_mcepl.doctor.superlink import check_superlink, split_address
 from flower_mcepl.doctor.trial import try_rounds
 from flower_mcepl.errors import ConfigError, DataError
@@ -362,10 +364,59 @@ def test_the_trial_measures_what_a_run_sends_and_stores(tmp_path: Path) -> None:
     assert with_best.state_bytes(0) - trial.state_bytes(0) > 9 * 228
 
 
+class Forgetful(MceplAgent):
+    """An algorithm of a third party that remembers more than its state holds."""
+
+    def train(self, *, round: int) -> dict[str, float]:
+        self.trained = getattr(self, "trained", 0) + 1
+        return {**super().train(round=round), "train-count": self.trained}
+
+
+class Careless(MceplAgent):
+    """One whose state is incomplete from the parent on."""
+
+    def state(self) -> AgentState:
+        whole = super().state()
+        arrays = {name: a for name, a in whole.arrays.items() if not name.startswith("velocity/")}
+        return AgentState(whole.facts, arrays)
+
+
+def restart_of(rebuild: Callable[[], MceplAgent]) -> Finding:
+    agent = rebuild()
+    trial = try_rounds(agent, (1, 2), RoundOptions())
+    return check_restart(agent, rebuild, (1, 2), trial=trial, options=RoundOptions())
+
+
+def test_a_state_that_lacks_something_is_found() -> None:
+    forgetful = restart_of(lambda: make_agent(0, kind=Forgetful))
+    assert forgetful.status == FAILED
+    assert forgetful.values["differs"] == ["metric train-count"]
+    assert "state()" in forgetful.remedy
+    careless = restart_of(lambda: make_agent(0, kind=Careless, momentum=0.9))
+    assert careless.status == FAILED
+    # a state that was never whole
+    assert any(name.startswith("state scores/") for name in careless.values["differs"])
+    assert restart_of(lambda: make_agent(0, kind=Careless)).status == OK
+
+
+def test_data_that_each_process_draws_otherwise_are_found() -> None:
+    agents = (make_agent(0, data_of=number) for number in itertools.count())
+    found = restart_of(lambda: next(agents))
+    assert found.status == WARNING
+    assert "built anew twice from one state" in found.found
+    assert "data functions draw from seeds" in found.remedy
+
+
+def test_what_a_restart_cannot_be_compared_with_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restart, "LONGEST", -1)
+    assert "not compared" in restart_of(lambda: make_agent(0)).found
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_can_be_examined(app: Path, algorithm: str) -> None:
     found = findings(app, [f"algorithm='{algorithm}'"])
-    assert not of_status(found, FAILED)
+    assert not of_status(found, FAILED) | of_status(found, WARNING)
+    assert "to the same bits" in found["restart"].found
     sends = found["frame"].values["whole_bytes"] > 0
     assert sends == (algorithm not in ("local", "local-masks"))
     if ALGORITHMS[algorithm].agent.server_based:

@@ -37,11 +37,19 @@ def split(agent: int, *, size: int = 24) -> tuple[Tensor, Tensor]:
 
 
 def make_agent(
-    index: int, *, model_fn: Any = small_net, seed: int = SEED, **config: Any
+    index: int,
+    *,
+    model_fn: Any = small_net,
+    seed: int = SEED,
+    kind: type[MceplAgent] = MceplAgent,
+    data_of: int | None = None,
+    **config: Any,
 ) -> MceplAgent:
+    """``data_of`` is the agent whose data it holds, by default its own."""
     settings = MceplConfig(**{"batch_size": 8, "score_lr": 1.0, "finetune_lr": 1.0, **config})
-    data = AgentData.of(split(index), split(1000 + index), agent=index)
-    return MceplAgent(index, shared_module(model_fn, seed=seed), data, settings, seed=seed)
+    owner = index if data_of is None else data_of
+    data = AgentData.of(split(owner), split(1000 + owner), agent=index)
+    return kind(index, shared_module(model_fn, seed=seed), data, settings, seed=seed)
 
 
 def make_fleet(size: int, **options: Any) -> list[MceplAgent]:
