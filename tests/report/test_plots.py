@@ -495,6 +495,12 @@ def test_a_graph_has_its_links(study: Path) -> None:
     assert axes.get_title() == "Communication graph"
 
 
+def test_a_graph_without_links_is_called_one(tmp_path: Path) -> None:
+    record = RunRecord.create(name="x", config={}, path=tmp_path / "run")
+    simulate(fleet_of("dsgd")[:1], Topology.complete(1), num_rounds=1, record=record)
+    assert graph_of(read_run(record.path)).get_title() == "Communication graph: it has no links"
+
+
 def test_who_sends_nothing_has_no_links(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,10 +107,10 @@ def _links(run: Run) -> tuple[list[tuple[int, int]], bool, str]:
         return [], False, "Agents and their server"
     if sends_nothing(run):
         return [], False, "Agents without links: nothing is sent"
-    if run.topology.get("edges"):
+    if "edges" in run.topology:
         edges = [(int(a), int(b)) for a, b in run.topology["edges"]]
         directed = bool(run.topology.get("directed"))
-        title = "Communication graph"
+        title = "Communication graph" if edges else "Communication graph: it has no links"
     else:
         used = [*run.links, *run.local]
         edges = [(int(link["sender"]), int(link["receiver"])) for link in used]
