@@ -87,6 +87,24 @@ def test_texts_stay_in_the_order_of_the_study() -> None:
     assert sweep.values == tuple(texts)
 
 
+def test_what_follows_from_names_on_the_axis_parts_no_line() -> None:
+    shared = {"alexnet": "conv*", "resnet": "stage*", "mobilenet": "stage*"}
+    grid = [
+        {"network": network, "share": share, "algorithm": algorithm}
+        for network, share in shared.items()
+        for algorithm in ("mcepl", "local")
+    ]
+    sweep = sweep_of(pooled(grid, [[0.5]] * 6))
+    assert sweep is not None
+    assert (sweep.axis, sweep.values) == ("network (and with it share)", tuple(shared))
+    assert [line.label for line in sweep.lines] == ["mcepl", "local"]
+
+
+def test_numbers_that_change_together_are_no_sweep() -> None:
+    both = [{"width": n, "degree": n, "algorithm": a} for n in (1, 2, 3) for a in ("a", "b")]
+    assert sweeps_of(pooled(both, [[0.5]] * 6)) == []
+
+
 def test_two_values_names_of_runs_and_single_points_are_no_sweep() -> None:
     assert sweep_of(pooled([{"width": 1}, {"width": 2}], [[0.5]] * 2)) is None
     names = [{LABEL: name, "algorithm": name} for name in ("a", "b", "c")]

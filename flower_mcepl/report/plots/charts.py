@@ -76,7 +76,7 @@ def draw_sweep(sweep: Sweep, metric: MainMetric = ACCURACY) -> bytes:
     """Draw the last main metric against a swept setting, its values equally spaced."""
     figure = new_figure(9, 4.6 + _legend_height([line.label for line in sweep.lines]))
     axes = figure.subplots()
-    axes.set(xlabel=plain(sweep.key), ylabel=_mean_of(metric))
+    axes.set(xlabel=plain(sweep.axis), ylabel=_mean_of(metric))
     for place, line in enumerate(sweep.lines):
         style: dict[str, Any] = {**line_style(place), "label": wrapped(line.label)}
         errors = [sd or 0.0 for sd in line.sd] if any(line.sd) else None

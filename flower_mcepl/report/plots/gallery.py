@@ -146,7 +146,7 @@ def _sweep(gallery: Gallery, sweep: Sweep) -> None:
             f"{_file_name(metric.name)}-by-{_file_name(sweep.key)}.png",
             f"{metric.name[:1].upper() + metric.name[1:]} by {sweep.key}",
             f"The last evaluated round of every run, a line for each combination of the other "
-            f"settings, mean over the seeds. The values of {sweep.key} are equally spaced.",
+            f"settings, mean over the seeds. The values of {sweep.axis} are equally spaced.",
             draw_sweep(sweep, metric),
         )
     )

@@ -1,7 +1,7 @@
 """Last values against a setting that a study sweeps: its axis, and a line a method."""
 
 import statistics
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,20 +31,26 @@ class Sweep:
     key: str
     values: tuple[str, ...]  # numbers rising, others as the study has them
     lines: tuple[SweepLine, ...]
+    follows: tuple[str, ...] = ()  # settings that change with the key's values
+
+    @property
+    def axis(self) -> str:
+        """Name of the axis: the setting, and what changes with it."""
+        return f"{self.key} (and with it {', '.join(self.follows)})" if self.follows else self.key
 
 
 def sweeps_of(pooled: Pooled) -> list[Sweep]:
     """Sweeps that the records hold, none to several.
 
     An axis is a setting, no name of a method, with lines of at least `FEWEST_VALUES`
-    values. A grid of several has one sweep, that with the fewest lines. Where no axis
-    has all records, as in a star of settings that vary one at a time, each has its
-    own, if every record stands in one of them.
+    values. Where its values are names, as of networks, others may follow from them, as
+    the layers that a network shares. A grid of several has one sweep, that with the
+    fewest lines. Where no axis has all records, as in a star of settings that vary one
+    at a time, each has its own, if every record stands in one of them.
     """
+    follows = {key: _follows(key, pooled) for key in pooled.keys if key not in _NAMES}
     found = {
-        key: lines
-        for key in pooled.keys
-        if key not in _NAMES and (lines := _long_lines(key, pooled.pools))
+        key: lines for key in follows if (lines := _long_lines((key, *follows[key]), pooled.pools))
     }
     whole = [key for key in found if _count(found[key]) == len(pooled.pools)]
     if whole:
@@ -52,29 +58,49 @@ def sweeps_of(pooled: Pooled) -> list[Sweep]:
     else:
         drawn = {id(one) for lines in found.values() for line in lines for one in line}
         axes = list(found) if len(drawn) == len(pooled.pools) else []
-    return [_sweep_over(key, found[key]) for key in axes]
+    return [_sweep_over(key, found[key], follows[key]) for key in axes]
+
+
+def _follows(key: str, pooled: Pooled) -> tuple[str, ...]:
+    """Settings with one value for each value of a key, where these are names."""
+    values = {exact(one.settings.get(key)) for one in pooled.pools}
+    if any(_number(one.settings.get(key)) is not None for one in pooled.pools):
+        return ()
+
+    def is_one(name: str) -> bool:
+        pairs = {
+            (exact(one.settings.get(key)), exact(one.settings.get(name))) for one in pooled.pools
+        }
+        return len(pairs) == len(values)
+
+    return tuple(name for name in pooled.keys if name not in {key, *_NAMES} and is_one(name))
 
 
 def _count(lines: Iterable[Sequence[Pool]]) -> int:
     return sum(map(len, lines))
 
 
-def _long_lines(key: str, pools: Sequence[Pool]) -> list[list[Pool]]:
+def _long_lines(axis: Collection[str], pools: Sequence[Pool]) -> list[list[Pool]]:
     lines: dict[Hashable, list[Pool]] = {}
     for one in pools:
-        others = _others(key, one.settings)
+        others = _others(axis, one.settings)
         lines.setdefault(tuple(map(exact, others.values())), []).append(one)
     return [line for line in lines.values() if len(line) >= FEWEST_VALUES]
 
 
-def _sweep_over(key: str, lines: Sequence[Sequence[Pool]]) -> Sweep:
+def _sweep_over(key: str, lines: Sequence[Sequence[Pool]], follows: tuple[str, ...]) -> Sweep:
     values = _in_order(one.settings.get(key) for line in lines for one in line)
     places = {exact(value): place for place, value in enumerate(values)}
-    drawn = [_line(key, line, places) for line in lines]
-    return Sweep(key, tuple(map(str, values)), tuple(line for line in drawn if line.at))
+    drawn = [_line(key, line, places, follows) for line in lines]
+    return Sweep(key, tuple(map(str, values)), tuple(line for line in drawn if line.at), follows)
 
 
-def _line(key: str, pools: Sequence[Pool], places: Mapping[tuple[type, Any], int]) -> SweepLine:
+def _line(
+    key: str,
+    pools: Sequence[Pool],
+    places: Mapping[tuple[type, Any], int],
+    follows: tuple[str, ...],
+) -> SweepLine:
     points: dict[int, list[float]] = {}
     for one in pools:
         results = [run.result()["mean"] for run in one.runs]
@@ -85,15 +111,16 @@ def _line(key: str, pools: Sequence[Pool], places: Mapping[tuple[type, Any], int
     counts = [run.result()["agents"] or 0 for run in runs]
     few = [count for count, run in zip(counts, runs, strict=True) if 0 < count < run.num_agents]
     return SweepLine(
-        (settings_label(_others(key, pools[0].settings)) or "all runs") + in_part(few, runs),
+        (settings_label(_others((key, *follows), pools[0].settings)) or "all runs")
+        + in_part(few, runs),
         tuple(at),
         tuple(statistics.fmean(points[place]) for place in at),
         tuple(statistics.stdev(points[place]) if len(points[place]) > 1 else None for place in at),
     )
 
 
-def _others(key: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in (key, LABEL)}
+def _others(axis: Collection[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in {*axis, LABEL}}
 
 
 def _in_order(values: Iterable[Any]) -> list[Any]:
