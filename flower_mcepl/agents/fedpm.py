@@ -20,6 +20,7 @@ from flower_mcepl.agents.parts.frozen_weights import FrozenWeightsConfig
 from flower_mcepl.agents.parts.groups import Shapes, check_group, groups_of, state_of
 from flower_mcepl.agents.parts.learner import Learner
 from flower_mcepl.agents.parts.training import (
+    check_learned,
     descent_direction,
     finite_loss,
     gradients_of,
@@ -28,7 +29,6 @@ from flower_mcepl.agents.parts.training import (
 from flower_mcepl.agents.server import Server
 from flower_mcepl.config.checks import check
 from flower_mcepl.data.batches import AgentData
-from flower_mcepl.errors import DivergedError
 from flower_mcepl.masks.layers import find_frozen, find_maskable
 from flower_mcepl.masks.model import fingerprint
 from flower_mcepl.masks.placement import call_with, kept_in_eval, slots_of, train_mode
@@ -189,11 +189,8 @@ class FedpmAgent(Agent):
             device=self.device,
         )
         self._velocity = {}
-        if not all(bool(s.isfinite().all()) for s in self.scores.values()):
-            raise DivergedError(
-                f"agent {self.index}: round {round} left scores that are not finite. "
-                f"Lower score-lr (now {self.config.score_lr:g})."
-            )
+        way_out = f"Lower score-lr (now {self.config.score_lr:g})."
+        check_learned(self.scores, what="scores", agent=self.index, round=round, way_out=way_out)
         return metrics
 
     def check(self) -> None:

@@ -31,7 +31,12 @@ from flower_mcepl.agents.parts.score_step import (
     ScoreStep,
 )
 from flower_mcepl.agents.parts.step_times import cached_cost, facts_of, step_cost
-from flower_mcepl.agents.parts.training import finite_loss, gradients_of, train_locally
+from flower_mcepl.agents.parts.training import (
+    check_learned,
+    finite_loss,
+    gradients_of,
+    train_locally,
+)
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.fields import RunConfig
 from flower_mcepl.config.patterns import keys_by_name
@@ -209,7 +214,13 @@ class MceplAgent(MaskedAgent[MceplConfig]):
         return {**super().describe(), **why}
 
     def train(self, *, round: int) -> dict[str, float]:
-        """Take the local steps on the scores; ``train-loss`` is their mean loss."""
+        """Take the local steps on the scores; ``train-loss`` is their mean loss.
+
+        Raises
+        ------
+        DivergedError
+            If a loss or score is not finite.
+        """
         self.begin(round)
         if self.pacer is not None:
             self._set_share(self.pacer.begin(round, self.step_cost))
@@ -225,7 +236,14 @@ class MceplAgent(MaskedAgent[MceplConfig]):
             round=round,
             device=self.device,
         )
+        self.check_scores(round)
         return metrics if self.pacer is None else {**metrics, **self.pacer.end(round)}
+
+    def check_scores(self, round: int) -> None:
+        """Raise DivergedError unless the scores after the local steps are finite."""
+        way_out = f"Lower score-lr (now {self.config.score_lr:g})."
+        scores = self.model.all_scores
+        check_learned(scores, what="scores", agent=self.index, round=round, way_out=way_out)
 
     def state(self) -> AgentState:
         """Return all that must survive, the pace of the device included."""

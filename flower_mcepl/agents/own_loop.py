@@ -10,9 +10,10 @@ from flower_mcepl.agents.parts.arithmetic import keep_freed_memory
 from flower_mcepl.agents.parts.masked import MaskedAgent
 from flower_mcepl.agents.parts.masked_config import MaskedConfig
 from flower_mcepl.agents.parts.own_metrics import further_metrics, plain_number
+from flower_mcepl.agents.parts.training import check_learned
 from flower_mcepl.config.checks import check
 from flower_mcepl.data.batches import AgentData
-from flower_mcepl.errors import ConfigError, DivergedError
+from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks.model import MaskedModel
 from flower_mcepl.streams import isolated_rng
 
@@ -93,12 +94,8 @@ class OwnLoopAgent(MaskedAgent[MaskedConfig]):
         ):
             loss = float(self._train_fn(self.model, round))
         scores = self.model.all_scores
-        bad = [name for name, z in scores.items() if not bool(z.isfinite().all())]
-        if bad:
-            raise DivergedError(
-                f"agent {self.index}: round {round} left scores that are not finite in "
-                f"{', '.join(bad)}. Lower the step size of the train function."
-            )
+        way_out = "Lower the step size of the train function."
+        check_learned(scores, what="scores", agent=self.index, round=round, way_out=way_out)
         if self.config.finetune_lr and all(z.grad is None for z in scores.values()):
             raise ConfigError(
                 "the fine-tuning step needs the gradient of the last local step, and the train "

@@ -119,6 +119,8 @@ class AgentStack:
             part = AgentStack([self.agents[i] for i in places])
             for i, loss in zip(places, part._local_step(batches, round=round), strict=True):
                 losses[i].append(loss)
+        for agent in self.agents:
+            agent.check_scores(round)
         return [
             training_metrics(own, agent=agent.index, round=round)
             for agent, own in zip(self.agents, losses, strict=True)

@@ -32,9 +32,9 @@ def cached_tensors(
 ) -> dict[str, Tensor]:
     """Return the tensors that ``make`` gives, from disk if they were made before.
 
-    Other processes that want the same wait until they are made, for ten minutes at
-    most. A damaged file is made anew; where nothing can be written, what was made is
-    returned all the same. The log says either.
+    Either way they come sorted by name. Other processes that want the same wait until
+    they are made, for ten minutes at most. A damaged file is made anew; where nothing
+    can be written, what was made is returned all the same. The log says either.
 
     Parameters
     ----------
@@ -91,7 +91,9 @@ def cached_tensors(
 
 def _read(path: Path, name: str) -> dict[str, Tensor] | None:
     try:
-        return safetensors.torch.load(bytes(read_sealed(path, TENSORS))) if path.exists() else None
+        if not path.exists():
+            return None
+        return _in_order(safetensors.torch.load(bytes(read_sealed(path, TENSORS))))
     except DamagedError as error:
         trouble = f"are damaged: {error}"
     except (OSError, StateError) as error:
@@ -128,7 +130,14 @@ def _checked(made: object) -> dict[str, Tensor]:
             f"{type(made).__name__}."
         )
     # Copies: no two of them may share memory in the file.
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in made.items()
-    }
+    return _in_order(
+        {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in made.items()
+        }
+    )
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors sorted by name, made or read: a file keeps no order of them."""
+    return dict(sorted(tensors.items()))

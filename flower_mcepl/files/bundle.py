@@ -84,7 +84,7 @@ class Bundle:
 
     @classmethod
     def decode(cls, data: bytes) -> "Bundle":
-        """Bundle from what `encode` gave.
+        """Bundle from what `encode` gave, its arrays sorted by name.
 
         Raises
         ------
@@ -92,7 +92,8 @@ class Bundle:
             If the bytes are anything else.
         """
         try:
-            return cls(_facts(data), safetensors.numpy.load(data))
+            # safetensors gives them in another order each time
+            return cls(_facts(data), dict(sorted(safetensors.numpy.load(data).items())))
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StateError(
                 "a saved state must be what this release of flower-mcepl saves; it cannot be "

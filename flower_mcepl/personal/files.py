@@ -7,6 +7,7 @@ from typing import Any
 
 from flower_mcepl.agents import Agent
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.masks.fusion import FUSIONS
 from flower_mcepl.masks.weight_init import SIGNED_CONSTANT
 from flower_mcepl.personal.agents import personal_network, save_agent
 from flower_mcepl.personal.compacting import compact_or_whole
@@ -83,6 +84,8 @@ def _why_stored(parameters: Mapping[str, Any]) -> str:
     weight_init = parameters.get("weight_init")
     if weight_init is None:
         return "the algorithm trains weights"
+    if FUSIONS.find(parameters.get("fusion", "mcepl")).blend is not None:
+        return "its rule of fusion blends masks, which leaves parts of weights"
     if weight_init == SIGNED_CONSTANT:
         return "under its masks they are no signed constants any more"
     return (

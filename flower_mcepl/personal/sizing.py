@@ -31,14 +31,17 @@ class ExpectedSize:
 def expected_size(agent: Agent) -> ExpectedSize:
     """Size of an agent's file, as far as it can be known before training."""
     masked = isinstance(agent, MaskedAgent)
+    blended = isinstance(agent, MaskedAgent) and agent.model.fusion.blend is not None
     network = (
         _under_random_masks(agent) if isinstance(agent, MaskedAgent) else personal_network(agent)
     )
-    drawn = "weight_init" in agent.parameters()
+    drawn = "weight_init" in agent.parameters() and not blended
     weights = sum(spec.shape.numel() for spec in find_maskable(network).values())
     if weights > MOST_WRITTEN:
         return ExpectedSize(_entropy(network, drawn=drawn), "estimated by the entropy of its masks")
     size = len(agent_bytes(agent, network=network, drawn=drawn))
+    if blended:
+        return ExpectedSize(size, "at most: written now; weights under a blend of masks are stored")
     if masked:
         return ExpectedSize(size, "at most: written now, under random masks of its retention")
     how = "a mask of which nothing is known" if drawn else "weights that are trained are stored"
@@ -46,14 +49,18 @@ def expected_size(agent: Agent) -> ExpectedSize:
 
 
 def _under_random_masks(agent: MaskedAgent[Any]) -> nn.Module:
-    """The network of an agent when all filters that are to go have gone."""
+    """The network of an agent when all filters that are to go have gone.
+
+    Where a rule blends masks, those of the neighbors together may keep all weights.
+    """
     model, generator = agent.model, torch_stream(agent.seed, "expected-size", agent=agent.index)
     rules = replace(model.rules, opening=0.0)
     y = {
-        name: torch.rand(z.shape, generator=generator).to(z.device)
+        name: (1 - torch.rand(z.shape, generator=generator)).to(z.device)
         for name, z in model.all_scores.items()
     }
-    masks = masks_of(y, model.layers, rules)
+    blended = model.fusion.blend is not None
+    masks = y if blended else masks_of(y, model.layers, rules)
     scaled = {
         name: masks[name] * (rules.scale(spec) if name in rules.filters else 1)
         for name, spec in model.layers.items()

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flower_mcepl import ConfigError, DivergedError, StateError, UnsupportedLayerError
 from flower_mcepl.agents import ALGORITHMS, AgentState, find_algorithm, load_state, save_state
 from flower_mcepl.agents.parts.averaging import DEGREE
+from flower_mcepl.agents.parts.dense import DenseAgent
 from tests.fleet.agents import noisy_net, same_tensors, split
-from tests.oracles.baselines import PAW, RING, SEED, agent_of, fleet_of, play
+from tests.oracles.baselines import PAW, RING, SEED, agent_of, fleet_of, play, two_layers
 
 EVERY = sorted(name for name, entry in ALGORITHMS.items() if entry.server is None)
 DENSE = ["local", "dsgd", "dfedavgm", "choco"]
@@ -219,6 +220,19 @@ def test_a_network_without_anything_to_train_is_refused() -> None:
         agent_of("local", model_fn=frozen)
 
 
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+def test_wide_weights_that_would_travel_are_refused_before_round_1(algorithm: str) -> None:
+    def wide() -> nn.Module:
+        return two_layers().double()
+
+    agent = agent_of(algorithm, model_fn=wide)
+    if not isinstance(agent, DenseAgent) or algorithm == "local":
+        agent.check()
+        return
+    with pytest.raises(UnsupportedLayerError, match=r"float64 are 0.weight, .* Call .float"):
+        agent.check()
+
+
 def test_the_module_that_was_passed_in_stays_as_it_is() -> None:
     agent = agent_of("dsgd")
     first = {name: tensor.clone() for name, tensor in agent.first_payload().items()}
@@ -326,9 +340,28 @@ def test_weights_that_leave_the_numbers_are_not_sent(algorithm: str) -> None:
     settings = {"lr": 3e38, "weight_decay": 1e3, "local_steps": 1, "local_epochs": 0}
     with pytest.raises(
         DivergedError,
-        match=r"agent 2: round 1 left weights that are not finite\. Lower lr \(now 3e",
+        match=r"agent 2: round 1 left weights that are not finite in 0\.weight.* Lower lr \(now 3e",
     ):
         agent_of(algorithm, 2, **settings).train(round=1)
+
+
+class RootOfSquares(nn.Module):
+    """Its output is finite where a sum of squares is zero, and its gradient is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.hidden(x) * (x[:, :1] > 0)
+        return self.head(hidden) + hidden.square().sum(1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize("algorithm", EVERY)
+def test_what_one_bad_gradient_leaves_is_no_state(algorithm: str) -> None:
+    agent = agent_of(algorithm, 2, model_fn=RootOfSquares, momentum=0.5, first_mask="scores")
+    with pytest.raises(DivergedError, match=r"agent 2: (the training loss|round 1 left)"):
+        agent.train(round=1)
 
 
 @pytest.mark.parametrize("algorithm", WEIGHTS)

@@ -2,6 +2,7 @@
 sparse agents do.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flower_mcepl import AgentData, ConfigError, UnsupportedLayerError, shared_module
-from flower_mcepl.agents import make_agent
+from flower_mcepl.agents import AgentState, make_agent
 from flower_mcepl.agents.dispfl import DispflConfig
 from flower_mcepl.masks.sparsity import (
     drop_share,
@@ -312,6 +313,23 @@ def test_random_regrowth_moves_as_many_to_other_places() -> None:
     assert not same_tensors(random.masks, gradient.masks)
     for name, mask in random.masks.items():
         assert int(mask.sum()) == int(gradient.masks[name].sum())
+
+
+def many_layers() -> nn.Module:
+    """Layers whose names do not ascend, too many for chance to put them in order."""
+    names = "dcfabeg"
+    return nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in names))
+
+
+@pytest.mark.parametrize("algorithm", ["dispfl", "fedspa"])
+def test_random_regrowth_goes_on_from_a_file_bit_for_bit(algorithm: str) -> None:
+    whole, broken = (agent_of(algorithm, model_fn=many_layers, regrow="random") for _ in range(2))
+    for round in (1, 2, 3):
+        for agent in (whole, broken):
+            agent.train(round=round)
+            agent.fuse({}, round=round)
+        broken.restore(AgentState.decode(broken.state().encode()))
+    assert same_tensors(whole.state().tensors, broken.state().tensors)
 
 
 def test_growing_leaves_running_statistics_and_the_batches_alone() -> None:

@@ -778,7 +778,8 @@ def test_what_leaves_the_numbers_is_not_sent(algorithm: str) -> None:
     settings = {"lr": 3e38, "score_lr": 3e38, "weight_decay": 1e3, "local_epochs": 1}
     settings["score_optimizer"] = "sgd"
     message = (
-        r"agent 2: round 1 left (weights|scores) that are not finite\. Lower (score-)?lr \(now 3e"
+        r"agent 2: round 1 left (weights|scores) that are not finite in 0\.weight, .*"
+        r"\. Lower (score-)?lr \(now 3e"
     )
     with pytest.raises(DivergedError, match=message):
         agent_of(algorithm, 2, **settings).train(round=1)

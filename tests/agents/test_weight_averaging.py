@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flower_mcepl import Agent, ConfigError
 from flower_mcepl import shared_module as build
+from flower_mcepl.agents import AgentState
 from flower_mcepl.agents import make_agent as registered
 from flower_mcepl.agents.fedavg import FedavgConfig
 from flower_mcepl.agents.local import LocalConfig
@@ -95,6 +96,22 @@ def test_a_restored_agent_has_the_mean() -> None:
     for one, other in zip(whole, rest, strict=True):
         assert one.evaluate() == other.evaluate()
         assert same_tensors(dict(one.state().tensors), dict(other.state().tensors))
+
+
+@pytest.mark.parametrize("algorithm", [*GOSSIP, "fedavg", "fedspa", "ditto"])
+def test_the_mean_of_an_agent_that_joins_late_begins_after_its_first_round(algorithm: str) -> None:
+    keys = {"weight-averaging": DECAY}
+    late, restored, early = (agent_of(algorithm, **keys) for _ in range(3))
+    for agent, rounds in ((late, (3, 4, 5)), (restored, (3, 4, 5)), (early, (1, 2, 3))):
+        means = []
+        for round in rounds:
+            agent.train(round=round)
+            means.append(dict(agent.state().group("average")))
+            agent.fuse({}, round=round)
+            if agent is restored:
+                agent.restore(AgentState.decode(agent.state().encode()))
+        assert [bool(mean) for mean in means] == [False, True, True]
+    assert late.evaluate() == restored.evaluate()
 
 
 def test_ditto_averages_its_personal_model() -> None:

@@ -95,8 +95,9 @@ def test_the_model_of_any_algorithm_is_exported(app: Path, tmp_path: Path, algor
     stored = read_personal(to).stored
     assert (stored == 0) == (algorithm == "fedpm")
     assert ("weights that are stored" in text) == bool(stored)
-    if algorithm != "mask-averaging":
-        assert ("the algorithm trains weights" in text) == bool(stored)
+    trained = "the algorithm trains weights" in text
+    assert trained == (algorithm not in ("fedpm", "mask-averaging"))
+    assert ("its rule of fusion blends masks" in text) == (algorithm == "mask-averaging")
 
 
 def test_the_best_state_is_exported_where_there_is_one(run: Run, app: Path, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_what_was_made_is_read(tmp_path: Path) -> None:
     assert decode.calls == 1
     assert same_tensors(made, read)
     assert same_tensors(read, decode())
+    assert [*made] == [*read] == ["flag", "images", "labels", "none"]
     assert {name: tensor.dtype for name, tensor in read.items()} == {
         "images": torch.float32, "labels": torch.int64, "none": torch.float32, "flag": torch.bool,
     }  # fmt: skip

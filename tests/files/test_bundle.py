@@ -46,6 +46,7 @@ def same(one: Bundle, other: Bundle) -> bool:
 def test_a_bundle_comes_back_bit_for_bit(bundle: Bundle) -> None:
     back = Bundle.decode(bundle.encode())
     assert same(bundle, back)
+    assert [*back.arrays] == sorted(bundle.arrays)
     assert back.encode() == bundle.encode()
 
 

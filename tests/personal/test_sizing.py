@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from flower_mcepl import ConfigError
+from flower_mcepl import ConfigError, Topology, simulate
 from flower_mcepl.agents import make_agent as agent_of
 from flower_mcepl.data import AgentData
 from flower_mcepl.doctor.personal_file import check_personal_model
@@ -55,6 +55,18 @@ def test_a_trained_mask_takes_no_more_than_expected(
         sizes.append(saved(agent, tmp_path))
     assert max(sizes) <= expected.nbytes
     assert expected.nbytes < 2 * max(sizes) + 300  # what is known of first scores saves the rest
+
+
+@pytest.mark.parametrize("weight_init", ["module", "signed-constant"])
+def test_weights_under_a_blend_of_masks_are_counted_as_stored(
+    weight_init: str, tmp_path: Path
+) -> None:
+    settings = {"model_fn": wide_net, "fusion": "mask-averaging", "weight_init": weight_init}
+    agents = [make_agent(index, **settings) for index in range(3)]
+    expected = expected_size(agents[0])
+    assert expected.how.startswith("at most: written now; weights under a blend")
+    simulate(agents, Topology.complete(3), num_rounds=2)
+    assert expected.nbytes / 4 < saved(agents[0], tmp_path) <= expected.nbytes
 
 
 def other(algorithm: str) -> Any:

@@ -408,6 +408,13 @@ def test_an_agent_that_diverges_is_named(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["loop", "batched"])
+def test_scores_that_are_not_finite_are_named(engine: str) -> None:
+    agents = make_fleet(3, fusion="none", score_lr=3e38, weight_decay=1e3)
+    with pytest.raises(DivergedError, match=r"^agent 0: round 1 left scores that are not finite"):
+        simulate(agents, Topology.ring(3), num_rounds=1, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
 def test_a_loss_that_is_not_finite_is_named(engine: str) -> None:
     agents = make_fleet(4)
 

@@ -16,6 +16,7 @@ from flower_mcepl.agents.parts.learner import Learner
 from flower_mcepl.agents.parts.sharing import num_elements, share_fact, shared_shapes
 from flower_mcepl.agents.parts.training import (
     TrainingConfig,
+    check_learned,
     descent_direction,
     finite_loss,
     gradients_of,
@@ -23,10 +24,12 @@ from flower_mcepl.agents.parts.training import (
 )
 from flower_mcepl.config.checks import check
 from flower_mcepl.data.batches import AgentData
-from flower_mcepl.errors import DivergedError, UnsupportedLayerError
+from flower_mcepl.errors import UnsupportedLayerError
 from flower_mcepl.masks.layers import find_maskable
 from flower_mcepl.masks.model import fingerprint
 from flower_mcepl.masks.placement import kept_in_eval, train_mode
+
+AVERAGES = "averages"  # fact of a state whose weights the running mean takes in next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +143,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         }
         self.velocity: dict[str, Tensor] = {}
         self._average: dict[str, Tensor] = {}  # x̄ of the rounds before, if there is any
+        self._averages = False  # whether the present weights are those of a round
         self.shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         whole = shared_shapes(config, {name: tuple(x.shape) for name, x in self._initial.items()})
         self._initial = {name: self._initial[name] for name in whole}
@@ -162,7 +166,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         DivergedError
             If a loss or weight is not finite.
         """
-        self._average_weights(round=round)
+        self._average_weights()
         train_mode(self.model, self._frozen)
         step = partial(self._local_step, round=round)
         metrics = train_locally(
@@ -175,6 +179,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
             device=self.device,
         )
         check_weights(self.weights, agent=self.index, round=round, lr=self.config.lr)
+        self._averages = self.config.weight_averaging > 0
         return metrics
 
     def outgoing(self) -> dict[str, Tensor]:
@@ -199,7 +204,16 @@ class DenseAgent(Agent, Generic[ConfigT]):
         return copy.deepcopy(self._personal_model())
 
     def check(self) -> None:
-        """Check the first batch of both splits against the task."""
+        """Check that weights can travel, and the first batches against the task."""
+        sent = {name: self.weights[name] for name in self.layers if name in self.weights}
+        wide = [name for name, weight in sent.items() if weight.dtype == torch.float64]
+        if wide:
+            raise UnsupportedLayerError(
+                f"algorithm {self.algorithm} sends weights, and frames hold floats of 32 bits or "
+                f"fewer; float64 are {', '.join(wide[:4])}{', ...' if len(wide) > 4 else ''}. Call "
+                ".float() on the network in the model function, or use an algorithm that sends "
+                "masks, or nothing."
+            )
         self.learner.check(self.model, self.data, frozen=self._frozen)
 
     def describe(self) -> dict[str, Any]:
@@ -221,7 +235,8 @@ class DenseAgent(Agent, Generic[ConfigT]):
 
     def state(self) -> AgentState:
         """Return weights, momentum, buffers and what the algorithm adds to them."""
-        return state_of(self._facts(), self._groups())
+        more = {AVERAGES: True} if self._averages else {}
+        return state_of(self._facts(**more), self._groups())
 
     def restore(self, state: AgentState) -> None:
         """Continue exactly where `state` was taken."""
@@ -232,6 +247,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
                 groups, group, shapes, whose=f"agent {self.index}", may_be_absent=may_be_absent
             )
         self._take_back(groups)
+        self._averages = bool(state.facts.get(AVERAGES))
 
     def _group_shapes(self) -> dict[str, tuple[Shapes, bool]]:
         """Return what each group of a state holds, and whether it may be absent."""
@@ -261,10 +277,11 @@ class DenseAgent(Agent, Generic[ConfigT]):
 
     # The weights of round t are those after its exchange, with which the next training
     # begins. So the mean takes them in there, whatever the algorithm does in `fuse`,
-    # and an evaluation before that adds the present ones by itself.
+    # and an evaluation before that adds the present ones by itself. Initial weights are
+    # of no round, whichever round an agent begins in.
     @torch.no_grad()
-    def _average_weights(self, *, round: int) -> None:
-        if self.config.weight_averaging and round > 1:  # not the initial weights
+    def _average_weights(self) -> None:
+        if self._averages:
             self._average = {name: x.clone() for name, x in self._mean_with_present().items()}
 
     def _own(self) -> tuple[nn.Module, Mapping[str, Tensor]]:
@@ -343,10 +360,8 @@ class DenseAgent(Agent, Generic[ConfigT]):
 
 def check_weights(weights: Mapping[str, Tensor], *, agent: int, round: int, lr: float) -> None:
     """Raise DivergedError unless all weights are finite."""
-    if not all(bool(weight.isfinite().all()) for weight in weights.values()):
-        raise DivergedError(
-            f"agent {agent}: round {round} left weights that are not finite. Lower lr (now {lr:g})."
-        )
+    way_out = f"Lower lr (now {lr:g})."
+    check_learned(weights, what="weights", agent=agent, round=round, way_out=way_out)
 
 
 def clip(gradients: Mapping[str, Tensor], *, norm: float) -> dict[str, Tensor]:

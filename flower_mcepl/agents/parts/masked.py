@@ -102,7 +102,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
     # at the old n, and lets through what the new n keeps: the paper sends its mask and
     # fine-tunes when the answers come, without a new pass over the data. So a gradient
     # counts for one exchange, also where nobody was heard in it; the step size is that
-    # of the round in which g was taken.
+    # of the exchange's round, in which g was taken unless the agent missed some.
     def fuse(
         self, inbox: Mapping[int, Payload], *, round: int, votes: Mapping[int, float] = WHOLE
     ) -> None:

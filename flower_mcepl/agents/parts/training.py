@@ -214,6 +214,20 @@ def finite_loss(loss: Tensor, *, agent: int, round: int, key: str, lr: float) ->
     return value
 
 
+# Else a state with such numbers would be saved, and no later round would mend it: a
+# loss may be finite where its gradient is not, as that of a square root at zero.
+def check_learned(
+    tensors: Mapping[str, Tensor], *, what: str, agent: int, round: int, way_out: str
+) -> None:
+    """Raise DivergedError unless what a round has left is finite."""
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        names = ", ".join(bad[:4]) + (", ..." if len(bad) > 4 else "")
+        raise DivergedError(
+            f"agent {agent}: round {round} left {what} that are not finite in {names}. {way_out}"
+        )
+
+
 def descent_direction(
     name: str,
     value: Tensor,
