@@ -1,6 +1,5 @@
 """Ditto: FedAvg's global model, and a personal one that is held near it."""
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from flower_mcepl.agents.parts.dense import SgdConfig, check_weights
 from flower_mcepl.agents.parts.groups import Shapes
 from flower_mcepl.agents.parts.sharing import SharingConfig
 from flower_mcepl.config.checks import check
+from flower_mcepl.masks.copying import own_copy
 from flower_mcepl.masks.placement import train_mode
 
 
@@ -72,7 +72,7 @@ class DittoAgent(GlobalModelAgent[DittoConfig]):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.personal = copy.deepcopy(self.model)  # with running statistics of its own
+        self.personal = own_copy(self.model)  # with running statistics of its own
         parameters = dict(self.personal.named_parameters())
         self.personal_weights = {name: parameters[name] for name in self.weights}
         self._personal_velocity: dict[str, Tensor] = {}

@@ -3,7 +3,6 @@
 Longer than other files here: agent and server have little in common with other parts.
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from flower_mcepl.agents.parts.training import (
 from flower_mcepl.agents.server import Server
 from flower_mcepl.config.checks import check
 from flower_mcepl.data.batches import AgentData
+from flower_mcepl.masks.copying import own_copy
 from flower_mcepl.masks.layers import find_frozen, find_maskable
 from flower_mcepl.masks.model import fingerprint
 from flower_mcepl.masks.placement import call_with, kept_in_eval, slots_of, train_mode
@@ -147,7 +147,7 @@ class FedpmAgent(Agent):
         specs = find_maskable(module)
         self.fingerprint = fingerprint(module, specs)
         self.layers = {name: tuple(spec.shape) for name, spec in specs.items()}
-        self.network = copy.deepcopy(module).requires_grad_(False).to(device)
+        self.network = own_copy(module).requires_grad_(False).to(device)
         self._slots, self._frozen = slots_of(self.network, specs), kept_in_eval(module)
         common = torch_stream(seed, "scores")
         self.scores = {
@@ -195,7 +195,8 @@ class FedpmAgent(Agent):
 
     def check(self) -> None:
         """Check the first batch of both splits against the task."""
-        self.learner.check(self.network, self.data, frozen=self._frozen)
+        weights = {name: self.network.get_parameter(name) for name in self.layers}
+        self.learner.check(self.network, self.data, weights, frozen=self._frozen)
 
     # What is sent may be asked for again, after a restart or by a repeated message, and
     # must then be the same mask: so it is drawn from a stream of its own, which depends
@@ -309,7 +310,7 @@ class FedpmAgent(Agent):
 
     @torch.no_grad()
     def _under(self, masks: Mapping[str, Tensor]) -> nn.Module:
-        model = copy.deepcopy(self.network)
+        model = own_copy(self.network)
         for name, mask in masks.items():
             model.get_parameter(name).mul_(mask)
         return model

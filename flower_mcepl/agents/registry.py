@@ -147,6 +147,11 @@ def make_agent(
     config = read_config(algorithm, run_config, agent=index, node_config=node_config)
     if task is not None:
         check(
+            isinstance(task, Task),
+            "task must be a Task; a built-in one is the run-config key task",
+            task,
+        )
+        check(
             "task" not in run_config,
             f"the task is given as a value, {task.name}; run-config key task",
             run_config.get("task"),

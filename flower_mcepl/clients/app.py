@@ -30,7 +30,7 @@ from flower_mcepl.clients.naming import agent_index
 from flower_mcepl.clients.seats import Finish, begin_all
 from flower_mcepl.clients.stacked_seats import begin_stacked
 from flower_mcepl.config.engines import BATCHED, LOOP, check_engine
-from flower_mcepl.errors import FrameError
+from flower_mcepl.errors import ConfigError, FrameError
 from flower_mcepl.exchange.parcels import Parcel
 from flower_mcepl.exchange.turn import Reply, open_mail, play_round, refusal
 from flower_mcepl.masks.model import shared_module
@@ -64,6 +64,7 @@ class AgentApp(MessageApp):
         super().__init__(mods)
         self.agent_fn, self.module_fn = agent_fn, module_fn
         self.model_fn: ModelFn | None = None  # the user's own, where there is one
+        self.takes_arrays = False  # the server's initial ones
 
     def begin(
         self, content: RecordDict, context: Context, opened: contextlib.ExitStack
@@ -83,6 +84,14 @@ class AgentApp(MessageApp):
         self, content: RecordDict, context: Context, opened: contextlib.ExitStack
     ) -> "OpenSeat":
         order = Order.from_records(content)
+        if order.app is not None and not self.takes_arrays:
+            raise ConfigError(
+                "agents draw their weights from the run's seed and read no initial arrays; the "
+                f"server sent {len(order.app.layout.arrays)}. Leave initial_arrays out of "
+                "strategy.start(...). Pretrained weights are the run-config key weights, as in "
+                "docs/pretrained.md; a FedAvg app that keeps its train and evaluate functions "
+                "needs ClientApp(mods=[neighbor_average_mod])."
+            )
         settings = device_settings(context)
         memory = opened.enter_context(
             open_memory(context, order, agent=agent_index(context), settings=settings)

@@ -43,9 +43,9 @@ def make_client_app(
         says which of the last two the agent is evaluated on. Which agent it is stands
         in ``context.node_config["partition-id"]``.
     task : Task or str, optional
-        Loss, metrics and targets of one's own, in place of the run-config key ``task``
-        (``"classification"``, ``"binary"``, ``"multilabel"``, ``"regression"``,
-        ``"segmentation"`` or ``"tokens"``).
+        Loss, metrics and targets of one's own, or their name, in place of the
+        run-config key ``task`` (``"classification"``, ``"binary"``, ``"multilabel"``,
+        ``"regression"``, ``"segmentation"`` or ``"tokens"``).
     mods : sequence of callables (default: none)
         Flower's mods around every message, ``mod(message, context, call_next)``, as for
         any ClientApp. The agent's new state is kept only after they have let the answer
@@ -71,6 +71,12 @@ def make_client_app(
     --------
     >>> app = make_client_app("my_app.task:model_fn", "my_app.task:data_fn")
     """
+    if isinstance(task, str) and ":" not in task:
+        raise ConfigError(
+            "a task of the package is chosen by the run-config key task, for server and devices "
+            f"alike; make_client_app got task={task!r}. Write it into the app's pyproject.toml, or "
+            "pass a Task of your own, or its name, module:attribute."
+        )
     if isinstance(model_fn, str) and isinstance(data_fn, str):
         if not isinstance(task, str | None):
             raise _mixed(task)

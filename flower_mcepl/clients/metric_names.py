@@ -18,9 +18,13 @@ _TRAIN_LOSS = re.compile(r"((train|training)-)?(loss|log-?loss)")
 def read_training(metrics: Mapping[str, Any]) -> dict[str, float]:
     """``train-loss`` and ``num-examples`` of an app's train metrics, if they are there.
 
-    A loss that is not finite is left out: there would be no mean over the agents.
+    A loss that is not finite is left out: there would be no mean over the agents. Where
+    there are ``train_loss`` and ``loss``, the former counts.
     """
-    name = _find("train loss", metrics, None, _TRAIN_LOSS)
+    named = {key: value for key, value in metrics.items() if key.lower().startswith("train")}
+    only_one = "Let the train function return one of them."
+    name = _find("train loss", named, None, _TRAIN_LOSS, only_one)
+    name = name or _find("train loss", metrics, None, _TRAIN_LOSS, only_one)
     loss = math.nan if name is None else float(metrics[name])
     return {**({"train-loss": loss} if math.isfinite(loss) else {}), **_num_examples(metrics)}
 
@@ -46,13 +50,17 @@ def read_evaluation(
     ------
     AnswerError
         If neither accuracy nor loss is there, or no number of examples, two names fit,
-        or the accuracy is no fraction. It costs the evaluation alone.
+        or the accuracy is no fraction. It costs the evaluation alone. An accuracy that
+        is not a number, as of no examples, is none where there is a loss.
     """
     name = _find("accuracy", metrics, accuracy, _ACCURACY)
     named = _find("loss", metrics, loss, _LOSS)
+    if name is not None and math.isnan(metrics[name]) and named is not None:
+        name = None  # not defined, as of no examples
     if name is None and named is None:
         raise AnswerError(
-            f"an evaluation needs an accuracy or a loss; the app's metrics are {_names(metrics)}. "
+            "an evaluation needs an accuracy or a loss, one number; the app's metrics are "
+            f"{_names(metrics)}. "
             'Say which it is: NeighborAverageMod(accuracy="NAME"), or none: (evaluate=False).'
         )
     if name is not None and not 0 <= float(metrics[name]) <= 1:
@@ -63,7 +71,7 @@ def read_evaluation(
     if not examples:
         raise AnswerError(
             f"FedAvg and this mod need {NUM_EXAMPLES!r} among the metrics; got {_names(metrics)}. "
-            "Add it."
+            "Add it, a number >= 0."
         )
     return {
         **further_metrics(metrics, besides=(name, named, *_EXAMPLES)),
@@ -74,7 +82,11 @@ def read_evaluation(
 
 
 def _find(
-    what: str, metrics: Mapping[str, Any], name: str | None, known: re.Pattern[str]
+    what: str,
+    metrics: Mapping[str, Any],
+    name: str | None,
+    known: re.Pattern[str],
+    way_out: str = "Say which one it is: NeighborAverageMod(accuracy=..., loss=...).",
 ) -> str | None:
     if name is not None:
         if not _is_number(metrics.get(name)):
@@ -90,15 +102,15 @@ def _find(
     ]
     if len(fits) > 1:
         raise AnswerError(
-            f"several of the app's metrics may be the {what}: {', '.join(fits)}. Say which one it "
-            "is: NeighborAverageMod(accuracy=..., loss=...)."
+            f"several of the app's metrics may be the {what}: {', '.join(fits)}. {way_out}"
         )
     return fits[0] if fits else None
 
 
 def _num_examples(metrics: Mapping[str, Any]) -> dict[str, float]:
-    keys = [key for key in _EXAMPLES if _is_number(metrics.get(key))]
-    return {NUM_EXAMPLES: int(metrics[keys[0]])} if keys else {}
+    values = [metrics[key] for key in _EXAMPLES if _is_number(metrics.get(key))]
+    counts = [int(value) for value in values if math.isfinite(value) and value >= 0]
+    return {NUM_EXAMPLES: counts[0]} if counts else {}
 
 
 def _is_number(value: object) -> bool:

@@ -24,6 +24,7 @@ from flower_mcepl.errors import AnswerError, ConfigError
 from flower_mcepl.messages.bundle import is_bundle
 from flower_mcepl.messages.identity import is_question
 from flower_mcepl.messages.order import AppInput, Order, is_order
+from flower_mcepl.runs.worker_settings import NONE
 
 CallNext = Callable[[Message, Context], Message]
 
@@ -135,6 +136,7 @@ class NeighborAverageMod:
         assert isinstance(player, AgentApp)
         # an agent built earlier may be used again
         player.id = f"neighbor-average/{call.input.layout.fingerprint}"
+        player.takes_arrays = True
         with _calling(call):
             return player(message, _neutral(context))
 
@@ -285,7 +287,10 @@ def _input(order: Order[Array]) -> AppInput[Array]:
 def _neutral(context: Context) -> Context:
     """Context without settings of ours that are the app's own by the same name."""
     # an app calculates as it likes, and may mean something else by them
-    neutral: dict[str, Any] = {"device": "auto", "threads": 0, "engine": LOOP}
+    neutral: dict[str, Any] = {
+        **{"device": "auto", "threads": 0, "engine": LOOP},
+        **{"worker": NONE, "worker-idle": 1.0, "decisions": "", "tell-classes": True},
+    }
     node_config, run_config = {**context.node_config, **neutral}, {**context.run_config, **neutral}
     return Context(
         context.run_id, context.node_id, node_config, context.state, run_config, context.series_id

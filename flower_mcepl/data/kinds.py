@@ -48,7 +48,8 @@ def _way_out(split: object) -> str:
         return "Pass the pair of its columns as arrays: table[columns].to_numpy(), ..."
     if isinstance(split, list) and split and isinstance(split[0], (tuple, list)):
         return (
-            "Join ready batches to one pair with torch.cat, or pass a BatchSource that yields them."
+            "Join ready batches to one pair with torch.cat, or pass a BatchSource that yields "
+            "them; of examples with a label that is not one number, pass DataLoader(examples)."
         )
     if isinstance(split, (tuple, list)):
         return "Make one tensor of each of two lists, with torch.stack or torch.tensor."

@@ -1,6 +1,7 @@
 """One agent's part in one round; the same under `simulate` and under Flower."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,14 @@ from flower_mcepl.errors import (
 from flower_mcepl.exchange.ages import check_votes
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.outbox import Outbox
-from flower_mcepl.exchange.parcels import Answer, FrameT, Parcel, Posted
+from flower_mcepl.exchange.parcels import (
+    MOST_EXAMPLES,
+    MOST_METRIC,
+    Answer,
+    FrameT,
+    Parcel,
+    Posted,
+)
 from flower_mcepl.wire import WrittenFrame
 from flower_mcepl.wire.values import find_precision
 
@@ -381,6 +389,18 @@ def _check_evaluation(metrics: Mapping[str, float]) -> None:
         raise AnswerError(
             f"an accuracy is a fraction in 0..1; got {accuracy}. Divide it, if it is in percent."
         )
+    examples = metrics.get("num-examples", 0)
+    if not (0 <= examples <= MOST_EXAMPLES and int(examples) == examples):
+        raise AnswerError(
+            f"num-examples must be a whole number in 0..{MOST_EXAMPLES}; got {examples}. Let it be "
+            "the number of examples that were evaluated."
+        )
+    for name, value in metrics.items():
+        if not (abs(value) <= MOST_METRIC or (name == "loss" and not math.isfinite(value))):
+            raise AnswerError(
+                f"metric {name} must be a finite number up to {MOST_METRIC:g}; got {value}. Leave "
+                "it out where it is not defined, or take its logarithm."
+            )
 
 
 def _take_in(inbox: Mailbox, parcel: Parcel[bytes]) -> tuple[list[str], list[int]]:

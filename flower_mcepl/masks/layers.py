@@ -131,9 +131,14 @@ def _attention(layer: nn.Module) -> Iterator[tuple[str, str, int]]:
 
 
 def check_shaped(module: nn.Module) -> None:
-    """Raise UnsupportedLayerError if a lazy layer of ``module`` has no shape yet."""
+    """Raise UnsupportedLayerError if a tensor of ``module`` has no shape or values."""
     lazy = nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta:
+            raise UnsupportedLayerError(
+                f"{name} has no values, as it is on torch's meta device. Make the network on the "
+                "CPU in the model function."
+            )
         if isinstance(tensor, lazy):
             raise UnsupportedLayerError(
                 f"{name} has no shape yet. Run one batch through the lazy module in the model "
@@ -166,10 +171,16 @@ def find_maskable(module: nn.Module) -> dict[str, LayerSpec]:
     if not specs:
         refused = (nn.DataParallel, nn.parallel.DistributedDataParallel)
         known = ", ".join(sorted(base.__name__ for base in _FINDERS if base not in refused))
+        scripted = any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
+        way_out = (
+            "Pass the network as it was before torch.jit.script or torch.jit.trace."
+            if scripted
+            else "Pass a module with at least one of them, or register your layer type with "
+            "flower_mcepl.masks.maskable."
+        )
         raise UnsupportedLayerError(
             f"{type(module).__name__} has nothing to mask: it holds none of the layers {known}. "
-            "Pass a module with at least one of them, or register your layer type with "
-            "flower_mcepl.masks.maskable."
+            f"{way_out}"
         )
     return specs
 

@@ -1,6 +1,5 @@
 """A frozen random network with trainable masks: any module, only the scores learn."""
 
-import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks import formulas as maths
 from flower_mcepl.masks.blocks import check_block_retention
+from flower_mcepl.masks.copying import own_copy
 from flower_mcepl.masks.fusion import MCEPL, Fusion, blended_by, heard_by, ranked_by
 from flower_mcepl.masks.gates import LAYER, MaskRules, gate_name, masks_of
 from flower_mcepl.masks.layers import LayerSpec, find_frozen, find_maskable
@@ -114,7 +114,7 @@ class MaskedModel(nn.Module):
             retention=self.retention, filters=filters or {}, budget=budget, blocks=blocks
         )
         self._check_rules()
-        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.module = own_copy(module).requires_grad_(False)
         self._slots = slots_of(self.module, self.layers)
         self._frozen = kept_in_eval(module)
         self.fingerprint = fingerprint(self.module, self.layers)
@@ -307,7 +307,7 @@ class MaskedModel(nn.Module):
 
         ``masks`` are those of `live_masks`, where the caller has them at hand.
         """
-        baked = copy.deepcopy(self.module)
+        baked = own_copy(self.module)
         for name, mask in (self.live_masks() if masks is None else masks).items():
             baked.get_parameter(name).mul_(mask)
         return baked
@@ -390,7 +390,12 @@ def fingerprint(module: nn.Module, layers: Mapping[str, LayerSpec]) -> str:
         *(pair for pair in module.named_buffers() if pair[0] not in own),
     ]
     for name, tensor in tensors:
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|{name in layers}|".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{name in layers}|".encode())
+        digest.update(bits_of(tensor))
     return digest.hexdigest()
+
+
+def bits_of(tensor: Tensor) -> memoryview:
+    """Bytes of a tensor's values, in C order."""
+    value = tensor.detach().cpu().contiguous()
+    return value.reshape(-1).view(torch.uint8).numpy().data

@@ -1,6 +1,5 @@
 """Pretrained weights: a state dict from a file or a hub in place of a module's own."""
 
-import copy
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from flower_mcepl.config.checks import check
 from flower_mcepl.config.patterns import best_key, matches_any
 from flower_mcepl.errors import ConfigError
+from flower_mcepl.masks.copying import own_copy
 
 FILE, TORCHVISION, TIMM = "file", "torchvision", "timm"
 SCHEMES = (FILE, TORCHVISION, TIMM)
@@ -99,7 +99,7 @@ def with_state(
     module: nn.Module, state: State, *, source: str, excepted: Sequence[str] = ()
 ) -> nn.Module:
     """Copy of a module with the tensors of ``state``; see `load_weights`."""
-    made = copy.deepcopy(module)
+    made = own_copy(module)
     own = {k: v for k, v in made.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     state = _unwrapped(state, own)
     for pattern in excepted:

@@ -1,12 +1,11 @@
 """Frozen weights: as the model function made them, or signed constants."""
 
-import copy
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flower_mcepl.config.checks import check
+from flower_mcepl.masks.copying import own_copy
 from flower_mcepl.masks.layers import LayerSpec, find_maskable
 from flower_mcepl.streams import mersenne_seed, mersenne_words, stream_seed
 
@@ -46,7 +45,7 @@ def with_weights(module: nn.Module, init: str, *, seed: int) -> nn.Module:
     check_weight_init(init)
     if init == MODULE:
         return module
-    made = copy.deepcopy(module)
+    made = own_copy(module)
     with torch.no_grad():
         for name, spec in find_maskable(made).items():
             weight = made.get_parameter(name)

@@ -21,7 +21,7 @@ from flower_mcepl.agents.handshake import (
 )
 from flower_mcepl.agents.parts.pace import check_decision
 from flower_mcepl.errors import AnswerError, CorruptFrameError, visible, visible_json
-from flower_mcepl.exchange.parcels import Answer, FrameT, Posted
+from flower_mcepl.exchange.parcels import MOST_EXAMPLES, Answer, FrameT, Posted
 from flower_mcepl.messages import keys
 from flower_mcepl.messages.envelope import open_envelope
 from flower_mcepl.messages.limits import (
@@ -45,7 +45,6 @@ _COUNTS = (  # of a handshake
 )
 _HANDED = 2  # a state, and an exported model
 _FRACTIONS = ("accuracy", "density")
-_MOST = 10**15  # of a count; readers of a record take no larger one
 _OWN = frozenset(
     {keys.FRESH, keys.REFUSED, keys.LACKING, keys.HELD_AGENTS, keys.HELD_ROUNDS}
     | {keys.BUILDS_ON, keys.HEADER_BYTES, keys.CONTENT, keys.EVALUATION_ERROR}
@@ -237,12 +236,12 @@ def _read_handshake(fields: Fields) -> dict[str, Any]:
     for key in fields.rest:  # else the record, in snake_case, would have a fact twice
         fields.check("_" not in key, "names of facts must be in kebab-case, without _", key)
     for key in [key for key in fields.rest if key in _COUNTS]:
-        fields.number(key, most=_MOST)
+        fields.number(key, most=MOST_EXAMPLES)
     if KEPT_BY_LAYER in fields:
         fields.numbers(KEPT_BY_LAYER, most=MOST_WEIGHTS)
     if WEIGHTS_BY_DEPTH in fields or LAYERS_BY_DEPTH in fields:
-        stages = len(fields.numbers(WEIGHTS_BY_DEPTH, most=_MOST))
-        fields.numbers(LAYERS_BY_DEPTH, most=_MOST)
+        stages = len(fields.numbers(WEIGHTS_BY_DEPTH, most=MOST_EXAMPLES))
+        fields.numbers(LAYERS_BY_DEPTH, most=MOST_EXAMPLES)
         fields.number(DEPTH, least=1, most=stages)
     fields.text("fingerprint", most=fields.limits.text)
     for key, value in fields.rest.items():
@@ -269,7 +268,7 @@ def _read_metrics(fields: Fields) -> dict[str, float]:
     for key in _FRACTIONS:
         fields.check(0 <= metrics.get(key, 0) <= 1, f"{key} must be in 0..1", metrics.get(key))
     if "num-examples" in metrics:
-        fields.of(metrics, keys.METRICS).number("num-examples", most=_MOST)
+        fields.of(metrics, keys.METRICS).number("num-examples", most=MOST_EXAMPLES)
     if (broken := check_decision(metrics)) is not None:
         fields.check(False, *broken)
     seconds = metrics.get("seconds", 0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from flower_mcepl.errors import FlowerMceplError
+from flower_mcepl.exchange.parcels import MOST_METRIC
 
 Records = Mapping[str, Mapping[str, Any]]
 """A message's records by name: Flower's `RecordDict`, or plain dictionaries."""
@@ -41,7 +42,7 @@ class Limits:
     frame: int = 2**31  # bytes of a frame with its envelope, or of another array
     arrays: int = 100_000  # of one record: frames, or those that an app begins with
     setting: int = 1_000_000  # characters or bytes of a setting of the user's own
-    metric: float = 1e100  # magnitude of a metric; sums of squares stay finite
+    metric: float = MOST_METRIC  # magnitude of a metric
 
 
 LIMITS = Limits()

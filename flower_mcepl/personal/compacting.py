@@ -5,7 +5,6 @@ together, but not what is constant; it takes a local response norm for elementwi
 breaks a group norm.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from flower_mcepl.errors import UnsupportedLayerError
+from flower_mcepl.masks.copying import own_copy
 from flower_mcepl.models import local_response_norm
 from flower_mcepl.personal.cutting import (
     features_of,
@@ -118,7 +118,7 @@ def compact_or_whole(module: nn.Module, batches: Sequence[Tensor]) -> tuple[nn.M
 
 def _traced(module: nn.Module, example: Tensor) -> fx.GraphModule:
     tracer = fx.Tracer(autowrap_functions=(local_response_norm,))
-    whole = copy.deepcopy(module).eval().requires_grad_(False)
+    whole = own_copy(module).eval().requires_grad_(False)
     try:
         graph = tracer.trace(whole)
         traced = fx.GraphModule(tracer.root, graph, type(module).__name__)

@@ -1,6 +1,5 @@
 """Writing of a personal model's file: the fewest bytes that give every bit again."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from flower_mcepl.errors import StateError
 from flower_mcepl.files.atomic import replace_file
+from flower_mcepl.masks.copying import own_copy
 from flower_mcepl.masks.layers import find_maskable
 from flower_mcepl.masks.model import fingerprint as fingerprint_of
 from flower_mcepl.personal.elements import dtype_name, to_bytes
@@ -95,7 +95,7 @@ def personal_bytes(
     tensors = named_tensors(module)
     told = {**(facts or {}), "structure": structure(module)}
     if input_shape is not None:
-        told["probe"] = probe_of(copy.deepcopy(module).eval(), input_shape)
+        told["probe"] = probe_of(own_copy(module).eval(), input_shape)
     draft = _Draft.of(tensors, set(layers), origin)
     fingerprint = fingerprint or fingerprint_of(module, layers)
     known = [{}] if origin is None else [{}, *origin.scores(layers)]

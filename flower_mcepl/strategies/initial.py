@@ -17,7 +17,7 @@ class InitialArrays:
 
     A node that fails gets them again with its next message: it may be one that has lost
     its state. Agents of `make_client_app` make their own weights from the run's seed,
-    and read none of this.
+    and refuse initial arrays.
 
     Parameters
     ----------

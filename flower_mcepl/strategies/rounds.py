@@ -167,8 +167,8 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         them with its first message; a run that is resumed takes those it began with
         from its checkpoint, and these need the same names, types and shapes.
         ``train_config`` and ``evaluate_config`` are what such an app is told. Agents of
-        `make_client_app` make their own weights from the run's seed and read none of
-        these.
+        `make_client_app` make their own weights from the run's seed, and refuse initial
+        arrays.
 
         There is no global model: the result has no arrays, and ``evaluate_fn`` is no
         longer called, with a warning, once it asks for them. Both say where the

@@ -227,6 +227,7 @@ def test_a_shallow_agent_is_the_first_part_of_a_deep_one(changes: dict[str, Any]
 ALGORITHMS = ["mcepl", "local-masks", "mask-averaging", "local", "dsgd", "dfedavgm", "choco"]
 
 
+@pytest.mark.filterwarnings("ignore:no gradient of a batch reaches")
 @pytest.mark.parametrize("algorithm", ["mcepl", "dsgd"])
 def test_equal_full_depths_give_the_bits_of_a_plain_network(algorithm: str) -> None:
     """All that is held is the same; the plain one drags along exits without a use."""

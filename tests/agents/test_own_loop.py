@@ -2,7 +2,7 @@
 evaluated is the masked network.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -157,8 +157,84 @@ def test_numbers_of_any_kind_are_kept_and_text_is_named_once(
         ({"loss": "low", "num-examples": 3}, "loss is missing from loss, num-examples, or no"),
         ({"loss": 1.0, "num-examples": 3, "accuracy": "high"}, "fraction in 0..1.*'high'"),
         ({"loss": 1.0, "num-examples": 3, "accuracy": 87.5}, "fraction in 0..1.*87.5"),
+        ({"loss": 1.0, "num-examples": np.nan}, "num-examples is missing from loss, num-exam"),
+        ((0.5, 0.25), "must return a dict of metrics, .*tuple of 0.5, 0.25.*Return"),
+        (None, "must return a dict of metrics, .*NoneType"),
     ],
 )
-def test_what_must_be_a_number_is_one(metrics: dict[str, Any], words: str) -> None:
+def test_what_must_be_a_number_is_one(metrics: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         own_loop(evaluate_fn=lambda model: metrics).evaluate()
+
+
+def test_an_accuracy_of_no_examples_is_none() -> None:
+    metrics = {"loss": np.nan, "accuracy": np.float64(np.nan), "num-examples": 0}
+    told = own_loop(evaluate_fn=lambda model: metrics).evaluate()
+    assert told.keys() == {"loss", "num-examples", "density"}
+
+
+@pytest.mark.parametrize(
+    "given", [None, {"loss": 0.5}, (0.5, 0.9), [0.5], "0.5", torch.zeros(3), True]
+)
+def test_a_train_function_returns_its_loss(given: Any) -> None:
+    def trained(model: nn.Module, round: int) -> Any:
+        one_step(model)
+        return given
+
+    with pytest.raises(ConfigError, match=r"^agent 0: .* the mean loss, one number; got .*Let it"):
+        own_loop(trained).train(round=1)
+
+
+@pytest.mark.parametrize("given", [0.5, np.float32(0.5), torch.tensor(0.5, requires_grad=True)])
+def test_a_loss_is_a_number_of_any_kind(given: Any) -> None:
+    for factor, metrics in [(1, {"train-loss": 0.5}), (np.nan, {}), (np.inf, {})]:
+
+        def trained(model: nn.Module, round: int, factor: float = factor) -> Any:
+            one_step(model)
+            return given * factor
+
+        assert own_loop(trained).train(round=1) == metrics
+
+
+def without_freezing(model: nn.Module) -> None:
+    model.requires_grad_(True)
+
+
+def initialize(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.ones_(layer.bias)
+
+
+def by_data(model: nn.Module) -> None:
+    next(model.children()).get_parameter("0.weight").data.add_(1)
+
+
+def other_layer(model: Any) -> None:
+    model.module[-1] = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize("change", [without_freezing, initialize, by_data, other_layer])
+def test_weights_that_all_share_are_left_alone(change: Callable[[Any], None]) -> None:
+    def trained(model: nn.Module, round: int) -> float:
+        before = change is without_freezing
+        if before:
+            change(model)
+        loss = one_step(model)
+        if not before:
+            change(model)
+        return loss
+
+    agent = own_loop(trained)
+    with pytest.raises(ConfigError, match=r"^agent 0: .*leave the weights under.*changed \d\."):
+        agent.train(round=1)
+
+
+def test_the_best_scores_of_a_round_may_be_loaded() -> None:
+    def trained(model: nn.Module, round: int) -> float:
+        best = {name: value.clone() for name, value in model.state_dict().items()}
+        loss = one_step(model)
+        model.load_state_dict(best)
+        return loss
+
+    own_loop(trained).train(round=1)

@@ -1,11 +1,14 @@
 """Tasks: what is learned and measured, for every algorithm, and what fits it."""
 
 import contextlib
+import copy
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import StackDataset, TensorDataset
+from torchmetrics.classification import MulticlassF1Score
 
 from flower_mcepl import (
     AgentData,
@@ -423,6 +427,9 @@ def test_settings_of_tasks_are_checked() -> None:
             Task(loss=loss, metrics={name: MeanOutput})
     with pytest.raises(ConfigError, match="given as a value, own; run-config key task"):
         make_agent("mcepl", 0, mlp(3)(), data, {"task": "binary"}, seed=1, task=Task(loss=loss))
+    by_name: Any = "binary"
+    with pytest.raises(ConfigError, match="must be a Task; a built-in one is the run-config key"):
+        make_agent("mcepl", 0, mlp(3)(), data, {}, seed=1, task=by_name)
 
 
 def test_no_metric_has_the_name_of_a_column_of_the_record() -> None:
@@ -439,35 +446,48 @@ def test_no_metric_has_the_name_of_a_column_of_the_record() -> None:
 
 
 class Counting(nn.Module):
-    """A network that keeps a number, or a tensor, in an attribute."""
+    """A network that keeps a number, or a tensor, in an attribute of some name."""
 
-    def __init__(self, *, used: bool, kind: str = "number") -> None:
+    KEPT: ClassVar = {
+        "number": 0,
+        "tensor": torch.zeros(3),
+        "array": np.zeros(3, np.float32),
+        "dict": {"sum": torch.zeros(3)},
+        "queue": deque([torch.zeros(3)], maxlen=1),
+    }
+
+    def __init__(self, *, used: bool, kind: str = "number", name: str = "kept") -> None:
         super().__init__()
-        self.layer, self.used = nn.Linear(4, 3), used
-        self.kept: Any = 0 if kind == "number" else torch.zeros(3)
+        self.layer, self.used, self.kind, self.name = nn.Linear(4, 3), used, kind, name
+        setattr(self, name, copy.deepcopy(self.KEPT[kind]))
         self.parts = [0]
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs = self.layer(x)
-        if self.training:
-            self.kept = self.kept + 1
+        outputs, kept = self.layer(x), getattr(self, self.name)
+        key: Any = {"dict": "sum", "queue": 0}.get(self.kind)
+        if self.training and key is None:
+            setattr(self, self.name, kept + 1)
+        elif self.training:
+            kept[key] = kept[key] + 1
         self.last = outputs.detach()
-        return outputs + self.kept if self.used else outputs
+        held = getattr(self, self.name)
+        return outputs + torch.as_tensor(held if key is None else held[key]) * self.used
 
 
 @pytest.mark.parametrize("algorithm", ["mcepl", "dsgd", "fedpm"])
-@pytest.mark.parametrize("kind", ["number", "tensor"])
+@pytest.mark.parametrize("kind", [*Counting.KEPT, "tensor of a private name"])
 def test_a_state_in_an_attribute_is_refused_by_name(algorithm: str, kind: str) -> None:
     data = AgentData.of((X, Y), (X, Y), agent=0)
+    build = partial(Counting, kind=kind.split()[0], name="_kept" if "private" in kind else "kept")
     for used in (True, False):
-        module = shared_module(lambda used=used: Counting(used=used, kind=kind), seed=1)
+        module = shared_module(partial(build, used=used), seed=1)
         agent = make_agent(algorithm, 0, module, data, {}, seed=1)
         if used:
             with pytest.raises(UnsupportedLayerError, match=r"changes .*kept.*register_buffer"):
                 agent.check()
         else:  # what is only written, such as the last outputs, is no state
             agent.check()
-        assert module.kept is not None
+        assert repr(getattr(module, module.name)) == repr(Counting.KEPT[module.kind])
 
 
 KEYS = {"num-rounds": 9}  # for which masks that move do so
@@ -602,6 +622,9 @@ class Constant:
         if self.value is KeyError:
             raise KeyError("no such thing")
 
+    def itself(self) -> "Constant":
+        return self
+
     def compute(self) -> Any:
         if self.seen < self.least:
             raise ValueError("too few")
@@ -621,6 +644,18 @@ UNFIT: dict[str, tuple[Task, str]] = {
     "a loss that fails": (
         Task(loss=nn.functional.mse_loss, metrics={"half": Constant}),
         r"task's loss must take a batch; given outputs float32 \[8, 3\].*it raised",
+    ),
+    "a sum": (
+        Task(loss=nn.CrossEntropyLoss(reduction="sum")),
+        r"loss must be the mean over a batch; it is twice as large.*reduction=\"mean\"",
+    ),
+    "a metric that is made once": (
+        Task(loss=cross_entropy, metrics={"f1": Constant(0.5).itself}),
+        "metric f1 must be made anew for each evaluation; the same object came twice",
+    ),
+    "a metric that needs arguments": (
+        Task(loss=cross_entropy, metrics={"f1": MulticlassF1Score}),
+        "metric f1 must be made without arguments; it raised TypeError.*num_classes.*lambda",
     ),
     "a vector": (
         Task(loss=cross_entropy, metrics={"f1": lambda: Constant(torch.zeros(3))}),
@@ -648,6 +683,61 @@ def test_a_loss_or_metric_that_is_no_number_is_refused_before_round_1(kind: str)
     agent = an_agent(task, "dsgd", **{"eval-batch-size": 8})
     with pytest.raises(ConfigError, match=f"agent 0's (training|test) split, task own: .*{rule}"):
         agent.check()
+
+
+NUMBERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "torch's": nn.MSELoss(),
+    "by hand": lambda outputs, targets: ((outputs - targets) ** 2).mean(),
+    "on absolute values": nn.L1Loss(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")  # of torch's losses
+@pytest.mark.parametrize("kind", NUMBERS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_loss_that_compares_all_with_all_is_refused_before_round_1(
+    kind: str, whole: bool
+) -> None:
+    """As of outputs [B, 1] and targets [B], which torch broadcasts to [B, B]."""
+    targets = X.sum(1).round().long() if whole else X.sum(1)
+    loss = NUMBERS[kind]
+
+    def agent(task: Task, shape: tuple[int, ...]) -> Any:
+        split = (X, targets.view(shape))
+        data = AgentData.of(split, split, agent=0)
+        return make_agent("local", 0, shared_module(mlp(1), seed=1), data, {}, seed=1, task=task)
+
+    with pytest.raises(ConfigError, match=r"outputs \[\d+, 1\] and targets \[\d+\].*squeeze"):
+        agent(Task(loss=loss), (-1,)).check()
+    own = lambda outputs, targets: loss(outputs.squeeze(1), targets.float())  # noqa: E731
+    fitting = Task(loss=loss, targets=lambda outputs, targets: targets.float().view_as(outputs))
+    for sound, shape in [(Task(loss=own), (-1,)), (fitting, (-1,))]:
+        agent(sound, shape).check()
+    if not whole:
+        agent(Task(loss=loss), (-1, 1)).check()
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 9.0, 2.0])])
+def test_a_mean_is_no_sum_whatever_its_classes_weigh(weight: Tensor | None) -> None:
+    for loss in (nn.CrossEntropyLoss(weight=weight), nn.CrossEntropyLoss(weight, reduction="mean")):
+        an_agent(Task(loss=loss), "local").check()
+
+
+def test_a_task_is_made_of_what_stays_as_it_is() -> None:
+    class Margin(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(3))
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return cross_entropy(outputs @ self.weight, targets)
+
+    with pytest.raises(ConfigError, match=r"loss must have no weights to train.*got 'Margin'"):
+        Task(loss=Margin())
+    an_agent(Task(loss=Margin().requires_grad_(False)), "local").check()
+    made: Any = MulticlassF1Score(num_classes=3)
+    with pytest.raises(ConfigError, match=r"metric f1 must be what makes a fresh one.*Pass its"):
+        Task(loss=cross_entropy, metrics={"f1": made})
 
 
 def test_a_metric_that_needs_more_than_a_first_batch_is_taken() -> None:

@@ -239,6 +239,9 @@ def test_names_are_checked_before_anything_is_loaded() -> None:
         make_client_app(NAMES[0], trap)
     with pytest.raises(ConfigError, match="all by name"):
         make_client_app(trap, trap, task=NAMES[0])
+    for functions in ((trap, trap), NAMES[:2]):
+        with pytest.raises(ConfigError, match=r"run-config key task, .* got task='regression'"):
+            make_client_app(*functions, task="regression")
     app = make_client_app("sys:nothing", NAMES[1])
     assert isinstance(app, NamedApp)
     with pytest.raises(ConfigError, match="sys has no nothing"):

@@ -242,6 +242,7 @@ REFUSED: list[tuple[object, str, str]] = [
     ((INPUTS, "labels"), "tuple of 2 .*str", "."),
     ([(INPUTS[:4], LABELS[:4]), (INPUTS[4:8], LABELS[4:8])], "list of 2 .*tensor", "torch.cat"),
     ([(INPUTS[:4], LABELS[:4])] * 7, "list of 7 .*tensor.*, ...", "torch.cat"),
+    ([(INPUTS[0], "cat"), (INPUTS[1], "dog")], "list of 2 .*str", r"pass DataLoader\(examples\)"),
     ([1, 2, 3], r"list of 3 \(int", "."),
     (Stream(), "Stream", "stream"),
     (SizedStream(), "SizedStream", "list of them"),

@@ -118,6 +118,17 @@ def test_a_lazy_weight_is_refused_by_name() -> None:
         find_maskable(nn.Sequential(nn.LazyLinear(3)))
 
 
+def test_a_weight_without_values_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedLayerError, match=r"0\.weight has no values.*meta device"):
+        find_maskable(nn.Sequential(nn.Linear(3, 2, device="meta")))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # it is no longer developed
+def test_a_scripted_network_is_to_be_passed_as_it_was() -> None:
+    with pytest.raises(UnsupportedLayerError, match=r"as it was before torch\.jit\.script"):
+        find_maskable(torch.jit.script(nn.Sequential(nn.Linear(3, 2))))
+
+
 def test_a_half_precision_weight_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedLayerError, match=r"weight has dtype torch.float16.*\.float\(\)"):
         find_maskable(nn.Linear(3, 2).half())

@@ -551,7 +551,21 @@ def test_an_app_of_make_client_app_needs_no_mod() -> None:
         run(grid)
 
 
+def test_an_app_of_make_client_app_reads_no_initial_arrays() -> None:
+    """Or weights that the server was given would be left out without a word."""
+    grid = Nodes(make_client_app(model_fn, data_fn), 2)
+    with pytest.raises(RosterError, match=r"read no initial arrays; the server sent 2\. Leave"):
+        run(grid)
+
+
 # --- what is the app's own ---
+
+
+# names that mean something else to agents of this package
+OF_THE_APP = {
+    **{"device": "gpu", "threads": "many", "engine": "v8", "worker": 4, "worker-idle": "no"},
+    **{"decisions": "yes", "tell-classes": 3, "seed": "today", "algorithm": "resnet"},
+}
 
 
 def test_the_apps_state_configuration_and_messages_are_left_alone() -> None:
@@ -563,7 +577,7 @@ def test_the_apps_state_configuration_and_messages_are_left_alone() -> None:
         counter["calls"] = int(counter["calls"]) + 1  # type: ignore[call-overload]
         assert msg.metadata.message_type == kind
         assert list(msg.content) == ["arrays", "config"]
-        assert context.run_config == {"device": "gpu", "threads": "many"}
+        assert context.run_config == OF_THE_APP
         seen.append((kind, counter["calls"], dict(msg.content["config"])))
 
     @app.train()
@@ -587,7 +601,7 @@ def test_the_apps_state_configuration_and_messages_are_left_alone() -> None:
     def warm_up(msg: Message, context: Context) -> Message:
         return Message(msg.content, reply_to=msg)
 
-    grid = Nodes(app, 2, {"device": "gpu", "threads": "many"})
+    grid = Nodes(app, 2, OF_THE_APP)
     configs = {
         "train_config": ConfigRecord({"lr": 0.1}),
         "evaluate_config": ConfigRecord({"batch": 7}),
@@ -692,6 +706,12 @@ def test_what_metrics_are_called() -> None:
         "num-examples": 5,
     }
     assert read_training({"mse": 2.0}) == {}
+    assert read_training({"loss": 1.0, "train_loss": 2.0}) == {"train-loss": 2.0}
+    for count in (np.nan, np.inf, -1):  # no number of examples
+        assert read_training({"num-examples": count}) == {}
+    undefined = {"accuracy": np.nan, "loss": np.nan, "num-examples": 0}
+    told = read_evaluation(undefined, accuracy=None, loss=None)
+    assert told.keys() == {"loss", "num-examples"}
     # no number could be averaged with it
     assert [read_training({"loss": loss}) for loss in (np.nan, np.inf, -np.inf)] == [{}, {}, {}]
 

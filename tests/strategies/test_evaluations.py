@@ -29,6 +29,9 @@ def fail() -> dict[str, Any]:
     raise ZeroDivisionError("no test images\nof any kind")
 
 
+TOLD = {"accuracy": 0.5, "loss": 1.0, "num-examples": 4, "density": 1.0}
+
+
 def agent_that(evaluates: Metrics, index: int) -> MceplAgent:
     agent = make_agent(index)
     agent.evaluate = evaluates  # type: ignore[method-assign]
@@ -51,6 +54,11 @@ def frames(run: Run) -> list[Any]:
         (lambda: {"accuracy": 33.3, "loss": 1.0}, "is a fraction in 0..1; got 33.3. Divide it"),
         (lambda: {"accuracy": math.nan}, "is a fraction in 0..1; got nan"),
         (lambda: {"f1": 0.5}, "an evaluation needs an accuracy or a loss; got f1"),
+        (lambda: {**TOLD, "num-examples": -1}, "num-examples must be a whole number in 0.."),
+        (lambda: {**TOLD, "num-examples": 2.5}, "num-examples must be a whole number in 0.."),
+        (lambda: {**TOLD, "perplexity": 1e200}, "metric perplexity must be a finite number up to"),
+        (lambda: {**TOLD, "spread": math.inf}, "metric spread must be a finite number up to"),
+        (lambda: {**TOLD, "loss": 1e200}, "metric loss must be a finite number up to"),
     ],
 )
 def test_an_evaluation_that_fails_costs_no_training(
@@ -168,6 +176,10 @@ def no_answer() -> dict[str, Any]:
         (lambda: {"accuracy": 81.5, "num-examples": 4}, "the app's accuracy is 81.5. Divide it"),
         (lambda: {"rmse": 0.5, "num-examples": 4}, "needs an accuracy or a loss"),
         (lambda: {"accuracy": 0.5}, "need 'num-examples' among the metrics"),
+        (lambda: {"accuracy": 0.5, "num-examples": -1}, "Add it, a number >= 0"),
+        (lambda: {"accuracy": 0.5, "num-examples": math.nan}, "Add it, a number >= 0"),
+        (lambda: {"accuracy": [0.5], "num-examples": 4}, "an accuracy or a loss, one number"),
+        (lambda: {"loss": 1e200, "num-examples": 4}, "metric loss must be a finite number"),
     ],
 )
 def test_an_app_trains_whatever_its_evaluation_does(

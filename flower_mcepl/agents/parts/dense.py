@@ -1,6 +1,5 @@
 """Dense weights: the agent's own copy of the network, trained by SGD."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from flower_mcepl.agents.parts.training import (
 from flower_mcepl.config.checks import check
 from flower_mcepl.data.batches import AgentData
 from flower_mcepl.errors import UnsupportedLayerError
+from flower_mcepl.masks.copying import own_copy
 from flower_mcepl.masks.layers import find_maskable
 from flower_mcepl.masks.model import fingerprint
 from flower_mcepl.masks.placement import kept_in_eval, train_mode
@@ -126,7 +126,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         self.fingerprint = fingerprint(module, find_maskable(module))
         depths = Depths.of(module, depth_of(config))
         self.depth = depths.depth
-        self.model = copy.deepcopy(depths.held).to(device)
+        self.model = own_copy(depths.held).to(device)
         self._frozen = kept_in_eval(depths.held)
         self.weights = {
             name: weight for name, weight in self.model.named_parameters() if weight.requires_grad
@@ -201,7 +201,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
 
     def personal_model(self) -> nn.Module:
         """Return a copy of the agent's network, at the running mean if there is one."""
-        return copy.deepcopy(self._personal_model())
+        return own_copy(self._personal_model())
 
     def check(self) -> None:
         """Check that weights can travel, and the first batches against the task."""
@@ -214,7 +214,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
                 ".float() on the network in the model function, or use an algorithm that sends "
                 "masks, or nothing."
             )
-        self.learner.check(self.model, self.data, frozen=self._frozen)
+        self.learner.check(self.model, self.data, self.weights, frozen=self._frozen)
 
     def describe(self) -> dict[str, Any]:
         """Facts for the handshake: who this is, its weights and its data."""
@@ -306,7 +306,7 @@ class DenseAgent(Agent, Generic[ConfigT]):
         own, _ = self._own()
         if not self._average:
             return own
-        model = copy.deepcopy(own)
+        model = own_copy(own)
         for name, mean in self._averaged().items():
             model.get_parameter(name).copy_(mean)
         return model

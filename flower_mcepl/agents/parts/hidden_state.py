@@ -1,14 +1,19 @@
 """State that a network hides in Python attributes, where no saved state has it."""
 
 import copy
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flower_mcepl.masks.copying import own_copy
 from flower_mcepl.masks.placement import train_mode
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # hooks, parameters, training
 
 
 def hidden_state(
@@ -32,7 +37,7 @@ def hidden_state(
     frozen : tuple of str
         Submodules that training leaves in eval mode (default: none).
     """
-    used = copy.deepcopy(network)
+    used = own_copy(network)
     train_mode(used, frozen)
     before = attributes(used)
     with rng():
@@ -40,7 +45,7 @@ def hidden_state(
     names = _changed(before, attributes(used))
     if not names:
         return []
-    reset = copy.deepcopy(used)
+    reset = own_copy(used)
     for name in names:
         _set(reset, name, before)
     for put in (lambda module: train_mode(module, frozen), nn.Module.eval):
@@ -59,7 +64,7 @@ def attributes(network: nn.Module) -> dict[str, Any]:
     values = {}
     for prefix, module in network.named_modules():
         for name, value in vars(module).items():
-            if not name.startswith("_") and name != "training" and _is_plain(value):
+            if name not in _OF_EVERY_MODULE and _is_plain(value):
                 values[f"{prefix}.{name}" if prefix else name] = copy.deepcopy(value)
     return values
 
@@ -82,16 +87,24 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Mapping):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, (list, tuple, deque)):
         return all(_is_plain(item) for item in value)
-    if isinstance(value, Tensor):
-        return value.grad_fn is None
-    return isinstance(value, (int, float, str, type(None)))
+    if isinstance(value, Tensor):  # a recurrent layer has a list of its own parameters
+        return value.grad_fn is None and not isinstance(value, nn.Parameter)
+    return isinstance(value, (int, float, str, type(None), np.ndarray, np.generic))
 
 
 def _differ(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
+    if type(one) is not type(other):
+        return True
+    if isinstance(one, Tensor):
         return not torch.equal(one, other)
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+    if isinstance(one, np.ndarray):
+        return not np.array_equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() != other.keys() or any(_differ(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple, deque)):
         return len(one) != len(other) or any(map(_differ, one, other))
-    return type(one) is not type(other) or one != other
+    return bool(one != other)

@@ -1,8 +1,7 @@
 """An agent's task on its data: loss of a batch, evaluation, check of first batches."""
 
-import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,14 @@ from torch import Tensor, nn
 from flower_mcepl.agents.parts.arithmetic import arithmetic
 from flower_mcepl.agents.parts.groups import check_savable
 from flower_mcepl.agents.parts.hidden_state import hidden_state
+from flower_mcepl.agents.parts.idle import check_learns
 from flower_mcepl.agents.parts.training import TrainingConfig
 from flower_mcepl.agents.tasks import Task, find_task
 from flower_mcepl.agents.tasks.network import Squashing, call, described, float_dtype
 from flower_mcepl.agents.tasks.tally import Tally, check_finite, first_line
 from flower_mcepl.data.batches import AgentData, Batch, BatchSource, pass_sizes
 from flower_mcepl.errors import DataError, FlowerMceplError, UnsupportedLayerError
+from flower_mcepl.masks.copying import own_copy
 from flower_mcepl.masks.placement import train_mode
 from flower_mcepl.streams import isolated_rng, torch_stream
 
@@ -109,12 +110,20 @@ class Learner:
         """The class of arithmetic that the configuration asks for, as a context."""
         return arithmetic(self.config.arithmetic, device=self.device)
 
-    def check(self, network: nn.Module, data: AgentData, *, frozen: tuple[str, ...] = ()) -> None:
+    def check(
+        self,
+        network: nn.Module,
+        data: AgentData,
+        learned: Mapping[str, Tensor],
+        *,
+        frozen: tuple[str, ...] = (),
+    ) -> None:
         """Check network, data and task on first batches, before anything is learned.
 
         Looked at are the first batch of both splits, a batch of one example where there
-        will be one, and all targets that lie in memory. ``frozen`` are the submodules
-        that training leaves in eval mode.
+        will be one, all targets that lie in memory, and whether a gradient reaches what
+        is ``learned``, parameters of the network. ``frozen`` are the submodules that
+        training leaves in eval mode.
 
         Raises
         ------
@@ -123,14 +132,15 @@ class Learner:
         ConfigError
             If the task's loss or metrics are no numbers.
         UnsupportedLayerError
-            If the network keeps a state in a Python attribute, which is not saved.
+            If the network keeps a state in a Python attribute, which is not saved, or
+            nothing that is learned has a part in its outputs.
         """
         network.eval()
         with torch.no_grad(), self._rng():
             batch = self._check_split(network, data.train, self._whose("training"))
             self._check_split(network, data.test, self._whose(data.evaluated), measured=True)
         if batch is not None:
-            self._check_training(network, data.train, batch, frozen)
+            self._check_training(network, data.train, batch, learned, frozen)
 
     def on_one_batch(
         self, split: BatchSource, module: nn.Module, measure: Callable[[Any, Tensor], float]
@@ -160,12 +170,17 @@ class Learner:
                 check(lambda network: self._predict(network, *batch, whose)[0])
 
     def _check_training(
-        self, network: nn.Module, split: BatchSource, batch: Batch, frozen: tuple[str, ...]
+        self,
+        network: nn.Module,
+        split: BatchSource,
+        batch: Batch,
+        learned: Mapping[str, Tensor],
+        frozen: tuple[str, ...],
     ) -> None:
         """Check a copy of the network in train mode, on the smallest batch."""
         inputs, targets = batch
         if 1 in pass_sizes(split.num_examples, self.config.batch_size):
-            trained = copy.deepcopy(network)
+            trained = own_copy(network)
             train_mode(trained, frozen)
             with torch.no_grad(), self._rng():
                 one = self._first_batch(split, 1) or batch
@@ -174,6 +189,18 @@ class Learner:
             return
         with torch.no_grad():
             self._check_state(network, inputs, targets, frozen)
+
+        # no more memory than a step takes, which may be all that the device has
+        step_size = min(self.config.batch_size, self.config.eval_batch_size)
+        with self._rng():
+            inputs, targets = self._first_batch(split, step_size) or batch
+
+        def loss(module: nn.Module) -> Tensor:
+            with self._rng(), self.arithmetic():
+                return self.loss(module, inputs, targets)
+
+        whose = f"agent {self.agent}'s network"
+        check_learns(network, learned, loss, whose=whose, frozen=frozen)
 
     def _check_single(self, trained: nn.Module, batch: Batch, num_examples: int) -> None:
         try:

@@ -144,7 +144,7 @@ class MaskedAgent(Agent, Generic[MaskedT]):
 
     def check(self) -> None:
         """Check the first batch of both splits against the task."""
-        self.learner.check(self.model, self.data)
+        self.learner.check(self.model, self.data, self.model.all_scores)
 
     def outgoing(self) -> dict[str, Tensor]:
         """Return the masks at the new scores and old ``n``; the new one is to come."""

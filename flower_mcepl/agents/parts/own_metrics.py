@@ -7,6 +7,7 @@ from logging import getLogger
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from flower_mcepl.agents.tasks.task import OF_TRAINING, TAKEN, is_free
 
@@ -33,6 +34,7 @@ def plain_number(value: Any) -> float | None:
     if isinstance(value, bool | np.bool_ | str | bytes):
         return None
     try:
+        value = value.detach() if isinstance(value, Tensor) else value
         return None if np.ndim(value) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
@@ -47,9 +49,10 @@ def _fits(name: object, value: Any) -> bool:
 @lru_cache(maxsize=100)
 def _log_left_out(names: str) -> None:
     getLogger("flwr").warning(
-        "the evaluate function's %s is left out of the record: it holds finite numbers, under "
-        "names that are not its own (accuracy, %s, %s...).",
+        "the evaluate function's %s is left out of the record: it holds up to %d finite numbers, "
+        "under names that are not its own (accuracy, %s, %s...).",
         names,
+        _MOST,
         ", ".join(TAKEN),
         OF_TRAINING,
     )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -183,8 +183,32 @@ def gradients_of(loss: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     UnsupportedLayerError
         If the network uses gradient checkpointing in its reentrant form.
     """
+    gradients = cast("tuple[Tensor, ...]", _gradients(loss, tensors, zeros=True))
+    return dict(zip(tensors, gradients, strict=True))
+
+
+def without_gradient(loss: Tensor, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that take no part in a loss.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        If the network uses gradient checkpointing in its reentrant form.
+    """
+    if not loss.requires_grad:
+        return [*tensors]
+    gradients = _gradients(loss, tensors, zeros=False)
+    return [name for name, g in zip(tensors, gradients, strict=True) if g is None]
+
+
+def _gradients(
+    loss: Tensor, tensors: Mapping[str, Tensor], *, zeros: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients in order; of what took no part in the loss zeros, or None."""
     try:
-        gradients = torch.autograd.grad(loss, list(tensors.values()), materialize_grads=True)
+        return torch.autograd.grad(
+            loss, list(tensors.values()), allow_unused=True, materialize_grads=zeros
+        )
     except RuntimeError as error:
         if "use_reentrant" in str(error):
             raise UnsupportedLayerError(
@@ -193,7 +217,6 @@ def gradients_of(loss: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
                 "checkpointing off."
             ) from error
         raise
-    return dict(zip(tensors, gradients, strict=True))
 
 
 def finite_loss(loss: Tensor, *, agent: int, round: int, key: str, lr: float) -> float:

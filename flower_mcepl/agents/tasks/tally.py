@@ -34,8 +34,20 @@ class Tally:
 
     def __init__(self, task: "Task", *, whose: str) -> None:
         self.task, self.whose = task, whose
-        self._metrics = {name: make() for name, make in task.metrics.items()}
+        self._metrics = {name: self._made(name) for name in task.metrics}
         self._total, self._counted, self._seen = 0.0, 0, 0
+
+    def _made(self, name: str) -> Metric:
+        try:
+            return self.task.metrics[name]()
+        except FlowerMceplError:
+            raise
+        except Exception as error:  # whatever a user's metric raises
+            raise ConfigError(
+                f"{self.whose}, task {self.task.name}: the task's metric {name} must be made "
+                f"without arguments; it raised {type(error).__name__}: {first_line(error)}. Pass a "
+                "function that gives them: lambda: Metric(num_classes=...)."
+            ) from error
 
     def add(self, outputs: Tensor, targets: Tensor, inputs: Any) -> None:
         """Take in one batch, with targets as the loss takes them.
@@ -57,7 +69,7 @@ class Tally:
                 metric.update(outputs.cpu(), targets.cpu())
 
     def check(self, *, whole: bool) -> None:
-        """Refuse metrics that are no numbers, of the batches so far.
+        """Refuse metrics that are no numbers, of the batches so far, or made once.
 
         A metric that cannot be computed of some batches may be of all of them; so that
         it fails counts only where these are the ``whole`` split.
@@ -65,9 +77,15 @@ class Tally:
         Raises
         ------
         ConfigError
-            If one is no number, or an accuracy not in 0..1.
+            If one is no number, an accuracy not in 0..1, or the same object each time.
         """
         for name, metric in self._metrics.items():
+            if self._made(name) is metric:
+                raise ConfigError(
+                    f"{self.whose}, task {self.task.name}: the task's metric {name} must be made "
+                    "anew for each evaluation; the same object came twice, and would count earlier "
+                    "rounds and other agents, too. Make it inside the function that returns it."
+                )
             try:
                 value = metric.compute()
             except Exception:  # whatever a user's metric raises

@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from flower_mcepl.agents.tasks.losses import flaw_of
 from flower_mcepl.agents.tasks.network import call, described, one_output
 from flower_mcepl.agents.tasks.tally import LOSS, Metric, Tally, first_line
 from flower_mcepl.config.checks import check
@@ -92,7 +93,14 @@ class Task:
     logits: bool = False
 
     def __post_init__(self) -> None:
-        for name in self.metrics:
+        self._check_loss_is_fixed()
+        for name, make in self.metrics.items():
+            check(
+                callable(make) and (isinstance(make, type) or not hasattr(make, "compute")),
+                f"metric {name} must be what makes a fresh one for each evaluation",
+                type(make).__name__,
+                "Pass its class, or a function without arguments that returns a new one.",
+            )
             check(
                 is_free(name) and name == name.lower().replace("_", "-").strip(),
                 "names of metrics are lowercase, in kebab-case, none of "
@@ -109,6 +117,16 @@ class Task:
             "a loss gets better as it falls; higher_is_better",
             self.higher_is_better,
             "Name the metric that rises as main.",
+        )
+
+    def _check_loss_is_fixed(self) -> None:
+        parameters = self.loss.parameters() if isinstance(self.loss, torch.nn.Module) else ()
+        check(
+            not any(parameter.requires_grad for parameter in parameters),
+            "a task's loss must have no weights to train: nothing trains, sends or saves them",
+            type(self.loss).__name__,
+            "Put them into the network, whose outputs the loss compares with the targets; or "
+            "freeze them with loss.requires_grad_(False).",
         )
 
     def predict(
@@ -215,21 +233,18 @@ class Task:
         }
 
     def check_loss(self, outputs: Tensor, targets: Tensor, *, whose: str) -> None:
-        """Refuse a loss that is no number of a batch.
+        """Refuse a loss that is no mean over a batch.
 
         Raises
         ------
         ConfigError
-            If it fails, or gives something else than a float scalar.
+            If it fails, gives something else than a float scalar, is a sum, or compares
+            outputs with the targets of other examples.
         """
         with self.blamed("loss", outputs, targets, whose=whose):
-            loss = self.loss(outputs, targets)
-        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
-            raise ConfigError(
-                f"{whose}, task {self.name}: a task's loss must be one float, the mean over a "
-                f"batch, as a tensor without dimensions; got {described(loss)}. Let it end in "
-                '.mean(), or pass reduction="mean".'
-            )
+            flaw = flaw_of(self.loss, outputs, targets)
+        if flaw:
+            raise ConfigError(f"{whose}, task {self.name}: {flaw}")
 
     def check_counted(self, counted: int, num_examples: int, *, whose: str) -> None:
         """Refuse a split in which nothing counts: it has neither loss nor metrics.
