@@ -168,7 +168,7 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
         from its checkpoint, and these need the same names, types and shapes.
         ``train_config`` and ``evaluate_config`` are what such an app is told. Agents of
         `make_client_app` make their own weights from the run's seed, and refuse initial
-        arrays.
+        arrays; of the configs they read nothing, and a warning says so.
 
         There is no global model: the result has no arrays, and ``evaluate_fn`` is no
         longer called, with a warning, once it asks for them. Both say where the
@@ -201,6 +201,11 @@ class ExchangeStrategy(NotOfTheOlderApi, Strategy):
             evaluate_config=evaluate_config or ConfigRecord(),
             ledger=self.exchange.ledger,
         )
+        if (train_config or evaluate_config) and not initial_arrays:
+            logger.warning(
+                "train_config and evaluate_config reach mods alone: agents that draw their own "
+                "weights, as those of make_client_app, take their settings from the run config."
+            )
         self._dispatch = self._new_dispatch()
         try:
             with self._opened(num_rounds, timeout) as self._book:

@@ -238,7 +238,9 @@ def test_evaluation_only_when_due() -> None:
     assert len(answers) == 3 * 3
 
 
-def test_train_config_reaches_the_agents_and_cannot_overwrite_the_order() -> None:
+def test_train_config_reaches_the_agents_and_cannot_overwrite_the_order(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     grid = agent_grid(2)
     strategy = GossipStrategy(Topology.ring(2), record=None)
     strategy.start(
@@ -247,6 +249,7 @@ def test_train_config_reaches_the_agents_and_cannot_overwrite_the_order() -> Non
     assert [
         (m.content["order"]["server-round"], m.content["order"].get("note")) for m in grid.log[:2]
     ] == [(1, "hello")] * 2
+    assert "settings from the run config" in caplog.text  # but no agent reads it
 
 
 # --- what is told of it ---
