@@ -76,6 +76,7 @@ def export(
     check_ending(to)
     if not to.parent.is_dir():
         raise ConfigError(f"the folder of {to} must be there. Make it, or name another.")
+    replaces = to.exists()
     run = read_run(record)
     chosen = _checked_state(state) or (BEST if agent in run.best_agents else LAST)
     folder = _app_of(run, app)
@@ -88,6 +89,8 @@ def export(
         model = Exported(restored, left, metrics, named, whole=whole, pixels=pixels)
         for line in export_model(model, to):
             console.print(line)
+    if replaces:
+        console.print(f"it replaces the file that was there, {to}")
     value = metrics.get(run.metric.name)
     measured = "" if value is None else f", {run.metric.name} {value:.4f} on its test split"
     console.print(f"agent {agent}, {chosen} state{measured}")

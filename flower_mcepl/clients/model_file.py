@@ -68,19 +68,20 @@ def _export(
     from flower_mcepl.personal.files import Exported, export_model
     from flower_mcepl.personal.network import reference_to_app
 
-    round = last.round
+    round = last.round - 1  # the closing exchange begins one that nobody trains in
+    evaluation = {name: value for name, value in metrics.items() if name != "seconds"}
     try:
         with torch_threads(device_settings(context).threads):
             if last.best is not None:
                 agent.restore(last.best)
-                metrics, round = {}, last.best.facts[BEST]["round"]
+                evaluation, round = {}, last.best.facts[BEST]["round"]
             network = (
                 reference_to_app(model_fn, context.run_config, context.node_config)
                 if model_fn
                 else {}
             )
             to.parent.mkdir(parents=True, exist_ok=True)
-            lines = export_model(Exported(agent, round, metrics, network), to)
+            lines = export_model(Exported(agent, round, evaluation, network), to)
     except Exception as error:
         logger.warning(f"agent {agent.index}: its model was not exported to {shown}: {error}")
         return False

@@ -1,18 +1,20 @@
 """A personal model of an agent: its network, and what its file says of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor, nn
 
 from flower_mcepl.agents import Agent
+from flower_mcepl.agents.tasks.network import one_output
 from flower_mcepl.files.atomic import replace_file
 from flower_mcepl.personal.inputs import PIXELS
 from flower_mcepl.personal.network import DEPTH, NETWORK
 from flower_mcepl.personal.origins import Origin
 from flower_mcepl.personal.writing import personal_bytes
 
+PICKS = "picks-output"  # fact of a file: `Task.outputs` is a function of the app's own
 _TOLD = ("task", "main-metric", "higher-is-better", "metric-unit")  # of the handshake
 
 
@@ -75,6 +77,7 @@ def agent_bytes(
         **({} if round is None else {"round": round}),
         **({DEPTH: agent.depth} if agent.depth else {}),
         **{key: handshake[key] for key in _TOLD if key in handshake},
+        **({} if own_outputs(agent) is None else {PICKS: True}),
         **({NETWORK: dict(reference)} if reference else {}),
         **({"metrics": dict(metrics), "metrics-of": _evaluated(agent)} if metrics else {}),
         **({PIXELS: dict(pixels)} if pixels else {}),
@@ -93,9 +96,35 @@ def _evaluated(agent: Agent) -> str:
     return str(getattr(getattr(agent, "data", None), "evaluated", "test"))
 
 
+def own_outputs(agent: Agent) -> Callable[[Any], Tensor] | None:
+    """What picks predictions from what the network returns, if the task has its own."""
+    task = getattr(getattr(agent, "learner", None), "task", None)
+    outputs: Callable[[Any], Tensor] = getattr(task, "outputs", one_output)
+    return None if outputs is one_output else outputs
+
+
+@final
+class Picked(nn.Module):
+    """A network that returns what ``outputs`` picks from its outputs."""
+
+    def __init__(self, network: nn.Module, outputs: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.network, self.outputs = network, outputs
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Predictions for a batch."""
+        return self.outputs(self.network(inputs))
+
+
 def personal_network(agent: Agent) -> nn.Module:
     """The network of an agent on the CPU, in eval mode, without gradients."""
     return agent.personal_model().cpu().eval().requires_grad_(False)
+
+
+def predicting_network(agent: Agent) -> nn.Module:
+    """The same, but what it returns is what the agent's task predicts with."""
+    network, outputs = personal_network(agent), own_outputs(agent)
+    return network if outputs is None else Picked(network, outputs).eval()
 
 
 def input_shape(agent: Agent) -> tuple[int, ...] | None:

@@ -73,9 +73,19 @@ def compact(module: nn.Module, example_input: Tensor) -> Compact:
     Raises
     ------
     UnsupportedLayerError
-        If its code cannot be traced (`torch.fx`), or the outputs would differ.
+        If its code cannot be traced (`torch.fx`) or followed, or the outputs would
+        differ.
     """
     traced = _traced(module, example_input)
+    try:
+        return _compacted(module, traced, example_input)
+    except UnsupportedLayerError:
+        raise
+    except Exception as error:  # such as layers in several types of floats
+        raise _no_compact(f"raised {type(error).__name__}: {error!s:.200}") from error
+
+
+def _compacted(module: nn.Module, traced: fx.GraphModule, example_input: Tensor) -> Compact:
     sizes = _sizes(traced)
     while _shrink_once(traced, liveness := Liveness(traced, example_input)):
         pass
@@ -84,10 +94,7 @@ def compact(module: nn.Module, example_input: Tensor) -> Compact:
     after = _sizes(traced)
     found = agreement(run_of(module), run_of(traced), [example_input])
     if not found.holds(EXACT):
-        raise UnsupportedLayerError(
-            f"a compact network must give what the whole one gives, within {EXACT:g}; got {found}. "
-            "Use the whole one, and report this with the network."
-        )
+        raise _no_compact(f"gives {found}")
     return Compact(
         traced,
         {name: (sizes[name], after[name]) for name in sizes if sizes[name] != after[name]},
@@ -114,6 +121,13 @@ def compact_or_whole(module: nn.Module, batches: Sequence[Tensor]) -> tuple[nn.M
         for name, why in small.locked.items()
     )
     return small.module, f"compact: {small}{f' ({stay})' if stay else ''}; {found}"
+
+
+def _no_compact(what: str) -> UnsupportedLayerError:
+    return UnsupportedLayerError(
+        f"a compact network must give what the whole one gives, within {EXACT:g}; it {what}. Use "
+        "the whole one, and report this with the network."
+    )
 
 
 def _traced(module: nn.Module, example: Tensor) -> fx.GraphModule:

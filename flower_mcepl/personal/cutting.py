@@ -108,7 +108,8 @@ def refill(traced: fx.GraphModule, node: fx.Node, layer: nn.Module, constant: Te
     stay = constant.isnan().nonzero().flatten().tolist() or [0]
     keep_rows(layer, stay)
     name = f"refilled_{node.name}"
-    traced.add_submodule(name, Refilled(stay, constant))
+    assert isinstance(layer.weight, Tensor)
+    traced.add_submodule(name, Refilled(stay, constant.to(layer.weight.dtype)))
     with traced.graph.inserting_after(node):
         whole = traced.graph.call_module(name, (node,))
     node.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)

@@ -16,6 +16,7 @@ from flower_mcepl.agents.tasks.network import described, one_output, taken
 from flower_mcepl.config.extras import needs_extra
 from flower_mcepl.errors import ConfigError, UnsupportedLayerError
 from flower_mcepl.files.atomic import replace_file
+from flower_mcepl.personal.agents import Picked
 
 TOLERANCE = 1e-4  # of outputs in another runtime, relative to the largest, at least 1
 Run = Callable[[Tensor], Tensor]
@@ -116,7 +117,10 @@ def export_onnx(module: nn.Module, path: Path, batches: Sequence[Tensor]) -> Agr
         import onnxruntime
         import onnxscript  # noqa: F401
 
-    program = _program(module, batches[0])
+    with torch.no_grad():
+        alone = isinstance(module(batches[0][:2]), Tensor)
+    # ONNX has no mappings: which of several outputs counts would be lost
+    program = _program(module if alone else Picked(module, one_output), batches[0])
     with _draft(path) as draft, _quiet():
         _convert(program, draft)
         session = onnxruntime.InferenceSession(draft, providers=["CPUExecutionProvider"])

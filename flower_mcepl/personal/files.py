@@ -5,16 +5,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from flower_mcepl.agents import Agent
-from flower_mcepl.errors import ConfigError
+from flower_mcepl.agents.tasks.network import one_output, taken
+from flower_mcepl.errors import ConfigError, DataError
 from flower_mcepl.masks.fusion import FUSIONS
 from flower_mcepl.masks.weight_init import SIGNED_CONSTANT
-from flower_mcepl.personal.agents import personal_network, save_agent
+from flower_mcepl.personal.agents import predicting_network, save_agent
 from flower_mcepl.personal.compacting import compact_or_whole
 from flower_mcepl.personal.exporting import export_onnx, export_program, tensor_batches
 from flower_mcepl.personal.reading import read_personal
 from flower_mcepl.record.layout import EXPORTS
 from flower_mcepl.record.values import human_bytes
+
+BATCH = 64
+ALIKE = 1e-3  # outputs of an input in batches of two sizes, relative to the largest
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ def export_model(model: Exported, to: Path) -> list[str]:
         If the network cannot be written so.
     """
     check_ending(to)
-    return (_write_mask if to.suffix == EXPORTS["mask"] else _write_graph)(model, to)
+    lines = (_write_mask if to.suffix == EXPORTS["mask"] else _write_graph)(model, to)
+    return [*lines, *_beside_others(model.agent)]
 
 
 def check_ending(to: Path) -> None:
@@ -74,8 +82,15 @@ def _write_mask(model: Exported, to: Path) -> list[str]:
         lines.append(f"{human_bytes(file.stored)} of it are weights that are stored: {why}")
     if not model.network:
         lines.append(
-            "its model function has no name that can be imported: load_personal needs one, "
-            "load_personal(path, model_fn)"
+            "it names no model function, and predict has none: a file names a class of networks, "
+            "or a function of a module that is called model_fn or annotated to return one, and "
+            "needs nothing but settings; load_personal takes any other, load_personal(path, "
+            "model_fn)"
+        )
+    if not file.facts.get("probe", {}).get("outputs", True):
+        lines.append(
+            "its network gives no outputs for made-up inputs, or others each time: load_personal "
+            "cannot see whether a model function's network calculates the same"
         )
     return lines
 
@@ -95,7 +110,7 @@ def _why_stored(parameters: Mapping[str, Any]) -> str:
 
 
 def _write_graph(model: Exported, to: Path) -> list[str]:
-    network, lines = personal_network(model.agent), []
+    network, lines = predicting_network(model.agent), []
     batches = tensor_batches(_test_batches(model.agent), network)
     if not model.whole:
         network, line = compact_or_whole(network, batches)
@@ -103,6 +118,35 @@ def _write_graph(model: Exported, to: Path) -> list[str]:
     write = export_onnx if to.suffix == EXPORTS["onnx"] else export_program
     agreed = write(network, to, batches)
     return [*lines, f"{to}: {human_bytes(to.stat().st_size)}; read back: {agreed}"]
+
+
+# A norm by the statistics of a batch, or a layer that takes another axis for the batch,
+# learns and is evaluated well enough. On a device inputs come one by one.
+def _beside_others(agent: Agent) -> list[str]:
+    """A line, if what an input gets depends on the inputs beside it."""
+    data = getattr(agent, "data", None)
+    batches = () if data is None else data.test.evaluation_batches(batch_size=BATCH)
+    inputs, _ = next(iter(batches), (None, None))
+    if not isinstance(inputs, Tensor) or len(inputs) < 3:
+        return []
+    network = predicting_network(agent)
+    whole = taken(inputs, network)
+    try:
+        with torch.no_grad():
+            all_of_them, two = (one_output(network(x)) for x in (whole, whole[:2]))
+        gap, most = (all_of_them[:2] - two).abs().max(), all_of_them.abs().max()
+        if bool(gap <= ALIKE * most):
+            return []
+    except DataError:  # which of its outputs counts, nobody knows
+        return []
+    except Exception:  # such as of a network for batches of one size
+        pass
+    return [
+        f"an input gets other outputs, or none, in a batch of 2 than in one of {len(inputs)}: what "
+        "the agent was evaluated with does not hold for single inputs. Look for a norm without "
+        "running statistics, a dropout that is never off, or a layer that takes another axis for "
+        "the batch (batch_first)."
+    ]
 
 
 def _test_batches(agent: Agent) -> Any:

@@ -1,8 +1,10 @@
 """Inputs of a network from files: arrays as they are, images by mean and deviation."""
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -63,14 +65,14 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 def _arrays(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            yield str(path), loaded
-            return
-        with loaded:
+        with path.open("rb") as file:  # which NumPy leaves open if an archive is damaged
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                yield str(path), loaded
+                return
             for name in loaded.files:
                 yield f"{path}:{name}", loaded[name]
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is no readable array of numbers ({error}).") from error
 
 
@@ -78,7 +80,7 @@ def _rows(name: str, array: NDArray[Any], shape: Shape | None) -> Iterator[tuple
     """Examples of an array, which is one or a batch of them."""
     if array.dtype.kind not in "fiub" or (shape is None and not array.ndim):
         raise DataError(f"{name} must hold numbers; got {array.dtype}.")
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    tensor = torch.from_numpy(np.ascontiguousarray(array, _known_to_torch(array.dtype)))
     if shape is not None:
         tensor = tensor if tensor.is_floating_point() else tensor.float()
         if tuple(tensor.shape) == shape:
@@ -91,6 +93,12 @@ def _rows(name: str, array: NDArray[Any], shape: Shape | None) -> Iterator[tuple
             )
     for number, row in enumerate(tensor):
         yield f"{name}[{number}]", row
+
+
+def _known_to_torch(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The same numbers in this machine's byte order, floats in 64 bits at most."""
+    wide = dtype.kind == "f" and dtype.itemsize > 8
+    return np.dtype(np.float64) if wide else dtype.newbyteorder("=")
 
 
 # What a network learned from are not pixels but what its data function made of them.
@@ -150,7 +158,13 @@ def _check_pixels(path: Path, image: Any) -> None:
 
 
 def _by_channel(pixels: Mapping[str, Any], key: str, channels: int) -> Tensor:
-    numbers = [float(number) for number in pixels[key]]
+    try:
+        numbers = [float(number) for number in pixels[key]]
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataError(
+            f"the file says how pixels become inputs by no lists of numbers, mean and std "
+            f"({error!r:.200}). Say it with --mean and --std."
+        ) from error
     if len(numbers) not in (1, channels):
         raise DataError(f"the {key} of pixels is 1 number or {channels}; got {len(numbers)}.")
     return torch.tensor(numbers).reshape(-1, 1, 1)

@@ -241,7 +241,9 @@ def _entry(data: memoryview, at: int, last: int) -> tuple[Entry, int]:
 def _check_sizes(entries: Sequence[Entry], size: int, where: str) -> None:
     weights = sum(entry.numel for entry in entries if entry.recipe in MASKED)
     raw = sum(entry.value_bytes(0) for entry in entries if entry.recipe == RAW)
-    if raw > size or not masks_fit(weights, size) or not draws_fit(entries):
+    # torch multiplies the other dimensions of a tensor without elements, too
+    vast = any(math.prod(max(1, dim) for dim in entry.shape) >= 2**63 for entry in entries)
+    if vast or raw > size or not masks_fit(weights, size) or not draws_fit(entries):
         raise damaged(where, f"it declares more than fits into {size} bytes")
 
 

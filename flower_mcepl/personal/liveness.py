@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from flower_mcepl.agents.tasks.network import float_dtype
 from flower_mcepl.models import local_response_norm
 from flower_mcepl.personal import operations as ops
 from flower_mcepl.personal.operations import columns_of, pads, shape_of
@@ -59,6 +60,7 @@ class Liveness:
         self.made: dict[str, Tensor] = {}  # constants among the outputs of each maker
         self._values: dict[fx.Node, Value] = {}
         self._alone = set(ops.called_once(graph_module))
+        self._dtype = float_dtype(dict(graph_module.named_parameters()))
         with torch.no_grad():
             ShapeProp(graph_module).propagate(example)
             for node in graph_module.graph.nodes:
@@ -254,8 +256,8 @@ class Liveness:
         constant, shape = self._values[source].constant, shape_of(source)
         assert shape is not None
         space = (pixels,) if pixels > 1 else (1 for _ in shape[2:])
-        ones = torch.ones(1, len(constant), *space)
-        inputs = ones * constant.float().reshape(1, -1, *(1 for _ in ones.shape[2:]))
+        ones = torch.ones(1, len(constant), *space, dtype=self._dtype)
+        inputs = ones * constant.to(self._dtype).reshape(1, -1, *(1 for _ in ones.shape[2:]))
         args = [inputs if arg is source else arg for arg in node.args]
         kwargs = {key: inputs if arg is source else arg for key, arg in node.kwargs.items()}
         if node.op == "call_module":

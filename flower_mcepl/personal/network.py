@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flower_mcepl.errors import ConfigError
 from flower_mcepl.masks.model import shared_module
 from flower_mcepl.models import Staged
+from flower_mcepl.streams import SEEDS
 
 # facts of a file: who builds its network, and how many stages of that it is
 NETWORK, DEPTH = "network", "depth"
@@ -35,6 +36,14 @@ def part_of(module: nn.Module, facts: Mapping[str, Any]) -> nn.Module:
     return module.at_depth(depth) if fits else module
 
 
+# What a network draws besides parameters and buffers, such as an order of its inputs in
+# a plain attribute, is in no file; the run's seed draws it again.
+def seed_of(facts: Mapping[str, Any]) -> int:
+    """The seed to build a file's network with: that of its run, where it says one."""
+    seed = facts.get("seed")
+    return seed if type(seed) is int and 0 <= seed < SEEDS else 0
+
+
 def structure(module: nn.Module) -> str:
     """16 hex digits that stand for the names and types of all submodules."""
     digest = hashlib.blake2b(digest_size=8)
@@ -48,7 +57,10 @@ def reference_to(
     config: Mapping[str, Any] | None = None,
     context: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Fact of a file that names a class or function; empty if it has no global name.
+    """Fact of a file that names who builds its network; empty if no file may name it.
+
+    That needs a global name, and to be seen to build networks: a class of them, or a
+    function that is called ``model_fn`` or annotated to return one.
 
     Parameters
     ----------
@@ -61,7 +73,7 @@ def reference_to(
         app's model function.
     """
     module, name = getattr(build, "__module__", ""), getattr(build, "__qualname__", "")
-    if not module or "<" in name or module == "__main__":
+    if not module or "<" in name or module == "__main__" or not _builds_networks(build, module):
         return {}
     known = {"reference": f"{module}:{name}", "config": dict(config or {})}
     return known if context is None else {**known, "context": dict(context)}
@@ -75,7 +87,7 @@ def reference_to_app(
     """Fact of a file that names a Flower app's model function, and what that reads.
 
     Settings that it does not read stay out: they are of the run and its machine. Empty
-    where the function has no global name, or needs more of a context than settings.
+    where `reference_to` is, or the function needs more of a context than settings.
     """
     run, node = _Read(run_config), _Read(node_config)
     try:

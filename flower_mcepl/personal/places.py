@@ -128,7 +128,7 @@ class Refilled(nn.Module):
         super().__init__()
         filled = constant.clone()
         filled[places] = 0.0
-        values, which = torch.unique(filled.float(), return_inverse=True)
+        values, which = torch.unique(filled, return_inverse=True)
         spread = which + len(places)  # the constants follow the channels
         spread[places] = torch.arange(len(places))
         self.register_buffer("constants", values, persistent=False)

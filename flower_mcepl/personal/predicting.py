@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flower_mcepl.agents.tasks.network import one_output, taken
 from flower_mcepl.errors import DataError
+from flower_mcepl.personal.agents import PICKS
 from flower_mcepl.personal.inputs import PIXELS, examples
 from flower_mcepl.personal.reading import ModelFn, read_personal
 
@@ -53,6 +54,13 @@ def predict(
     network = file.network(model_fn)
     probe = file.facts.get("probe")
     shape = tuple(probe["shape"][1:]) if probe else None
+    if file.facts.get(PICKS):
+        raise DataError(
+            "what predict takes for the prediction is the network's one output, and the task of "
+            "this file's run picks it by a function of its own, which no file holds. Call the "
+            "network in Python: load_personal(path)(inputs); or export to .pt2, whose outputs are "
+            "the predictions."
+        )
     speak = _SPEAKERS.get(str(file.facts.get("task")), _outputs)
     found = examples(map(Path, inputs), shape, pixels or file.facts.get(PIXELS))
     for names, batch in _batches(found):
@@ -62,14 +70,22 @@ def predict(
 
 
 def _run(network: nn.Module, batch: Tensor, name: str) -> Tensor:
+    # a network may squeeze a batch of one away
+    given = batch if len(batch) > 1 else torch.cat([batch, batch])
     try:
         with torch.no_grad():
-            outputs = one_output(network(taken(batch, network)))
+            outputs = one_output(network(taken(given, network)))
     except Exception as error:  # whatever a network says to an input that is not its own
         raise DataError(
             f"the network cannot take {name}, of shape {tuple(batch.shape[1:])} "
             f"({type(error).__name__}: {error}). Prepare inputs as the app's data function does."
         ) from error
+    if outputs.shape[:1] != given.shape[:1]:
+        raise DataError(
+            f"the network must give an output for each input; for {len(given)}, {name} and those "
+            f"with it, it gives {list(outputs.shape)}. Call it in Python: load_personal(path)."
+        )
+    outputs = outputs[: len(batch)]
     if not bool(outputs.isfinite().all()):
         raise DataError(f"the network's outputs for {name} and those with it are not finite.")
     return outputs

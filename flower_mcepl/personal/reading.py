@@ -22,7 +22,7 @@ from flower_mcepl.personal.layout import (
     split,
     tensors_digest,
 )
-from flower_mcepl.personal.network import named_tensors, network_of, part_of, structure
+from flower_mcepl.personal.network import named_tensors, network_of, part_of, seed_of, structure
 from flower_mcepl.personal.probe import check_probe
 from flower_mcepl.personal.recipes import Twisters, classes, restored
 from flower_mcepl.wire import decode_frame
@@ -61,7 +61,8 @@ class PersonalFile:
     def network(self, model_fn: ModelFn | None = None) -> nn.Module:
         """The network in eval mode, with these tensors; see `load_personal`."""
         build = network_of(self.facts) if model_fn is None else model_fn
-        module = part_of(shared_module(build, seed=0), self.facts).requires_grad_(False).eval()
+        whole = shared_module(build, seed=seed_of(self.facts))
+        module = part_of(whole, self.facts).requires_grad_(False).eval()
         self._check_fits(module)
         with torch.no_grad():
             for name, tensor in named_tensors(module).items():

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from flower_mcepl.errors import StateError
 from flower_mcepl.files.atomic import replace_file
-from flower_mcepl.masks.copying import own_copy
 from flower_mcepl.masks.layers import find_maskable
 from flower_mcepl.masks.model import fingerprint as fingerprint_of
 from flower_mcepl.personal.elements import dtype_name, to_bytes
@@ -95,7 +94,7 @@ def personal_bytes(
     tensors = named_tensors(module)
     told = {**(facts or {}), "structure": structure(module)}
     if input_shape is not None:
-        told["probe"] = probe_of(own_copy(module).eval(), input_shape)
+        told["probe"] = probe_of(module, input_shape)
     draft = _Draft.of(tensors, set(layers), origin)
     fingerprint = fingerprint or fingerprint_of(module, layers)
     known = [{}] if origin is None else [{}, *origin.scores(layers)]

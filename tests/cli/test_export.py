@@ -203,6 +203,12 @@ def test_how_images_become_inputs_goes_into_the_file(run: Run, app: Path, tmp_pa
     assert "Give both" in export(*arguments, "--mean", ".5", code=1)
 
 
+def test_a_file_that_is_replaced_is_said(run: Run, app: Path, tmp_path: Path) -> None:
+    arguments = (run.path, "--agent", "0", "--to", tmp_path / "a.mask", "--app", app)
+    assert "it replaces the file that was there" not in export(*arguments)
+    assert "it replaces the file that was there" in export(*arguments)
+
+
 def test_facts_of_a_file_are_json(run: Run, app: Path, tmp_path: Path) -> None:
     export(run.path, "--agent", "0", "--to", tmp_path / "a.mask", "--app", app)
     assert json.loads(json.dumps(read_personal(tmp_path / "a.mask").facts))["seed"] == 3

@@ -212,6 +212,37 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         assert what in predict(model, tmp_path / first, *options, code=1), arguments
 
 
+def test_numbers_are_what_they_are_in_any_type(tmp_path: Path) -> None:
+    model, network = write(tmp_path)
+    inputs = torch.randint(9, (2, *SHAPE)).float()
+    for number, dtype in enumerate((">f4", ">i4", ">f8", "<u2", np.longdouble)):
+        np.save(tmp_path / f"{number}.npy", inputs.numpy().astype(dtype))
+        found = rows_of(model, tmp_path / f"{number}.npy")
+        assert [(row["class"], row["probability"]) for row in found] == expected(network, inputs)
+
+
+def test_damaged_archives_and_boasting_arrays_are_refused(tmp_path: Path) -> None:
+    model, _ = write(tmp_path)
+    np.savez(tmp_path / "whole.npz", a=np.zeros(SHAPE, np.float32))
+    data = bytearray((tmp_path / "whole.npz").read_bytes())
+    (tmp_path / "cut.npz").write_bytes(data[: len(data) // 2])
+    data[300] ^= 255
+    (tmp_path / "flipped.npz").write_bytes(data)
+    with open(tmp_path / "vast.npy", "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (10**13, *SHAPE)}
+        np.lib.format.write_array_header_1_0(file, header)
+    for name in ("cut.npz", "flipped.npz", "vast.npy"):
+        assert "no readable array of numbers" in predict(model, tmp_path / name, code=1)
+
+
+@pytest.mark.parametrize("pixels", [5, "mean", {"mean": 5}, {"mean": ["x"], "std": [1]}])
+def test_pixels_that_a_stranger_wrote_are_looked_at(pixels: Any, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    model, _ = write(tmp_path, pixels=pixels)
+    image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "x.png")
+    assert "by no lists of numbers" in predict(model, tmp_path / "x.png", code=1)
+
+
 def test_the_networks_code_is_imported_from_the_app(tmp_path: Path) -> None:
     app = tmp_path / "app"
     app.mkdir()

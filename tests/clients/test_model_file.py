@@ -65,7 +65,10 @@ def whole_run(context: Context, **closing: Any) -> dict[str, float]:
 def test_a_device_keeps_its_model_below_its_states(tmp_path: Path, lines: list[str]) -> None:
     metrics = whole_run(a_device(tmp_path, export="mask"))
     file = tmp_path / "models" / RUN / "agent-0002.mask"
-    assert read_personal(file).facts["metrics"]["accuracy"] == metrics["accuracy"]
+    facts = read_personal(file).facts
+    assert facts["round"] == 2  # the last one in which anybody trained
+    assert facts["metrics"]["accuracy"] == metrics["accuracy"]
+    assert facts["metrics"].keys() == {"accuracy", "loss", "density", "num-examples"}
     images, labels = split(1002)
     predicted = load_personal(file, small_net)(images).argmax(1)
     accuracy = float((predicted == labels).float().mean())

@@ -33,7 +33,16 @@ from flower_mcepl.personal import (
     reference_to_app,
     save_personal,
 )
-from flower_mcepl.personal.layout import HEADER, MAX_WORDS, checksum
+from flower_mcepl.personal.layout import (
+    HEADER,
+    MAX_WORDS,
+    RAW,
+    Entry,
+    Parts,
+    checksum,
+    join,
+    split,
+)
 from flower_mcepl.personal.network import named_tensors
 from flower_mcepl.personal.probe import probe_input
 from flower_mcepl.personal.reading import opened
@@ -472,6 +481,12 @@ def test_sizes_are_bounded_before_anything_is_allocated(changes: dict[str, int])
     assert opened(with_line(), where="x").masks["weight"].shape == (10, 20)
     with pytest.raises(StateError, match="declares more than fits"):
         opened(with_line(**changes), where="x")
+
+
+def test_a_vast_tensor_without_elements_is_refused() -> None:
+    entry = Entry("w", "float32", (0, 2**31, 2**31, 2**31), RAW)
+    with pytest.raises(StateError, match="declares more than fits"):
+        split(join(Parts({}, [entry], b"", b"", bytes(16))), where="x")
 
 
 def test_a_newer_version_says_so() -> None:
