@@ -1,5 +1,6 @@
 """``flower-mcepl compare``: run records side by side."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -45,10 +46,8 @@ def compare(
     """  # noqa: D301 (click's sign for lines that stay as they are)
     source = read_sources(records)
     comparison = compare_runs(source.runs, target=target)
-    console = wide_console()
-    print_comparison(comparison, console)
-    for note in source.notes:
-        console.print(note)
+    comparison = replace(comparison, notes=(*comparison.notes, *source.notes))
+    print_comparison(comparison, wide_console())
     if markdown is not None:
         write_markdown(comparison, markdown)
     if csv is not None:

@@ -18,11 +18,13 @@ from flower_mcepl.launch.plan import parse_run_config
 from flower_mcepl.record.figures import link_bytes
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.values import human_bytes
-from flower_mcepl.studies import Outcome, Study, compare, read_study, run_study
+from flower_mcepl.studies import Outcome, Study, read_study, run_study
 from flower_mcepl.studies.runner import (
     CSV,
     MARKDOWN,
     Task,
+    broken_off_strangers,
+    comparison_of,
     finished_runs,
     strangers,
     tasks_of,
@@ -115,6 +117,7 @@ def _list_runs(plan: Study, console: Console) -> None:
         values = [str(task.run.config[key]) for key in plan.varied]
         table.add_row(*map(Text, (task.run.slug, *values, states[-1])))
     print_table(table)
+    _tell_what_begins_anew(to_do, console)
     console.print(
         f"{len(states)} runs, {len(to_do)} to do, engine {plan.engine}, records in {plan.out}"
     )
@@ -136,6 +139,12 @@ def _tell_what_goes_on(tasks: Iterable[Task], console: Console) -> None:
             console.print(f"{task.run.slug} broke off; it goes on after round {after}.")
 
 
+def _tell_what_begins_anew(tasks: Iterable[Task], console: Console) -> None:
+    for task in tasks:
+        if why := task.begins_anew():
+            console.print(f"WARNING: {task.run.slug} broke off, and begins anew: {why}.")
+
+
 def _run(plan: Study, jobs: int, console: Console) -> list[Outcome]:
     to_do = waiting(plan)
     done = len(plan.runs) - len(to_do)
@@ -144,6 +153,7 @@ def _run(plan: Study, jobs: int, console: Console) -> list[Outcome]:
         f"{plan.out}"
     )
     _tell_what_goes_on(to_do, console)
+    _tell_what_begins_anew(to_do, console)
     for place, reason in unreadable(to_do):
         console.print(f"WARNING: {unreadable_line(place, reason)}")
     columns = (
@@ -199,15 +209,19 @@ def _duration(seconds: float) -> str:
 
 
 def _report(plan: Study, outcomes: list[Outcome], console: Console) -> None:
-    finished = finished_runs(plan)
-    if finished:
+    if (comparison := comparison_of(plan)) is not None:
         console.print()
-        print_comparison(compare(finished, target=plan.target), console)
+        print_comparison(comparison, console)
         console.print(f"the same as files: {plan.out / MARKDOWN}, {plan.out / CSV}")
     if others := strangers(plan):
         console.print(
             f"{len(others)} records in {plan.out} are of no run of this study as it is now (not "
             f"in the table): {', '.join(path.name for path in others)}"
+        )
+    if others := broken_off_strangers(plan):
+        console.print(
+            f"{len(others)} runs that broke off are of no run of this study as it is now; they "
+            f"stay in {others[0].parent}: {', '.join(path.name for path in others)}"
         )
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if failed:

@@ -30,6 +30,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "app": _app(run),
         "algorithm": _algorithms(run),
         "engine": _engine(run),
+        "evaluate-on": _split(run),
         **_graph(run),
         **{_kebab(key): run.config.get(key) for key in _RUN},
         "weights": _of_all(agent.get("num_weights") for agent in run.handshakes.values()),
@@ -48,6 +49,12 @@ def _app(run: Run) -> str | None:
 def _algorithms(run: Run) -> str | None:
     names = {str(agent.get("algorithm") or "") for agent in run.handshakes.values()} - {""}
     return ", ".join(sorted(names)) or None
+
+
+def _split(run: Run) -> str | None:
+    told = {"num_test_examples", "num_validation_examples"}
+    known = any(told & agent.keys() for agent in run.handshakes.values())
+    return run.evaluated_on if known else run.setting("evaluate-on")
 
 
 def _engine(run: Run) -> str:

@@ -18,13 +18,20 @@ def one_metric(runs: Sequence[Run]) -> MainMetric:
     ConfigError
         If they have several: there is no table or picture of both.
     """
-    metrics = list(dict.fromkeys(run.metric for run in runs))
-    if len(metrics) > 1:
+    names: dict[MainMetric, list[str]] = {}
+    for run in runs:
+        names.setdefault(run.metric, []).append(run.path.name)
+    if len(names) > 1:
+        got = (f"{metric.name} ({_some(of)})" for metric, of in names.items())
         raise ConfigError(
-            "runs side by side must have one main metric; got "
-            f"{' and '.join(metric.name for metric in metrics)}. Compare those of one task."
+            f"runs side by side must have one main metric; got {' and '.join(got)}. Compare those "
+            "of one task, and without runs in which no agent has a value of its metric."
         )
-    return metrics[0]
+    return next(iter(names))
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def link_bytes(run: Run) -> int | None:

@@ -95,6 +95,18 @@ class RunRecord:
             config = read_raw(self.path / CONFIG)
             _replace(self.path / CONFIG, to_json({**config, **more}, indent=2))
 
+    def refuse_used(self) -> None:
+        """Raise RecordError if a run has been written here: a record is of one run."""
+        lines = [self.path / file for file in (ROUNDS, RELAY, TRAFFIC, EVENTS)]
+        with _writing(self.path):
+            used = any(file.exists() and file.stat().st_size for file in lines)
+            used = used or (self.path / SUMMARY).exists()
+        if used:
+            raise RecordError(
+                f"a run record is of one run; {self.path} holds one already. Make another with "
+                "RunRecord.create, or go on with its run (resume)."
+            )
+
     @property
     def agents_dir(self) -> Path:
         """Folder of the final states, made with the first: devices write none."""
@@ -131,6 +143,13 @@ class RunRecord:
         with _writing(self.path / FAILURES), open(self.path / FAILURES, "ab") as sink:
             indented = text.rstrip().replace("\n", "\n    ")
             sink.write(f"{indented}\n\n".encode(errors="backslashreplace"))
+
+    def failures(self) -> list[str]:
+        """First lines of the failures that were written, without round and name."""
+        file = self.path / FAILURES
+        with _writing(file):
+            lines = file.read_bytes().decode(errors="replace").split("\n") if file.exists() else []
+        return [line.partition(": ")[2] for line in lines if line and line[0] != " "]
 
     def keep_frames(self, round: int, agent: int, frames: Sequence[bytes]) -> None:
         """Write an agent's frames of a round under ``frames/``, if they are kept."""

@@ -113,7 +113,12 @@ def compare(runs: Sequence[Run], *, target: float | None = None) -> Comparison:
         Row(one.settings, tuple(_measure(run, target, lasso) for run in one.runs))
         for one in pooled.pools
     ]
-    return Comparison(pooled.keys, tuple(rows), target, metric, pooled.notes)
+    without = [run for one in pooled.pools for run in one.runs if run.result()["mean"] is None]
+    unknown = [
+        f"WARNING: {run.path.name}: no agent has a value of {metric.name}, so its row has no mean"
+        for run in without
+    ]
+    return Comparison(pooled.keys, tuple(rows), target, metric, (*pooled.notes, *unknown))
 
 
 # --- one run ---

@@ -79,11 +79,15 @@ def write_markdown(comparison: Comparison, path: Path) -> None:
 
 
 def write_csv(comparison: Comparison, path: Path) -> None:
-    """Write the table as CSV of plain numbers; what is not known is empty."""
+    """Write the table as CSV of plain numbers; what is not known is empty.
+
+    A setting that is called as a measure is, such as ``agents``, is ``config.agents``.
+    """
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         numbers = [_numbers(row, comparison.target) for row in comparison.rows]
-        writer.writerow([*comparison.keys, *numbers[0]])
+        keys = [f"config.{key}" if key in numbers[0] else key for key in comparison.keys]
+        writer.writerow([*keys, *numbers[0]])
         for row, values in zip(comparison.rows, numbers, strict=True):
             writer.writerow([*(row.settings[key] for key in comparison.keys), *values.values()])
 

@@ -66,7 +66,8 @@ class ScalarWriter:
         for row in run.relay[self._relay :]:
             for key, name in BYTES.items():
                 self._add(f"bytes/{name}", row.get(key), row)
-        self._relay = len(run.relay)
+        # a run that is resumed writes its last lines again
+        self._relay = max(self._relay, len(run.relay))
         self._events.flush()
         return run
 

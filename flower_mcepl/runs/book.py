@@ -288,6 +288,7 @@ def open_book(
             settings = {RUN: book.run, **_settings(exchange, config, num_rounds)}
             book.record = record(settings)
             held.enter_context(only_writer(book.record.path))
+            book.record.refuse_used()
             book.record.amend_config(**settings)
         if book.record is not None:
             book.monitor.record = book.record
@@ -308,9 +309,13 @@ def open_book(
             error = raised
             raise
         finally:
-            book.summary = book.monitor.finish(status, **_about(error))
-            if status != "finished" and book.record is not None:
-                log(how_to_resume(book.record.path))
+            has_finished = False
+            try:
+                book.summary = book.monitor.finish(status, **_about(error))
+                has_finished = status == "finished"
+            finally:  # a full disk has no room for a summary, either
+                if not has_finished and book.record is not None:
+                    log(how_to_resume(book.record.path))
         if error is not None:
             raise error
         if book.checkpoints is not None:

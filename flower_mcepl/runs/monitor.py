@@ -232,6 +232,8 @@ class RunMonitor(Generic[FrameT]):
         if stopped := state.get("stopped-early"):  # a decision stands, even with more rounds
             self.stopped_early, self.num_rounds = dict(stopped), int(stopped["round"])
         self._introductions.restore(run)
+        written = [] if self.record is None else self.record.failures()
+        self._logged = {same_reason(text) for text in written}
         self.rows = list(run.rounds)
         losses = {row["round"]: row.get("train_loss") for row in run.relay}
         self.train_loss = {round: loss for round, loss in losses.items() if loss is not None}

@@ -296,3 +296,15 @@ def _check_size(path: Path, size: int) -> None:
             f"{path} had {size} bytes when the checkpoint was written and has {now} now: lines "
             "are missing. Put back the whole file, or start the run anew."
         )
+    if size and _byte(path, size - 1) != b"\n":
+        raise RecordError(
+            f"{path} must hold what it held when the checkpoint was written, and then a line ended "
+            f"with its byte {size}; now none does. Something has rewritten the file, such as its "
+            "line ends. Put back what was there, or start the run anew."
+        )
+
+
+def _byte(path: Path, place: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(place)
+        return file.read(1)

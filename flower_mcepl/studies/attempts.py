@@ -73,7 +73,7 @@ _versions = functools.cache(package_versions)
 
 @functools.cache
 def code_digest(folder: Path) -> str:
-    """SHA-256 over an app's Python files; none of environments and hidden folders."""
+    """SHA-256 over an app's Python files; none that is hidden, or of environments."""
     digest = hashlib.sha256()
     for path in sorted(_python_files(folder)):
         content = path.read_bytes()
@@ -86,7 +86,9 @@ def _python_files(folder: Path) -> Iterator[Path]:
     for top, folders, files in os.walk(folder):
         inside = [name for name in folders if not name.startswith(".")]
         folders[:] = [name for name in inside if not Path(top, name, "pyvenv.cfg").exists()]
-        yield from (Path(top, name) for name in files if name.endswith(".py"))
+        # an editor's lock, `.#task.py`, is a link to nowhere
+        modules = (Path(top, name) for name in files if name.endswith(".py") and name[0] != ".")
+        yield from (path for path in modules if path.is_file())
 
 
 def begin_attempt(out: Path, slug: str, subject: Subject) -> Path:
@@ -105,11 +107,34 @@ def find_attempts(out: Path, subject: Subject) -> list[Attempt]:
     return sorted(found, key=lambda one: (one.finished, one.after), reverse=True)
 
 
-def clear_attempts(out: Path, *, but: Collection[Subject]) -> None:
-    """Remove attempts, but those at these runs that can be gone on with."""
+def clear_attempts(out: Path, *, digests: Collection[str], but: Collection[Subject]) -> None:
+    """Remove attempts that nobody can go on with.
+
+    These have come nowhere, or are at runs of these digests and at none of ``but``: of
+    runs that have finished or begin anew. Those at other runs stay, as records do; the
+    study may ask for them again.
+    """
     for folder in _folders(out):
-        if _subject(folder) not in but or not any(_in(folder)):
+        subject = _subject(folder)
+        ours = subject is not None and subject.get("digest") in digests
+        if (ours and subject not in but) or subject is None or not any(_in(folder)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def attempts_at_other_runs(out: Path, digests: Collection[str]) -> list[Path]:
+    """Attempts that can be gone on with, at runs of none of these digests."""
+    abouts = ((folder, _subject(folder)) for folder in _folders(out))
+    others = [folder for folder, about in abouts if about and about.get("digest") not in digests]
+    return [folder for folder in others if any(_in(folder))]
+
+
+def outdated_attempts(out: Path, subject: Subject) -> Iterator[tuple[Attempt, list[str]]]:
+    """Attempts at a run that begins anew, and what of it is no longer as it was."""
+    for folder in _folders(out):
+        about = _subject(folder)
+        if about and about.get("digest") == subject["digest"] and about != subject:
+            changed = [key for key, value in subject.items() if about.get(key) != value]
+            yield from ((attempt, changed) for attempt in _in(folder))
 
 
 def end_attempts(out: Path, subject: Subject) -> None:

@@ -1,5 +1,6 @@
 """Tasks side by side, each in a process of its own: none takes another one down."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -33,7 +34,12 @@ def side_by_side(
                 _start_deaf(process)
                 sender.close()
                 running[process.sentinel] = process, receiver, task
-            for handle in wait([process.sentinel for process, _, _ in running.values()]):
+            # either may come first: a pipe that nobody empties lets no process end
+            ready = wait(
+                [one for process, pipe, _ in running.values() for one in (process.sentinel, pipe)]
+            )
+            ended = [one for one, (_, pipe, _) in running.items() if one in ready or pipe in ready]
+            for handle in ended:
                 process, receiver, task = running.pop(handle)
                 yield task, _outcome(process, receiver)
     finally:
@@ -57,11 +63,12 @@ def _start_deaf(process: SpawnProcess) -> None:
 
 
 def _outcome(process: SpawnProcess, receiver: Pipe) -> str | None:
+    said: list[str | None] = []
+    with receiver, contextlib.suppress(EOFError, OSError):  # who dies says nothing, or half
+        said = [receiver.recv()] if receiver.poll() else []
     process.join()
-    with receiver:
-        if process.exitcode == 0 and receiver.poll():
-            reason: str | None = receiver.recv()
-            return reason
+    if said and process.exitcode == 0:
+        return said[0]
     killed = process.exitcode == _KILLED
     reason = "killed, maybe for want of memory" if killed else "see its log"
     return f"the run's process ended with exit code {process.exitcode} ({reason})."

@@ -28,16 +28,18 @@ from flower_mcepl.launch.plan import refuse_windows
 from flower_mcepl.record.pools import LABEL
 from flower_mcepl.record.reading import Run, read_run
 from flower_mcepl.record.writing import RunRecord
-from flower_mcepl.report.compare import compare
+from flower_mcepl.report.compare import Comparison, compare
 from flower_mcepl.report.tables import write_csv, write_markdown
 from flower_mcepl.studies.attempts import (
     Attempt,
     Subject,
+    attempts_at_other_runs,
     begin_attempt,
     can_resume,
     clear_attempts,
     end_attempts,
     find_attempts,
+    outdated_attempts,
     subject_of,
 )
 from flower_mcepl.studies.flower_app import FLOWER, FlowerApp
@@ -82,6 +84,14 @@ class Task:
     def broken_off(self) -> list[Attempt]:
         """Attempts that can be gone on with, the one that came furthest first."""
         return find_attempts(self.out, self.subject) if can_resume(self.engine, self.app) else []
+
+    def begins_anew(self) -> str | None:
+        """Why it begins anew though it broke off in a round; None where it does not."""
+        if self.broken_off():
+            return None
+        outdated = [*outdated_attempts(self.out, self.subject)]
+        after, changed = max(((one.after, what) for one, what in outdated), default=(0, []))
+        return f"after round {after}; changed since: {', '.join(changed)}" if after else None
 
     @property
     def log(self) -> Path:
@@ -155,7 +165,8 @@ def run_study(
         if study.file.resolve() != (study.out / STUDY_COPY).resolve():
             shutil.copyfile(study.file, study.out / STUDY_COPY)
         to_do = waiting(study)
-        clear_attempts(study.out, but=[task.subject for task in to_do])
+        subjects = [task.subject for task in to_do]
+        clear_attempts(study.out, digests=_digests(study), but=subjects)
         outcomes = []
         try:
             # whatever happens, nobody works on unheld
@@ -198,6 +209,11 @@ def strangers(study: Study) -> list[Path]:
     return [path for path in of_other_runs(study.out, _digests(study)) if path not in own]
 
 
+def broken_off_strangers(study: Study) -> list[Path]:
+    """Attempts in the study's folder at none of its runs as it is now."""
+    return attempts_at_other_runs(study.out, _digests(study))
+
+
 def unreadable(tasks: Iterable[Task]) -> list[tuple[Path, str]]:
     """Records in the places of runs that nobody can read, and why."""
     places = ((task.record, why_unreadable(task.record)) for task in tasks)
@@ -212,11 +228,28 @@ def unreadable_line(place: Path, reason: str) -> str:
     )
 
 
+def comparison_of(study: Study) -> Comparison | None:
+    """Comparison of the study's finished runs; None where there are none."""
+    if not (runs := finished_runs(study)):
+        return None
+    comparison = compare(runs, target=study.target)
+    unfinished = unfinished_notes(len(study.runs), finished=len(runs))
+    return replace(comparison, notes=(*comparison.notes, *unfinished))
+
+
+def unfinished_notes(total: int, *, finished: int) -> list[str]:
+    """Note of how many runs of a study are in no table, where some are not."""
+    lacking = f"{total - finished} of the study's {total} runs are not finished"
+    return [lacking] if finished < total else []
+
+
 def _write_tables(study: Study) -> None:
-    if runs := finished_runs(study):
-        comparison = compare(runs, target=study.target)
+    if (comparison := comparison_of(study)) is not None:
         write_markdown(comparison, study.out / MARKDOWN)
         write_csv(comparison, study.out / CSV)
+        return
+    for file in (MARKDOWN, CSV):  # of the study as it was
+        (study.out / file).unlink(missing_ok=True)
 
 
 def _carried_out(tasks: Sequence[Task], jobs: int) -> Outcomes:

@@ -9,7 +9,7 @@ from flower_mcepl.record.layout import CONFIG
 from flower_mcepl.record.pools import LABEL, find_records, varied
 from flower_mcepl.record.reading import Run
 from flower_mcepl.record.sources import Source
-from flower_mcepl.studies.runner import STUDY_COPY, finished_runs, strangers
+from flower_mcepl.studies.runner import STUDY_COPY, finished_runs, strangers, unfinished_notes
 from flower_mcepl.studies.study import read_study
 from flower_mcepl.studies.study_file import Combination, StudyFile
 
@@ -36,7 +36,11 @@ def read_source(path: Path) -> Source:
     names = {run.study.get("name") for run in runs}
     name = str(names.pop() if len(names) == 1 and None not in names else path.resolve().name)
     target, notes = _target(text, runs)
-    return Source(name, path, _in_order(runs, path / STUDY_COPY), text, target, notes)
+    places, total = _places(runs, path / STUDY_COPY)
+    done = {places[run.path] for run in runs if run.finished} - {total}
+    notes = (*notes, *unfinished_notes(total, finished=len(done)))
+    ordered = tuple(sorted(runs, key=lambda run: places[run.path]))
+    return Source(name, path, ordered, text, target, notes)
 
 
 def read_sources(paths: Sequence[Path]) -> Source:
@@ -64,25 +68,23 @@ def _of_study_file(path: Path) -> Source:
         f"left out: {other.name}, which is of no run of the study as it is now"
         for other in strangers(study)
     ]
-    if len(runs) < len(study.runs):
-        notes.append(
-            f"{len(study.runs) - len(runs)} of the study's {len(study.runs)} runs are not finished"
-        )
+    notes += unfinished_notes(len(study.runs), finished=len(runs))
     return Source(study.name, study.out, runs, _text(path), study.target, tuple(notes))
 
 
-def _in_order(runs: tuple[Run, ...], file: Path) -> tuple[Run, ...]:
-    """Sort runs as a study file, if there is one, lists them; others come last.
+def _places(runs: tuple[Run, ...], file: Path) -> tuple[dict[Path, int], int]:
+    """Place of each run in a study file, and how many there are; others come last.
 
     The file's app may be elsewhere by now, so nothing but the file itself is read: its
-    defaults are not known.
+    defaults are not known. Where there is no such file it has no places.
     """
     try:
         combinations = StudyFile.read(file).combinations()
     except ConfigError:
-        return runs
+        combinations = []
     keys = varied(one.settings for one in combinations)
-    return tuple(sorted(runs, key=lambda run: _place(run, combinations, keys)))
+    places = {run.path: _place(run, combinations, keys) for run in runs}
+    return places, len(combinations)
 
 
 def _place(run: Run, combinations: Sequence[Combination], keys: Collection[str]) -> int:

@@ -28,7 +28,7 @@ from flower_mcepl.studies.flower_app import (
 from flower_mcepl.studies.study_file import Combination, StudyFile
 
 OWN_KEY = "record-dir"  # the study says where the records go
-_PART, _SLUG = 40, 120  # most characters of one value, and of all of them, in a folder's name
+_PART, _SLUG = 40, 120  # most characters of one value, most bytes of all, in a folder's name
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def _plan(
     parts = [] if combination.label is None else [_folder_name(combination.label)]
     parts += [_part(key, config[key]) for key in keys if key not in combination.fixed]
     slug = "_".join([*(parts or ["run"]), digest[:8]])
-    if len(slug) > _SLUG:
-        slug = f"{slug[: _SLUG - 9]}_{digest[:8]}"
+    if len(slug.encode()) > _SLUG:
+        slug = f"{slug.encode()[: _SLUG - 9].decode(errors='ignore')}_{digest[:8]}"
     return PlannedRun(slug, combination.label, combination.settings, config, digest)
 
 

@@ -14,7 +14,10 @@ from flower_mcepl.report.plots.subjects import subjects_of
 from flower_mcepl.report.tables import cells, titles
 
 PARAMETERS = {"lr": 0.1, "retention": {"conv": 0.3}}
-AGENT = {"algorithm": "mcepl", "num_weights": 100, "parameters": PARAMETERS, "num_examples": 10}
+AGENT = {
+    **{"algorithm": "mcepl", "num_weights": 100, "parameters": PARAMETERS},
+    **{"num_examples": 10, "num_test_examples": 5},
+}
 RING = {"name": "ring", "num_agents": 2, "directed": False, "edges": [[0, 1], [1, 0]]}
 CONFIG: dict[str, Any] = {"engine": "loop", "topology": RING, "num_rounds": 10}
 
@@ -53,6 +56,12 @@ OTHERS: dict[str, tuple[dict[str, Any], str, Any, Any]] = {
         "dsgd",
     ),
     "engine": ({"engine": "batched"}, "engine", "loop", "batched"),
+    "split": (
+        {"agents": (with_(num_test_examples=None, num_validation_examples=5),) * 2},
+        "evaluate-on",
+        "test",
+        "validation",
+    ),
     "graph": ({"topology": {**RING, "name": "path"}}, "graph", "ring", "path"),
     "agents": ({"topology": {**RING, "num_agents": 3}}, "num-agents", 2, 3),
     "rounds": ({"num_rounds": 20}, "num-rounds", 10, 20),

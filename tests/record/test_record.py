@@ -292,6 +292,18 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
     assert read_run(paths.pop()).name == "my ring/α"
 
 
+@pytest.mark.parametrize("end", ["a line", "a summary"])
+def test_a_record_is_of_one_run(end: str, tmp_path: Path) -> None:
+    record = RunRecord.create(name="x", config={}, path=tmp_path / "x")
+    record.refuse_used()
+    if end == "a summary":
+        record.finish("failed")
+    else:
+        record.log_traffic({"round": 1, "links": [], "uplinks": []})
+    with pytest.raises(RecordError, match="of one run"):
+        record.refuse_used()
+
+
 def test_an_exact_path_is_taken_once(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     RunRecord.create(name="x", config={}, path=tmp_path / "empty")

@@ -80,6 +80,19 @@ def test_a_run_that_goes_on_is_followed_without_saying_anything_twice(
     assert scalars(tmp_path / "events") == scalars(tmp_path / record.name)
 
 
+def test_rounds_that_come_again_after_a_kill_are_written_once(record: Path, tmp_path: Path) -> None:
+    growing = tmp_path / "growing"
+    shutil.copytree(record, growing, ignore=shutil.ignore_patterns("summary.json", "agents"))
+    whole = (record / "relay.jsonl").read_text().splitlines(keepends=True)
+    writer = ScalarWriter(growing, tmp_path / "events")
+    for lines in (4, 2, len(whole)):  # it is resumed from its checkpoint of round 2
+        (growing / "relay.jsonl").write_text("".join(whole[:lines]))
+        writer.update()
+    writer.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [event.step for event in events.Scalars("bytes/links")] == [1, 2, 3, 4, 5]
+
+
 def agent_line(agent: int, round: int, accuracy: float) -> dict[str, Any]:
     counts = {"sent_bytes": 0, "received_bytes": 0, "uplink_bytes": 0, "seconds": 99.0}
     scores = {"accuracy": accuracy, "loss": 1.0, "num_examples": 4, "density": 0.5}

@@ -463,6 +463,8 @@ def test_what_cannot_be_resumed_is_refused(whole: Callable[[str], Path], tmp_pat
         simulate(**FLEETS["mcepl"](), **options, resume=path)
     with pytest.raises(RecordError, match=r"a run record is a folder with config.json"):
         simulate(**FLEETS["mcepl"](), **options, resume=tmp_path)
+    with pytest.raises(RecordError, match="of one run"):
+        simulate(**FLEETS["mcepl"](), num_rounds=1, record=RunRecord(whole("mcepl")))
     with pytest.raises(ConfigError, match="Leave out record"):
         simulate(**FLEETS["mcepl"](), **options, resume=path, record=RunRecord(path))
     with pytest.raises(ConfigError, match="checkpoints are part of a run record"):
@@ -471,6 +473,31 @@ def test_what_cannot_be_resumed_is_refused(whole: Callable[[str], Path], tmp_pat
     next((path / "agents").glob("agent-0001-*")).unlink()
     with pytest.raises(RecordError, match="that of agent 1 is missing"):
         simulate(**FLEETS["mcepl"](), **options, resume=path)
+
+
+def test_a_run_whose_summary_finds_no_room_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: RunRecord, status: str, **summary: Any) -> None:
+        raise RecordError("no space left on device")
+
+    record, lines = RunRecord.create(tmp_path, name="full", config={}), list[str]()
+    options: dict[str, Any] = {"num_rounds": 2, "record": record, "checkpoint_every": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecord, "finish", full)
+        with pytest.raises(RecordError, match="no space left"):
+            simulate(**FLEETS["mcepl"](), **options, log=lines.append)
+    assert "can go on after round 2" in lines[-1]
+
+
+def test_a_record_whose_lines_were_rewritten_is_refused_as_it_is(tmp_path: Path) -> None:
+    path = break_off(FLEETS["mcepl"](), tmp_path, at=(4, 2))
+    rows = path / "rounds.jsonl"
+    rewritten = rows.read_bytes().replace(b"\n", b"\r\n")
+    rows.write_bytes(rewritten)
+    with pytest.raises(RecordError, match="has rewritten the file"):
+        simulate(**FLEETS["mcepl"](), num_rounds=ROUNDS, evaluate_every=2, resume=path)
+    assert rows.read_bytes() == rewritten
 
 
 def test_a_record_of_a_run_that_is_still_going_on_is_refused(tmp_path: Path) -> None:

@@ -109,6 +109,24 @@ def test_simulate_has_the_same_fence(tmp_path: Path) -> None:
     assert sorted(read_run(record.path).agents) == [0, 1, 2]  # final states are kept
 
 
+def test_a_resumed_run_writes_no_failure_again(tmp_path: Path) -> None:
+    def stop(round: int, agent: int, reply: object) -> None:
+        if round == 4:
+            raise KeyboardInterrupt
+
+    def both() -> list[MceplAgent]:
+        return [agent_that(fail, agent) for agent in range(2)]
+
+    record = RunRecord.create(tmp_path, name="x", config={})
+    options: dict[str, Any] = {"num_rounds": 4, "evaluate_every": 1, "checkpoint_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        simulate(both(), Topology.ring(2), record=record, on_reply=stop, **options)
+    written = (record.path / "failures.txt").read_bytes()
+    assert written.count(b"no test images") == 1
+    simulate(both(), Topology.ring(2), resume=record.path, **options)
+    assert (record.path / "failures.txt").read_bytes() == written
+
+
 def test_a_loss_alone_is_an_evaluation(tmp_path: Path) -> None:
     metrics = {"loss": 0.25, "num-examples": 4, "density": 1.0}
     strategy = gossip(agent_grid(2, lambda i: agent_that(lambda: metrics, i)), record=tmp_path)

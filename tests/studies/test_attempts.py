@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from flower_mcepl.cli.run import run
 from flower_mcepl.errors import FlowerMceplError
 from flower_mcepl.record.parsing import read_raw
 from flower_mcepl.record.reading import read_run
@@ -28,7 +29,7 @@ from flower_mcepl.studies.attempts import (
     find_attempts,
 )
 from flower_mcepl.studies.engines import ENGINES
-from flower_mcepl.studies.runner import Task, tasks_of
+from flower_mcepl.studies.runner import Task, broken_off_strangers, tasks_of
 from tests.fleet.study_app import write_app, write_study
 from tests.fleet.twins import Twin
 
@@ -252,9 +253,41 @@ def test_what_nobody_can_go_on_with_is_removed(app: Path, tmp_path: Path) -> Non
         (unfinished / name / ABOUT).write_text(about, encoding="utf-8")
     (unfinished / "empty").mkdir()
     assert len(find_attempts(task.out, task.subject)) == 1
-    other = write_study(tmp_path, app, STUDY.replace("[1, 2]", "[1]"))  # seed 2 is gone
-    assert play(other) == []
+    amend_all(task, code="other")
+    assert play(write_study(tmp_path, app, STUDY)) == [None]
     assert [*unfinished.iterdir()] == []
+
+
+def amend_all(task: Task, **changes: Any) -> None:
+    for about in (task.out / UNFINISHED).glob(f"*/{ABOUT}"):
+        if "digest" in about.read_text(encoding="utf-8"):
+            about.write_text(to_json({**read_raw(about), **changes}), encoding="utf-8")
+
+
+def test_a_run_that_the_study_leaves_out_for_a_while_goes_on(
+    app: Path, whole: Study, tmp_path: Path
+) -> None:
+    task = break_off(write_study(tmp_path, app, STUDY))
+    other = read_study(write_study(tmp_path, app, STUDY.replace("[1, 2]", "[1]")))
+    assert run_study(other) == []
+    assert broken_off_strangers(other) == [attempt_of(task)]
+    again = write_study(tmp_path, app, STUDY)
+    assert broken_off_strangers(read_study(again)) == []
+    assert play(again) == [None]
+    check_as_whole(task, whole)
+    assert "resumptions" in read_run(task.record).config
+
+
+def test_it_is_told_why_a_run_that_broke_off_begins_anew(
+    app: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path, app, STUDY)
+    task = break_off(path)
+    assert task.begins_anew() is None
+    amend(task, code="other", versions={"torch": "0"})
+    run(path, dry_run=True)
+    line = "broke off, and begins anew: after round 2; changed since: code, versions."
+    assert f"WARNING: {task.run.slug} {line}" in capsys.readouterr().out
 
 
 def test_where_no_checkpoint_is_written_a_run_begins_anew(
@@ -337,6 +370,10 @@ def test_the_code_of_an_app_is_its_python_files(app: Path, tmp_path: Path) -> No
         (copy / name).parent.mkdir(exist_ok=True, parents=True)
         (copy / name).write_text("1", encoding="utf-8")
     (copy / "env" / "pyvenv.cfg").touch()
+    (package / ".client_app.py").write_text("1", encoding="utf-8")
+    if sys.platform != "win32":
+        for name in (".#client_app.py", "gone.py"):  # the first as an open editor leaves it
+            (package / name).symlink_to("nobody@nowhere.1")
     assert digest_of(copy) == before
     client = package / "client_app.py"
     client.write_text(client.read_text(encoding="utf-8") + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flower_mcepl.cli.compare import compare as compare_command
 from flower_mcepl.data.batches import _index_batches, batches_per_pass
 from flower_mcepl.errors import ConfigError, RecordError
 from flower_mcepl.files.sealed import file_lock
@@ -212,6 +213,14 @@ def test_slugs_are_readable_and_follow_the_whole_config(study: Callable[..., Stu
     again, changed = study(text), study(f"[config]\nscale = 2\n{text}")
     assert [run.slug for run in again.runs] == [run.slug for run in plan.runs]
     assert not {run.slug for run in changed.runs} & {run.slug for run in plan.runs}
+
+
+def test_a_slug_fits_into_the_name_of_a_file_in_any_script(study: Callable[..., Study]) -> None:
+    text = "[[runs]]\nlabel = '{}'\nseed = [1, 2]\n"
+    plans = [study(text.format(letter * 200)) for letter in "aß研"]
+    slugs = [run.slug for plan in plans for run in plan.runs]
+    assert all(100 < len(slug.encode()) <= 120 for slug in slugs)
+    assert len(set(slugs)) == len(slugs)
 
 
 def test_settings_of_the_command_line_win_over_the_file(tmp_path: Path, app: Path) -> None:
@@ -547,6 +556,20 @@ def test_a_record_is_put_back_where_its_successor_did_not_come(study: Callable[.
     assert stamps(plan) == before
 
 
+def test_a_table_says_what_is_not_in_it(study: Callable[..., Study]) -> None:
+    plan = study("[grid]\ncrash = [false, true]\n")
+    run_study(plan)
+    again = plan.out / "again.md"
+    compare_command([plan.file], markdown=again)
+    (of_folder,) = read_source(plan.out).notes
+    assert of_folder == "1 of the study's 2 runs are not finished"
+    for table in (plan.out / MARKDOWN, again):
+        assert "1 of the study's 2 runs are not finished" in table.read_text(encoding="utf-8")
+    run_study(study("[config]\ncrash = true\n"))  # whose one run has no record
+    assert not (plan.out / MARKDOWN).exists()
+    assert not (plan.out / CSV).exists()
+
+
 def test_failing_run_does_not_stop_the_others(study: Callable[..., Study]) -> None:
     plan = study("[grid]\ncrash = [true, false]\n")
     failed, fine = run_study(plan)
@@ -703,6 +726,15 @@ def test_task_that_takes_its_process_down_is_told() -> None:
     assert task == 3
     assert error is not None
     assert "exit code 3" in error
+
+
+def long_reason(length: int) -> str:
+    return length * "x"
+
+
+def test_a_reason_longer_than_a_pipe_holds_ends_its_task() -> None:
+    ((_, reason),) = side_by_side(long_reason, [1_000_000], jobs=1)
+    assert reason == long_reason(1_000_000)
 
 
 @pytest.mark.slow
@@ -991,6 +1023,15 @@ def test_without_a_target_nothing_is_said_to_have_reached_it(
         assert {row["seeds_reaching_target"] for row in csv.DictReader(file)} == {""}
 
 
+def test_a_setting_may_be_called_as_a_measure_is(tmp_path: Path) -> None:
+    for agents in ("all", "some"):
+        write_record(tmp_path, accuracies=np.full((1, 2), 0.5), agents=agents, seed=1)
+    write_csv(compare(find_records([tmp_path])), tmp_path / "table.csv")
+    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+        rows = [*csv.DictReader(file)]
+    assert [(row["config.agents"], row["agents"]) for row in rows] == [("all", "2"), ("some", "2")]
+
+
 def test_names_are_no_markup_in_a_table(tmp_path: Path) -> None:
     scores, names = np.full((4, 3), 0.5), ("<b>x</b>", "_a_ *b*", "[c](d)", "a_b \\ $e$")
     for seed, name in enumerate(names):
@@ -1017,6 +1058,23 @@ def test_one_seed_has_no_spread_and_target_may_be_reached_by_some(tmp_path: Path
     assert one["to 0.5"] == "1.00 kB"
     assert one["accuracy"] == "0.6000"
     assert "| b\\|c | 1 |" in markdown(comparison)
+
+
+def test_a_run_without_a_value_is_named(tmp_path: Path) -> None:
+    write_record(tmp_path / "r", accuracies=np.full((2, 3), 0.5), seed=1)
+    lost = write_record(tmp_path / "r", accuracies=np.full((2, 3), 0.5), seed=2)
+    rows = (lost / "rounds.jsonl").read_text(encoding="utf-8")
+    rows = rows.replace('"accuracy": 0.5', '"accuracy": null')
+    for loss in ("null", "1.0"):
+        changed = rows.replace('"loss": 1.0', f'"loss": {loss}').replace("}", ', "metrics": {}}')
+        (lost / "rounds.jsonl").write_text(changed, encoding="utf-8")
+        if loss == "null":
+            comparison = compare(find_records([tmp_path / "r"]))
+            assert comparison.rows[0].mean("result") is None
+            assert f"{lost.name}: no agent has a value of accuracy" in comparison.notes[0]
+        else:
+            with pytest.raises(ConfigError, match=rf"and loss \({re.escape(lost.name)}\)"):
+                compare(find_records([tmp_path / "r"]))
 
 
 def test_records_that_do_not_count_are_named(tmp_path: Path) -> None:
