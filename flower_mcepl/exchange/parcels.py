@@ -11,9 +11,6 @@ from flower_mcepl.wire.layout import most_bytes
 
 FrameT = TypeVar("FrameT")
 
-MOST_METRIC = 1e100  # magnitude of a metric; sums of squares stay finite
-MOST_EXAMPLES = 10**15  # readers of a record take no larger number
-
 
 @dataclass(frozen=True)
 class Parcel(Generic[FrameT]):

@@ -24,11 +24,10 @@ from flower_mcepl.errors import (
     names_agent,
 )
 from flower_mcepl.exchange.ages import check_votes
+from flower_mcepl.exchange.bounds import MOST_EXAMPLES, MOST_METRIC
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.outbox import Outbox
 from flower_mcepl.exchange.parcels import (
-    MOST_EXAMPLES,
-    MOST_METRIC,
     Answer,
     FrameT,
     Parcel,

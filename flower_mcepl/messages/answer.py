@@ -21,7 +21,8 @@ from flower_mcepl.agents.handshake import (
 )
 from flower_mcepl.agents.parts.pace import check_decision
 from flower_mcepl.errors import AnswerError, CorruptFrameError, visible, visible_json
-from flower_mcepl.exchange.parcels import MOST_EXAMPLES, Answer, FrameT, Posted
+from flower_mcepl.exchange.bounds import MOST_EXAMPLES
+from flower_mcepl.exchange.parcels import Answer, FrameT, Posted
 from flower_mcepl.messages import keys
 from flower_mcepl.messages.envelope import open_envelope
 from flower_mcepl.messages.limits import (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from flower_mcepl.errors import FlowerMceplError
-from flower_mcepl.exchange.parcels import MOST_METRIC
+from flower_mcepl.exchange.bounds import MOST_METRIC
 
 Records = Mapping[str, Mapping[str, Any]]
 """A message's records by name: Flower's `RecordDict`, or plain dictionaries."""
