@@ -67,6 +67,7 @@ def test_a_line_holds_the_means_and_deviations_of_its_method(
 
     assert sweep is not None
     assert sweep.key == "width"
+    assert sweep.rising
     assert sweep.values == tuple(map(str, sorted(values)))
     by_point = dict(zip(order, results, strict=True))
     if len(methods) == 1:  # a setting that is the same everywhere names no line
@@ -85,12 +86,13 @@ def test_texts_stay_in_the_order_of_the_study() -> None:
     sweep = sweep_of(pooled([{"partition": text} for text in texts], [[0.5]] * 3))
     assert sweep is not None
     assert sweep.values == tuple(texts)
+    assert not sweep.rising
 
 
 def test_what_follows_from_names_on_the_axis_parts_no_line() -> None:
-    shared = {"alexnet": "conv*", "resnet": "stage*", "mobilenet": "stage*"}
+    shared = {"alexnet": "conv*", "resnet": "stage*", "vit": "conv_proj*, encoder*"}
     grid = [
-        {"network": network, "share": share, "algorithm": algorithm}
+        {"share": share, "network": network, "algorithm": algorithm}
         for network, share in shared.items()
         for algorithm in ("mcepl", "local")
     ]

@@ -73,12 +73,17 @@ _TICKS = 96  # characters of all ticks of a sweep, side by side
 
 
 def draw_sweep(sweep: Sweep, metric: MainMetric = ACCURACY) -> bytes:
-    """Draw the last main metric against a swept setting, its values equally spaced."""
+    """Draw the last main metric against a swept setting, its values equally spaced.
+
+    Points of numbers are joined, those of names are not.
+    """
     figure = new_figure(9, 4.6 + _legend_height([line.label for line in sweep.lines]))
     axes = figure.subplots()
     axes.set(xlabel=plain(sweep.axis), ylabel=_mean_of(metric))
     for place, line in enumerate(sweep.lines):
         style: dict[str, Any] = {**line_style(place), "label": wrapped(line.label)}
+        if not sweep.rising:
+            style["linestyle"] = ""
         errors = [sd or 0.0 for sd in line.sd] if any(line.sd) else None
         axes.errorbar(line.at, line.mean, errors, lw=2, ms=6, capsize=4, **style)
     # narrower the more there are; a spec may break behind its name

@@ -32,6 +32,7 @@ class Sweep:
     values: tuple[str, ...]  # numbers rising, others as the study has them
     lines: tuple[SweepLine, ...]
     follows: tuple[str, ...] = ()  # settings that change with the key's values
+    rising: bool = True  # whether the values are numbers: others have nothing between them
 
     @property
     def axis(self) -> str:
@@ -45,8 +46,9 @@ def sweeps_of(pooled: Pooled) -> list[Sweep]:
     An axis is a setting, no name of a method, with lines of at least `FEWEST_VALUES`
     values. Where its values are names, as of networks, others may follow from them, as
     the layers that a network shares. A grid of several has one sweep, that with the
-    fewest lines. Where no axis has all records, as in a star of settings that vary one
-    at a time, each has its own, if every record stands in one of them.
+    fewest lines, and of these that with the shortest values. Where no axis has all
+    records, as in a star of settings that vary one at a time, each has its own, if
+    every record stands in one of them.
     """
     follows = {key: _follows(key, pooled) for key in pooled.keys if key not in _NAMES}
     found = {
@@ -54,7 +56,7 @@ def sweeps_of(pooled: Pooled) -> list[Sweep]:
     }
     whole = [key for key in found if _count(found[key]) == len(pooled.pools)]
     if whole:
-        axes = [min(whole, key=lambda key: len(found[key]))]
+        axes = [min(whole, key=lambda key: (len(found[key]), _room(key, pooled.pools)))]
     else:
         drawn = {id(one) for lines in found.values() for line in lines for one in line}
         axes = list(found) if len(drawn) == len(pooled.pools) else []
@@ -76,6 +78,11 @@ def _follows(key: str, pooled: Pooled) -> tuple[str, ...]:
     return tuple(name for name in pooled.keys if name not in {key, *_NAMES} and is_one(name))
 
 
+def _room(key: str, pools: Iterable[Pool]) -> int:
+    """Characters that a key's values take below an axis."""
+    return sum(map(len, {str(one.settings.get(key)) for one in pools}))
+
+
 def _count(lines: Iterable[Sequence[Pool]]) -> int:
     return sum(map(len, lines))
 
@@ -92,7 +99,13 @@ def _sweep_over(key: str, lines: Sequence[Sequence[Pool]], follows: tuple[str, .
     values = _in_order(one.settings.get(key) for line in lines for one in line)
     places = {exact(value): place for place, value in enumerate(values)}
     drawn = [_line(key, line, places, follows) for line in lines]
-    return Sweep(key, tuple(map(str, values)), tuple(line for line in drawn if line.at), follows)
+    return Sweep(
+        key,
+        tuple(map(str, values)),
+        tuple(line for line in drawn if line.at),
+        follows,
+        rising=None not in map(_number, values),
+    )
 
 
 def _line(
