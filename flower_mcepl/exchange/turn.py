@@ -27,12 +27,7 @@ from flower_mcepl.exchange.ages import check_votes
 from flower_mcepl.exchange.bounds import MOST_EXAMPLES, MOST_METRIC
 from flower_mcepl.exchange.mailbox import Mailbox
 from flower_mcepl.exchange.outbox import Outbox
-from flower_mcepl.exchange.parcels import (
-    Answer,
-    FrameT,
-    Parcel,
-    Posted,
-)
+from flower_mcepl.exchange.parcels import Answer, FrameT, Parcel, Posted
 from flower_mcepl.wire import WrittenFrame
 from flower_mcepl.wire.values import find_precision
 

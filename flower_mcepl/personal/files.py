@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flower_mcepl.agents import Agent
+from flower_mcepl.agents import Agent, TrainingConfig
 from flower_mcepl.agents.tasks.network import one_output, taken
 from flower_mcepl.errors import ConfigError, DataError
 from flower_mcepl.masks.fusion import FUSIONS
@@ -20,7 +20,6 @@ from flower_mcepl.personal.reading import read_personal
 from flower_mcepl.record.layout import EXPORTS
 from flower_mcepl.record.values import human_bytes
 
-BATCH = 64
 ALIKE = 1e-3  # outputs of an input in batches of two sizes, relative to the largest
 
 
@@ -124,9 +123,9 @@ def _write_graph(model: Exported, to: Path) -> list[str]:
 # learns and is evaluated well enough. On a device inputs come one by one.
 def _beside_others(agent: Agent) -> list[str]:
     """A line, if what an input gets depends on the inputs beside it."""
-    data = getattr(agent, "data", None)
-    batches = () if data is None else data.test.evaluation_batches(batch_size=BATCH)
-    inputs, _ = next(iter(batches), (None, None))
+    if getattr(agent, "data", None) is None:
+        return []
+    inputs, _ = next(iter(_test_batches(agent)), (None, None))
     if not isinstance(inputs, Tensor) or len(inputs) < 3:
         return []
     network = predicting_network(agent)
@@ -156,4 +155,6 @@ def _test_batches(agent: Agent) -> Any:
             f"an exported graph is checked on the agent's test split, and agents of "
             f"{agent.algorithm} hold no data of their own. Export to .mask."
         )
-    return data.test.evaluation_batches(batch_size=agent.config.eval_batch_size)  # type: ignore[attr-defined]
+    # parameters of an algorithm of one's own need not say it
+    config, usual = getattr(agent, "config", None), TrainingConfig.eval_batch_size
+    return data.test.evaluation_batches(batch_size=getattr(config, "eval_batch_size", usual))

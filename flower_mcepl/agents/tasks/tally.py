@@ -1,6 +1,8 @@
 """Metrics and loss of an evaluation, batch by batch, and what they must be."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 import torch
@@ -38,15 +40,21 @@ class Tally:
         self._total, self._counted, self._seen = 0.0, 0, 0
 
     def _made(self, name: str) -> Metric:
-        try:
+        way_out = "Pass a function that gives them: lambda: Metric(num_classes=...)."
+        with self._needs(name, "be made without arguments", way_out):
             return self.task.metrics[name]()
+
+    @contextlib.contextmanager
+    def _needs(self, name: str, rule: str, way_out: str) -> Iterator[None]:
+        """Turn what a user's metric raises into an error that states the rule."""
+        try:
+            yield
         except FlowerMceplError:
             raise
-        except Exception as error:  # whatever a user's metric raises
+        except Exception as error:
             raise ConfigError(
-                f"{self.whose}, task {self.task.name}: the task's metric {name} must be made "
-                f"without arguments; it raised {type(error).__name__}: {first_line(error)}. Pass a "
-                "function that gives them: lambda: Metric(num_classes=...)."
+                f"{self.whose}, task {self.task.name}: the task's metric {name} must {rule}; it "
+                f"raised {type(error).__name__}: {first_line(error)}. {way_out}"
             ) from error
 
     def add(self, outputs: Tensor, targets: Tensor, inputs: Any) -> None:
@@ -95,16 +103,9 @@ class Tally:
             self._checked(name, value)
 
     def _number(self, name: str, metric: Metric) -> float:
-        try:
+        rule = f"compute one number of {self._seen} examples"
+        with self._needs(name, rule, "Return float('nan') where it is not defined."):
             value = metric.compute()
-        except FlowerMceplError:
-            raise
-        except Exception as error:  # whatever a user's metric raises
-            raise ConfigError(
-                f"{self.whose}, task {self.task.name}: the task's metric {name} must compute one "
-                f"number of {self._seen} examples; it raised {type(error).__name__}: "
-                f"{first_line(error)}. Return float('nan') where it is not defined."
-            ) from error
         return self._checked(name, value)
 
     def _checked(self, name: str, value: Any) -> float:
