@@ -193,6 +193,20 @@ def test_outputs_that_depend_on_the_inputs_beside_are_said(
         assert any("does not hold for single inputs" in line for line in lines) is told
 
 
+class OfSmallBatches(Net):
+    """Takes no more examples than a small device has memory for."""
+
+    def forward(self, images: Tensor) -> Any:
+        assert len(images) <= 8
+        return super().forward(images)
+
+
+def test_an_export_tries_no_larger_batch_than_an_evaluation(tmp_path: Path) -> None:
+    agent = make_agent(0, model_fn=OfSmallBatches, eval_batch_size=8)
+    lines = export_model(Exported(agent, 1), tmp_path / "a.mask")
+    assert not any("does not hold for single inputs" in line for line in lines)
+
+
 @pytest.mark.parametrize("floats", [True, False])
 def test_what_a_network_draws_besides_its_weights_is_drawn_again(
     floats: bool, tmp_path: Path
